@@ -1,0 +1,25 @@
+"""`python -m service`: the API alone, at RATCHET_HOST and RATCHET_PORT. `ratchet up` brings Redis and a worker with it."""
+
+import uvicorn
+
+from service.app import create_app
+from service.settings import get_settings
+
+STREAMS_MAY_LAST_S = 3  # open event streams when the API stops; clients reconnect
+
+
+def main() -> None:
+    settings = get_settings()
+    uvicorn.run(
+        create_app(settings),
+        host=settings.host,
+        port=settings.port,
+        log_config=None,  # ours, set up when the application starts
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=STREAMS_MAY_LAST_S,
+    )
+
+
+if __name__ == "__main__":
+    main()

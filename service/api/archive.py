@@ -1,0 +1,66 @@
+"""A folder as a tar stream: regular files only, under names that unpack into one folder and nowhere else."""
+
+import os
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+CHUNK_BYTES = 2**20
+BLOCK = tarfile.BLOCKSIZE
+END = b"\0" * (2 * BLOCK)
+
+
+@dataclass(frozen=True)
+class Entry:
+    path: Path
+    header: bytes
+    size: int
+
+
+@dataclass(frozen=True)
+class Archive:
+    """What will be sent, known before the first byte."""
+
+    entries: list[Entry]
+
+    @property
+    def size(self) -> int:
+        """Bytes of the whole archive: its Content-Length."""
+        return sum(len(entry.header) + _padded(entry.size) for entry in self.entries) + len(END)
+
+    def stream(self) -> Iterator[bytes]:
+        """Raises OSError when a file went away or changed its size: the connection then breaks, for the archive would lie."""
+        for entry in self.entries:
+            yield entry.header
+            yield from _content(entry)
+        yield END
+
+
+def archive_of(folder: Path, name: str) -> Archive:
+    """The regular files below `folder`, as `name`/relative/path, in order. Links and special files are left out."""
+    entries = []
+    for path in sorted(folder.rglob("*")):
+        if path.is_symlink() or not path.is_file():
+            continue
+        stat = path.stat()
+        info = tarfile.TarInfo(f"{name}/{path.relative_to(folder).as_posix()}")
+        info.size, info.mtime, info.mode = stat.st_size, int(stat.st_mtime), 0o644
+        entries.append(Entry(path, info.tobuf(tarfile.PAX_FORMAT), stat.st_size))
+    return Archive(entries)
+
+
+def _content(entry: Entry) -> Iterator[bytes]:
+    left = entry.size
+    with os.fdopen(os.open(entry.path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
+        while left:
+            chunk = file.read(min(CHUNK_BYTES, left))
+            if not chunk:
+                raise OSError(f"{entry.path.name} became shorter while it was sent")
+            left -= len(chunk)
+            yield chunk
+    yield b"\0" * (_padded(entry.size) - entry.size)
+
+
+def _padded(size: int) -> int:
+    return -(-size // BLOCK) * BLOCK

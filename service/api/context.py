@@ -1,0 +1,35 @@
+"""What every endpoint stands on: made once by the application's lifespan."""
+
+from dataclasses import dataclass, field
+from threading import Event
+from typing import Annotated
+
+from anyio import CapacityLimiter
+from fastapi import Depends, Request
+
+from service.doorbell import Doorbell, Signals
+from service.settings import Settings
+from service.store.session import Store
+
+PREVIEWS_AT_ONCE = 2  # each is a process that imports the graders
+
+
+@dataclass(frozen=True)
+class Context:
+    settings: Settings
+    store: Store
+    doorbell: Doorbell
+    signals: Signals
+    stopping: Event = field(default_factory=Event)  # the server was told to stop: streams and long polls end
+    previews: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(PREVIEWS_AT_ONCE))
+
+    def stop(self) -> None:
+        self.stopping.set()
+        self.signals.wake_all()
+
+
+async def _context(request: Request) -> Context:
+    return request.app.state.context
+
+
+ContextDep = Annotated[Context, Depends(_context)]

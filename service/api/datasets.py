@@ -1,0 +1,233 @@
+"""Datasets: uploaded as JSONL, listed, looked into, deleted."""
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from datetime import datetime
+from hashlib import sha256
+from tempfile import TemporaryFile
+from typing import IO, Annotated, Any, Literal, Self
+
+from fastapi import APIRouter, Depends, Query, Request, Response
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import UploadFile
+
+from service.api.auth import CallerDep
+from service.api.bodies import limited, media_type
+from service.api.context import ContextDep
+from service.api.idempotency import IdempotencyKeyDep, once
+from service.api.pages import Page, PageQuery
+from service.api.problems import BODY, files_missing, responses
+from service.errors import Malformed, UnsupportedMedia
+from service.ids import utcnow
+from service.jobs.data import JsonlRows
+from service.jobs.datasets import ingest
+from service.store import datasets
+from service.store.tables import Dataset
+from service.validation import below, parse
+
+router = APIRouter(prefix="/v1/datasets", tags=["datasets"])
+
+MULTIPART = "multipart/form-data"
+JSONL_TYPES = (
+    "application/jsonl",
+    "application/x-ndjson",
+    "application/x-jsonlines",
+    "application/ndjson",
+    "application/octet-stream",
+)
+MAX_MULTIPART_BYTES = 64 * 2**20  # a form is spooled to the system's temporary folder first
+CHUNK_BYTES = 2**20
+
+
+class ColumnView(BaseModel):
+    types: Annotated[list[str], Field(description="JSON types of its values")]
+    rows: Annotated[int, Field(description="in how many rows it stands")]
+
+
+class DatasetView(BaseModel):
+    """An uploaded file of rows."""
+
+    id: str
+    object: Literal["dataset"] = "dataset"
+    name: str
+    rows: int
+    columns: dict[str, ColumnView]
+    sha256: str
+    size_bytes: int
+    created_at: datetime
+
+    @classmethod
+    def of(cls, row: Dataset) -> Self:
+        return cls.model_validate(row, from_attributes=True)
+
+
+class DatasetPage(Page[DatasetView]):
+    pass
+
+
+class RowsPage(BaseModel):
+    """Some rows, as they stand in the file; first_id and last_id are their numbers, from 0."""
+
+    object: Literal["list"] = "list"
+    data: list[dict[str, Any]]
+    has_more: bool
+    first_id: int | None
+    last_id: int | None
+    total: int
+
+
+Name = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f]*$")]
+
+
+class UploadQuery(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    name: Annotated[Name | None, Field(description="for people; default: the file's name")] = None
+
+
+class RowsQuery(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    offset: Annotated[int, Field(ge=0, le=10**9, description="number of the first row, from 0")] = 0
+    limit: Annotated[int, Field(ge=1, le=1000, description="how many at most")] = 20
+
+
+@dataclass(frozen=True)
+class Upload:
+    """The whole body on the disk, in a file without a name that vanishes with this request."""
+
+    file: IO[bytes]
+    sha256: str
+    name: str | None
+
+
+async def _upload(request: Request, caller: CallerDep, context: ContextDep) -> AsyncIterator[Upload]:
+    """Received without holding a thread, however slowly it comes; read only for those who showed a key."""
+    limit, kind = context.settings.max_dataset_bytes, media_type(request)
+    if kind not in (*JSONL_TYPES, MULTIPART):
+        raise UnsupportedMedia(
+            f"a dataset's Content-Type is {', '.join(JSONL_TYPES[:2])} or {MULTIPART}, got {kind or 'none'}",
+            hint="with curl: -H 'Content-Type: application/jsonl' --data-binary @rows.jsonl",
+        )
+    root = context.store.blobs.root
+    await run_in_threadpool(root.mkdir, parents=True, exist_ok=True)
+    with TemporaryFile(dir=root) as file:
+        if kind == MULTIPART:
+            limit = min(limit, MAX_MULTIPART_BYTES)
+            async with limited(request, limit, "a form (send a longer file as the body itself)").form(max_files=1) as form:
+                part = form.get("file")
+                if not isinstance(part, UploadFile):
+                    raise Malformed("the form has no field `file` with a file in it", code="missing_file")
+                digest = await _spool(_chunks_of(part), file)
+                yield Upload(file, digest, part.filename)
+        else:
+            digest = await _spool(limited(request, limit, "a dataset").stream(), file)
+            yield Upload(file, digest, None)
+
+
+async def _chunks_of(part: UploadFile) -> AsyncIterator[bytes]:
+    while chunk := await part.read(CHUNK_BYTES):
+        yield chunk
+
+
+async def _spool(chunks: AsyncIterator[bytes], file: IO[bytes]) -> str:
+    """Write to the file, in pieces that are worth a thread. Returns the sha256."""
+    digest, waiting = sha256(), bytearray()
+
+    def flush() -> None:
+        digest.update(waiting)
+        file.write(waiting)
+        waiting.clear()
+
+    async for chunk in chunks:
+        waiting += chunk
+        if len(waiting) >= CHUNK_BYTES:
+            await run_in_threadpool(flush)
+    await run_in_threadpool(flush)
+    file.seek(0)
+    return digest.hexdigest()
+
+
+BODY_SCHEMA = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "application/jsonl": {"schema": {"type": "string", "description": "one JSON object a line"}},
+            MULTIPART: {
+                "schema": {
+                    "type": "object",
+                    "required": ["file"],
+                    "properties": {"file": {"type": "string", "format": "binary"}},
+                }
+            },
+        },
+    }
+}
+
+
+@router.post("", status_code=201, response_model=DatasetView, responses=responses(409, *BODY), openapi_extra=BODY_SCHEMA)
+def create_dataset(
+    context: ContextDep,
+    caller: CallerDep,
+    query: Annotated[UploadQuery, Query()],
+    idempotency_key: IdempotencyKeyDep,
+    upload: Annotated[Upload, Depends(_upload)],
+) -> Any:
+    """Upload rows: JSONL, one object a line. Every line is checked; what is wrong is told by line number."""
+    name = parse(Name, query.name or upload.name or "unnamed", "/name")
+    sent = sha256(f"{name}\n{upload.sha256}".encode()).hexdigest()
+    with once(context.store, caller, idempotency_key, route="POST /v1/datasets", body_sha256=sent) as turn:
+        if turn.replay is not None:
+            return turn.replay
+        dataset = ingest(
+            context.store,
+            caller.project,
+            name,
+            upload.file,
+            context.settings.max_dataset_bytes,
+            also=lambda session, dataset: turn.complete(session, DatasetView.of(dataset)),
+        )
+    return DatasetView.of(dataset)
+
+
+@router.get("")
+def list_datasets(context: ContextDep, caller: CallerDep, query: Annotated[PageQuery, Query()]) -> DatasetPage:
+    """Datasets of the project, newest first."""
+    with context.store.begin(readonly=True) as session, below("/query"):
+        rows, has_more = datasets.page(session, caller.project, **query.model_dump())
+    return DatasetPage.of([DatasetView.of(row) for row in rows], [row.id for row in rows], has_more)
+
+
+@router.get("/{dataset_id}", responses=responses(404))
+def read_dataset(context: ContextDep, caller: CallerDep, dataset_id: str) -> DatasetView:
+    with context.store.begin(readonly=True) as session:
+        return DatasetView.of(datasets.get(session, caller.project, dataset_id))
+
+
+@router.get("/{dataset_id}/rows", responses=responses(404))
+def read_rows(context: ContextDep, caller: CallerDep, dataset_id: str, query: Annotated[RowsQuery, Query()]) -> RowsPage:
+    """Rows by number."""
+    with context.store.begin(readonly=True) as session:
+        dataset = datasets.get(session, caller.project, dataset_id)
+    end = query.offset + query.limit
+    try:
+        data = JsonlRows(context.store.blobs.path(dataset.path), end)[query.offset : end]
+    except FileNotFoundError:
+        raise files_missing(f"dataset {dataset_id}") from None
+    last = query.offset + len(data)
+    return RowsPage(
+        data=data,
+        has_more=last < dataset.rows,
+        first_id=query.offset if data else None,
+        last_id=last - 1 if data else None,
+        total=dataset.rows,
+    )
+
+
+@router.delete("/{dataset_id}", status_code=204, response_class=Response, responses=responses(404, 409))
+def delete_dataset(context: ContextDep, caller: CallerDep, dataset_id: str) -> None:
+    """Delete a dataset, unless a job that has not ended reads it."""
+    with context.store.begin() as session:
+        path = datasets.mark_deleted(session, caller.project, dataset_id, utcnow()).path
+    context.store.blobs.delete(path)  # should this process die here, the sweep removes the file

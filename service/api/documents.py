@@ -1,0 +1,143 @@
+"""JSON and YAML as callers may send them: plain JSON values, no key twice, nothing that a database or a stack cannot hold."""
+
+import json
+import re
+from typing import Any
+
+import yaml
+
+from service.errors import Malformed
+from service.jobs.storable import not_storable
+from service.validation import invalid
+
+MAX_DEPTH = 64
+EXPONENT = "[eE][-+]?[0-9]+"
+
+
+def parse_json(raw: bytes) -> Any:
+    """Raises Malformed with line and column, InvalidRequest with a pointer."""
+    text = _text(raw, "JSON")
+    try:
+        data = json.loads(text, object_pairs_hook=_no_key_twice)
+    except json.JSONDecodeError as error:
+        raise _malformed("JSON", error.msg, error.lineno, error.colno) from None
+    except RecursionError:
+        raise _too_deep() from None
+    except ValueError:  # Python converts no longer ones
+        raise Malformed("the body holds an integer of more than 4300 digits") from None
+    return _check(data)
+
+
+def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise Malformed(f"the key {twice!r} stands twice in one object", code="duplicate_key")
+    return found
+
+
+def _text(raw: bytes, kind: str) -> str:
+    if not raw.strip():
+        raise Malformed(f"the body is empty; {kind} is expected", code="empty_body")
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        before = raw[: error.start]
+        line, column = before.count(b"\n") + 1, error.start - before.rfind(b"\n")
+        raise _malformed(kind, f"not UTF-8 (byte 0x{raw[error.start]:02x})", line, column) from None
+
+
+def _malformed(kind: str, what: str, line: int, column: int) -> Malformed:
+    return Malformed(f"the body is not {kind}: line {line}, column {column}: {what}", line=line, column=column)
+
+
+def _too_deep() -> Malformed:
+    return Malformed(f"the body is nested more than {MAX_DEPTH} levels deep", code="too_deep")
+
+
+def _check(data: Any) -> Any:
+    _check_depth(data)
+    if errors := not_storable(data):
+        raise invalid(errors)
+    return data
+
+
+def _check_depth(value: Any, depth: int = 0) -> None:
+    if depth > MAX_DEPTH:
+        raise _too_deep()
+    for below in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        if isinstance(below, dict | list):
+            _check_depth(below, depth + 1)
+
+
+def canonical(data: Any) -> bytes:
+    """The same bytes for the same values."""
+    return json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+# ---------------------------------------------------------------- YAML
+
+
+class _Loader(yaml.CSafeLoader):
+    """YAML 1.2's core schema: `1e-5` is a number; dates, `no` and `12:30` are strings. No key twice."""
+
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 (PyYAML's own way; filled below)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.tag != "tag:yaml.org,2002:str":
+                raise _at(key.start_mark, "a key must be a string: put it in quotes")
+            if key.value in seen:
+                raise _at(key.start_mark, f"the key {key.value!r} stands twice in one mapping", "duplicate_key")
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+for _tag, _pattern, _first in (
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    ("int", r"[-+]?(0|[1-9][0-9]*)", list("-+0123456789")),
+    ("float", rf"[-+]?(\.[0-9]+|[0-9]+\.[0-9]*)({EXPONENT})?|[-+]?[0-9]+{EXPONENT}", list("-+0123456789.")),
+    ("float", r"[-+]?\.(inf|Inf)|\.(nan|NaN)", list("-+.")),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), _first)
+
+
+def parse_yaml(raw: bytes) -> Any:
+    """Raises Malformed with line and column, InvalidRequest with a pointer."""
+    text = _text(raw, "YAML")
+    try:
+        _check_events(text)
+        data = yaml.load(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        raise _at(mark, ", ".join(filter(None, (error.context, error.problem)))) from None
+    except yaml.YAMLError as error:
+        raise Malformed(f"the body is not YAML: {str(error).splitlines()[0]}") from None
+    except ValueError:
+        raise Malformed("the body holds an integer of more than 4300 digits") from None
+    return _check(data)
+
+
+def _check_events(text: str) -> None:
+    """Before anything is built: no tags, no bottomless nesting, and no aliases, which make gigabytes out of a line."""
+    depth = 0
+    for event in yaml.parse(text, Loader=_Loader):
+        if isinstance(event, yaml.AliasEvent):
+            raise _at(event.start_mark, f"aliases (*{event.anchor}) are not taken; write the value out")
+        if getattr(event, "tag", None) is not None:
+            raise _at(event.start_mark, f"tags ({event.tag}) are not taken; only JSON's values are")
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_DEPTH:
+            raise _too_deep()
+
+
+def _at(mark: Any, what: str, code: str | None = None) -> Malformed:
+    if mark is None:
+        return Malformed(f"the body is not YAML: {what}", code=code)
+    line, column = mark.line + 1, mark.column + 1
+    return Malformed(
+        f"the body is not YAML that is taken: line {line}, column {column}: {what}", code=code, line=line, column=column
+    )

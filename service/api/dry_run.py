@@ -1,0 +1,74 @@
+"""The dry run: everything that is known before the queue, and nothing that is kept."""
+
+from typing import Annotated, Any, Literal
+
+from anyio import to_thread
+from fastapi import APIRouter
+from pydantic import BaseModel, Field
+from starlette.concurrency import run_in_threadpool
+
+from service.api.auth import Caller, CallerDep
+from service.api.bodies import DocumentDep, documented
+from service.api.context import Context, ContextDep
+from service.api.examples import JOB_SPEC
+from service.api.problems import BODY, responses
+from service.jobs.resolve import Resolved, resolve
+from service.jobs.spec import JobSpec
+from service.rewards.preview import Preview, run_preview
+from service.validation import parse
+
+router = APIRouter(prefix="/v1", tags=["jobs"])
+
+PREVIEW_ROWS = 4
+PREVIEW_TIMEOUT_S = 20.0
+
+
+class SampleView(BaseModel):
+    """A row as the job will put it, and what its own right answer gets from the graders."""
+
+    prompt: Annotated[str | list[dict[str, Any]], Field(description="text, or chat messages")]
+    reference: Annotated[str | None, Field(description="the right answer, where the spec says what it is")]
+    graded: Annotated[dict[str, Any] | None, Field(description="total and scores of the right answer")]
+    errors: list[str]
+
+
+class DryRun(BaseModel):
+    """What a job of this spec would be."""
+
+    object: Literal["dry_run"] = "dry_run"
+    spec: Annotated[dict[str, Any], Field(description="every default filled in, the objective as its axes")]
+    spec_sha256: str
+    data_sha256: str
+    estimates: dict[str, Any]
+    samples: list[SampleView]
+    warnings: Annotated[list[str], Field(description="what is legal and probably not meant")]
+
+
+@router.post("/jobs:validate", responses=responses(*BODY), openapi_extra=documented("JobSpec", JOB_SPEC))
+async def validate_job(context: ContextDep, caller: CallerDep, document: DocumentDep) -> DryRun:
+    """Check and resolve a spec, and grade the right answers of its first rows; nothing is stored or queued."""
+    resolved = await run_in_threadpool(_resolve, context, caller, document.data)
+    # Graders run code of a spec's choice: in a process with a time limit, and not on the threads that serve others.
+    preview = await to_thread.run_sync(_preview, context, resolved, limiter=context.previews)
+    return DryRun(
+        spec=resolved.spec,
+        spec_sha256=resolved.spec_sha256,
+        data_sha256=resolved.data_sha256,
+        estimates=resolved.estimates,
+        samples=[SampleView(**sample) for sample in preview.samples],
+        warnings=[*resolved.warnings, *preview.warnings],
+    )
+
+
+def _resolve(context: Context, caller: Caller, sent: Any) -> Resolved:
+    return resolve(context.store, context.settings, caller.project, parse(JobSpec, sent))
+
+
+def _preview(context: Context, resolved: Resolved) -> Preview:
+    return run_preview(
+        resolved.spec,
+        dataset_paths=resolved.dataset_paths,
+        secrets=context.settings.grader_secrets,
+        rows=PREVIEW_ROWS,
+        timeout_s=PREVIEW_TIMEOUT_S,
+    )

@@ -1,0 +1,136 @@
+"""The events of a job: as a list, or as a stream that ends with the job."""
+
+from collections.abc import AsyncIterator
+from datetime import datetime
+from time import monotonic
+from typing import Annotated, Any, Literal, Self
+
+from fastapi import APIRouter, Depends, Header, Query, Request, Response
+from fastapi.responses import JSONResponse
+from fastapi.sse import EventSourceResponse, format_sse_event
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.concurrency import run_in_threadpool
+
+from service.api.auth import Caller, CallerDep
+from service.api.context import Context, ContextDep
+from service.api.problems import responses
+from service.errors import Malformed, NotFound, Unauthorized
+from service.jobs.state import FINAL, Status
+from service.store import events, jobs, keys
+from service.store.tables import Event
+
+router = APIRouter(prefix="/v1/jobs/{job_id}/events", tags=["jobs"])
+
+POLL_S = 2.0  # how soon an event is seen whose signal was lost
+KEEP_ALIVE_S = 15.0
+BATCH = 500
+RETRY_MS = 1000
+MAX_SEQ = 2**31 - 1
+
+
+class EventView(BaseModel):
+    """Something that happened to a job."""
+
+    object: Literal["event"] = "event"
+    job_id: str
+    seq: Annotated[int, Field(description="1, 2, 3 ... without gaps")]
+    type: Annotated[str, Field(description="created, queued, status_changed, phase_changed, resolved, step, evaluation, ...")]
+    data: dict[str, Any]
+    created_at: datetime
+
+    @classmethod
+    def of(cls, event: Event) -> Self:
+        return cls.model_validate(event, from_attributes=True)
+
+
+class EventPage(BaseModel):
+    """Events, oldest first: the cursor is the last `seq`."""
+
+    object: Literal["list"] = "list"
+    data: list[EventView]
+    has_more: bool
+    first_id: int | None
+    last_id: Annotated[int | None, Field(description="pass it as `after` to get the next page")]
+
+
+class EventsQuery(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    after: Annotated[int, Field(ge=0, le=MAX_SEQ, description="only events with a greater `seq`")] = 0
+    limit: Annotated[int, Field(ge=1, le=1000, description="how many at most; a stream has no limit")] = 100
+
+
+def _last_event_id(
+    last_event_id: Annotated[str | None, Header(description="where a stream goes on; wins over `after`")] = None,
+) -> int | None:
+    if not last_event_id:
+        return None
+    if not last_event_id.isdecimal() or int(last_event_id) > MAX_SEQ:
+        raise Malformed("Last-Event-ID must be the id of an event of this job, a number", code="invalid_last_event_id")
+    return int(last_event_id)
+
+
+STREAMS = {
+    200: {
+        "description": "A list, or with `Accept: text/event-stream` a stream: id is `seq`, event is `type`, data is an Event.",
+        "model": EventPage,
+        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+    }
+}
+
+
+@router.get("", response_model=EventPage, responses=STREAMS | responses(404))
+async def list_events(
+    request: Request,
+    context: ContextDep,
+    caller: CallerDep,
+    job_id: str,
+    query: Annotated[EventsQuery, Query()],
+    last_event_id: Annotated[int | None, Depends(_last_event_id)],
+) -> Response:
+    """What happened to the job, oldest first. A stream goes on until the job has ended and all was told."""
+    if "text/event-stream" in request.headers.get("accept", ""):
+        await run_in_threadpool(_read, context, caller, job_id, 0, 0)  # a 404 must come before the stream begins
+        after = query.after if last_event_id is None else last_event_id
+        stream = _stream(context, caller, job_id, after)
+        return EventSourceResponse(stream, headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+    found, _ = await run_in_threadpool(_read, context, caller, job_id, query.after, query.limit + 1)
+    data, more = found[: query.limit], len(found) > query.limit
+    seqs = [event.seq for event in data]
+    page = EventPage(data=data, has_more=more, first_id=seqs[0] if seqs else None, last_id=seqs[-1] if seqs else None)
+    return JSONResponse(page.model_dump(mode="json"))
+
+
+def _read(context: Context, caller: Caller, job_id: str, after: int, limit: int) -> tuple[list[EventView], bool]:
+    """Events behind `after`, and whether these are the last ones that will ever be. One short transaction."""
+    with context.store.begin(readonly=True) as session:
+        if not keys.is_in_force(session, caller.key_id):  # revoked while it streamed
+            raise Unauthorized("this API key was revoked", code="invalid_api_key")
+        status, _ = jobs.standing(session, caller.project, job_id)
+        has_ended = Status(status) in FINAL  # looked at first: a final status comes with its event or after it
+        rows = events.after(session, job_id, after, limit)
+    return [EventView.of(row) for row in rows], has_ended and len(rows) < limit
+
+
+async def _stream(context: Context, caller: Caller, job_id: str, after: int) -> AsyncIterator[bytes]:
+    """Woken by signals; between two looks it holds neither a thread nor a connection."""
+    yield format_sse_event(retry=RETRY_MS, comment=f"events of {job_id}")
+    told_at = monotonic()
+    with context.signals.watch(job_id) as bell:  # before the first look: nothing is missed between look and wait
+        while not context.stopping.is_set():
+            try:
+                found, is_last = await run_in_threadpool(_read, context, caller, job_id, after, BATCH)
+            except (NotFound, Unauthorized):  # deleted, or revoked, meanwhile
+                return
+            for event in found:
+                after = event.seq
+                yield format_sse_event(id=str(event.seq), event=event.type, data_str=event.model_dump_json())
+            if is_last:
+                return
+            if found:
+                told_at = monotonic()
+            elif monotonic() - told_at > KEEP_ALIVE_S:
+                told_at = monotonic()
+                yield b": still here\n\n"
+            if len(found) < BATCH:
+                await bell.wait(POLL_S)

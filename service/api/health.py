@@ -1,0 +1,105 @@
+"""Whether the service lives, whether it can work, and numbers about it. No key is asked for: nothing here is anybody's data."""
+
+from collections.abc import Callable
+from time import perf_counter
+from typing import Annotated, Literal
+
+from fastapi import APIRouter, Response
+from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, CollectorRegistry, Gauge, generate_latest
+from pydantic import BaseModel, Field
+from sqlalchemy import select
+from starlette.responses import JSONResponse
+
+from service.api.context import Context, ContextDep
+from service.doorbell import CLASSES
+from service.ids import utcnow
+from service.jobs.state import Status
+from service.store import jobs, workers
+from service.store.tables import ApiKey
+
+router = APIRouter(tags=["health"])
+
+RETRY_AFTER_S = "5"
+
+
+class Alive(BaseModel):
+    status: Literal["alive"] = "alive"
+
+
+class Check(BaseModel):
+    ok: bool
+    detail: Annotated[str | None, Field(description="what is wrong")] = None
+    took_s: float
+
+
+class WorkersCheck(BaseModel):
+    alive: Annotated[int, Field(description="workers that were seen within the last minute")]
+    detail: str | None = None
+
+
+class Ready(BaseModel):
+    """Ready is who reaches database and Redis. Workers may come later: jobs wait for them."""
+
+    status: Literal["ready", "unavailable"]
+    database: Check
+    redis: Check
+    workers: WorkersCheck | None
+
+
+@router.get("/livez")
+async def livez() -> Alive:
+    """The process answers."""
+    return Alive()
+
+
+@router.get("/readyz", response_model=Ready, responses={503: {"model": Ready, "description": "Something is away."}})
+def readyz(context: ContextDep) -> Response:
+    """Whether requests can be served: 200 or 503, and why."""
+    database = _check(lambda: _ask_database(context), "the database does not answer, or was not migrated")
+    redis = _check(context.doorbell.ping, "Redis does not answer")
+    ready = database.ok and redis.ok
+    answer = Ready(
+        status="ready" if ready else "unavailable",
+        database=database,
+        redis=redis,
+        workers=_workers(context) if database.ok else None,
+    )
+    return JSONResponse(answer.model_dump(mode="json"), 200 if ready else 503, {} if ready else {"Retry-After": RETRY_AFTER_S})
+
+
+def _check(ask: Callable[[], bool], otherwise: str) -> Check:
+    started = perf_counter()
+    try:
+        ok = ask()
+    except Exception:  # why it failed is in the log of that part; here only that it did
+        ok = False
+    return Check(ok=ok, detail=None if ok else otherwise, took_s=round(perf_counter() - started, 4))
+
+
+def _ask_database(context: Context) -> bool:
+    with context.store.begin(readonly=True) as session:
+        session.execute(select(ApiKey.id).limit(1))
+    return True
+
+
+def _workers(context: Context) -> WorkersCheck:
+    with context.store.begin(readonly=True) as session:
+        alive = [worker for worker in workers.alive(session, utcnow()) if not worker.draining]
+    return WorkersCheck(alive=len(alive), detail=None if alive else "no worker was seen lately: jobs wait in the queue")
+
+
+@router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}})
+def prometheus(context: ContextDep) -> Response:
+    """Counters and gauges in Prometheus' text format."""
+    now, gauges = utcnow(), CollectorRegistry()
+    by_status = Gauge("ratchet_jobs", "Jobs by status", ["status"], registry=gauges)
+    depth = Gauge("ratchet_queue_depth", "Queued jobs that may start now, by class", ["resource_class"], registry=gauges)
+    seen = Gauge("ratchet_workers_alive", "Workers that were seen within the last minute", registry=gauges)
+    with context.store.begin(readonly=True) as session:
+        counts = jobs.count_by_status(session)
+        for class_ in CLASSES:
+            depth.labels(class_).set(jobs.count_queued(session, class_, now))
+        seen.set(len(workers.alive(session, now)))
+    for status in Status:
+        by_status.labels(status.value).set(counts.get(status.value, 0))
+    return Response(generate_latest(REGISTRY) + generate_latest(gauges), media_type=CONTENT_TYPE_LATEST)

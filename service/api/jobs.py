@@ -1,0 +1,176 @@
+"""Jobs: created, listed, followed, paused, resumed, cancelled, forked, deleted."""
+
+from time import monotonic
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Query, Request, Response
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.concurrency import run_in_threadpool
+
+from service.api.auth import Caller, CallerDep
+from service.api.bodies import DocumentDep, OptionalDocumentDep, documented
+from service.api.context import Context, ContextDep
+from service.api.events import MAX_SEQ, POLL_S
+from service.api.examples import JOB_SPEC
+from service.api.idempotency import IdempotencyKeyDep, Once, once
+from service.api.pages import PageQuery
+from service.api.problems import BODY, responses
+from service.api.views import JobPage, JobSummary, JobView
+from service.jobs import lifecycle
+from service.jobs.fork import forked_spec
+from service.jobs.resolve import resolve
+from service.jobs.spec import CheckpointRef, JobSpec
+from service.jobs.state import FINAL, Status
+from service.store import jobs
+from service.validation import below, parse
+
+router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
+
+
+class JobsQuery(PageQuery):
+    status: Annotated[list[Status], Field(description="any of these; repeatable")] = Field(default_factory=list)
+    kind: Literal["rl", "supervised"] | None = None
+    tag: Annotated[str | None, Field(max_length=200, description="jobs with this tag")] = None
+    name: Annotated[str | None, Field(max_length=200, description="a part of the name; case is ignored")] = None
+
+
+class WaitQuery(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    wait_s: Annotated[float, Field(ge=0, le=60, description="long poll: wait up to so long for something to happen")] = 0
+    after_event: Annotated[
+        int | None,
+        Field(ge=0, le=MAX_SEQ, description="the `last_event` that you know; default: the newest one now"),
+    ] = None
+
+
+class ForkRequest(BaseModel):
+    """What shall be different in the new job."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    from_checkpoint: Annotated[
+        str | CheckpointRef | None, Field(description="where it starts; default: the parent's newest checkpoint")
+    ] = None
+    spec: Annotated[
+        dict[str, Any], Field(description="merged into the parent's spec as it was sent (RFC 7396: null removes a key)")
+    ] = Field(default_factory=dict)
+
+
+@router.post(
+    "", status_code=201, response_model=JobView, responses=responses(409, *BODY), openapi_extra=documented("JobSpec", JOB_SPEC)
+)
+def create_job(context: ContextDep, caller: CallerDep, document: DocumentDep, idempotency_key: IdempotencyKeyDep) -> Any:
+    """Check a spec, resolve it, and queue the job."""
+    with once(context.store, caller, idempotency_key, route="POST /v1/jobs", body_sha256=document.sha256) as turn:
+        if turn.replay is not None:
+            return turn.replay
+        return _create(context, caller, document.data, turn)
+
+
+@router.post(
+    "/{job_id}/fork",
+    status_code=201,
+    response_model=JobView,
+    responses=responses(404, 409, *BODY),
+    openapi_extra=documented("ForkRequest", required=False),
+)
+def fork_job(
+    context: ContextDep, caller: CallerDep, job_id: str, document: OptionalDocumentDep, idempotency_key: IdempotencyKeyDep
+) -> Any:
+    """Queue a new job that goes on from this one, in any way differently. The parent stays as it is."""
+    request = parse(ForkRequest, document.data)
+    with context.store.begin(readonly=True) as session:
+        parent = jobs.get(session, caller.project, job_id)
+    start = request.from_checkpoint
+    start = start.model_dump(mode="json") if isinstance(start, CheckpointRef) else start
+    with once(
+        context.store, caller, idempotency_key, route=f"POST /v1/jobs/{parent.id}/fork", body_sha256=document.sha256
+    ) as turn:
+        if turn.replay is not None:
+            return turn.replay
+        sent = forked_spec(parent, start, request.spec)
+        with below("/spec"):
+            return _create(context, caller, sent, turn, parent_id=parent.id)
+
+
+def _create(context: Context, caller: Caller, sent: dict[str, Any], turn: Once, *, parent_id: str | None = None) -> JobView:
+    resolved = resolve(context.store, context.settings, caller.project, parse(JobSpec, sent))
+    job = lifecycle.create_job(
+        context.store,
+        context.doorbell,
+        project=caller.project,
+        sent=sent,
+        resolved=resolved,
+        parent_id=parent_id,
+        also=lambda session, job: turn.complete(session, JobView.of(job)),
+    )
+    return JobView.of(job)
+
+
+@router.get("")
+def list_jobs(context: ContextDep, caller: CallerDep, query: Annotated[JobsQuery, Query()]) -> JobPage:
+    """Jobs without their specs, newest first."""
+    with context.store.begin(readonly=True) as session, below("/query"):
+        rows, has_more = jobs.page(session, caller.project, **query.model_dump())
+    return JobPage.of([JobSummary.of(row) for row in rows], [row.id for row in rows], has_more)
+
+
+@router.get("/{job_id}", response_model=JobView, responses=responses(404))
+async def read_job(
+    request: Request, context: ContextDep, caller: CallerDep, job_id: str, query: Annotated[WaitQuery, Query()]
+) -> Response:
+    """A job. With `wait_s` the answer comes when `last_event` passes `after_event`, the job has ended, or time is up."""
+    await _wait(request, context, caller, job_id, query)
+    return await run_in_threadpool(_answer, context, caller, job_id)
+
+
+async def _wait(request: Request, context: Context, caller: Caller, job_id: str, query: WaitQuery) -> None:
+    """Woken by signals; between two looks it holds neither a thread nor a connection."""
+    deadline, known = monotonic() + query.wait_s, query.after_event
+    with context.signals.watch(job_id) as bell:
+        while (left := deadline - monotonic()) > 0 and not context.stopping.is_set():
+            if await request.is_disconnected():
+                return
+            status, last_event = await run_in_threadpool(_standing, context, caller, job_id)
+            known = last_event if known is None else known
+            if last_event > known or status in FINAL:
+                return
+            await bell.wait(min(left, POLL_S))
+
+
+def _standing(context: Context, caller: Caller, job_id: str) -> tuple[Status, int]:
+    with context.store.begin(readonly=True) as session:
+        status, last_event = jobs.standing(session, caller.project, job_id)
+    return Status(status), last_event
+
+
+def _answer(context: Context, caller: Caller, job_id: str) -> Response:
+    """Written here, in a thread, for a spec with thousands of inline rows takes a while."""
+    with context.store.begin(readonly=True) as session:
+        job = jobs.get(session, caller.project, job_id)
+    return Response(JobView.of(job).model_dump_json(), media_type="application/json")
+
+
+@router.post("/{job_id}/pause", responses=responses(404, 409))
+def pause_job(context: ContextDep, caller: CallerDep, job_id: str) -> JobView:
+    """Let the job rest: a queued one at once, a running one when it has saved a checkpoint."""
+    return JobView.of(lifecycle.pause(context.store, context.doorbell, caller.project, job_id))
+
+
+@router.post("/{job_id}/resume", responses=responses(404, 409))
+def resume_job(context: ContextDep, caller: CallerDep, job_id: str) -> JobView:
+    """Queue a paused job again; it goes on from its newest checkpoint."""
+    return JobView.of(lifecycle.resume(context.store, context.doorbell, caller.project, job_id))
+
+
+@router.post("/{job_id}/cancel", responses=responses(404, 409))
+def cancel_job(context: ContextDep, caller: CallerDep, job_id: str) -> JobView:
+    """End the job. What it has saved, measured and sampled is kept."""
+    return JobView.of(lifecycle.cancel(context.store, context.doorbell, caller.project, job_id))
+
+
+@router.delete("/{job_id}", status_code=204, response_class=Response, responses=responses(404, 409))
+def delete_job(context: ContextDep, caller: CallerDep, job_id: str) -> None:
+    """Remove a job that has ended, with its events, metrics and rollouts. Its checkpoints stay."""
+    lifecycle.delete(context.store, caller.project, job_id)

@@ -1,0 +1,72 @@
+"""Around every request: an id, counters, a few headers, and a refusal of what no database can look up."""
+
+from time import perf_counter
+
+from prometheus_client import Counter, Histogram
+from starlette.datastructures import MutableHeaders
+from starlette.requests import Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.api.problems import problem
+from service.errors import Malformed
+from service.ids import new_id
+
+METHODS = frozenset({"GET", "POST", "DELETE", "PUT", "PATCH", "HEAD", "OPTIONS"})
+REQUESTS = Counter("ratchet_http_requests_total", "HTTP requests answered", ["method", "route", "status"])
+SECONDS = Histogram(
+    "ratchet_http_first_byte_seconds",
+    "Seconds until an answer began; a stream goes on long after that",
+    ["method", "route"],
+    buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60),
+)
+HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "Cache-Control": "no-store",
+    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
+}
+
+
+class Frame:
+    """Plain ASGI: it adds nothing to a stream but its first message."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        scope["request_id"] = request_id = new_id("req")
+        started = perf_counter()
+        status = 0
+
+        async def send_framed(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = MutableHeaders(scope=message)
+                headers["X-Request-Id"] = request_id
+                for name, value in HEADERS.items():
+                    headers.setdefault(name, value)
+            await send(message)
+            if message["type"] == "http.response.start":
+                _count(scope, status, perf_counter() - started)
+
+        try:
+            if "\0" in scope["path"] or b"%00" in scope["query_string"]:
+                answer = problem(Request(scope), Malformed("the URL contains a NUL character", code="malformed_url"))
+                await answer(scope, receive, send_framed)
+            else:
+                await self.app(scope, receive, send_framed)
+        except Exception:
+            if not status:  # the answer is sent further out, by the handler of what nobody expected
+                _count(scope, 500, perf_counter() - started)
+            raise
+
+
+def _count(scope: Scope, status: int, seconds: float) -> None:
+    """Labels come from small sets only: whatever a client sends must not make new time series."""
+    method = scope["method"] if scope["method"] in METHODS else "other"
+    route = getattr(scope.get("route"), "path_format", "none")
+    REQUESTS.labels(method, route, str(status)).inc()
+    SECONDS.labels(method, route).observe(seconds)

@@ -1,0 +1,59 @@
+"""Models that a job may start from without a download: the built-in one, and folders that the operator laid ready."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter
+from pydantic import BaseModel, Field
+
+from service.api.auth import CallerDep
+from service.api.context import ContextDep
+from service.api.pages import Page
+
+router = APIRouter(prefix="/v1/models", tags=["models"])
+
+FACTS = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "max_position_embeddings")
+
+
+class ModelView(BaseModel):
+    """A model, by what to write as `model.source`."""
+
+    id: Annotated[str, Field(description="write this as model.source")]
+    object: Literal["model"] = "model"
+    kind: Literal["builtin", "folder"]
+    description: str
+    config: Annotated[dict[str, Any], Field(description="a few facts from its config.json")]
+    size_bytes: Annotated[int | None, Field(description="of its weights")]
+
+
+class ModelPage(Page[ModelView]):
+    pass
+
+
+TINY = ModelView(
+    id="tiny",
+    kind="builtin",
+    description="a small Llama with a character tokenizer, made from a config and a seed: works offline, trains on a CPU",
+    config={"model_type": "llama"},
+    size_bytes=None,
+)
+
+
+@router.get("")
+def list_models(context: ContextDep, caller: CallerDep) -> ModelPage:
+    """The built-in model and the folders of the operator. Any model of the hub may be named too, where workers reach it."""
+    folder = context.settings.local_models_dir
+    paths = sorted(path.parent for path in folder.glob("*/config.json")) if folder.is_dir() else []
+    models = [TINY, *(_of_folder(path) for path in paths)]
+    return ModelPage.of(models, [model.id for model in models])
+
+
+def _of_folder(path: Path) -> ModelView:
+    try:
+        config = json.loads((path / "config.json").read_text())
+    except (OSError, ValueError):
+        config = {}
+    facts = {name: config[name] for name in FACTS if name in config} if isinstance(config, dict) else {}
+    size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
+    return ModelView(id=path.name, kind="folder", description=f"the folder {path}", config=facts, size_bytes=size or None)

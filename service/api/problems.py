@@ -1,0 +1,248 @@
+"""Errors as they leave the house: RFC 9457 problem documents, with an `error` object of OpenAI's shape beside.
+
+One table maps the classes of `service.errors` to statuses. What nobody expected is a 500 that says nothing of its cause:
+the log has that, under the same request id.
+"""
+
+import logging
+from collections.abc import Mapping
+from http import HTTPStatus
+from typing import Annotated, Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ConfigDict, Field
+from sqlalchemy.exc import InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from service.errors import (
+    BodyTooLarge,
+    Conflict,
+    FieldError,
+    Forbidden,
+    InFlight,
+    InvalidRequest,
+    Malformed,
+    NotFound,
+    RatchetError,
+    Unauthorized,
+    Unavailable,
+    UnsupportedMedia,
+)
+from service.validation import field_errors, invalid, shown, unknown_key, without_secrets
+
+log = logging.getLogger(__name__)
+
+MEDIA_TYPE = "application/problem+json"
+STATUSES: Mapping[type[RatchetError], int] = {
+    Malformed: 400,
+    Unauthorized: 401,
+    Forbidden: 403,
+    NotFound: 404,
+    Conflict: 409,
+    BodyTooLarge: 413,
+    UnsupportedMedia: 415,
+    InvalidRequest: 422,
+    Unavailable: 503,
+    RatchetError: 500,
+}
+HEADERS: Mapping[type[RatchetError], dict[str, str]] = {
+    Unauthorized: {"WWW-Authenticate": 'Bearer realm="ratchet"'},
+    InFlight: {"Retry-After": "1"},
+    Unavailable: {"Retry-After": "5"},
+}
+OPENAI_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 409: "conflict_error"}
+CODES = {404: "route_not_found", 405: "method_not_allowed"}  # of errors that the framework raises
+
+
+class ProblemField(BaseModel):
+    """One thing that is wrong with the request."""
+
+    model_config = ConfigDict(extra="allow")
+
+    pointer: Annotated[str, Field(description="JSON pointer into the body; /query/... for a query parameter")]
+    detail: Annotated[str, Field(description="what is wrong, what is allowed")]
+    code: str
+    got: Annotated[Any, Field(description="what came, shortened")] = None
+    allowed: Annotated[Any, Field(description="what may stand there")] = None
+
+
+class OpenAIError(BaseModel):
+    """The same in the shape that clients of OpenAI's API know."""
+
+    message: str
+    type: str
+    param: str | None = None
+    code: str
+
+
+class Problem(BaseModel):
+    """What went wrong (RFC 9457). Some codes bring further members, such as allowed_moves."""
+
+    model_config = ConfigDict(extra="allow")
+
+    type: str
+    title: str
+    status: int
+    detail: Annotated[str, Field(description="for people: what came, what is allowed, what to do")]
+    instance: str
+    code: Annotated[str, Field(description="for programs; stable")]
+    retryable: Annotated[bool, Field(description="the same request may succeed later")]
+    hint: str | None = None
+    request_id: str | None = None
+    errors: Annotated[list[ProblemField] | None, Field(description="every field that is wrong")] = None
+    error: OpenAIError
+
+
+def problem(
+    request: Request, error: RatchetError, *, status: int | None = None, headers: Mapping[str, str] | None = None
+) -> JSONResponse:
+    """The answer to a request that ended with this error."""
+    status = status or int(_of_class(STATUSES, error))
+    if status >= 500 and not isinstance(error, Unavailable):
+        error = RatchetError(
+            "something went wrong here; the log has it under this request_id", hint="try again, then report it"
+        )
+    errors = [_field(one) for one in error.errors] if isinstance(error, InvalidRequest) else []
+    detail = without_secrets(error.detail)
+    body = Problem(
+        type=f"urn:ratchet:problem:{error.code}",
+        title=HTTPStatus(status).phrase,
+        status=status,
+        detail=detail,
+        instance=request.url.path,
+        code=error.code,
+        retryable=error.retryable,
+        hint=error.hint,
+        request_id=request.scope.get("request_id"),
+        errors=errors or None,
+        error=OpenAIError(
+            message=detail,
+            type=OPENAI_TYPES.get(status, "invalid_request_error" if status < 500 else "server_error"),
+            param=errors[0].pointer if errors else None,
+            code=error.code,
+        ),
+        **{name: value for name, value in error.extra.items() if name not in Problem.model_fields},
+    )
+    content = body.model_dump(mode="json", exclude_none=True, fallback=str)
+    all_headers = {"X-Request-Id": body.request_id or "", **_of_class(HEADERS, error, {}), **(headers or {})}
+    return JSONResponse(content, status, all_headers, MEDIA_TYPE)
+
+
+def _field(error: FieldError) -> ProblemField:
+    name = error.pointer.rpartition("/")[2]
+    return ProblemField(**{**error.as_dict(), "detail": without_secrets(error.detail), "got": shown(error.got, name)})
+
+
+def files_missing(what: str) -> NotFound:
+    """The row is there, the blobs are not."""
+    hint = "API and workers must share one data directory (RATCHET_DATA_DIR)"
+    return NotFound(f"the files of {what} are not on this machine", code="files_missing", hint=hint)
+
+
+def _of_class(table: Mapping[type[RatchetError], Any], error: RatchetError, default: Any = None) -> Any:
+    return next((table[kind] for kind in type(error).__mro__ if kind in table), default)
+
+
+# ---------------------------------------------------------------- handlers
+
+
+def install(app: FastAPI) -> None:
+    """Every error of ours, of the framework's and of nobody's is answered with a problem."""
+    for kind, handler in HANDLERS.items():
+        app.add_exception_handler(kind, handler)
+
+
+async def _ours(request: Request, error: Any) -> JSONResponse:
+    if _of_class(STATUSES, error) == 500:
+        log.error("unexpected %s in %s", type(error).__name__, request.scope.get("request_id"), exc_info=error)
+    return problem(request, error)
+
+
+async def _parameters(request: Request, error: Any) -> JSONResponse:
+    """Query parameters, headers and paths that FastAPI refused."""
+    found = [one for one in error.errors() if one["type"] != "extra_forbidden"]
+    errors = field_errors(Any, found)
+    for one in error.errors():
+        if one["type"] == "extra_forbidden":
+            place, name = one["loc"]
+            errors.append(unknown_key(f"/{place}/{name}", str(name), _legal_parameters(request, place)))
+    return problem(request, invalid(errors))
+
+
+def _legal_parameters(request: Request, place: str) -> list[str]:
+    operation = _documented(request).get(request.method.lower(), {})
+    return sorted(one["name"] for one in operation.get("parameters", []) if one["in"] == place)
+
+
+def _documented(request: Request) -> dict[str, Any]:
+    """What openapi.json says of this path: its methods, and their parameters."""
+    path = getattr(request.scope.get("route"), "path_format", "")
+    return request.app.openapi()["paths"].get(path, {})
+
+
+async def _framework(request: Request, error: Any) -> JSONResponse:
+    status, detail, headers = error.status_code, str(error.detail), dict(error.headers or {})
+    if status == 404:
+        detail = f"there is no {request.url.path}; the routes are listed in /openapi.json"
+    if status == 405:
+        headers["Allow"] = ", ".join(sorted(method.upper() for method in _documented(request)))
+        detail = f"{request.method} is not possible here; possible: {headers['Allow']}"
+    code = CODES.get(status, HTTPStatus(status).phrase.lower().replace(" ", "_"))
+    return problem(request, RatchetError(detail, code=code), status=status, headers=headers)
+
+
+async def _store_is_away(request: Request, error: Any) -> JSONResponse:
+    log.warning("the database does not answer: %s", error.orig if isinstance(error, OperationalError) else error)
+    return problem(request, Unavailable("the database does not answer just now", code="database_unavailable"))
+
+
+async def _client_went(request: Request, error: Any) -> JSONResponse:
+    return problem(request, Malformed("the connection ended before the body did", code="body_incomplete"))
+
+
+async def _unexpected(request: Request, error: Any) -> JSONResponse:
+    """The server logs the exception itself, for it is raised again behind this answer."""
+    log.error("request %s failed", request.scope.get("request_id"))
+    return problem(request, RatchetError(""))
+
+
+HANDLERS: Mapping[type[Exception], Any] = {
+    RatchetError: _ours,
+    RequestValidationError: _parameters,
+    HTTPException: _framework,
+    OperationalError: _store_is_away,
+    InterfaceError: _store_is_away,
+    PoolTimeout: _store_is_away,
+    ClientDisconnect: _client_went,
+    Exception: _unexpected,
+}
+
+
+# ---------------------------------------------------------------- documentation
+
+DESCRIPTIONS = {
+    400: "The body or the request cannot be read.",
+    401: "No API key, or a wrong one.",
+    403: "The API key does not allow this.",
+    404: "No such object in this project.",
+    409: "The state of the object does not allow this now.",
+    413: "The body is too large.",
+    415: "The body is in a format that is not taken here.",
+    422: "Something in the request is wrong; `errors` says what and where.",
+    500: "Something went wrong in the service.",
+    503: "Something that the service stands on is away; see Retry-After.",
+}
+
+
+def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """For a route's `responses`: problems with these statuses."""
+    schema = {"$ref": "#/components/schemas/Problem"}
+    return {one: {"description": DESCRIPTIONS[one], "content": {MEDIA_TYPE: {"schema": schema}}} for one in sorted(statuses)}
+
+
+COMMON = (400, 401, 422, 500, 503)
+BODY = (413, 415)

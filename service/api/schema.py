@@ -1,0 +1,53 @@
+"""/openapi.json: what FastAPI finds by itself, and the bodies that we parse ourselves."""
+
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as version_of
+from typing import Any
+
+from fastapi import FastAPI
+from pydantic import TypeAdapter
+
+from service.api.events import EventView
+from service.api.jobs import ForkRequest
+from service.api.keys import KeyRequest
+from service.api.problems import Problem
+from service.jobs.spec import JobSpec
+
+REF = "#/components/schemas/{model}"
+# What is sent, as it may be written, and what FastAPI does not see in a route's signature.
+SENT = {"JobSpec": JobSpec, "ForkRequest": ForkRequest, "KeyRequest": KeyRequest}
+ANSWERED = {"Problem": Problem, "EventView": EventView}
+
+
+def version() -> str:
+    try:
+        return version_of("ratchet-rl")
+    except PackageNotFoundError:  # run from a folder that was not installed
+        return "0"
+
+
+def complete(app: FastAPI) -> None:
+    """Make `app.openapi()` add them."""
+    found_by_fastapi = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            document = found_by_fastapi()
+            schemas = document.setdefault("components", {}).setdefault("schemas", {})
+            for name, model in SENT.items():
+                _add(schemas, name, model, "validation")
+            for name, model in ANSWERED.items():
+                _add(schemas, name, model, "serialization")
+            document["components"]["schemas"] = dict(sorted(schemas.items()))
+            app.openapi_schema = document
+        return app.openapi_schema
+
+    app.openapi = openapi
+
+
+def _add(schemas: dict[str, Any], name: str, model: Any, mode: Any) -> None:
+    schema = TypeAdapter(model).json_schema(ref_template=REF, mode=mode)
+    for below, definition in schema.pop("$defs", {}).items():
+        if schemas.setdefault(below, definition) != definition:
+            raise RuntimeError(f"two models are called {below} in openapi.json")
+    schemas[name] = schema

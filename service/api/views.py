@@ -1,0 +1,92 @@
+"""How a job looks from outside; shared by the routes that answer with one."""
+
+from datetime import datetime
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from service.api.pages import Page
+from service.jobs.state import Phase, Status, allowed_actions
+from service.store.tables import Job
+
+DERIVED = frozenset({"object", "metadata", "allowed_actions", "links"})  # not columns of the same name
+
+
+class FailureView(BaseModel):
+    """Why a job failed, or was put back the last time."""
+
+    model_config = ConfigDict(extra="allow")
+
+    code: Annotated[str, Field(description="for programs; stable")]
+    detail: str
+    category: Annotated[Literal["user", "infra", "internal"], Field(description="who can mend it")] = "internal"
+    retryable: bool = False
+    hint: str | None = None
+    pointer: Annotated[str | None, Field(description="JSON pointer into the spec")] = None
+    phase: str | None = None
+    step: int | None = None
+    attempt: int | None = None
+    details: dict[str, Any] | None = None
+
+
+class Links(BaseModel):
+    """Where the rest of the job is."""
+
+    events: str
+    metrics: str
+    rollouts: str
+    checkpoints: str
+
+    @classmethod
+    def of(cls, job_id: str) -> Self:
+        return cls(**{name: f"/v1/jobs/{job_id}/{name}" for name in cls.model_fields})
+
+
+class JobSummary(BaseModel):
+    """A job without its spec: what lists give."""
+
+    id: str
+    object: Literal["job"] = "job"
+    kind: Literal["rl", "supervised"]
+    name: str
+    tags: list[str]
+    metadata: dict[str, Any]
+    status: Status
+    status_reason: Annotated[str | None, Field(description="why it has this status, for example max_steps or lease_lost")]
+    phase: Annotated[Phase | None, Field(description="what a running job is doing just now")]
+    step: Annotated[int, Field(description="training steps that are done")]
+    max_steps: int
+    attempt: Annotated[int, Field(description="how often a worker has taken it")]
+    error: FailureView | None
+    result: Annotated[dict[str, Any] | None, Field(description="the last evaluation, the best checkpoint, why it ended")]
+    spec_sha256: Annotated[str, Field(description="of the resolved spec")]
+    data_sha256: Annotated[str, Field(description="of the rows")]
+    parent_id: Annotated[str | None, Field(description="the job that it was forked from")]
+    from_checkpoint_id: Annotated[str | None, Field(description="the checkpoint that it started from")]
+    checkpoint_id: Annotated[str | None, Field(description="its newest checkpoint: where a resume or a fork goes on")]
+    run_s: Annotated[float, Field(description="seconds of running, over all attempts, without the present one")]
+    last_event: Annotated[int, Field(description="number of its newest event")]
+    allowed_actions: Annotated[list[str], Field(description="what may be asked of it now")]
+    created_at: datetime
+    queued_at: datetime | None
+    started_at: datetime | None
+    finished_at: datetime | None
+    links: Links
+
+    @classmethod
+    def of(cls, job: Job) -> Self:
+        columns = {name: getattr(job, name) for name in cls.model_fields if name not in DERIVED}
+        status = Status(job.status)
+        return cls(**columns, metadata=job.user_metadata, allowed_actions=allowed_actions(status), links=Links.of(job.id))
+
+
+class JobView(JobSummary):
+    """A job."""
+
+    spec: Annotated[dict[str, Any], Field(description="as it is run: every default filled in, the objective as its axes")]
+    spec_sent: Annotated[dict[str, Any], Field(description="as it was sent")]
+    resolved: Annotated[dict[str, Any], Field(description="what its worker found out: device, dtype, revision, versions")]
+
+
+class JobPage(Page[JobSummary]):
+    pass

@@ -1,0 +1,63 @@
+"""The HTTP application: wiring only. `uvicorn --factory service.app:create_app`."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+
+from fastapi import FastAPI
+from starlette.concurrency import run_in_threadpool
+
+from service.api import checkpoints, datasets, dry_run, events, health, jobs, keys, metrics, models, problems, rollouts, schema
+from service.api.context import Context
+from service.api.middleware import Frame
+from service.api.shutdown import on_stop_signal
+from service.api.startup import check_secrets, ensure_bootstrap_key
+from service.doorbell import Doorbell, Signals
+from service.jobs.reconciler import Reconciler
+from service.settings import Settings, get_settings
+from service.store.session import open_store
+from service.telemetry import configure_logging
+
+RESOURCES = (dry_run, jobs, events, metrics, rollouts, checkpoints, datasets, models, keys)
+
+
+def create_app(settings: Settings | None = None) -> FastAPI:
+    """Without settings they are read from the environment. Nothing is opened before the application starts."""
+    settings = settings or get_settings()
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        configure_logging(settings)
+        check_secrets(settings)
+        async with AsyncExitStack() as open_parts:
+            store, doorbell, signals = open_store(settings), Doorbell(settings), Signals(settings)
+            open_parts.callback(store.close)
+            open_parts.callback(doorbell.close)
+            await run_in_threadpool(ensure_bootstrap_key, store, settings)
+            await signals.start()
+            open_parts.push_async_callback(signals.stop)
+            reconciler = Reconciler(store, settings, doorbell)
+            reconciler.start()
+            open_parts.push_async_callback(run_in_threadpool, reconciler.stop)
+            app.state.context = context = Context(settings, store, doorbell, signals)
+            loop = asyncio.get_running_loop()
+            with on_stop_signal(lambda: loop.call_soon_threadsafe(context.stop)):
+                yield
+
+    app = FastAPI(
+        title="Ratchet",
+        description="Reinforcement learning of language models as a service: jobs, their curves, samples and checkpoints.",
+        version=schema.version(),
+        lifespan=lifespan,
+        docs_url=None,  # both draw their scripts from a CDN
+        redoc_url=None,
+        redirect_slashes=False,
+        generate_unique_id_function=lambda route: route.name,
+    )
+    problems.install(app)
+    app.add_middleware(Frame)
+    for resource in RESOURCES:
+        app.include_router(resource.router, responses=problems.responses(*problems.COMMON))
+    app.include_router(health.router)
+    schema.complete(app)
+    return app

@@ -1,0 +1,5 @@
+"""`python -m service.cli` is the `ratchet` command."""
+
+from service.cli import app
+
+app()

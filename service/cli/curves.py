@@ -1,0 +1,140 @@
+"""Commands about what a job measured and said: metrics, rollouts."""
+
+import re
+import shutil
+from typing import Annotated
+
+import typer
+from rich.text import Text
+
+from ratchet_client.types import Rollout, Series
+from service.cli import exits
+from service.cli.connection import connect
+from service.cli.headline import CURVES
+from service.cli.helps import command
+from service.cli.jobs import JobId, Json
+from service.cli.output import clean, complain, console, number, one_line, print_json, print_table
+
+PLOT_ROWS = 14
+TICKS = 5
+ESCAPES = re.compile(r"\x1b\[[0-9;]*m")
+
+
+def register(app: typer.Typer) -> None:
+    command(app, metrics)
+    command(app, rollouts)
+
+
+def metrics(
+    context: typer.Context,
+    job_id: JobId,
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[NAME]...", help="for example reward/mean; default: the headlines")
+    ] = None,
+    from_step: Annotated[int | None, typer.Option(min=0, help="first step")] = None,
+    to_step: Annotated[int | None, typer.Option(min=0, help="last step")] = None,
+    list_names: Annotated[bool, typer.Option("--list", help="only the names and newest values of everything measured")] = False,
+    as_json: Json = False,
+) -> None:
+    """Draw a job's curves in the terminal.
+
+    $ ratchet metrics job_01k...                  reward, loss, clip fractions, KL
+    $ ratchet metrics job_01k... perf/step_s      any other, by name
+    $ ratchet metrics job_01k... --list           what there is
+    $ ratchet metrics job_01k... --json | jq .series
+    """
+    width = shutil.get_terminal_size((100, 24)).columns
+    wanted = names or ([] if list_names or as_json else list(CURVES))
+    with connect(context) as ratchet:
+        points = None if as_json else 4 * width
+        found = ratchet.metrics(job_id, wanted, from_step=from_step, to_step=to_step, points=points)
+    if as_json:
+        print_json(found)
+        return
+    if list_names:
+        series = found["series"].items()
+        rows = [(name, len(curve["step"]), curve["step"][-1], number(curve["value"][-1])) for name, curve in series]
+        print_table(("metric", "points", "step", "newest"), rows, nothing=f"{job_id} has measured nothing yet")
+        return
+    curves = {name: curve for name in wanted if (curve := found["series"].get(name)) is not None and curve["step"]}
+    for name, curve in curves.items():
+        print(plot(name, curve, width))
+    if absent := [name for name in names or [] if name not in curves]:
+        complain(f"{job_id} has no {', '.join(absent)}; `ratchet metrics {job_id} --list` says what there is")
+        raise typer.Exit(exits.REFUSED)
+    if not curves:
+        complain(f"{job_id} has measured nothing yet")
+
+
+def plot(name: str, curve: Series, width: int) -> str:
+    """One curve with its extremes, as text without colours. What was not finite is left out."""
+    points = [(step, value) for step, value in zip(curve["step"], curve["value"], strict=True) if value is not None]
+    gaps = len(curve["step"]) - len(points)
+    title = f"{name}  {number(points[-1][1])} at step {points[-1][0]}" if points else name
+    if gaps:
+        title += f"  ({gaps} not finite)"
+    if not points:
+        return title
+    import plotext  # as slow to import as all the rest
+
+    figure = plotext.figure
+    figure.clear()
+    figure.plot_size(width, PLOT_ROWS).theme("colorless").title(title)
+    steps, values = [step for step, _ in points], [value for _, value in points]
+    line = figure.signal(steps, values, marker="braille")
+    figure.draw(line.lines() if len(points) > 1 else line)
+    figure.ruler("x").ticks(ticks(steps[0], steps[-1]))
+    text = ESCAPES.sub("", str(figure.build()))
+    return "\n".join(row.rstrip() for row in text.splitlines())
+
+
+def ticks(first: int, last: int) -> list[int]:
+    """Up to TICKS + 1 whole steps, evenly apart, with both ends."""
+    return sorted({round(first + (last - first) * part / TICKS) for part in range(TICKS + 1)})
+
+
+def rollouts(
+    context: typer.Context,
+    job_id: JobId,
+    split: Annotated[str | None, typer.Option(help="train or eval")] = None,
+    step: Annotated[int | None, typer.Option(min=0, help="only this step; default: the newest")] = None,
+    limit: Annotated[int, typer.Option(min=1, max=100, help="how many groups")] = 8,
+    after: Annotated[str | None, typer.Option(help="go on behind this group (the last_id of a page)")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show sampled answers with their rewards.
+
+    $ ratchet rollouts job_01k...                         the newest step
+    $ ratchet rollouts job_01k... --split eval --step 0   before it was trained
+    """
+    with connect(context) as ratchet:
+        page = ratchet.list_rollouts(job_id, split=split, step=step, after=after, limit=limit)
+    if as_json:
+        print_json(page)
+        return
+    for group in page["data"]:
+        print_group(group)
+    if not page["data"]:
+        complain(f"no rollouts of {job_id} are kept (log_rollouts and eval in the spec say which are)")
+    if page["has_more"]:
+        complain(f"more: ratchet rollouts {job_id} --after {page['last_id']}")
+
+
+def print_group(group: Rollout, *, answers: int | None = None) -> None:
+    out = console()
+    reference = f"  ->  {one_line(group['reference'])}" if group["reference"] is not None else ""
+    head = Text(f"{group['split']} step {group['step']} #{group['group_index']}  ", style="dim")
+    out.print(head + Text(one_line(group["prompt"], 100)) + Text(reference, style="green"), soft_wrap=True)
+    for sample in group["samples"][:answers]:
+        out.print(answer_text(sample), soft_wrap=True)
+
+
+def answer_text(sample: dict[str, object]) -> Text:
+    """One answer behind its reward; an error of a grader stands behind it."""
+    reward, errors = sample.get("reward"), sample.get("errors")
+    value = reward if isinstance(reward, float | int) else None
+    text = Text(f"  {number(value):>9}  ", style="green" if value is not None and value > 0 else "dim")
+    text += Text(one_line(str(sample.get("text")), 100))
+    if sample.get("finish_reason") == "length":
+        text += Text("  (cut)", style="dim")
+    return text + Text(f"  {clean(str(errors))}", style="red") if errors else text

@@ -1,0 +1,28 @@
+"""Help texts from docstrings: a paragraph that begins with `$ ` is examples, whose lines stay as they are."""
+
+from collections.abc import Callable
+from inspect import cleandoc
+from textwrap import indent
+from typing import Any
+
+import typer
+
+KEEP = "\b\n"  # what Click takes for: do not wrap this paragraph
+
+
+def text(docstring: str | None) -> str:
+    paragraphs = cleandoc(docstring or "").split("\n\n")
+    return "\n\n".join(KEEP + indent(part, "    ") if part.startswith("$ ") else part for part in paragraphs)
+
+
+def command(app: typer.Typer, function: Callable[..., Any], name: str | None = None) -> None:
+    app.command(name or function.__name__, help=text(function.__doc__))(function)
+
+
+def group(app: typer.Typer, name: str, default: Callable[..., Any], **commands: Callable[..., Any]) -> None:
+    """`ratchet NAME` runs `default`, `ratchet NAME COMMAND` one of the commands."""
+    inner = typer.Typer(help=text(default.__doc__), rich_markup_mode=None)
+    inner.callback(invoke_without_command=True)(default)
+    for command_name, function in commands.items():
+        command(inner, function, command_name)
+    app.add_typer(inner, name=name)

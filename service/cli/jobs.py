@@ -1,0 +1,329 @@
+"""Commands about jobs: submit, validate, jobs, show, watch, cancel, pause, resume, fork, delete."""
+
+import re
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+
+from ratchet_client import Ratchet, RatchetError
+from ratchet_client.types import FINAL, Job, JobSummary, Validation
+from service.cli import exits
+from service.cli.connection import connect
+from service.cli.headline import EVAL, EVAL_GREEDY, EVAL_LOSS
+from service.cli.helps import command
+from service.cli.live import follow
+from service.cli.output import (
+    ago,
+    complain,
+    duration,
+    number,
+    one_line,
+    print_facts,
+    print_json,
+    print_table,
+    say,
+    shown,
+    status_text,
+)
+
+FACTS = ("device", "dtype", "architecture", "parameters", "trainable_parameters", "revision")  # of job.resolved
+EVALUATION = (EVAL, EVAL_GREEDY, EVAL_LOSS)
+
+JobId = Annotated[str, typer.Argument(metavar="JOB", help="job_...")]
+SpecFile = Annotated[str, typer.Argument(metavar="FILE", help="a job spec in YAML or JSON; - reads standard input")]
+Json = Annotated[bool, typer.Option("--json", help="print JSON for programs")]
+Follow = Annotated[bool, typer.Option("--follow", "-f", help="watch until the job is over; the exit status follows it")]
+
+
+def register(app: typer.Typer) -> None:
+    for function in (submit, validate, show, watch, pause, resume, cancel, fork, delete):
+        command(app, function)
+    command(app, list_jobs, "jobs")
+
+
+def submit(context: typer.Context, file: SpecFile = "-", follow: Follow = False, as_json: Json = False) -> None:
+    """Submit a job.
+
+    $ ratchet submit job.yaml --follow && ./deploy
+    $ cat job.json | ratchet submit - --json
+
+    With --follow the exit status is 0 only when the job succeeded. With --json the job is printed, or with both its
+    events, one a line.
+    """
+    with connect(context) as ratchet:
+        _created(ratchet, ratchet.create_job(read_spec(file)), follow, as_json)
+
+
+def validate(context: typer.Context, file: SpecFile = "-", as_json: Json = False) -> None:
+    """Check a job spec; nothing is created.
+
+    $ ratchet validate job.yaml
+    $ ratchet validate job.yaml --json | jq .spec
+
+    Everything that can be known before the queue is checked, and all that is wrong is said at once. The answer is the
+    spec with every default filled in, estimates, and sample rows with what their right answers would get.
+    """
+    with connect(context) as ratchet:
+        found = ratchet.validate_job(read_spec(file))
+    if as_json:
+        print_json(found)
+    else:
+        _print_validation(found)
+
+
+def list_jobs(
+    context: typer.Context,
+    status: Annotated[str | None, typer.Option(help="queued, running, paused, succeeded, failed, cancelled ...")] = None,
+    kind: Annotated[str | None, typer.Option(help="rl or supervised")] = None,
+    tag: Annotated[str | None, typer.Option(help="jobs with this tag")] = None,
+    name: Annotated[str | None, typer.Option(help="a part of the name")] = None,
+    limit: Annotated[int, typer.Option(min=1, max=100, help="how many")] = 20,
+    after: Annotated[str | None, typer.Option(help="go on behind this job (the last id of a page)")] = None,
+    as_json: Json = False,
+) -> None:
+    """List jobs, newest first.
+
+    $ ratchet jobs --status running
+    $ ratchet jobs --tag baseline --json | jq -r '.data[].id'
+    """
+    with connect(context) as ratchet:
+        page = ratchet.list_jobs(status=status, kind=kind, tag=tag, name=name, after=after, limit=limit)  # pyright: ignore[reportArgumentType]
+    if as_json:
+        print_json(page)
+        return
+    rows = [
+        (job["id"], one_line(job["name"], 40), job["kind"], status_text(job["status"]), _progress(job), ago(job["created_at"]))
+        for job in page["data"]
+    ]
+    print_table(("job", "name", "kind", "status", "step", "created"), rows, nothing="no jobs; `ratchet submit FILE` makes one")
+    if page["has_more"]:
+        complain(f"more: ratchet jobs --after {page['last_id']}")
+
+
+def show(context: typer.Context, job_id: JobId, as_json: Json = False) -> None:
+    """Show one job: where it stands, why it failed.
+
+    $ ratchet show job_01k...
+    $ ratchet show job_01k... --json | jq .resolved
+    """
+    with connect(context) as ratchet:
+        job = ratchet.get_job(job_id)
+    if as_json:
+        print_json(job)
+    else:
+        _print_job(job)
+
+
+def watch(context: typer.Context, job_id: JobId, as_json: Json = False) -> None:
+    """Follow a job until it is over.
+
+    $ ratchet watch job_01k...
+    $ ratchet watch job_01k... --json | jq 'select(.type == "evaluation")'
+
+    Shows progress, reward, clip fraction and KL as they move. The exit status follows the job; Ctrl-C leaves it running.
+    """
+    with connect(context) as ratchet:
+        _follow(ratchet, job_id, as_json)
+
+
+def pause(context: typer.Context, job_id: JobId, as_json: Json = False) -> None:
+    """Stop a job at its next step, with a checkpoint.
+
+    `ratchet resume` goes on from there. A queued job rests at once.
+    """
+    with connect(context) as ratchet:
+        _report(ratchet.pause_job(job_id), as_json)
+
+
+def resume(context: typer.Context, job_id: JobId, as_json: Json = False) -> None:
+    """Put a paused job back into the queue."""
+    with connect(context) as ratchet:
+        _report(ratchet.resume_job(job_id), as_json)
+
+
+def cancel(context: typer.Context, job_id: JobId, as_json: Json = False) -> None:
+    """End a job for good.
+
+    Its metrics and checkpoints are kept; `ratchet fork` makes a new job from them.
+    """
+    with connect(context) as ratchet:
+        _report(ratchet.cancel_job(job_id), as_json)
+
+
+def fork(
+    context: typer.Context,
+    job_id: JobId,
+    from_checkpoint: Annotated[str | None, typer.Option(help="ckpt_...; default: the job's newest")] = None,
+    changes: Annotated[
+        str | None, typer.Option(metavar="FILE", help="YAML or JSON, merged into the job's spec; - reads stdin")
+    ] = None,
+    follow: Follow = False,
+    as_json: Json = False,
+) -> None:
+    """Make a new job from a job's checkpoint.
+
+    $ ratchet fork job_01k... --follow
+    $ echo 'optimizer: {learning_rate: 1e-4}' | ratchet fork job_01k... --changes -
+
+    The new job has the old one's spec, with --changes merged into it; null takes a key out.
+    """
+    spec = None if changes is None else parse_mapping(read_spec(changes), changes)
+    with connect(context) as ratchet:
+        _created(ratchet, ratchet.fork_job(job_id, from_checkpoint=from_checkpoint, spec=spec), follow, as_json)
+
+
+def delete(
+    context: typer.Context, job_id: JobId, yes: Annotated[bool, typer.Option("--yes", "-y", help="do not ask")] = False
+) -> None:
+    """Delete a job that is over.
+
+    Its events, metrics and rollouts go with it. Its checkpoints stay.
+    """
+    with connect(context) as ratchet:
+        if not yes:
+            job = ratchet.get_job(job_id)
+            typer.confirm(f"Delete {job_id} ({job['name']}) with its events, metrics and rollouts?", abort=True)
+        ratchet.delete_job(job_id)
+    say(f"{job_id} deleted")
+
+
+# ---------------------------------------------------------------- reading and following
+
+
+def read_spec(file: str) -> bytes:
+    """A spec as it was written; the service parses it, so that its errors point into that."""
+    if file != "-":
+        return Path(file).read_bytes()
+    if sys.stdin.isatty():
+        complain("reading YAML or JSON from the terminal; Ctrl-D ends it")
+    return sys.stdin.buffer.read()
+
+
+class _Loader(yaml.SafeLoader):
+    """As the service reads YAML: 1e-5 is a number."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def parse_mapping(text: bytes, file: str) -> dict[str, Any]:
+    try:
+        value = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise RatchetError(f"{file} is not YAML: {error}") from None
+    if not isinstance(value, dict):
+        raise RatchetError(
+            f"{file} must hold parts of a job spec, for example `limits: {{max_steps: 200}}`, got {shown(value)}"
+        )
+    return value
+
+
+def _created(ratchet: Ratchet, job: Job, following: bool, as_json: bool) -> None:
+    if not following:
+        _report(job, as_json)
+        if not as_json:
+            complain(f"follow it: ratchet watch {job['id']}")
+        return
+    if not as_json:
+        say(f"{job['id']} {job['name']}")
+    _follow(ratchet, job["id"], as_json)
+
+
+def _follow(ratchet: Ratchet, job_id: str, as_json: bool) -> None:
+    try:
+        job = follow(ratchet, job_id, as_json=as_json)
+    except KeyboardInterrupt:
+        complain(f"\nnot watching any more; {job_id} goes on. `ratchet cancel {job_id}` ends it")
+        raise typer.Exit(exits.INTERRUPTED) from None
+    if not as_json:
+        _print_outcome(job)
+    raise typer.Exit(exits.OF_STATUS[job["status"]])
+
+
+# ---------------------------------------------------------------- showing
+
+
+def _report(job: Job, as_json: bool) -> None:
+    if as_json:
+        print_json(job)
+    else:
+        say(job["id"], status_text(job["status"]), job["name"])
+
+
+def _progress(job: JobSummary) -> str:
+    return f"{job['step']}/{job['max_steps']}"
+
+
+def _print_outcome(job: Job) -> None:
+    say(job["id"], status_text(job["status"]), f"at step {_progress(job)} after {duration(job['run_s'])}")
+    if job["checkpoint_id"]:
+        say(f"  checkpoint {job['checkpoint_id']}  (ratchet checkpoints download {job['checkpoint_id']})")
+
+
+def _print_job(job: Job) -> None:
+    status = status_text(job["status"])
+    if job["status_reason"]:
+        status += f" ({job['status_reason']})"
+    result, model = job["result"] or {}, job["spec"].get("model", {})
+    print_facts(
+        {
+            "job": job["id"],
+            "name": job["name"],
+            "kind": job["kind"] + (f", {preset}" if (preset := job["spec"].get("objective", {}).get("preset")) else ""),
+            "status": status,
+            "phase": job["phase"] if job["status"] not in FINAL else None,
+            "step": _progress(job),
+            "attempt": job["attempt"] or None,
+            "model": model.get("source"),
+            "starts from": job["from_checkpoint_id"],
+            "fork of": job["parent_id"],
+            "checkpoint": job["checkpoint_id"],
+            "ran for": duration(job["run_s"]),
+            "created": f"{job['created_at']} ({ago(job['created_at'])})",
+            "finished": job["finished_at"],
+            "tags": job["tags"],
+            "metadata": job["metadata"],
+            "error": f"{job['error'].get('detail')} ({job['error'].get('code')})" if job["error"] else None,
+            "hint": (job["error"] or {}).get("hint"),
+            "ended": result.get("ended"),
+            "first evaluation": _metrics(result.get("initial")),
+            "last evaluation": _metrics(result.get("final")),
+            "runs on": {name: job["resolved"].get(name) for name in FACTS if name in job["resolved"]},
+            "you may": job["allowed_actions"],
+        }
+    )
+
+
+def _metrics(values: dict[str, float | None] | None) -> str:
+    return "  ".join(f"{name} {number(values[name])}" for name in EVALUATION if values and name in values)
+
+
+def _print_validation(found: Validation) -> None:
+    say("the spec is valid; nothing was created")
+    spec = found["spec"]
+    print_facts(
+        {
+            "kind": spec.get("kind"),
+            "model": spec.get("model", {}).get("source") or spec.get("model", {}).get("from_checkpoint"),
+            "objective": spec.get("objective", {}).get("preset"),
+            **{name.replace("_", " "): value for name, value in found["estimates"].items()},
+            "spec sha256": found["spec_sha256"],
+            "data sha256": found["data_sha256"],
+        }
+    )
+    for warning in found["warnings"]:
+        complain(f"warning: {warning}")
+    if found["samples"]:
+        say("\nsample rows, graded as if the reference itself had been answered:")
+        columns = ("prompt", "reference", "reward")
+        print_table(columns, [_sample(sample) for sample in found["samples"]], nothing="")
+
+
+def _sample(sample: dict[str, Any]) -> tuple[str, str, str]:
+    reward = (sample.get("graded") or {}).get("total")
+    return one_line(shown(sample.get("prompt"))), one_line(shown(sample.get("reference")), 30), shown(reward)

@@ -1,0 +1,137 @@
+"""How things look: tables, JSON, and errors as what came, what is allowed, and where. Nothing here is interpreted as markup."""
+
+import json
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ratchet_client import RatchetApiError
+
+PIPE_WIDTH = 500  # no terminal, no reason to cut a line
+
+STATUS_STYLES = {
+    "succeeded": "green",
+    "failed": "red",
+    "cancelled": "yellow",
+    "running": "cyan",
+    "paused": "magenta",
+}
+
+
+def console(*, stderr: bool = False) -> Console:
+    file = sys.stderr if stderr else sys.stdout
+    return Console(file=file, width=None if file.isatty() else PIPE_WIDTH, markup=False, highlight=False, emoji=False)
+
+
+def say(*parts: str | Text) -> None:
+    console().print(*(clean(part) if isinstance(part, str) else part for part in parts), soft_wrap=True)
+
+
+def complain(*parts: str | Text) -> None:
+    console(stderr=True).print(*(clean(part) if isinstance(part, str) else part for part in parts), soft_wrap=True)
+
+
+def print_json(value: Any) -> None:
+    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, nothing: str) -> None:
+    """A plain table; `nothing` is said instead of an empty one."""
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for column in columns:
+        table.add_column(column, overflow="fold", justify="right" if column in ("step", "size", "rows", "reward") else "left")
+    for row in rows:
+        table.add_row(*(cell if isinstance(cell, Text) else Text(clean(shown(cell))) for cell in row))
+    if table.row_count:
+        console().print(table)
+    else:
+        complain(nothing)
+
+
+def print_facts(facts: Mapping[str, Any]) -> None:
+    """Name and value, one a line; what is empty is left out."""
+    facts = {name: value for name, value in facts.items() if value not in (None, "", [], {})}
+    width = max(map(len, facts), default=0)
+    for name, value in facts.items():
+        say(Text(f"{name:<{width}}  ", style="dim") + (value if isinstance(value, Text) else Text(clean(shown(value)))))
+
+
+def print_problem(error: RatchetApiError) -> None:
+    """A refusal: the message, then each wrong place with what came there and what is allowed."""
+    complain(Text("error: ", style="bold red") + Text(clean(error.detail)), Text(f"({error.code})", style="dim"))
+    for wrong in error.errors:
+        complain(Text(f"  {clean(wrong.get('pointer') or '(the whole)')}", style="bold"), Text(clean(wrong.get("detail", ""))))
+        for label, name in (("came", "got"), ("allowed", "allowed")):
+            if wrong.get(name) is not None:
+                complain(Text(f"      {label}: ", style="dim") + Text(clean(shown(wrong[name]))))
+    allowed = error.problem.get("allowed_moves") or error.problem.get("allowed_actions")
+    if allowed:
+        complain(Text("  allowed now: ", style="dim") + Text(clean(shown(allowed))))
+    if error.hint:
+        complain(Text("  hint: ", style="dim") + Text(clean(error.hint)))
+
+
+def status_text(status: str) -> Text:
+    return Text(status, style=STATUS_STYLES.get(status, ""))
+
+
+def shown(value: Any) -> str:
+    """A value in a cell: numbers short, lists joined, the rest as JSON."""
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, str | int):
+        return str(value)
+    if isinstance(value, list) and all(isinstance(item, str | int | float) for item in value):
+        return ", ".join(map(shown, value))
+    return json.dumps(value, ensure_ascii=False)
+
+
+def number(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.3f}" if value == 0 or 0.001 <= abs(value) < 1000 else f"{value:.2e}"
+
+
+def clean(text: str) -> str:
+    """Control characters made visible: a sampled answer must not be able to drive the terminal."""
+    return "".join(char if char.isprintable() or char in "\n\t" else char.encode("unicode_escape").decode() for char in text)
+
+
+def one_line(text: str, width: int = 60) -> str:
+    text = clean(text.replace("\n", "⏎"))
+    return text if len(text) <= width else text[: width - 1] + "…"
+
+
+def size(count: int) -> str:
+    value, unit = float(count), "B"
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if value < 1024 or unit == "TiB":
+            break
+        value /= 1024
+    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+
+
+def duration(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def ago(moment: str | None) -> str:
+    """How long since a time of the service's."""
+    if moment is None:
+        return "-"
+    seconds = (datetime.now(UTC) - datetime.fromisoformat(moment)).total_seconds()
+    for length, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= length:
+            return f"{int(seconds // length)} {unit} ago"
+    return f"{max(0, int(seconds))} s ago"

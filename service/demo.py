@@ -1,0 +1,225 @@
+"""`ratchet demo`: real reinforcement learning on two CPU cores, over the same HTTP as everybody else.
+
+The task is to reverse six digits. A supervised warm-up job brings a tiny model to about 25 % right; a GSPO job starts from
+its checkpoint and learns from nothing but whether its own sampled answers were right. Prompts whose crc32 is divisible by
+ten are held out: no job trains on them, and the last line is the share of them that is answered exactly.
+"""
+
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+from ratchet_client import Ratchet, RatchetError
+from ratchet_client.discovery import find
+from ratchet_client.types import Job
+from service.cli.curves import answer_text
+from service.cli.headline import EVAL, EVAL_GREEDY
+from service.cli.live import follow
+from service.cli.output import complain, console, number, one_line, say
+
+TRAIN_ROWS, PROBE_ROWS, HELD_OUT_ROWS = 20_000, 128, 512
+SHOWN = 5  # sampled answers, before and after
+READY_WITHIN_S = 120.0
+LEAVE_WITHIN_S = 90.0  # longer than the stack gives its worker
+
+Row = dict[str, str]
+
+
+def run(*, url: str | None, stack_dir: Path | None, data_dir: Path | None, seed: int) -> None:
+    """On the service that was named, else on an embedded stack of its own. Raises RatchetError when anything fails."""
+    if url is not None or stack_dir is not None:
+        with Ratchet(*find(url, data_dir=stack_dir)) as ratchet:
+            teach(ratchet, seed)
+        return
+    with folder_for(data_dir) as folder, embedded_stack(folder), Ratchet(*find(data_dir=folder)) as ratchet:
+        teach(ratchet, seed)
+
+
+# ---------------------------------------------------------------- the two jobs
+
+
+def teach(ratchet: Ratchet, seed: int) -> None:
+    """Upload rows, run both jobs, show what changed."""
+    rows = make_rows(seed)
+    names = {"train": "demo: digits to reverse", "probe": "demo: warm-up probe", "held_out": "demo: held out"}
+    ids = {part: ratchet.create_dataset(rows[part], name)["id"] for part, name in names.items()}
+    say(f"uploaded {len(rows['train'])} rows to train on and {len(rows['held_out'])} held-out ones\n")
+
+    say("1. supervised warm-up, until a fifth of the sampled answers is right")
+    warm_up = finished(ratchet, ratchet.create_job(warm_up_spec(ids, seed)))
+    checkpoint_id = warm_up["checkpoint_id"]
+    assert checkpoint_id is not None
+
+    say("\n2. reinforcement learning (GSPO) from the warm-up's checkpoint, with nothing but right or wrong")
+    job = finished(ratchet, ratchet.create_job(gspo_spec(ids, checkpoint_id, seed)))
+    show_answers(ratchet, job)
+    result = job["result"] or {}
+    before, after = result["initial"], result["final"]
+    say(f"\n{changed('held-out exact match, greedy', before, after, EVAL_GREEDY)}")
+    say(changed("held-out exact match", before, after, EVAL))
+
+
+def make_rows(seed: int) -> dict[str, list[Row]]:
+    """Distinct prompts by whom they are for. `probe` is drawn from those trained on: it says when to end the warm-up."""
+    generator, rows = random.Random(seed), {"train": list[Row](), "held_out": list[Row]()}
+    wanted = {"train": TRAIN_ROWS, "held_out": HELD_OUT_ROWS}
+    for drawn in generator.sample(range(10**6), 2 * TRAIN_ROWS):  # a tenth of them is held out, and that is enough
+        digits = f"{drawn:06d}"
+        part = "held_out" if crc32(f"rev {digits}>".encode()) % 10 == 0 else "train"
+        if len(rows[part]) < wanted[part]:
+            rows[part].append({"digits": digits, "reversed": digits[::-1]})
+    return rows | {"probe": rows["train"][:PROBE_ROWS]}
+
+
+def finished(ratchet: Ratchet, job: Job) -> Job:
+    """The job once it has succeeded. A demo that fails, or is interrupted, takes its job with it."""
+    try:
+        job = follow(ratchet, job["id"])
+    except BaseException:
+        with suppress(RatchetError):
+            ratchet.cancel_job(job["id"])
+        raise
+    if job["status"] != "succeeded":
+        raise RatchetError(f"the job {job['name']!r} {job['status']}: {(job['error'] or {}).get('detail', 'no reason given')}")
+    return job
+
+
+def task(ids: dict[str, str], eval_part: str) -> dict[str, Any]:
+    """What both jobs share: where prompts come from, and what is right."""
+    return {
+        "data": {
+            "train": {"source": "dataset", "id": ids["train"]},
+            "eval": {"source": "dataset", "id": ids[eval_part]},
+            "prompt": "rev {digits}>",
+            "answer": "{reversed}",
+        },
+        "reward": {"graders": [{"kind": "exact", "reference": "{reversed}", "strip": False}]},
+        "tags": ["demo"],
+    }
+
+
+def warm_up_spec(ids: dict[str, str], seed: int) -> dict[str, Any]:
+    return {
+        "kind": "supervised",
+        "name": "warm-up",
+        **task(ids, "probe"),
+        "model": {"source": "tiny", "tiny": {"seed": seed}},
+        "update": {"batch_size": 64},
+        "optimizer": {"learning_rate": 2e-3, "betas": [0.9, 0.98], "schedule": {"kind": "constant", "warmup_steps": 20}},
+        "eval": {"every_steps": 5, "temperature": 1.0, "max_completion_tokens": 8},
+        "early_stopping": {"metric": "eval/reward/mean", "target": 0.2},
+        "checkpoints": {"every_steps": 1000},
+        "limits": {"max_steps": 300},
+        "seed": seed,
+    }
+
+
+def gspo_spec(ids: dict[str, str], checkpoint_id: str, seed: int) -> dict[str, Any]:
+    return {
+        "kind": "rl",
+        "name": "gspo",
+        **task(ids, "held_out"),
+        "model": {"from_checkpoint": checkpoint_id},
+        "objective": {"preset": "gspo", "surrogate": {"clip_low": 0.1, "clip_high": 0.1}},
+        "rollout": {"prompts_per_step": 32, "group_size": 8, "max_completion_tokens": 8, "temperature": 1.0},
+        "update": {"minibatches": 4},
+        "optimizer": {
+            "learning_rate": 1e-3,
+            "betas": [0.9, 0.95],
+            "schedule": {"kind": "cosine", "warmup_steps": 5, "min_ratio": 0.1},
+        },
+        "eval": {"every_steps": 20, "temperature": 1.0, "also_greedy": True},
+        "checkpoints": {"every_steps": 40},
+        "limits": {"max_steps": 80},
+        "seed": seed,
+    }
+
+
+# ---------------------------------------------------------------- what changed
+
+
+def show_answers(ratchet: Ratchet, job: Job) -> None:
+    """The same held-out prompts before the first step and after the last."""
+    for title, step in (("before", 0), ("after", job["step"])):
+        say(f"\nsampled answers {title}:")
+        for group in ratchet.list_rollouts(job["id"], split="eval", step=step, limit=SHOWN)["data"]:
+            prompt = f"  {one_line(group['prompt'])} (right: {group['reference']})"
+            console().print(prompt, answer_text(group["samples"][0]), soft_wrap=True)
+
+
+def changed(what: str, before: dict[str, float], after: dict[str, float], metric: str) -> str:
+    return f"{what}: {number(before[metric])} -> {number(after[metric])}"
+
+
+# ---------------------------------------------------------------- a stack of its own
+
+
+@contextmanager
+def folder_for(data_dir: Path | None) -> Iterator[Path]:
+    """The named directory, kept; or a temporary one, removed at the end."""
+    if data_dir is not None:
+        yield data_dir.absolute()
+        return
+    folder = Path(tempfile.mkdtemp(prefix="ratchet-demo-"))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def embedded_stack(folder: Path) -> Iterator[None]:
+    """`ratchet up` on any free port, in a process of its own: exactly what a user would start."""
+    say("starting Redis, a Celery worker and the API on this machine ...")
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    log, url, started = folder / "up.log", folder / "url", time.monotonic()
+    up = [sys.executable, "-m", "service.cli", "up", "--data-dir", str(folder), "--port", "0"]
+    with log.open("wb") as file:
+        stack = subprocess.Popen(
+            [sys.executable, "-m", "service.local.tied", str(os.getpid()), *up],
+            env=os.environ | {"PYTHONSAFEPATH": "1"},  # a folder `service` where we were called is not ours
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=file,
+            start_new_session=True,
+        )
+    opened_ns = log.stat().st_mtime_ns
+    try:
+        # An older file is what a stack that was killed left behind.
+        wait_until(lambda: url.exists() and url.stat().st_mtime_ns >= opened_ns, stack, log)
+        say(f"ready after {time.monotonic() - started:.0f} s at {url.read_text().strip()}")
+        yield
+    finally:
+        leave(stack)
+
+
+def wait_until(ready: Callable[[], bool], stack: subprocess.Popen[bytes], log: Path) -> None:
+    until = time.monotonic() + READY_WITHIN_S
+    while not ready():
+        if stack.poll() is not None or time.monotonic() > until:
+            raise RatchetError(f"the stack did not start:\n{log.read_text(errors='replace').strip()}")
+        time.sleep(0.05)
+
+
+def leave(stack: subprocess.Popen[bytes]) -> None:
+    """Stop the stack in order. A second Ctrl-C is handed on: it stops at once. What is killed takes its children with it."""
+    for _ in range(2):
+        stack.terminate()
+        try:
+            stack.wait(LEAVE_WITHIN_S)
+            return
+        except KeyboardInterrupt:
+            complain("stopping at once")
+        except subprocess.TimeoutExpired:
+            break
+    stack.kill()
+    stack.wait()

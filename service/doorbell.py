@@ -1,0 +1,267 @@
+"""The doorbell: the only producer of Celery messages and Redis signals.
+
+The store is the truth. A ring or a signal that is lost, doubled or late is harmless, so nothing here raises and nothing
+waits for long: a dead Redis costs a moment and a line in the log.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from threading import local
+from urllib.parse import parse_qs, urlsplit
+
+import redis
+import redis.asyncio
+from celery import Celery
+from redis.backoff import NoBackoff
+from redis.client import PubSub
+from redis.retry import Retry
+
+from service import telemetry
+from service.settings import Settings
+
+log = logging.getLogger(__name__)
+
+RING_TASK = "ratchet.train"
+CLASSES = ("any", "cpu", "gpu")
+TIMEOUT_S = 1.0  # for a connection, and for an answer
+POLL_S = 1.0  # how long a listener sleeps while Redis is away
+VISIBILITY_TIMEOUT_S = 300
+
+
+def queue_name(resource_class: str) -> str:
+    return f"train.{resource_class}"
+
+
+def channel_name(job_id: str) -> str:
+    return f"ratchet:job:{job_id}"
+
+
+def redis_py_url(url: str) -> str:
+    """As redis-py wants it: unix:///path?db=0 for a socket."""
+    if not url.startswith(("redis+socket://", "unix://")):
+        return url
+    path, number = _socket_of(url)
+    return f"unix://{path}?db={number}"
+
+
+def kombu_url(url: str) -> str:
+    """As kombu wants it: redis+socket:///path?virtual_host=0 for a socket."""
+    if not url.startswith(("redis+socket://", "unix://")):
+        return url
+    path, number = _socket_of(url)
+    return f"redis+socket://{path}?virtual_host={number}"
+
+
+def _socket_of(url: str) -> tuple[str, str]:
+    parts = urlsplit(url)
+    query = parse_qs(parts.query)
+    return parts.path, (query.get("virtual_host") or query.get("db") or ["0"])[0]
+
+
+def celery_app(settings: Settings) -> Celery:
+    """The configured application, for both sides; it holds no tasks."""
+    app = Celery("ratchet", broker=kombu_url(settings.redis_url.get_secret_value()), set_as_current=False)
+    app.conf.update(
+        # CUDA cannot survive a fork. The parent stays alive beside its one child and answers control.
+        worker_pool="prefork",
+        worker_concurrency=1,
+        worker_pool_start_method="spawn",
+        worker_proc_alive_timeout=120,  # a new child imports torch first; after the default of 4 s it would be killed
+        # A late acknowledgement runs a long job on two workers at the visibility timeout. The lease does that work here.
+        task_acks_late=False,
+        worker_prefetch_multiplier=1,
+        worker_disable_prefetch=True,
+        task_ignore_result=True,
+        result_backend=None,
+        broker_transport_options={"visibility_timeout": VISIBILITY_TIMEOUT_S},
+        broker_connection_retry_on_startup=True,
+        worker_cancel_long_running_tasks_on_connection_loss=False,
+        worker_hijack_root_logger=False,
+        worker_send_task_events=False,
+        task_serializer="json",
+        accept_content=["json"],
+        task_default_queue=queue_name("any"),
+        enable_utc=True,
+    )
+    return app
+
+
+class Doorbell:
+    """Rings workers and signals followers. Safe to share between threads; each process makes its own after a fork."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._url = settings.redis_url.get_secret_value()
+        self._celery = celery_app(settings)
+        self._celery.conf.broker_transport_options = {
+            "visibility_timeout": VISIBILITY_TIMEOUT_S,
+            "socket_timeout": TIMEOUT_S,
+            "socket_connect_timeout": TIMEOUT_S,
+            "max_retries": 0,
+            "interval_start": 0,
+            "interval_step": 0,
+            "interval_max": 0,
+        }
+        self._celery.conf.broker_connection_timeout = TIMEOUT_S
+        self._redis = redis.Redis.from_url(
+            redis_py_url(self._url), socket_timeout=TIMEOUT_S, socket_connect_timeout=TIMEOUT_S, retry=Retry(NoBackoff(), 0)
+        )
+        self._mine = local()  # each listening thread keeps its own subscription
+
+    def ring(self, job_id: str, resource_class: str) -> bool:
+        """Tell the workers of this class that there is work. False when Redis did not take it."""
+        try:
+            self._celery.send_task(RING_TASK, args=[job_id], queue=queue_name(resource_class), retry=False, ignore_result=True)
+        except Exception as error:  # kombu raises many kinds, and none of them may reach whoever created a job
+            log.warning("could not ring for %s: %s", job_id, error)
+            telemetry.RINGS.labels("no").inc()
+            return False
+        telemetry.RINGS.labels("yes").inc()
+        return True
+
+    def waiting(self, resource_class: str) -> int | None:
+        """How many rings no worker has taken yet; None when Redis does not say."""
+        try:
+            return int(self._redis.llen(queue_name(resource_class)))  # pyright: ignore[reportArgumentType]
+        except (redis.RedisError, OSError):
+            return None
+
+    def signal(self, job_id: str, what: str) -> bool:
+        """Wake those who follow the job: `events` (there are new ones) or `wish` (its worker should look at once)."""
+        try:
+            self._redis.publish(channel_name(job_id), what)
+        except (redis.RedisError, OSError) as error:
+            log.warning("could not signal %s: %s", job_id, error)
+            return False
+        return True
+
+    def listen(self, job_id: str, timeout_s: float, *, what: str | None = "wish") -> bool:
+        """Wait for a signal of this kind (None: of any). False when the time is up; while Redis is away this only sleeps.
+
+        The subscription is kept between calls of one thread for one job, so that nothing is missed in between.
+        """
+        deadline = time.monotonic() + timeout_s
+        try:
+            subscription = self._subscription(job_id)
+            while (left := deadline - time.monotonic()) > 0:
+                message = subscription.get_message(ignore_subscribe_messages=True, timeout=left)
+                if message is not None and what in (None, message["data"].decode()):
+                    return True
+        except (redis.RedisError, OSError):
+            self._unsubscribe()
+            time.sleep(max(0.0, deadline - time.monotonic()))
+        return False
+
+    def _subscription(self, job_id: str) -> PubSub:
+        if getattr(self._mine, "job_id", None) != job_id:
+            self._unsubscribe()
+            subscription = self._redis.pubsub()
+            subscription.subscribe(channel_name(job_id))
+            self._mine.subscription, self._mine.job_id = subscription, job_id
+        return self._mine.subscription
+
+    def _unsubscribe(self) -> None:
+        subscription = getattr(self._mine, "subscription", None)
+        self._mine.subscription = self._mine.job_id = None
+        if subscription is not None:
+            with suppress(redis.RedisError, OSError):
+                subscription.close()
+
+    def ping(self) -> bool:
+        try:
+            return bool(self._redis.ping())
+        except (redis.RedisError, OSError):
+            return False
+
+    def close(self) -> None:
+        self._unsubscribe()
+        self._redis.close()
+        self._celery.close()
+
+
+class Watch:
+    """One follower of one job. Register before reading the store: what is committed after that wakes the next wait."""
+
+    def __init__(self, signals: "Signals") -> None:
+        self._signals = signals
+        self.rung = asyncio.Event()
+
+    async def wait(self, timeout_s: float) -> bool:
+        """True when the job was signalled since the last wait. While Redis is away it returns early, so that callers poll."""
+        if not self._signals.connected:
+            timeout_s = min(timeout_s, POLL_S)
+        try:
+            await asyncio.wait_for(self.rung.wait(), timeout_s)
+        except TimeoutError:
+            return False
+        self.rung.clear()
+        return True
+
+
+class Signals:
+    """One pattern subscription for all followers in a process: `await start()`, then `watch` or `wait`, then `await stop()`."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._url = redis_py_url(settings.redis_url.get_secret_value())
+        self._watches: dict[str, set[Watch]] = {}
+        self._task: asyncio.Task[None] | None = None
+        self.connected = False
+
+    async def start(self) -> None:
+        self._task = asyncio.create_task(self._run(), name="signals")
+
+    async def stop(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._task
+            self._task = None
+
+    @contextmanager
+    def watch(self, job_id: str) -> Iterator[Watch]:
+        watch = Watch(self)
+        self._watches.setdefault(job_id, set()).add(watch)
+        try:
+            yield watch
+        finally:
+            self._watches[job_id].discard(watch)
+            if not self._watches[job_id]:
+                del self._watches[job_id]
+
+    async def wait(self, job_id: str, timeout_s: float) -> bool:
+        """Wait for the next signal of a job. False when the time is up, or sooner while Redis is away."""
+        with self.watch(job_id) as watch:
+            return await watch.wait(timeout_s)
+
+    async def _run(self) -> None:
+        while True:
+            try:
+                await self._follow()
+            except (redis.RedisError, OSError) as error:
+                if self.connected:
+                    log.warning("signals are away, followers poll: %s", error)
+            self.connected = False
+            self.wake_all()
+            await asyncio.sleep(POLL_S)
+
+    async def _follow(self) -> None:
+        client = redis.asyncio.Redis.from_url(self._url, socket_connect_timeout=TIMEOUT_S, health_check_interval=15)
+        async with client, client.pubsub() as subscription:
+            await subscription.psubscribe(channel_name("*"))
+            self.connected = True
+            self.wake_all()  # what was missed meanwhile
+            while True:
+                message = await subscription.get_message(ignore_subscribe_messages=True, timeout=5.0)
+                if message is not None:
+                    self._wake(message["channel"].decode().removeprefix(channel_name("")))
+
+    def _wake(self, job_id: str) -> None:
+        for watch in self._watches.get(job_id, ()):
+            watch.rung.set()
+
+    def wake_all(self) -> None:
+        """Let every follower look, whether there is something new or not."""
+        for job_id in self._watches:
+            self._wake(job_id)

@@ -1,0 +1,17 @@
+"""Identifiers: a prefix that names the kind, and a ULID, so that they sort by time."""
+
+from datetime import UTC, datetime
+from typing import Literal
+
+from ulid import ULID
+
+Prefix = Literal["job", "ckpt", "ds", "key", "req", "wrk"]
+
+
+def new_id(prefix: Prefix) -> str:
+    return f"{prefix}_{str(ULID()).lower()}"
+
+
+def utcnow() -> datetime:
+    """Aware UTC now: the only clock of the service."""
+    return datetime.now(UTC)

@@ -1,0 +1,298 @@
+"""The axes of an objective as they may be asked for: each kind with its parameters. What the names compute stands in
+`workers.objectives`, one file an axis."""
+
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic.types import JsonValue
+
+
+class Axis(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+def _offset(value: float, info: ValidationInfo) -> float:
+    if not 0 <= value < 1:
+        absolute = info.field_name == "clip_high" and 1 < value < 2
+        hint = f" (for an absolute bound of {value:g} write {value - 1:g})" if absolute else ""
+        raise ValueError(
+            f"must be at least 0 and below 1: the ratio stays in [1 - clip_low, 1 + clip_high], got {value:g}{hint}"
+        )
+    return value
+
+
+_OFFSET_SCHEMA: dict[str, JsonValue] = {"minimum": 0, "exclusiveMaximum": 1}
+Offset = Annotated[float, AfterValidator(_offset)]
+ClipLow = Annotated[Offset, Field(json_schema_extra=_OFFSET_SCHEMA, description="offset: the ratio stays above 1 - clip_low")]
+ClipHigh = Annotated[Offset, Field(json_schema_extra=_OFFSET_SCHEMA, description="offset: the ratio stays below 1 + clip_high")]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+
+
+# ---------------------------------------------------------------- ratio
+
+
+class Ratio(Axis):
+    """token: each token its own · sequence: their geometric mean (GSPO) · sequence_token: the same value, gradients a token
+    (GSPO-token) · product: of the whole answer · one: no ratio (REINFORCE)."""
+
+    kind: Literal["token", "sequence", "sequence_token", "product", "one"] = "token"
+
+    @property
+    def constant(self) -> bool:
+        """No gradient runs through it."""
+        return self.kind == "one"
+
+    @property
+    def per_sequence(self) -> bool:
+        """A mean over the whole answer, which moves by thousandths."""
+        return self.kind in ("sequence", "sequence_token")
+
+    @property
+    def multiplies(self) -> bool:
+        """Over all tokens of an answer."""
+        return self.kind == "product"
+
+
+class SegmentRatio(Axis):
+    """The geometric mean within a segment: between token (chunk 1) and sequence (one chunk)."""
+
+    constant: ClassVar[bool] = False
+    per_sequence: ClassVar[bool] = False
+    multiplies: ClassVar[bool] = False
+    kind: Literal["segment"] = "segment"
+    chunk: Annotated[
+        int | None, Field(ge=1, description="answer tokens in a segment; null: the batch brings segment_ids (not in a job)")
+    ] = None
+
+
+# ---------------------------------------------------------------- surrogate
+
+
+class Surrogate(Axis):
+    through_ratio: ClassVar[bool] = True  # the gradient needs a ratio that depends on the policy
+    through_anchor: ClassVar[bool] = False  # it looks at the anchor's log-probs even where the ratio is constant
+
+
+class Clipped(Surrogate):
+    """With a ratio clipped to [1 - clip_low, 1 + clip_high]."""
+
+    clip_low: ClipLow = 0.2
+    clip_high: ClipHigh = 0.2
+
+
+class Ppo(Clipped):
+    """-min(r A, clip(r) A)."""
+
+    kind: Literal["ppo"] = "ppo"
+    dual_clip: Annotated[float | None, Field(gt=1, description="bound of the ratio where the advantage is negative")] = None
+
+
+class TwoSided(Clipped):
+    """PPO whose ratio stays below delta where the advantage is negative: dual_clip under INTELLECT-2's name."""
+
+    kind: Literal["two_sided"] = "two_sided"
+    delta: Annotated[float, Field(gt=1, description="bound of the ratio where the advantage is negative")] = 4.0
+
+
+class Cispo(Surrogate):
+    """-sg(clip(r)) A log p."""
+
+    through_ratio: ClassVar[bool] = False
+    kind: Literal["cispo"] = "cispo"
+    weight_min: Annotated[float, Field(ge=0, description="smallest weight; absolute, not an offset")] = 0.0
+    weight_max: Annotated[float, Field(gt=0, description="largest weight; absolute, not an offset")] = 5.0
+
+    @model_validator(mode="after")
+    def ordered(self) -> Self:
+        if self.weight_min > self.weight_max:
+            raise ValueError(f"weight_min must not exceed weight_max, got {self.weight_min:g} > {self.weight_max:g}")
+        return self
+
+
+class Sapo(Surrogate):
+    """-(4 / tau) sigmoid(tau (r - 1)) A."""
+
+    kind: Literal["sapo"] = "sapo"
+    tau_positive: Annotated[Positive, Field(description="temperature where the advantage is positive")] = 1.0
+    tau_negative: Annotated[Positive, Field(description="temperature elsewhere")] = 1.05
+
+
+class Gmpo(Surrogate):
+    """Token log ratios clipped on the harmful side, then pooled by the ratio axis."""
+
+    kind: Literal["gmpo"] = "gmpo"
+    clip_low: Annotated[NotNegative, Field(description="the log ratio stays above -clip_low")] = 0.4
+    clip_high: Annotated[NotNegative, Field(description="the log ratio stays below clip_high")] = 0.4
+
+
+class TrustRegion(Surrogate):
+    """-r A, without tokens whose probability left the region on the harmful side: by total variation or binary KL."""
+
+    kind: Literal["tv", "bkl"] = "tv"
+    low: Annotated[NotNegative, Field(description="largest divergence of a token that became less likely")] = 0.2
+    high: Annotated[NotNegative, Field(description="largest divergence of a token that became likelier")] = 0.2
+
+
+class Dro(Surrogate):
+    """-(A log p - beta / 2 (log ratio)^2)."""
+
+    through_ratio: ClassVar[bool] = False
+    through_anchor: ClassVar[bool] = True
+    kind: Literal["dro"] = "dro"
+    beta: Annotated[NotNegative, Field(description="strength of the quadratic penalty")] = 0.05
+
+
+Pair = Annotated[
+    tuple[NotNegative, NotNegative], Field(description="for positive and for negative advantages; one number: both")
+]
+
+
+class Vespo(Surrogate):
+    """-sg(w) A log p with w = r^k exp(lam (1 - r))."""
+
+    through_ratio: ClassVar[bool] = False
+    kind: Literal["vespo"] = "vespo"
+    k: Pair = (2.0, 3.0)
+    lam: Pair = (3.0, 2.0)
+
+    @field_validator("k", "lam", mode="before")
+    @classmethod
+    def one_number(cls, value: Any) -> Any:
+        return (value, value) if isinstance(value, int | float) else value
+
+
+class ClipCov(Clipped):
+    """PPO in which a few tokens, drawn among those of high covariance, lose their gradient."""
+
+    kind: Literal["clip_cov"] = "clip_cov"
+    share: Annotated[float, Field(ge=0, le=1, description="share of all tokens that are drawn")] = 2e-4
+    cov_low: Annotated[float, Field(description="smallest covariance of a token that may be drawn")] = 1.0
+    cov_high: Annotated[float, Field(description="largest covariance of a token that may be drawn")] = 5.0
+
+
+class KlCov(Surrogate):
+    """-r A, plus a KL penalty on the tokens of highest covariance."""
+
+    kind: Literal["kl_cov"] = "kl_cov"
+    share: Annotated[float, Field(ge=0, le=1, description="share of all tokens that are penalised")] = 2e-4
+    coef: Annotated[NotNegative, Field(description="strength of the penalty")] = 1.0
+
+
+class Plain(Surrogate):
+    """-r A; -A log p with the ratio `one`."""
+
+    through_ratio: ClassVar[bool] = False
+    kind: Literal["none"] = "none"
+
+
+AnyRatio = Ratio | SegmentRatio
+AnySurrogate = Ppo | TwoSided | Cispo | Sapo | Gmpo | TrustRegion | Dro | Vespo | ClipCov | KlCov | Plain
+
+
+# ---------------------------------------------------------------- aggregate
+
+
+class Aggregate(Axis):
+    """token: mean over tokens · seq: mean over sequences of their token means · prompt: mean over groups of their token
+    means · seq_sum: mean over sequences of their token sums · sum."""
+
+    kind: Literal["token", "seq", "prompt", "seq_sum", "sum"] = "token"
+    length_power: Annotated[
+        float, Field(description="each sequence is further weighted by its length to this power (LUSPO: 1)")
+    ] = 0.0
+
+
+class ConstantAggregate(Axis):
+    """Token sums over sequences times a constant (Dr. GRPO)."""
+
+    kind: Literal["constant"] = "constant"
+    constant: Annotated[
+        float | None, Field(gt=0, description="null: the longest possible answer (a job's max_completion_tokens)")
+    ] = None
+    length_power: Annotated[float, Field(description="as in the other kinds")] = 0.0
+
+
+AnyAggregate = Aggregate | ConstantAggregate
+
+
+# ---------------------------------------------------------------- advantage, kl, correct, select
+
+
+class Advantage(Axis):
+    """How rewards become advantages."""
+
+    centre: Annotated[
+        Literal["none", "given", "group_mean", "leave_one_out", "length_weighted", "best_minus_second"],
+        Field(description="the baseline; given: advantages come from outside, rewards are taken as they are"),
+    ] = "group_mean"
+    scale: Annotated[
+        Literal["none", "group_std", "batch_std", "group_mean", "whiten"],
+        Field(description="what the centred reward is divided by"),
+    ] = "group_std"
+    eps: Annotated[NotNegative, Field(description="added to the divisor")] = 1e-6
+    several: Annotated[
+        Literal["sum_then_normalize", "normalize_then_sum"],
+        Field(description="what is done first with several rewards (GDPO: normalize)"),
+    ] = "sum_then_normalize"
+
+
+class Kl(Axis):
+    """A penalty for leaving a reference policy."""
+
+    place: Annotated[Literal["none", "reward", "loss"], Field(description="subtracted from the reward, or added to the loss")]
+    estimator: Annotated[Literal["k1", "k2", "k3", "abs"], Field(description="of the KL of a token")] = "k3"
+    gradient: Annotated[
+        Literal["plain", "straight_through", "ratio_weighted"],
+        Field(description="straight_through: the estimator's value, k2's gradient; ratio_weighted: unbiased off policy"),
+    ] = "plain"
+    reference: Annotated[Literal["ref", "rollout"], Field(description="the starting weights, or the policy that sampled")] = (
+        "ref"
+    )
+    coef: Annotated[NotNegative, Field(description="strength")] = 0.04
+
+    def acts(self, *, rewards: bool) -> bool:
+        """Whether it changes anything; in the reward only where there are rewards."""
+        return self.place == "loss" or (self.in_reward and rewards)
+
+    @property
+    def in_reward(self) -> bool:
+        return self.place == "reward"
+
+
+class Correct(Axis):
+    """A detached weight exp(old - rollout), for samplers that do not agree with the trainer."""
+
+    level: Annotated[
+        Literal["token", "geometric", "product", "segment"], Field(description="one weight a token, sequence or segment")
+    ] = "token"
+    action: Annotated[Literal["none", "truncate", "mask"], Field(description="at most cap; or 0 outside of [low, high]")]
+    cap: Annotated[Positive, Field(description="of truncate")] = 2.0
+    low: Annotated[NotNegative, Field(description="of mask")] = 0.5
+    high: Annotated[Positive, Field(description="of mask")] = 2.0
+    weigh: Annotated[bool, Field(description="false: mask only, what is kept counts 1")] = True
+    chunk: Annotated[int | None, Field(ge=1, description="answer tokens in a segment, for level segment")] = None
+    normalize: Annotated[bool, Field(description="divide the weights by their mean over the optimizer step")] = False
+    sequence_delta: Annotated[
+        float | None,
+        Field(description="drop sequences with a negative advantage whose mean of old - new log-probs exceeds this"),
+    ] = None
+
+    @property
+    def weighs(self) -> bool:
+        return self.action != "none"
+
+    @property
+    def wants_segments(self) -> bool:
+        return self.weighs and self.level == "segment" and self.chunk is None
+
+
+class Select(Axis):
+    """What is left out before the aggregation weights are computed."""
+
+    truncated: Annotated[bool, Field(description="leave out answers that were cut at the token limit")] = False
+    zero_variance: Annotated[bool, Field(description="leave out groups whose rewards are all equal")] = False
+    top_entropy: Annotated[
+        float | None,
+        Field(gt=0, le=1, description="keep only this share of tokens, the ones of highest entropy (not in a job)"),
+    ] = None

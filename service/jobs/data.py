@@ -1,0 +1,237 @@
+"""Rows: where they come from, how they become prompts, and which of them a step takes.
+
+Nothing here loads a dataset into memory: an uploaded file is read by the offsets of its lines, a procedural source makes a
+row when it is asked for. Every choice derives from (seed, epoch), so a resumed job sees the rows it would have seen.
+"""
+
+import json
+import os
+import random
+from array import array
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, overload
+
+from service.errors import FieldError, InvalidRequest
+from service.jobs.data_spec import DatasetSource, DataSpec, InlineSource, Message, ReasoningGymSource, SplitSource, TrainSource
+from service.jobs.templates import render
+from service.validation import did_you_mean, escape
+
+Row = dict[str, Any]
+Prompt = str | list[dict[str, str]]
+
+
+class Rows(Sequence[Row]):
+    """Rows by number. `columns` are those of the first row."""
+
+    def _row(self, index: int) -> Row:
+        raise NotImplementedError
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Row]: ...
+    def __getitem__(self, index: int | slice) -> Row | list[Row]:
+        if isinstance(index, slice):
+            return [self._row(i) for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        return self._row(index % len(self))
+
+    @property
+    def columns(self) -> list[str]:
+        return list(self[0]) if len(self) else []
+
+    def number(self, index: int) -> int:
+        """What row `index` is called in messages: its number in the source."""
+        return index
+
+
+class InlineRows(Rows):
+    """Rows that stand in the spec."""
+
+    def __init__(self, rows: Sequence[Row]) -> None:
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def _row(self, index: int) -> Row:
+        return self._rows[index]
+
+
+class JsonlRows(Rows):
+    """Rows of a file with one JSON object a line. Only the offsets of the lines are kept in memory."""
+
+    def __init__(self, path: Path, max_rows: int | None = None) -> None:
+        self._offsets = array("Q", [0])
+        with path.open("rb") as file:
+            for line in file:
+                if max_rows is not None and len(self._offsets) > max_rows:
+                    break
+                self._offsets.append(self._offsets[-1] + len(line))
+        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __len__(self) -> int:
+        return len(self._offsets) - 1
+
+    def __del__(self) -> None:
+        if hasattr(self, "_descriptor"):
+            os.close(self._descriptor)
+
+    def _row(self, index: int) -> Row:
+        start, end = self._offsets[index], self._offsets[index + 1]
+        return json.loads(os.pread(self._descriptor, end - start, start))
+
+
+class ReasoningGymRows(Rows):
+    """Rows that a task of reasoning-gym makes: question, answer, metadata. Row i is always the same for the same seed."""
+
+    def __init__(self, source: ReasoningGymSource, pointer: str = "/data/train") -> None:
+        check_task(source, pointer)
+        from reasoning_gym import create_dataset
+
+        self._size = min(source.size, source.max_rows or source.size)
+        self._task = create_dataset(source.task, **source.config, seed=source.seed, size=source.size)
+
+    def __len__(self) -> int:
+        return self._size
+
+    def _row(self, index: int) -> Row:
+        return self._task[index]
+
+
+class Subset(Rows):
+    """Some rows of others, by number."""
+
+    def __init__(self, rows: Rows, indices: Sequence[int]) -> None:
+        self._rows = rows
+        self._indices = array("Q", indices)
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def _row(self, index: int) -> Row:
+        return self._rows[self._indices[index]]
+
+    def number(self, index: int) -> int:
+        return self._indices[index]
+
+
+@dataclass(frozen=True)
+class Data:
+    """The rows of a job and how they are put."""
+
+    train: Rows
+    eval: Rows | None
+    prompt_template: str | None
+    chat: list[Message] | str | None
+    answer_template: str | None
+
+    def prompt(self, row: Row) -> Prompt:
+        """The text of the prompt, or its chat messages. Raises KeyError for an absent column."""
+        if self.prompt_template is not None:
+            return render(self.prompt_template, row)
+        if isinstance(self.chat, str):
+            return [{"role": message["role"], "content": message["content"]} for message in row[self.chat]]
+        return [{"role": message.role, "content": render(message.content, row)} for message in self.chat or []]
+
+    def answer(self, row: Row) -> str | None:
+        """The right answer, where the spec says what it is."""
+        return None if self.answer_template is None else render(self.answer_template, row)
+
+
+def open_data(data: DataSpec, seed: int, dataset_path: Callable[[str], Path]) -> Data:
+    """Open the sources. `dataset_path` says where an uploaded dataset lies; `seed` draws a held-out split.
+
+    Raises InvalidRequest where reasoning-gym is absent or refuses its task or config, or a split leaves nothing to train on.
+    """
+    train = open_source(data.train, dataset_path, "/data/train")
+    held_out: Rows | None = None
+    if isinstance(data.eval, SplitSource):
+        train, held_out = split(train, data.eval.rows, seed)
+    elif data.eval is not None:
+        held_out = open_source(data.eval, dataset_path, "/data/eval")
+    return Data(train, held_out, data.prompt, data.chat, data.answer)
+
+
+def open_source(source: TrainSource, dataset_path: Callable[[str], Path], pointer: str) -> Rows:
+    """The rows of one source; `pointer` is where it stands in the spec."""
+    match source:
+        case DatasetSource():
+            return JsonlRows(dataset_path(source.id), source.max_rows)
+        case InlineSource():
+            return InlineRows(source.rows[: source.max_rows])
+        case ReasoningGymSource():
+            return ReasoningGymRows(source, pointer)
+
+
+def split(rows: Rows, held_out: int, seed: int) -> tuple[Rows, Rows]:
+    """What is trained on and what is held out, drawn from the seed, both in their old order."""
+    if held_out >= len(rows):
+        detail = f"the split holds out {held_out} rows of {len(rows)}: nothing would be left to train on"
+        raise InvalidRequest(
+            detail, [FieldError("/data/eval/rows", detail, "split_too_large", held_out, f"less than {len(rows)}")]
+        )
+    chosen = set(_random(seed, "split").sample(range(len(rows)), held_out))
+    return Subset(rows, [i for i in range(len(rows)) if i not in chosen]), Subset(rows, sorted(chosen))
+
+
+def prompt_indices(n: int, step: int, count: int, seed: int, shuffle: bool) -> list[int]:
+    """Which of `n` rows step number `step` (from 1) takes: the next `count` of an endless walk through epochs.
+
+    Each epoch visits every row once, in an order drawn from (seed, epoch), or in file order without `shuffle`.
+    """
+    first = (step - 1) * count
+    return [_epoch(n, place // n, seed)[place % n] if shuffle else place % n for place in range(first, first + count)]
+
+
+@lru_cache(maxsize=4)  # a step touches one epoch, or two where they meet
+def _epoch(n: int, epoch: int, seed: int) -> "array[int]":
+    order = array("Q", range(n))
+    _random(seed, f"epoch/{epoch}").shuffle(order)
+    return order
+
+
+def _random(seed: int, purpose: str) -> random.Random:
+    digest = blake2b(f"{seed}/data/{purpose}".encode(), digest_size=16).digest()
+    return random.Random(int.from_bytes(digest, "big"))
+
+
+def check_task(source: ReasoningGymSource, pointer: str) -> None:
+    """Look at the task's name and config without making a row. Raises InvalidRequest, with the code that fits."""
+    try:
+        from reasoning_gym.factory import DATASETS  # slow to import, and an extra
+    except ImportError:
+        raise InvalidRequest(
+            "the source reasoning_gym needs the package reasoning-gym, which is not installed here",
+            [FieldError(f"{pointer}/source", "reasoning-gym is not installed", "missing_extra", got="reasoning_gym")],
+            code="missing_extra",
+            hint="the operator can install it: pip install 'ratchet-rl[reasoning-gym]', for the API and for the workers",
+        ) from None
+    if source.task not in DATASETS:
+        detail = f"reasoning-gym has no task {source.task!r}{did_you_mean(source.task, list(DATASETS))}"
+        raise InvalidRequest(detail, [FieldError(f"{pointer}/task", detail, "unknown_task", source.task, sorted(DATASETS))])
+    _, config_class = DATASETS[source.task]
+    legal = sorted(field.name for field in fields(config_class) if field.name not in ("seed", "size"))
+    if unknown := [name for name in source.config if name not in legal]:
+        details = [
+            f"{source.task} has no setting {name!r}{did_you_mean(name, legal)}; legal: {', '.join(legal)}" for name in unknown
+        ]
+        raise InvalidRequest(
+            details[0],
+            [
+                FieldError(f"{pointer}/config/{escape(name)}", detail, "unknown_key", allowed=legal)
+                for name, detail in zip(unknown, details, strict=True)
+            ],
+        )
+    try:
+        config = config_class(**source.config, seed=source.seed, size=source.size)
+        if hasattr(config, "validate"):
+            config.validate()
+    except Exception as error:  # each task checks its config in its own way
+        detail = f"reasoning-gym refuses this config of {source.task}: {str(error) or type(error).__name__}"
+        raise InvalidRequest(detail, [FieldError(f"{pointer}/config", detail, "task_config")]) from None

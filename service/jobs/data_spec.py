@@ -1,0 +1,101 @@
+"""The data section of a spec: sources of rows, and how a row becomes a prompt."""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from service.jobs.section import Section
+from service.jobs.templates import Template
+
+Shuffle = Annotated[bool, Field(description="a new order each epoch, drawn from the seed")]
+MaxRows = Annotated[int | None, Field(ge=1, description="use at most this many rows")]
+
+
+class DatasetSource(Section):
+    """Rows of an uploaded dataset."""
+
+    source: Literal["dataset"]
+    id: Annotated[str, Field(pattern=r"^ds_[0-9a-z]+$", description="ds_...")]
+    shuffle: Shuffle = True
+    max_rows: MaxRows = None
+
+
+class InlineSource(Section):
+    """Rows that stand in the spec itself."""
+
+    source: Literal["inline"]
+    rows: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=10_000, description="objects with the same columns")]
+    shuffle: Shuffle = True
+    max_rows: MaxRows = None
+
+
+class ReasoningGymSource(Section):
+    """Procedural tasks of the package reasoning-gym; columns: question, answer, metadata."""
+
+    source: Literal["reasoning_gym"]
+    task: Annotated[str, Field(description="name of a reasoning-gym dataset, for example basic_arithmetic")]
+    config: Annotated[dict[str, Any], Field(description="the task's own settings")] = Field(default_factory=dict)
+    size: Annotated[int, Field(ge=1, le=1_000_000, description="how many rows to make")] = 1000
+    seed: Annotated[int, Field(ge=0, description="seed of the rows; give train and eval different ones")] = 0
+    shuffle: Shuffle = False
+    max_rows: MaxRows = None
+
+    @field_validator("config")
+    @classmethod
+    def seed_and_size_stand_beside(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for name in ("seed", "size"):
+            if name in value:
+                raise ValueError(f"`{name}` stands beside `config`, not in it")
+        return value
+
+
+class SplitSource(Section):
+    """Rows held out of the training source; they are never trained on."""
+
+    source: Literal["split"]
+    rows: Annotated[int, Field(ge=1, description="how many rows are held out, drawn from the seed")]
+
+
+TrainSource = Annotated[DatasetSource | InlineSource | ReasoningGymSource, Field(discriminator="source")]
+EvalSource = Annotated[DatasetSource | InlineSource | ReasoningGymSource | SplitSource, Field(discriminator="source")]
+
+
+class Message(Section):
+    """One turn of a chat."""
+
+    role: Annotated[Literal["system", "user", "assistant"], Field(description="who speaks")]
+    content: Annotated[Template, Field(description="a template over the row's columns")]
+
+
+class DataSpec(Section):
+    """Where the rows come from and how they become prompts."""
+
+    train: Annotated[TrainSource, Field(description="rows to learn from")]
+    eval: Annotated[EvalSource | None, Field(description="held-out rows; none: no evaluation")] = None
+    prompt: Annotated[Template | None, Field(description='a template over the row\'s columns, for example "{question}\\n"')] = (
+        None
+    )
+    chat: Annotated[
+        list[Message] | str | None,
+        Field(description="messages for the model's chat template, or the name of a column that holds such a list"),
+    ] = None
+    answer: Annotated[
+        Template | None, Field(description="the right answer: what a supervised job learns, shown beside samples")
+    ] = None
+
+    @model_validator(mode="after")
+    def one_way_to_prompt(self) -> Self:
+        if (self.prompt is None) == (self.chat is None):
+            raise ValueError("give exactly one of `prompt` (a template) and `chat` (messages)")
+        if self.chat is not None and len(self.chat) == 0:
+            raise ValueError("chat is empty: give at least one message, or the name of a column")
+        return self
+
+    @model_validator(mode="after")
+    def eval_is_held_out(self) -> Self:
+        train, held_out = self.train, self.eval
+        if not isinstance(train, ReasoningGymSource) or not isinstance(held_out, ReasoningGymSource):
+            return self
+        if (train.task, train.config, train.seed) == (held_out.task, held_out.config, held_out.seed):
+            raise ValueError(f"eval.seed must differ from train's, else both make the same rows of {train.task}")
+        return self

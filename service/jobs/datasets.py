@@ -1,0 +1,185 @@
+"""Uploads: JSONL streamed to disk and checked line by line, so that a job never meets a broken row."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from sqlalchemy.orm import Session
+
+from service.errors import BodyTooLarge, FieldError, InvalidRequest
+from service.ids import new_id, utcnow
+from service.jobs.storable import not_storable
+from service.store import datasets
+from service.store.session import Store
+from service.store.tables import Dataset
+
+CHUNK_BYTES = 2**20
+MAX_LINE_BYTES = 16 * 2**20
+MAX_ERRORS = 20
+MAX_COLUMNS = 1000
+BOM = b"\xef\xbb\xbf"
+
+TYPES = {str: "string", bool: "boolean", int: "integer", float: "number", list: "array", dict: "object", type(None): "null"}
+
+
+class Line(Exception):
+    """What is wrong with one line."""
+
+
+def ingest(
+    store: Store,
+    project: str,
+    name: str,
+    stream: Iterable[bytes] | BinaryIO,
+    max_bytes: int,
+    *,
+    also: Callable[[Session, Dataset], None] | None = None,
+) -> Dataset:
+    """Store an upload of JSON objects, one a line, and its row in the table. Nothing is left behind on failure.
+
+    `also` runs in the transaction of the row: there an idempotency key is completed with the answer.
+    `stream` gives bytes in any portions. Blank lines, a byte order mark and carriage returns are dropped. Raises
+    InvalidRequest with the first MAX_ERRORS wrong lines by number, BodyTooLarge above `max_bytes`.
+    """
+    folder = store.blobs.temporary_dir()
+    try:
+        checked = _Checked(folder / "rows.jsonl")
+        checked.take(_bounded(_chunks(stream), max_bytes))
+        dataset_id = new_id("ds")
+        path = f"datasets/{dataset_id}.jsonl"
+        store.blobs.commit_file(checked.path, path)
+        try:
+            return _insert(store, checked, also, id=dataset_id, project=project, name=name, path=path)
+        except BaseException:
+            store.blobs.delete(path)
+            raise
+    finally:
+        store.blobs.discard(folder)
+
+
+def _insert(store: Store, checked: "_Checked", also: Callable[[Session, Dataset], None] | None, **names: str) -> Dataset:
+    with store.begin() as session:
+        dataset = Dataset(
+            **names,
+            rows=checked.rows,
+            columns={name: {"types": sorted(types), "rows": rows} for name, (types, rows) in checked.columns.items()},
+            sha256=checked.digest.hexdigest(),
+            size_bytes=checked.size_bytes,
+            created_at=utcnow(),
+        )
+        datasets.create(session, dataset)
+        if also is not None:
+            also(session, dataset)
+    return dataset
+
+
+class _Checked:
+    """The file as it is written, and what was seen on the way."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows = self.size_bytes = 0
+        self.columns: dict[str, tuple[set[str], int]] = {}  # name -> types, number of rows that have it
+        self.digest = hashlib.sha256()
+
+    def take(self, chunks: Iterable[bytes]) -> None:
+        errors: list[FieldError] = []
+        with self.path.open("wb") as file:
+            for number, line in enumerate(_lines(chunks), 1):
+                text = (line.removeprefix(BOM) if number == 1 else line).strip(b" \t\r\n")
+                try:
+                    if text:
+                        self._row(read_row(text))
+                        self._write(file, text + b"\n")
+                except Line as error:
+                    errors.append(FieldError(f"/lines/{number}", str(error), "bad_line", allowed="a JSON object"))
+                    if len(errors) >= MAX_ERRORS:
+                        break
+        if errors:
+            more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+            detail = f"line {errors[0].pointer.rsplit('/', 1)[1]}: {errors[0].detail}{more}"
+            raise InvalidRequest(detail, errors, code="bad_dataset", hint="JSONL: one JSON object a line, in UTF-8")
+        if self.rows == 0:
+            raise InvalidRequest(
+                "the dataset has no rows", [FieldError("", "the dataset has no rows", "empty")], code="empty_dataset",
+                hint="JSONL: one JSON object a line, in UTF-8",
+            )  # fmt: skip
+
+    def _row(self, row: dict[str, Any]) -> None:
+        for name, value in row.items():
+            types, rows = self.columns.get(name, (set(), 0))
+            types.add(TYPES[type(value)])
+            self.columns[name] = (types, rows + 1)
+        if len(self.columns) > MAX_COLUMNS:
+            raise Line(f"brings the number of different columns above {MAX_COLUMNS}")
+        self.rows += 1
+
+    def _write(self, file: BinaryIO, line: bytes) -> None:
+        file.write(line)
+        self.digest.update(line)
+        self.size_bytes += len(line)
+
+
+def read_row(line: bytes) -> dict[str, Any]:
+    """The JSON object that a line holds. Raises Line: not UTF-8, not JSON, a key twice, NaN, not an object, empty."""
+    try:
+        row = json.loads(line.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_refuse_constant)
+    except UnicodeDecodeError as error:
+        raise Line(f"not UTF-8 at byte {error.start}") from None
+    except json.JSONDecodeError as error:
+        raise Line(f"not JSON: {error.msg} at character {error.pos}") from None
+    except RecursionError:
+        raise Line("nested too deeply") from None
+    except ValueError as error:  # a number with thousands of digits
+        raise Line(f"not readable: {error}") from None
+    if not isinstance(row, dict):
+        raise Line(f"must be a JSON object, got {TYPES[type(row)]}")
+    if not row:
+        raise Line("is an object without a column")
+    if errors := not_storable(row):
+        raise Line(f"{errors[0].pointer} {errors[0].detail}")
+    return row
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise Line(f"has the key {next(name for name in names if names.count(name) > 1)!r} twice")
+    return value
+
+
+def _refuse_constant(name: str) -> Any:
+    raise Line(f"holds {name}, which is not JSON")
+
+
+def _chunks(stream: Iterable[bytes] | BinaryIO) -> Iterable[bytes]:
+    read = getattr(stream, "read", None)
+    return iter(lambda: read(CHUNK_BYTES), b"") if read is not None else stream
+
+
+def _bounded(chunks: Iterable[bytes], max_bytes: int) -> Iterator[bytes]:
+    size = 0
+    for chunk in chunks:
+        size += len(chunk)
+        if size > max_bytes:
+            raise BodyTooLarge(f"the dataset is larger than {max_bytes} bytes (RATCHET_MAX_DATASET_BYTES)", max_bytes=max_bytes)
+        yield chunk
+
+
+def _lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    """Lines without their ends. A line that is too long is given up at once: it would have to be held in memory."""
+    pending, number = bytearray(), 1
+    for chunk in chunks:
+        pending += chunk
+        if b"\n" in chunk:
+            *lines, rest = bytes(pending).split(b"\n")
+            yield from lines
+            pending, number = bytearray(rest), number + len(lines)
+        if len(pending) > MAX_LINE_BYTES:
+            detail = f"line {number} is longer than {MAX_LINE_BYTES} bytes"
+            raise InvalidRequest(detail, [FieldError(f"/lines/{number}", detail, "line_too_long")], code="bad_dataset")
+    if pending:
+        yield bytes(pending)

@@ -1,0 +1,32 @@
+"""Forking: a new job from an old one's spec and checkpoint. To try again is to fork; a job that has ended stays as it was."""
+
+from typing import Any
+
+from service.store.tables import Job
+
+
+def forked_spec(parent: Job, from_checkpoint: str | dict[str, Any] | None, overrides: dict[str, Any]) -> dict[str, Any]:
+    """The spec of the fork: the parent's as it was sent, with the overrides merged in (RFC 7396: null removes a key).
+
+    It starts from `from_checkpoint`, else from what the overrides say, else from the parent's newest checkpoint; a parent
+    without one is begun anew.
+    """
+    spec = merged(parent.spec_sent, overrides)
+    named = "from_checkpoint" in (overrides.get("model") or {})
+    start = from_checkpoint or (None if named else parent.checkpoint_id)
+    if start is not None and isinstance(spec.get("model"), dict):
+        spec["model"] = {**spec["model"], "from_checkpoint": start}
+    return spec
+
+
+def merged(target: Any, patch: Any) -> Any:
+    """JSON merge patch (RFC 7396). Neither argument is changed."""
+    if not isinstance(patch, dict):
+        return patch
+    result = dict(target) if isinstance(target, dict) else {}
+    for key, value in patch.items():
+        if value is None:
+            result.pop(key, None)
+        else:
+            result[key] = merged(result.get(key), value)
+    return result

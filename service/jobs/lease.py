@@ -1,0 +1,300 @@
+"""What a worker says to the store. Each write holds only while the lease does: a zombie changes nothing and gets LeaseLost.
+
+A lease is (job, attempt, owner). The attempt is the fencing number: it grows by one with each claim, in the statement that
+makes the job running, so no two workers ever hold the same one. Times are the workers' own clocks; they may differ by no
+more than lease_ttl_s - lease_self_stop_s.
+"""
+
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from math import isfinite
+from typing import Any
+
+from sqlalchemy import select, update
+from sqlalchemy.orm import Session
+
+from service.doorbell import Doorbell
+from service.errors import Failure, LeaseLost
+from service.ids import utcnow
+from service.jobs import moves
+from service.jobs.spec import CheckpointsSpec
+from service.jobs.state import HELD, Phase, Status, Wish
+from service.settings import Settings
+from service.store import checkpoints, events, jobs, metrics, rollouts, workers
+from service.store.checkpoints import CheckpointRow
+from service.store.rollouts import RolloutRow
+from service.store.session import Store
+from service.store.tables import Checkpoint, Job, Worker
+
+__all__ = ["CheckpointRow", "Lease", "RolloutRow"]
+
+# What people follow live; everything else is in the metrics.
+HEADLINE = re.compile(
+    r"(.*/)?(reward/mean|loss|grad_norm|learning_rate|clip_fraction\w*|(approx_)?kl\w*|length_mean|tokens_per_s)"
+)
+
+
+@dataclass(frozen=True)
+class Lease:
+    job_id: str
+    attempt: int
+    owner: str
+
+
+@contextmanager
+def _holding(store: Store, lease: Lease) -> Iterator[tuple[Session, Job]]:
+    """A transaction in which the job is locked and ours. Raises LeaseLost when it is not."""
+    with store.begin() as session:
+        job = jobs.find(session, lease.job_id, lock=True, light=True)
+        # A job that is no longer held has no owner; one that was claimed again has a higher attempt.
+        if job is None or job.attempt != lease.attempt or job.lease_owner != lease.owner:
+            now_is = "gone" if job is None else f"{job.status}, attempt {job.attempt}"
+            raise LeaseLost(f"attempt {lease.attempt} of {lease.job_id} no longer holds the job (it is {now_is})")
+        yield session, job
+
+
+# ---------------------------------------------------------------- taking and keeping
+
+
+def claim(store: Store, settings: Settings, owner: str, classes: Collection[str]) -> tuple[Lease, Job] | None:
+    """Take the next queued job of these resource classes; None when there is none, or this worker is draining."""
+    with store.begin() as session:
+        if workers.is_draining(session, owner):
+            return None
+        while (job := jobs.next_queued(session, classes, now := utcnow())) is not None:
+            if _take(session, job, owner, now, settings):
+                session.refresh(job)
+                return Lease(job.id, job.attempt, owner), job
+        return None
+
+
+def _take(session: Session, job: Job, owner: str, now: datetime, settings: Settings) -> bool:
+    """The compare-and-swap: False when another was quicker."""
+    unchanged = (Job.id == job.id, Job.status == Status.QUEUED.value, Job.attempt == job.attempt)
+    attempt = job.attempt + 1
+    columns = {
+        "status": Status.RUNNING.value,
+        "status_reason": "claimed",
+        "attempt": attempt,
+        "lease_owner": owner,
+        "lease_until": now + timedelta(seconds=settings.lease_ttl_s),
+        "claimed_at": now,
+        "started_at": job.started_at or now,
+        "phase": Phase.LOADING.value,
+    }
+    taken = update(Job).where(*unchanged).values(**columns).returning(Job.id)
+    if session.scalar(taken, execution_options={"synchronize_session": False}) is None:
+        return False
+    said = {"from": Status.QUEUED.value, "to": Status.RUNNING.value, "reason": "claimed", "attempt": attempt}
+    events.append(session, job.id, "status_changed", said, now=now)
+    return True
+
+
+def renew(store: Store, settings: Settings, lease: Lease) -> Wish | None:
+    """Hold the job for another lease_ttl_s. Returns what its owner wishes (cancel before pause), or that this worker drains."""
+    with _holding(store, lease) as (session, job):
+        job.lease_until = utcnow() + timedelta(seconds=settings.lease_ttl_s)
+        if job.status == Status.CANCELLING:
+            return Wish.CANCEL
+        if job.status == Status.PAUSING:
+            return Wish.PAUSE
+        return Wish.DRAIN if workers.is_draining(session, lease.owner) else None
+
+
+def set_phase(store: Store, lease: Lease, phase: Phase) -> None:
+    with _holding(store, lease) as (session, job):
+        if job.phase != phase:
+            job.phase = Phase(phase).value
+            session.flush()
+            events.append(session, job.id, "phase_changed", {"phase": job.phase})
+
+
+def rewind(store: Store, lease: Lease, step: int) -> None:
+    """An attempt starts at `step`: what an earlier one wrote beyond it is taken back, and written anew when it gets there."""
+    with _holding(store, lease) as (session, job):
+        job.step = step
+        metrics.forget_after(session, job.id, step)
+        rollouts.forget_after(session, job.id, step)
+
+
+def set_resolved(store: Store, lease: Lease, facts: dict[str, Any]) -> None:
+    """What the worker found out: device, dtype, revision, parameters, versions. Later facts are added to earlier ones."""
+    with _holding(store, lease) as (session, job):
+        job.resolved = {**job.resolved, **facts}
+        session.flush()
+        events.append(session, job.id, "resolved", facts)
+
+
+# ---------------------------------------------------------------- progress
+
+
+def commit_step(
+    store: Store,
+    lease: Lease,
+    step: int,
+    metrics_: Mapping[str, float | None],
+    rollouts_: Sequence[RolloutRow] = (),
+    events_: Sequence[tuple[str, dict[str, Any]]] = (),
+) -> None:
+    """All that a step leaves behind, in one transaction. Doing it again, by this attempt or a later one, overwrites it."""
+    with _holding(store, lease) as (session, job):
+        now = utcnow()
+        job.step = step
+        session.flush()
+        metrics.write(session, job.id, step, metrics_, attempt=lease.attempt, now=now)
+        rollouts.write(session, job.id, rollouts_, attempt=lease.attempt, now=now)
+        headline = {name: value for name, value in finite(metrics_).items() if HEADLINE.fullmatch(name)}
+        told = ("step", {"step": step, "max_steps": job.max_steps, "metrics": headline})
+        events.append_all(session, job.id, [told, *((type_, _jsonable(data)) for type_, data in events_)], now=now)
+
+
+def finite(values: Mapping[str, float | None]) -> dict[str, float | None]:
+    """JSON has no NaN and no infinity: null stands for them, here as in the metrics."""
+    return {name: value if value is not None and isfinite(value) else None for name, value in values.items()}
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _jsonable(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_jsonable(one) for one in value]
+    return None if isinstance(value, float) and not isfinite(value) else value
+
+
+def commit_checkpoint(store: Store, lease: Lease, row: CheckpointRow) -> None:
+    """Point the job at a checkpoint whose folder is in the blob store: from here on a resume starts there."""
+    with _holding(store, lease) as (session, job):
+        now = utcnow()
+        checkpoints.create(session, row, project=job.project, job_id=job.id, attempt=lease.attempt, now=now)
+        job.checkpoint_id = row.id
+        job.crashes = 0
+        session.flush()
+        events.append(session, job.id, "checkpoint_saved", {"checkpoint_id": row.id, "step": row.step}, now=now)
+
+
+def retain(store: Store, lease: Lease, keep: CheckpointsSpec) -> list[str]:
+    """Mark as deleted what keep_last and keep_best let go. Returns the blob paths, for the caller to remove.
+
+    Never the one that the job resumes from, and never one that a live job starts from.
+    """
+    with _holding(store, lease) as (session, job):
+        there = checkpoints.of_job(session, job.id)
+        session.execute(select(Checkpoint.id).where(Checkpoint.job_id == job.id).with_for_update())
+        kept = {job.checkpoint_id, *(one.id for one in there[: keep.keep_last]), *_best(there, keep)}
+        kept |= checkpoints.needed(session, [one.id for one in there])
+        gone = [one for one in there if one.id not in kept]
+        for one in gone:
+            one.deleted_at = utcnow()
+        return [one.path for one in gone]
+
+
+def _best(there: list[Checkpoint], keep: CheckpointsSpec) -> list[str]:
+    best = keep.keep_best
+    if best is None:
+        return []
+    measured = [one for one in there if isinstance(one.metrics.get(best.metric), int | float)]
+    measured.sort(key=lambda one: one.metrics[best.metric], reverse=best.mode == "max")
+    return [one.id for one in measured[: best.count]]
+
+
+# ---------------------------------------------------------------- letting go
+
+
+def _end(store: Store, lease: Lease, do: Callable[[Session, Job, datetime], Status]) -> Status:
+    with _holding(store, lease) as (session, job):
+        return do(session, job, utcnow())
+
+
+def pause(store: Store, lease: Lease) -> Status:
+    """The wish to pause was obeyed."""
+    return _end(store, lease, lambda session, job, now: moves.end(session, job, Status.PAUSED, "paused", now))
+
+
+def cancelled(store: Store, lease: Lease) -> Status:
+    """The wish to cancel was obeyed."""
+    return _end(store, lease, lambda session, job, now: moves.end(session, job, Status.CANCELLED, "cancelled", now))
+
+
+def succeed(store: Store, lease: Lease, result: dict[str, Any], reason: str) -> Status:
+    """The job did what was asked. A cancel that came first is obeyed, and the result kept all the same."""
+    kept = {"result": _jsonable(result), "error": None}
+    return _end(store, lease, lambda session, job, now: moves.end(session, job, Status.SUCCEEDED, reason, now, **kept))
+
+
+def fail(store: Store, lease: Lease, failure: Failure, result: dict[str, Any] | None = None) -> Status:
+    """The job ends with a named failure."""
+    kept = {} if result is None else {"result": _jsonable(result)}
+    return _end(store, lease, lambda session, job, now: moves.fail(session, job, failure, now, **kept))
+
+
+def release(
+    store: Store,
+    lease: Lease,
+    reason: str,
+    *,
+    failure: Failure | None = None,
+    delay_s: float = 0.0,
+    counts_as_crash: bool = False,
+) -> Status:
+    """Give the job back: drained, or ended by a retryable failure. Returns where it went.
+
+    That is the queue, unless its owner wished otherwise, or the failure was its last allowed one: then it fails with it.
+    """
+    with _holding(store, lease) as (session, job):
+        now = utcnow()
+        if counts_as_crash:
+            return moves.lost(session, job, reason, now)
+        retries = job.retries
+        if failure is not None:
+            retries += 1
+            if job.status == Status.RUNNING and retries >= int(job.spec.get("limits", {}).get("max_attempts", 3)):
+                return moves.fail(session, job, failure, now, retries=retries)
+            events.append(session, job.id, "failure", moves.stamped(job, failure), now=now)
+        later = {"not_before": now + timedelta(seconds=delay_s)} if delay_s > 0 and job.status == Status.RUNNING else {}
+        return moves.end(session, job, Status.QUEUED, reason, now, retries=retries, **later)
+
+
+def worker_lost(store: Store, doorbell: Doorbell, owner: str) -> list[str]:
+    """The parent's word that its child died: what it held is settled at once, as the reconciler would. Returns the job ids."""
+    with store.begin(readonly=True) as session:
+        held = jobs.held(session, owner=owner)
+    settled: list[Job] = []
+    for job_id in held:
+        with store.begin() as session:
+            job = jobs.find(session, job_id, lock=True, light=True)
+            if job is not None and job.lease_owner == owner and job.status in HELD:
+                moves.lost(session, job, "worker_lost", utcnow())
+                settled.append(job)
+    for job in settled:
+        doorbell.signal(job.id, "events")
+        if job.status == Status.QUEUED:
+            doorbell.ring(job.id, job.resource_class)
+    return [job.id for job in settled]
+
+
+# ---------------------------------------------------------------- the workers' own table
+
+
+def hello(store: Store, worker: Worker) -> None:
+    with store.begin() as session:
+        workers.hello(session, worker)
+
+
+def seen(store: Store, worker_id: str) -> None:
+    with store.begin() as session:
+        workers.seen(session, worker_id, utcnow())
+
+
+def draining(store: Store, worker_id: str) -> None:
+    """This worker takes no further job; the next renewal of the one that it holds says so."""
+    with store.begin() as session:
+        workers.set_draining(session, worker_id)
+
+
+def goodbye(store: Store, worker_id: str) -> None:
+    """This worker has ended in good order."""
+    with store.begin() as session:
+        workers.goodbye(session, worker_id)

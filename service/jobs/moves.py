@@ -1,0 +1,102 @@
+"""How a job moves from one status to another: compare-and-swap on (status, attempt), with its event in the same transaction."""
+
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import update
+from sqlalchemy.orm import Session
+
+from service.errors import Conflict, Failure
+from service.jobs.state import FINAL, HELD, Status, allowed_actions, is_legal
+from service.store import events
+from service.store.jobs import Runtime
+from service.store.tables import Job
+
+
+def move(session: Session, job: Job, target: Status, reason: str, now: datetime, **values: Any) -> None:
+    """One legal move of a job that this transaction has locked; `values` are further columns.
+
+    What follows from the target (queue times, the end, the cleared lease) is set here. The given object is refreshed.
+    Raises Conflict when the move is not legal, or when the row is no longer as `job` says.
+    """
+    source = Status(job.status)
+    if not is_legal(source, target):
+        raise Conflict(
+            f"job {job.id} is {source}; it cannot become {target}",
+            code="illegal_transition",
+            allowed_moves=allowed_actions(source),
+        )
+    columns = _consequences(job, target, now) | {"status": target.value, "status_reason": reason, "updated_at": now} | values
+    unchanged = (Job.id == job.id, Job.status == source.value, Job.attempt == job.attempt)
+    swapped = update(Job).where(*unchanged).values(**columns).returning(Job.attempt)
+    attempt = session.scalar(swapped, execution_options={"synchronize_session": False})
+    if attempt is None:
+        raise Conflict(f"job {job.id} was changed at the same moment; look again", code="changed_meanwhile")
+    said = {"from": source.value, "to": target.value, "reason": reason, "attempt": attempt}
+    events.append(session, job.id, "status_changed", said, now=now)
+    session.refresh(job)
+
+
+def _consequences(job: Job, target: Status, now: datetime) -> dict[str, Any]:
+    columns: dict[str, Any] = {}
+    if job.status in HELD and target not in HELD:
+        columns |= {"lease_until": None, "lease_owner": None, "claimed_at": None, "wish": None, "phase": None}
+        columns["run_s"] = job.run_s + running_s(job, now)
+    if target is Status.QUEUED:
+        columns |= {"queued_at": now, "rung_at": None, "not_before": None}
+    if target in FINAL:
+        columns["finished_at"] = now
+    return columns
+
+
+def running_s(job: Job | Runtime, now: datetime) -> float:
+    """Seconds of the present attempt."""
+    return 0.0 if job.claimed_at is None else max(0.0, (now - job.claimed_at).total_seconds())
+
+
+def end(session: Session, job: Job, target: Status, reason: str, now: datetime, **values: Any) -> Status:
+    """Move a held job out of its worker's hands as near to `target` as its owner's wish allows. Returns where it went.
+
+    Whoever asked for a cancel gets it, whatever became of the attempt; a job that was to pause does not queue again.
+    """
+    source = Status(job.status)
+    if source is Status.CANCELLING:
+        target = Status.CANCELLED
+    elif source is Status.PAUSING and target is Status.QUEUED:
+        target = Status.PAUSED
+    elif source is Status.RUNNING and target is Status.PAUSED:
+        move(session, job, Status.PAUSING, reason, now)
+    elif target is Status.CANCELLED:
+        move(session, job, Status.CANCELLING, reason, now)
+    move(session, job, target, reason, now, **values)
+    return target
+
+
+def fail(session: Session, job: Job, failure: Failure, now: datetime, **values: Any) -> Status:
+    """End a job with a named failure: stored, told in an event, and the reason of the move."""
+    error = stamped(job, failure)
+    events.append(session, job.id, "failure", error, now=now)
+    if job.status in HELD:
+        return end(session, job, Status.FAILED, failure.code, now, error=error, **values)
+    move(session, job, Status.FAILED, failure.code, now, error=error, **values)
+    return Status.FAILED
+
+
+def stamped(job: Job, failure: Failure) -> dict[str, Any]:
+    """The failure as it is stored, with where the job stood unless the failure says so itself."""
+    return {"attempt": job.attempt, "step": job.step, **({"phase": job.phase} if job.phase else {}), **failure.as_dict()}
+
+
+def lost(session: Session, job: Job, reason: str, now: datetime) -> Status:
+    """Settle a held job whose worker is gone. Attempts that die again and again without a checkpoint end the job."""
+    crashes = job.crashes + 1
+    allowed = int(job.spec.get("limits", {}).get("max_attempts", 3))
+    if job.status == Status.RUNNING and crashes >= allowed:
+        failure = Failure(
+            "crash_loop",
+            f"the worker was lost {crashes} times without a new checkpoint (limits.max_attempts is {allowed})",
+            category="infra",
+            hint="see the worker's log: memory is the usual cause; try smaller batches, or checkpoints.every_steps: 1",
+        )
+        return fail(session, job, failure, now, crashes=crashes)
+    return end(session, job, Status.QUEUED, reason, now, crashes=crashes)

@@ -1,0 +1,185 @@
+"""Objectives as they may be asked for: a preset, and any axis overridden beside it.
+
+An axis is written as its kind (`"aggregate": "token"`), as an object with `kind` and parameters, or as parameters alone,
+which change the preset's. After validation every axis stands there in full, and a resolved objective is again a legal
+one that resolves to itself. The mathematics behind the names is in `workers.objectives`.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self, get_args
+
+from pydantic import AfterValidator, Field, GetJsonSchemaHandler, model_validator
+from pydantic_core import CoreSchema
+
+from service.jobs import axes
+from service.jobs.presets import BASE, PRESETS
+from service.validation import did_you_mean, quoted, shown
+
+
+class _OrKind:
+    """In the JSON schema: an axis may also be written as its kind alone, that is the value of `key`."""
+
+    def __init__(self, key: str, *models: type[axes.Axis]) -> None:
+        kinds = [kind for model in models for kind in get_args(model.model_fields[key].annotation)]
+        self.schema = {"type": "string", "enum": kinds, "description": f"short for an object with this `{key}`"}
+
+    def __get_pydantic_json_schema__(self, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {"anyOf": [handler(core_schema), self.schema]}
+
+
+# The key that a bare string stands for, and that decides whether the preset's parameters still apply.
+_HEADS = {"ratio": "kind", "surrogate": "kind", "aggregate": "kind", "advantage": "centre", "kl": "place", "correct": "action"}
+# Axes that a preset may leave switched off: who gives them parameters has to say that they are on.
+_SWITCHES = {"kl", "correct"}
+WIDE_SEQUENCE_CLIP = 0.05  # more than a sequence ratio ever moves; the libraries' default of 0.2 never clips
+# For these axes another head means other parameters, so the preset's are dropped.
+_TAGGED = {"ratio", "surrogate", "aggregate"}
+
+
+def _known_preset(name: str | None) -> str | None:
+    if name is not None and name not in PRESETS:
+        known = list(PRESETS)
+        raise ValueError(f"unknown preset {quoted(shown(name))}{did_you_mean(name, known)}; known are {', '.join(known)}")
+    return name
+
+
+def preset_axes(name: str | None) -> dict[str, Any]:
+    """BASE with the preset's axes laid over it; of an unknown preset or none, BASE itself."""
+    changed = PRESETS[name].axes if name in PRESETS else {}
+    return {axis: _laid_over(axis, base, changed.get(axis)) for axis, base in BASE.items()}
+
+
+def _laid_over(axis: str, base: Any, override: Any) -> Any:
+    """One axis in one of its written forms, completed from what it overrides."""
+    head = _HEADS.get(axis)
+    if override is None:
+        return base
+    if isinstance(override, str) and head is not None:
+        override = {head: override}
+    if not isinstance(override, Mapping) or not isinstance(base, Mapping):
+        return override  # the anchor; and what pydantic is to refuse
+    if axis in _TAGGED and override.get(head, base[head]) != base[head]:
+        return dict(override)
+    if axis in _SWITCHES and head not in override and base[head] == "none":
+        return dict(override)  # the missing switch is then reported
+    return {**base, **override}
+
+
+class ObjectiveSpec(axes.Axis):
+    """The loss: a preset, and any of its axes overridden beside it."""
+
+    preset: Annotated[
+        str | None,
+        AfterValidator(_known_preset),
+        Field(
+            description="a published objective; null: a clipped token ratio, token mean, rewards normalised in the group",
+            json_schema_extra={"enum": [*PRESETS, None]},
+        ),
+    ] = None
+    ratio: Annotated[
+        axes.AnyRatio,
+        Field(discriminator="kind", description="how token log ratios are pooled"),
+        _OrKind("kind", *get_args(axes.AnyRatio)),
+    ] = axes.Ratio()
+    anchor: Annotated[
+        Literal["old", "rollout"], Field(description="the ratio's denominator: the trainer's or the sampler's log-probs")
+    ] = "old"
+    surrogate: Annotated[
+        axes.AnySurrogate,
+        Field(discriminator="kind", description="the clip rule"),
+        _OrKind("kind", *get_args(axes.AnySurrogate)),
+    ] = axes.Ppo()
+    aggregate: Annotated[
+        axes.AnyAggregate,
+        Field(discriminator="kind", description="how token losses become one number"),
+        _OrKind("kind", *get_args(axes.AnyAggregate)),
+    ] = axes.Aggregate()
+    advantage: Annotated[axes.Advantage, Field(description="rewards to advantages"), _OrKind("centre", axes.Advantage)] = (
+        axes.Advantage()
+    )
+    kl: Annotated[axes.Kl, Field(description="the KL penalty"), _OrKind("place", axes.Kl)] = axes.Kl(place="none")
+    correct: Annotated[axes.Correct, Field(description="off-policy correction"), _OrKind("action", axes.Correct)] = (
+        axes.Correct(action="none")
+    )
+    select: Annotated[axes.Select, Field(description="which answers and tokens are learned from")] = axes.Select()
+
+    @model_validator(mode="before")
+    @classmethod
+    def complete(cls, sent: Any) -> Any:
+        """Fill each axis from the preset, so that what comes out is whole."""
+        if isinstance(sent, str):
+            sent = {"preset": sent}
+        if not isinstance(sent, Mapping):
+            return sent
+        name = sent.get("preset")
+        bases = preset_axes(name if isinstance(name, str) else None)
+        return {**sent, **{axis: _laid_over(axis, base, sent.get(axis)) for axis, base in bases.items()}}
+
+    @model_validator(mode="after")
+    def combines(self) -> Self:
+        if self.ratio.constant and self.surrogate.through_ratio:
+            raise ValueError(
+                f"ratio.kind is {self.ratio.kind}, which has no gradient, but surrogate {self.surrogate.kind} needs one; "
+                "use surrogate none (REINFORCE), or another ratio"
+            )
+        if self.kl.in_reward and self.kl.gradient != "plain":
+            raise ValueError(
+                f"kl.gradient must be plain where kl.place is reward, got {self.kl.gradient}: a reward has no gradient"
+            )
+        if self.kl.in_reward and self.advantage.several == "normalize_then_sum":
+            raise ValueError(
+                "kl.place must be loss or none where advantage.several is normalize_then_sum: there is no one reward"
+            )
+        return self
+
+    def resolve(self) -> dict[str, Any]:
+        """Every axis with every parameter, as plain JSON; legal input again, and then it resolves to itself."""
+        return self.model_dump(mode="json")
+
+    def needs(self, *, rewards: bool = True) -> frozenset[str]:
+        """The tensors that it cannot do without, beside log_probs and advantages. `rewards`: the advantages are made from
+        rewards, so what changes those is needed too."""
+        kl_acts = self.kl.acts(rewards=rewards)
+        pairs = [
+            (not self.ratio.constant or self.surrogate.through_anchor, f"{self.anchor}_log_probs"),
+            (kl_acts, f"{self.kl.reference}_log_probs"),
+            (kl_acts and self.kl.in_reward, "old_log_probs"),
+            (self.correct.weighs, "old_log_probs"),
+            (self.correct.weighs, "rollout_log_probs"),
+            (self.correct.sequence_delta is not None, "old_log_probs"),
+            (isinstance(self.ratio, axes.SegmentRatio) and self.ratio.chunk is None, "segment_ids"),
+            (self.correct.wants_segments, "segment_ids"),
+            (self.select.top_entropy is not None, "entropy"),
+        ]
+        return frozenset(name for needed, name in pairs if needed)
+
+    def warnings(self, *, updates_per_rollout: int | None = None) -> list[str]:
+        """What is legal and probably not meant."""
+        return [text for applies, text in _guards(self, updates_per_rollout) if applies]
+
+
+def _guards(spec: ObjectiveSpec, updates: int | None) -> list[tuple[bool, str]]:
+    clipped = isinstance(spec.surrogate, axes.Clipped) and spec.ratio.per_sequence
+    clip = max(spec.surrogate.clip_low, spec.surrogate.clip_high) if isinstance(spec.surrogate, axes.Clipped) else 0.0
+    return [
+        (
+            clipped and clip > WIDE_SEQUENCE_CLIP,
+            f"a sequence ratio moves by thousandths: a clip of {clip:g} hardly ever acts (GSPO uses 3e-4 and 4e-4)",
+        ),
+        (
+            clipped and spec.aggregate.kind == "token",
+            "a sequence ratio with aggregate token gives long answers more weight; GSPO takes the mean over sequences (seq)",
+        ),
+        (
+            spec.ratio.multiplies,
+            "a product ratio multiplies over all tokens of an answer: it leaves every bound on long answers",
+        ),
+        (
+            spec.anchor == "rollout" and spec.correct.weighs,
+            "with anchor rollout the ratio already corrects for the sampler; correct does it twice",
+        ),
+        (
+            updates == 1,
+            "one update per rollout (update.minibatches, update.epochs): the ratio is still 1, so no clip acts",
+        ),
+    ]

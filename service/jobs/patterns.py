@@ -1,0 +1,58 @@
+"""Regular expressions and JSON Schemas that callers send: what is wrong with them is said before anything runs them.
+
+Checking must itself be harmless: `regex` writes fixed repeats out while it compiles, so `(a{9999}){9999}` would take all
+memory. Matching is bounded elsewhere, by time.
+"""
+
+import re
+from collections.abc import Iterator
+from math import prod
+from typing import Any
+
+import regex
+from jsonschema import SchemaError
+from jsonschema.validators import validator_for
+
+MAX_UNROLLED = 2_000_000  # nodes; about half a second and 500 MB
+
+
+def check_pattern(pattern: str) -> str:
+    """The pattern, if it is a regular expression that can be compiled safely. Raises ValueError."""
+    repeats = [max(1, int(count[:9])) for count in re.findall(r"\{(\d+)", pattern)]
+    # As if all of them were nested: only a parser would know better, and could be led astray.
+    if len(pattern) * prod(repeats) > MAX_UNROLLED:
+        raise ValueError(
+            f"its fixed repeats may multiply to {prod(repeats)}, which is too large; use * or +, or smaller counts"
+        )
+    try:
+        regex.compile(pattern)
+    except regex.error as error:
+        raise ValueError(f"not a regular expression: {error}") from None
+    except RecursionError:
+        raise ValueError("its groups are nested too deeply") from None
+    return pattern
+
+
+def check_json_schema(schema: dict[str, Any]) -> dict[str, Any]:
+    """The schema, if it is one and refers to nothing outside. Raises ValueError."""
+    try:
+        validator_for(schema).check_schema(schema)
+        outside = next((reference for reference in _references(schema) if not reference.startswith("#")), None)
+    except SchemaError as error:
+        raise ValueError(f"not a JSON Schema: {error.message} at /{'/'.join(map(str, error.absolute_path))}") from None
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if outside is not None:
+        raise ValueError(f"it refers to {outside!r}; only references inside the schema (#/...) are followed")
+    return schema
+
+
+def _references(value: Any) -> Iterator[str]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            if key in ("$ref", "$dynamicRef", "$recursiveRef") and isinstance(inner, str):
+                yield inner
+            yield from _references(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _references(inner)

@@ -1,0 +1,203 @@
+"""Puts right what a crash, a lost message or a dead worker left behind. Any number of copies may run at once."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from datetime import datetime, timedelta
+from pathlib import Path
+from random import uniform
+from threading import Event, Thread
+from time import monotonic
+
+from sqlalchemy import update
+from sqlalchemy.orm import Session
+
+from service import telemetry
+from service.doorbell import Doorbell
+from service.errors import Failure
+from service.ids import utcnow
+from service.jobs import moves
+from service.jobs.state import HELD, Status
+from service.settings import Settings
+from service.store import checkpoints, datasets, idempotency, jobs, workers
+from service.store.blobs import TEMPORARY, Blobs
+from service.store.jobs import Runtime, Unheard
+from service.store.session import Store
+from service.store.tables import Job
+
+log = logging.getLogger(__name__)
+
+ORPHAN_AFTER = timedelta(hours=1)  # from the rename of a blob to the commit of its row
+TEMPORARY_AFTER = timedelta(days=1)  # the longest upload
+SWEEP_EVERY_S = 600.0
+
+
+@dataclass
+class Report:
+    """Ids of jobs by what was done with them."""
+
+    queued: list[str] = field(default_factory=list)
+    paused: list[str] = field(default_factory=list)
+    cancelled: list[str] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
+    rung: list[str] = field(default_factory=list)
+    forgotten_keys: int = 0
+
+    def moves(self) -> dict[str, int]:
+        return {one.name: len(value) for one in fields(self) if isinstance(value := getattr(self, one.name), list) and value}
+
+
+def reconcile(store: Store, settings: Settings, doorbell: Doorbell, now: datetime) -> Report:
+    """One look at everything. Each job is settled in a transaction of its own, which looks again before it acts."""
+    report = Report()
+    with store.begin(readonly=True) as session:
+        expired = jobs.held(session, expired_at=now)
+        overdue = [job.id for job in jobs.runtimes(session) if _is_overdue(job, settings, now)]
+    for job_id in expired:
+        _settle(store, doorbell, report, job_id, lambda session, job: _return_lost(session, job, now))
+    for job_id in overdue:
+        _settle(store, doorbell, report, job_id, lambda session, job: _end_overdue(session, job, settings, now))
+    _ring_again(store, settings, doorbell, report, now)
+    with store.begin() as session:
+        report.forgotten_keys = idempotency.expire(session, now)
+        workers.forget(session, now)
+    return report
+
+
+def _settle(
+    store: Store, doorbell: Doorbell, report: Report, job_id: str, act: Callable[[Session, Job], Status | None]
+) -> None:
+    with store.begin() as session:
+        job = jobs.find(session, job_id, lock=True, light=True)
+        went_to = None if job is None else act(session, job)
+    if went_to is not None:
+        getattr(report, went_to.value).append(job_id)
+        doorbell.signal(job_id, "events")
+        log.warning("job %s settled: %s", job_id, went_to.value)
+
+
+def _return_lost(session: Session, job: Job, now: datetime) -> Status | None:
+    """A lease that ended: its worker is dead, or has stopped by itself."""
+    if job.status not in HELD or (job.lease_until is not None and job.lease_until >= now):
+        return None
+    return moves.lost(session, job, "lease_lost", now)
+
+
+def _is_overdue(job: Runtime, settings: Settings, now: datetime) -> bool:
+    """A worker ends its job itself, with a checkpoint; the grace lets it."""
+    grace = settings.drain_grace_s if job.status in HELD else 0.0
+    return job.allowed_s is not None and job.run_s + moves.running_s(job, now) > job.allowed_s + grace
+
+
+def _end_overdue(session: Session, job: Job, settings: Settings, now: datetime) -> Status | None:
+    overdue = [one for one in jobs.runtimes(session, job.id) if _is_overdue(one, settings, now)]
+    if not overdue:
+        return None
+    ran = job.run_s + moves.running_s(job, now)
+    failure = Failure(
+        "max_runtime",
+        f"the job ran for {ran:.0f} s, allowed are {overdue[0].allowed_s:.0f} s (limits.max_runtime_s)",
+        category="user",
+        hint="fork the job from its last checkpoint with a larger limit",
+    )
+    return moves.fail(session, job, failure, now)
+
+
+def _ring_again(store: Store, settings: Settings, doorbell: Doorbell, report: Report, now: datetime) -> None:
+    """Ring for queued jobs that nobody claimed, but never have more rings waiting than jobs: a busy worker reads them all."""
+    rung_before = now - timedelta(seconds=settings.ring_again_s)
+    with store.begin(readonly=True) as session:
+        silent = jobs.unheard(session, now, rung_before)
+        missing: dict[str, int] = {}
+        for class_ in {job.resource_class for job in silent}:
+            missing[class_] = jobs.count_queued(session, class_, now) - (doorbell.waiting(class_) or 0)
+    for job in silent:
+        if missing[job.resource_class] <= 0 or not _swap_rung_at(store, job, now):
+            continue
+        missing[job.resource_class] -= 1
+        if doorbell.ring(job.id, job.resource_class):
+            report.rung.append(job.id)
+        else:
+            _swap_rung_at(store, job, None, was=now)
+            return  # the doorbell is out of order: the next look tries again
+
+
+def _swap_rung_at(store: Store, job: Unheard, value: datetime | None, *, was: datetime | None = None) -> bool:
+    """Of several reconcilers one rings."""
+    before = was or job.rung_at
+    unchanged = Job.rung_at.is_(None) if before is None else Job.rung_at == before
+    swap = update(Job).where(Job.id == job.id, Job.status == Status.QUEUED.value, unchanged).values(rung_at=value)
+    with store.begin() as session:
+        return session.scalar(swap.returning(Job.id), execution_options={"synchronize_session": False}) is not None
+
+
+# ---------------------------------------------------------------- files
+
+
+def sweep(store: Store, now: datetime) -> list[str]:
+    """Remove blobs that no row names and temporary folders that nobody writes to. Returns what went, as relative paths.
+
+    When not one blob here is known to the database, this is the wrong folder or the wrong database: nothing is touched.
+    """
+    with store.begin(readonly=True) as session:
+        claimed = checkpoints.live_paths(session) | datasets.live_paths(session)
+    gone = [f"{TEMPORARY}/{path.name}" for path in _abandoned(store.blobs, now)]
+    orphans = [path for path in store.blobs.unclaimed(claimed) if _is_older(store.blobs.path(path), now - ORPHAN_AFTER)]
+    if orphans and not any(store.blobs.path(path).exists() for path in claimed):
+        log.error("%d blobs in %s are unknown to this database, and none is known: not swept", len(orphans), store.blobs.root)
+        orphans = []
+    for path in gone + orphans:
+        store.blobs.delete(path)
+    return gone + orphans
+
+
+def _abandoned(blobs: Blobs, now: datetime) -> list[Path]:
+    folder = blobs.root / TEMPORARY
+    entries = sorted(folder.iterdir()) if folder.is_dir() else []
+    return [path for path in entries if _is_older(path, now - TEMPORARY_AFTER)]
+
+
+def _is_older(path: Path, moment: datetime) -> bool:
+    """Nothing in it was written, and it was not renamed, since `moment`."""
+    try:
+        stats = [one.lstat() for one in [path, *path.rglob("*")]]
+    except FileNotFoundError:
+        return False  # somebody is at work there
+    return max(max(stat.st_mtime, stat.st_ctime) for stat in stats) < moment.timestamp()
+
+
+# ---------------------------------------------------------------- the thread
+
+
+class Reconciler:
+    """Looks every `reconcile_every_s`, a little earlier or later so that copies spread out; sweeps files every ten minutes."""
+
+    def __init__(self, store: Store, settings: Settings, doorbell: Doorbell) -> None:
+        self._store, self._settings, self._doorbell = store, settings, doorbell
+        self._stop = Event()
+        self._thread = Thread(target=self._run, name="reconciler", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stop.set()
+        self._thread.join(timeout=10)
+
+    def _run(self) -> None:
+        swept_at = monotonic()
+        while not self._stop.is_set():
+            try:
+                self.look()
+                if monotonic() - swept_at > SWEEP_EVERY_S:
+                    swept_at = monotonic()
+                    sweep(self._store, utcnow())
+            except Exception:  # the store is away: looking again is all that this thread is for
+                log.exception("the reconciler could not look")
+            self._stop.wait(self._settings.reconcile_every_s * uniform(0.8, 1.2))
+
+    def look(self) -> Report:
+        report = reconcile(self._store, self._settings, self._doorbell, utcnow())
+        for name, count in report.moves().items():
+            telemetry.RECONCILED.labels(name).inc(count)
+        return report

@@ -1,0 +1,253 @@
+"""From a parsed spec to what will run: every default filled in, every name looked up, everything wrong said at once."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TypeVar
+
+from sqlalchemy.orm import Session
+
+from service.errors import FieldError, InvalidRequest, NotFound
+from service.jobs.data import Data, InlineRows, Rows, check_task, open_source, split
+from service.jobs.data_spec import DatasetSource, InlineSource, ReasoningGymSource, SplitSource, TrainSource
+from service.jobs.resolve_model import resolve_model
+from service.jobs.resolve_reward import check_metrics, check_reward
+from service.jobs.row_checks import check_rows
+from service.jobs.spec import RLSpec, SupervisedSpec
+from service.jobs.storable import not_storable
+from service.jobs.templates import columns_of
+from service.settings import Settings
+from service.store import datasets
+from service.store.session import Store
+from service.store.tables import Dataset
+from service.validation import invalid
+
+T = TypeVar("T")
+
+DEFAULT_EVAL_TOKENS = 64
+GYM_ROW = {"question": "", "answer": "", "metadata": {}}  # the columns of every task; rows are made by the worker only
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """What `create_job` stores and a worker runs."""
+
+    spec: dict[str, Any]  # every default filled in, the objective as its axes; legal input again
+    spec_sha256: str
+    data_sha256: str
+    kind: str
+    max_steps: int
+    from_checkpoint_id: str | None
+    estimates: dict[str, Any]
+    warnings: list[str] = field(default_factory=list)
+    dataset_paths: dict[str, Path] = field(default_factory=dict)
+
+
+def resolve(store: Store, settings: Settings, project: str, spec: RLSpec | SupervisedSpec) -> Resolved:
+    """Look everything up that the spec names. Raises InvalidRequest with one FieldError for each thing that is wrong."""
+    errors = not_storable(spec.model_dump(by_alias=True))
+    if errors:  # the rest could not even be quoted
+        raise invalid(errors)
+    with store.begin(readonly=True) as session:
+        model, context = resolve_model(session, settings, project, spec.model, errors)
+        uploaded = _datasets(session, project, spec, errors)
+    paths = {key: store.blobs.path(dataset.path) for key, dataset in uploaded.items()}
+    spec = _filled(spec.model_copy(update={"model": model}))
+    data = _open(spec, paths, errors)
+    errors += check_reward(spec, settings)
+    errors += check_metrics(spec)
+    errors += _check_context(spec, context)
+    if data is not None:
+        errors += check_rows(spec, data, uploaded)
+    if errors or data is None:
+        raise _refused(errors)
+    full = spec.model_dump(mode="json", by_alias=True)
+    estimates = _estimates(spec, data)
+    return Resolved(
+        spec=full,
+        spec_sha256=sha256_of(full),
+        data_sha256=sha256_of(_data_facts(spec, uploaded)),
+        kind=spec.kind,
+        max_steps=spec.limits.max_steps,
+        from_checkpoint_id=None if model.from_checkpoint is None else model.from_checkpoint.id,
+        estimates=estimates,
+        warnings=_warnings(spec, estimates),
+        dataset_paths=paths,
+    )
+
+
+def sha256_of(value: Any) -> str:
+    """Of the value's canonical JSON: sorted keys, no white space."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()).hexdigest()
+
+
+# ---------------------------------------------------------------- data
+
+
+def _datasets(session: Session, project: str, spec: RLSpec | SupervisedSpec, errors: list[FieldError]) -> dict[str, Dataset]:
+    found: dict[str, Dataset] = {}
+    for part, source in (("train", spec.data.train), ("eval", spec.data.eval)):
+        if isinstance(source, DatasetSource):
+            try:
+                found[source.id] = datasets.get(session, project, source.id)
+            except NotFound as error:
+                errors.append(FieldError(f"/data/{part}/id", error.detail, "dataset_not_found", source.id))
+    return found
+
+
+def _open(spec: RLSpec | SupervisedSpec, paths: dict[str, Path], errors: list[FieldError]) -> Data | None:
+    """The rows as the worker will have them, as far as the sources can be opened; why they cannot goes to `errors`."""
+    train = _attempt(lambda: _source(spec.data.train, paths, "/data/train"), errors)
+    held_out = None
+    source = spec.data.eval
+    if isinstance(source, SplitSource):
+        rows = train
+        parts = None if rows is None else _attempt(lambda: split(rows, source.rows, spec.seed), errors)
+        train, held_out = parts or (train, None)
+    elif source is not None:
+        held_out = _attempt(lambda: _source(source, paths, "/data/eval"), errors)
+    if train is None:
+        return None
+    return Data(train, held_out, spec.data.prompt, spec.data.chat, spec.data.answer)
+
+
+def _source(source: TrainSource, paths: dict[str, Path], pointer: str) -> Rows | None:
+    if isinstance(source, DatasetSource) and source.id not in paths:
+        return None  # reported already
+    if isinstance(source, ReasoningGymSource):
+        # A config may make rows that take for ever to make: here only their number and their columns are needed.
+        check_task(source, pointer)
+        return InlineRows([GYM_ROW] * min(source.size, source.max_rows or source.size))
+    try:
+        return open_source(source, paths.__getitem__, pointer)
+    except FileNotFoundError:
+        detail = "the dataset's file is not on this machine; API and workers must share one data directory (RATCHET_DATA_DIR)"
+        raise invalid([FieldError(f"{pointer}/id", detail, "files_missing")]) from None
+
+
+def _attempt(work: Callable[[], T], errors: list[FieldError]) -> T | None:
+    try:
+        return work()
+    except InvalidRequest as error:
+        errors.extend(error.errors)
+        return None
+
+
+def _data_facts(spec: RLSpec | SupervisedSpec, uploaded: dict[str, Dataset]) -> dict[str, Any]:
+    """What the data hash is taken over: contents, not names or times."""
+    data = spec.data.model_dump(mode="json")
+    return {
+        "train": _source_facts(spec.data.train, uploaded),
+        "eval": {"source": "split", "rows": spec.data.eval.rows, "seed": spec.seed}
+        if isinstance(spec.data.eval, SplitSource)
+        else spec.data.eval and _source_facts(spec.data.eval, uploaded),
+        **{key: data[key] for key in ("prompt", "chat", "answer")},
+    }
+
+
+def _source_facts(source: TrainSource, uploaded: dict[str, Dataset]) -> dict[str, Any]:
+    match source:
+        case DatasetSource():
+            return {"source": "dataset", "sha256": uploaded[source.id].sha256, "max_rows": source.max_rows}
+        case InlineSource():
+            return {"source": "inline", "sha256": sha256_of(source.rows), "max_rows": source.max_rows}
+        case ReasoningGymSource():
+            return {**source.model_dump(mode="json", exclude={"shuffle"}), "version": version("reasoning-gym")}
+
+
+# ---------------------------------------------------------------- defaults, estimates, warnings
+
+
+def _filled(spec: RLSpec | SupervisedSpec) -> RLSpec | SupervisedSpec:
+    """Defaults that depend on another section, written where they belong."""
+    longest = spec.eval.max_completion_tokens or (
+        spec.rollout.max_completion_tokens if isinstance(spec, RLSpec) else DEFAULT_EVAL_TOKENS
+    )
+    changes: dict[str, Any] = {"eval": spec.eval.model_copy(update={"max_completion_tokens": longest})}
+    if spec.reward is not None:
+        graders = [grader.model_copy(update={"name": grader.name or grader.kind}) for grader in spec.reward.graders]
+        changes["reward"] = spec.reward.model_copy(update={"graders": graders})
+    if isinstance(spec, RLSpec):  # one switch under two names
+        truncated = spec.rollout.mask_truncated or spec.objective.select.truncated
+        select = spec.objective.select.model_copy(update={"truncated": truncated})
+        changes["objective"] = spec.objective.model_copy(update={"select": select})
+        changes["rollout"] = spec.rollout.model_copy(update={"mask_truncated": truncated})
+    return spec.model_copy(update=changes)
+
+
+def _check_context(spec: RLSpec | SupervisedSpec, context: int | None) -> list[FieldError]:
+    if context is None:
+        return []
+    asked = {"/eval/max_completion_tokens": spec.eval.max_completion_tokens} if spec.data.eval and spec.reward else {}
+    if isinstance(spec, RLSpec):
+        asked = {"/rollout/max_completion_tokens": spec.rollout.max_completion_tokens, **asked}
+        asked |= {"/rollout/max_prompt_tokens": spec.rollout.max_prompt_tokens}
+    return [
+        FieldError(
+            pointer, f"the model's context holds {context} tokens, prompt and answer together, got {tokens}", "context", tokens
+        )
+        for pointer, tokens in asked.items()
+        if tokens is not None and tokens >= context
+    ]
+
+
+def _estimates(spec: RLSpec | SupervisedSpec, data: Data) -> dict[str, Any]:
+    """What the job amounts to if it runs to max_steps. Upper bounds; nothing here is a promise of time."""
+    steps, rows = spec.limits.max_steps, len(data.train)
+    held_out = 0 if data.eval is None else len(data.eval)
+    every = spec.eval.every_steps
+    evaluations = 0 if data.eval is None else 1 + -(-steps // every)
+    graded = evaluations * held_out if spec.reward is not None else 0
+    passes = 1 if not spec.eval.also_greedy or spec.eval.temperature == 0 else 2
+    eval_completions = graded * passes
+    sampled = eval_completions * (spec.eval.max_completion_tokens or 0)
+    prompts, completions, updates = steps, 0, steps
+    if isinstance(spec, RLSpec):
+        prompts *= spec.rollout.prompts_per_step
+        completions = prompts * spec.rollout.group_size
+        sampled += completions * spec.rollout.max_completion_tokens
+        updates *= spec.update.minibatches * spec.update.epochs
+    else:
+        prompts *= spec.update.batch_size
+    return {
+        "train_rows": rows,
+        "eval_rows": held_out,
+        "prompts_per_epoch": rows,
+        "epochs": round(prompts / rows, 3),
+        "evaluations": evaluations,
+        "completions": completions + eval_completions,
+        "sampled_tokens_at_most": sampled,
+        "optimizer_steps": updates,
+    }
+
+
+def _warnings(spec: RLSpec | SupervisedSpec, estimates: dict[str, Any]) -> list[str]:
+    """What is legal and probably not meant."""
+    warnings: list[str] = []
+    data, warmup, updates = spec.data, spec.optimizer.schedule.warmup_steps, estimates["optimizer_steps"]
+    if data.prompt is not None and not columns_of(data.prompt):
+        warnings.append("data.prompt names no column: every prompt is the same")
+    if isinstance(data.train, DatasetSource) and isinstance(data.eval, DatasetSource) and data.train.id == data.eval.id:
+        warnings.append("data.eval reads the training rows; a split holds rows out that are never trained on")
+    if warmup >= updates:
+        warnings.append(
+            f"the learning rate is still warming up at the end: {warmup} warm-up steps, {updates} optimizer steps in all"
+        )
+    if isinstance(spec, RLSpec):
+        warnings += spec.objective.warnings(updates_per_rollout=spec.update.minibatches * spec.update.epochs)
+        if spec.rollout.prompts_per_step > estimates["train_rows"]:
+            warnings.append(
+                f"a step of {spec.rollout.prompts_per_step} prompts repeats some of the {estimates['train_rows']} rows"
+            )
+    return warnings
+
+
+def _refused(errors: list[FieldError]) -> InvalidRequest:
+    """As `invalid`, under the code that says most when there is one thing to say."""
+    error = invalid(errors)
+    if len({one.code for one in errors}) == 1 and errors[0].code in ("model_not_found", "missing_extra"):
+        error.code = errors[0].code
+    return error

@@ -1,0 +1,118 @@
+"""The model section: what the name stands for, and what a checkpoint brings along."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy.orm import Session
+
+from service.errors import FieldError, NotFound
+from service.jobs.spec import Full, Lora, ModelSpec, TinyConfig
+from service.settings import Settings
+from service.store import checkpoints
+from service.validation import did_you_mean
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
+
+
+def resolve_model(
+    session: Session, settings: Settings, project: str, model: ModelSpec, errors: list[FieldError]
+) -> tuple[ModelSpec, int | None]:
+    """The section with everything filled in, and the context in tokens where it is known before loading."""
+    source = None if model.source is None else _source(model.source, settings)
+    if model.from_checkpoint is not None:
+        model = _from_checkpoint(session, project, model, source, errors)
+        source = model.source
+    if source is None:
+        return model, None
+    adapter = model.adapter or (Full() if source == "tiny" else Lora())
+    tiny = (model.tiny or TinyConfig()) if source == "tiny" else None
+    model = model.model_copy(update={"source": source, "adapter": adapter, "tiny": tiny})
+    if tiny is not None:
+        return model, tiny.context
+    starts_from_weights = model.from_checkpoint is not None and isinstance(adapter, Full)
+    return model, None if starts_from_weights else _folder_context(source, settings, errors)
+
+
+def _source(name: str, settings: Settings) -> str:
+    """A folder as its absolute path, everything else as it is."""
+    if name == "tiny":
+        return name
+    if name.startswith(("/", "./", "../", "~")):
+        return str(Path(name).expanduser().absolute())
+    local = settings.local_models_dir / name
+    inside = local.resolve().is_relative_to(settings.local_models_dir.resolve())
+    return str(local) if inside and local.is_dir() else name
+
+
+def _folder_context(source: str, settings: Settings, errors: list[FieldError]) -> int | None:
+    """Look at the folder that the source names. Hub ids are looked up by the worker, which may have them cached."""
+    if not source.startswith("/"):
+        if HUB_ID.fullmatch(source) is None:
+            errors.append(_not_found(source, f"{source!r} is neither `tiny`, nor a folder, nor the form of a hub id", settings))
+        return None
+    folder = Path(source)
+    if not folder.is_dir():
+        errors.append(_not_found(source, f"there is no folder {source} on the service's machine", settings))
+        return None
+    try:
+        config: Any = json.loads((folder / "config.json").read_text("utf-8"))
+    except FileNotFoundError:
+        errors.append(_not_found(source, f"the folder {source} has no config.json: it is no transformers model", settings))
+        return None
+    except (OSError, ValueError) as error:
+        errors.append(_not_found(source, f"{source}/config.json cannot be read: {error}", settings))
+        return None
+    context = config.get("max_position_embeddings") if isinstance(config, dict) else None
+    return context if isinstance(context, int) and context > 0 else None
+
+
+def _not_found(source: str, detail: str, settings: Settings) -> FieldError:
+    known = ["tiny", *sorted(path.name for path in settings.local_models_dir.glob("*") if path.is_dir())]
+    near = did_you_mean(Path(source).name, known)
+    detail = f"{detail}{near}; here are: {', '.join(known[:20])}; or name a hub id such as org/model"
+    return FieldError("/model/source", detail, "model_not_found", source, known)
+
+
+def _from_checkpoint(
+    session: Session, project: str, model: ModelSpec, source: str | None, errors: list[FieldError]
+) -> ModelSpec:
+    """The checkpoint's own model section, with what the spec may change laid over it."""
+    assert model.from_checkpoint is not None
+    pointer = "/model/from_checkpoint"
+    try:
+        checkpoint = checkpoints.get(session, project, model.from_checkpoint.id)
+    except NotFound as error:
+        errors.append(FieldError(f"{pointer}/id", error.detail, "checkpoint_not_found", model.from_checkpoint.id))
+        return model
+    base = ModelSpec.model_validate({**checkpoint.model, "from_checkpoint": None})
+    if model.from_checkpoint.load == "weights+optimizer" and not checkpoint.has_optimizer:
+        detail = f"{checkpoint.id} holds no optimizer state; use load: weights"
+        errors.append(FieldError(f"{pointer}/load", detail, "no_optimizer", model.from_checkpoint.load))
+    sent = {"source": source, "revision": model.revision, "tiny": model.tiny, "adapter": _comparable(model.adapter)}
+    own = {"source": base.source, "revision": base.revision, "tiny": base.tiny, "adapter": _comparable(base.adapter)}
+    for name, value in sent.items():
+        if value is not None and value != own[name]:
+            detail = (
+                f"differs from what {checkpoint.id} was trained with, which is {_plain(own[name])}; leave it out to take that"
+            )
+            errors.append(FieldError(f"/model/{name}", detail, "checkpoint_differs", _plain(value), _plain(own[name])))
+    changes: dict[str, Any] = {"from_checkpoint": model.from_checkpoint}
+    changes |= {"dtype": model.dtype} if "dtype" in model.model_fields_set else {}
+    changes |= {"adapter": model.adapter} if model.adapter is not None else {}
+    return base.model_copy(update=changes)
+
+
+def _comparable(adapter: Lora | Full | None) -> dict[str, Any] | None:
+    """Without the dropout, which a later job may change."""
+    if adapter is None:
+        return None
+    plain = adapter.model_dump(mode="json", exclude={"dropout"})
+    if isinstance(plain.get("target_modules"), list):
+        plain["target_modules"] = sorted(plain["target_modules"])
+    return plain
+
+
+def _plain(value: Any) -> Any:
+    return value.model_dump(mode="json") if isinstance(value, TinyConfig) else value

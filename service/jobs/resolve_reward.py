@@ -1,0 +1,70 @@
+"""Checks of graders and of the metrics that other sections name."""
+
+from service.errors import FieldError
+from service.jobs.data_spec import ReasoningGymSource, SplitSource
+from service.jobs.reward_spec import HttpGrader
+from service.jobs.spec import RLSpec, SupervisedSpec
+from service.settings import Settings
+from service.validation import did_you_mean
+
+
+def check_reward(spec: RLSpec | SupervisedSpec, settings: Settings) -> list[FieldError]:
+    """Graders that need something which this job or this service does not have."""
+    errors: list[FieldError] = []
+    for number, grader in enumerate(spec.reward.graders if spec.reward else []):
+        pointer = f"/reward/graders/{number}"
+        if grader.kind == "reasoning_gym" and (others := _other_sources(spec)):
+            detail = f"the grader reasoning_gym scores rows of the source reasoning_gym only, but {others}"
+            errors.append(FieldError(f"{pointer}/kind", detail, "grader_without_source", grader.kind))
+        if isinstance(grader, HttpGrader) and grader.secret is not None and grader.secret not in settings.grader_secrets:
+            names = sorted(settings.grader_secrets)
+            detail = f"the operator has set no secret of this name (RATCHET_GRADER_SECRETS){did_you_mean(grader.secret, names)}"
+            errors.append(FieldError(f"{pointer}/secret", detail, "unknown_secret", allowed=names))
+    return errors
+
+
+def _other_sources(spec: RLSpec | SupervisedSpec) -> str:
+    """Which graded rows come from elsewhere; a split is of the training source."""
+    parts = {"data.train": spec.data.train, "data.eval": spec.data.eval}
+    others = [
+        f"{name} is {source.source}"
+        for name, source in parts.items()
+        if source is not None and not isinstance(source, ReasoningGymSource | SplitSource)
+    ]
+    return ", ".join(others)
+
+
+def check_metrics(spec: RLSpec | SupervisedSpec) -> list[FieldError]:
+    """early_stopping and keep_best must name what the job's evaluations measure."""
+    known = _eval_metrics(spec)
+    rules = {"/early_stopping/metric": spec.early_stopping, "/checkpoints/keep_best/metric": spec.checkpoints.keep_best}
+    return [
+        FieldError(
+            pointer,
+            f"this job's evaluations do not measure {rule.metric!r}{did_you_mean(rule.metric, known)}; known: "
+            + ", ".join(known),
+            "unknown_metric",
+            rule.metric,
+            known,
+        )
+        for pointer, rule in rules.items()
+        if rule is not None and rule.metric not in known
+    ]
+
+
+def _eval_metrics(spec: RLSpec | SupervisedSpec) -> list[str]:
+    """Names as workers.loops.evaluation gives them."""
+    known = ["eval/loss"] if spec.data.answer is not None else []
+    if spec.reward is not None:
+        graders = [f"reward/{grader.name or grader.kind}" for grader in spec.reward.graders]
+        answers = [
+            "reward/mean",
+            "reward/std",
+            *graders,
+            "reward/error_rate",
+            "completion/length_mean",
+            "completion/truncated_fraction",
+        ]
+        prefixes = ["eval/", "eval/greedy/"] if spec.eval.also_greedy else ["eval/"]
+        known = [prefix + name for prefix in prefixes for name in answers] + known
+    return known

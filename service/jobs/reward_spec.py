@@ -1,0 +1,188 @@
+"""The reward section of a spec: graders and their weights."""
+
+from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
+
+from pydantic import Field, field_validator, model_validator
+
+from service.jobs.patterns import check_json_schema, check_pattern
+from service.jobs.section import Section
+from service.jobs.templates import Template
+
+
+class GraderBase(Section):
+    name: Annotated[
+        str | None, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$", description="in metrics as reward/NAME; default: the kind")
+    ] = None
+    weight: Annotated[float, Field(description="the reward is the weighted sum")] = 1.0
+    extract: Annotated[
+        str | None,
+        Field(
+            max_length=1000,
+            description="regular expression; its last match (first group, if any) is graded instead of the answer; no match: 0",
+        ),
+    ] = None
+
+    @field_validator("extract")
+    @classmethod
+    def extract_compiles(cls, value: str | None) -> str | None:
+        return None if value is None else check_pattern(value)
+
+
+Reference = Annotated[
+    Template, Field(description='the right answer, a template over the row\'s columns, for example "{answer}"')
+]
+
+
+class ExactGrader(GraderBase):
+    """1 if the answer is the reference, else 0."""
+
+    kind: Literal["exact"]
+    reference: Reference
+    strip: Annotated[bool, Field(description="ignore white space at both ends")] = True
+    case_sensitive: Annotated[bool, Field(description="A is not a")] = True
+
+
+class ContainsGrader(GraderBase):
+    """1 if the reference stands somewhere in the answer, else 0."""
+
+    kind: Literal["contains"]
+    reference: Reference
+    case_sensitive: Annotated[bool, Field(description="A is not a")] = True
+
+
+class RegexGrader(GraderBase):
+    """1 if the pattern matches, else 0; a match that takes longer than a second is an error of that sample."""
+
+    kind: Literal["regex"]
+    pattern: Annotated[str, Field(min_length=1, max_length=10_000, description="regular expression (Python's syntax)")]
+    full: Annotated[bool, Field(description="the whole answer must match, not a part")] = False
+
+    @field_validator("pattern")
+    @classmethod
+    def pattern_compiles(cls, value: str) -> str:
+        return check_pattern(value)
+
+
+class NumberGrader(GraderBase):
+    """1 if the answer's last number or formula equals the reference's (math-verify: LaTeX, fractions, percent), else 0.
+
+    Only the last 4,096 characters of an answer are read; one that takes longer than five seconds is an error of that sample.
+    """
+
+    kind: Literal["number"]
+    reference: Reference
+
+
+class JsonSchemaGrader(GraderBase):
+    """1 if the answer is JSON that fits the schema, else 0."""
+
+    kind: Literal["json_schema"]
+    json_schema: Annotated[dict[str, Any], Field(alias="schema", description="a JSON Schema")]
+
+    @field_validator("json_schema")
+    @classmethod
+    def schema_is_one(cls, value: dict[str, Any]) -> dict[str, Any]:
+        return check_json_schema(value)
+
+
+class SimilarityGrader(GraderBase):
+    """How alike answer and reference are, 0 to 1 (rapidfuzz)."""
+
+    kind: Literal["similarity"]
+    reference: Reference
+    metric: Annotated[
+        Literal["ratio", "partial_ratio", "token_sort_ratio", "token_set_ratio", "jaro_winkler", "position"],
+        Field(description="rapidfuzz's measure; position: the share of characters that are right in their place"),
+    ] = "ratio"
+
+
+class LengthGrader(GraderBase):
+    """1 inside [min_tokens, max_tokens], falling linearly to 0 over `slack` tokens outside."""
+
+    kind: Literal["length"]
+    min_tokens: Annotated[int, Field(ge=0, description="shortest answer that gets 1")] = 0
+    max_tokens: Annotated[int, Field(ge=1, description="longest answer that gets 1")]
+    slack: Annotated[int, Field(ge=0, description="tokens over which the reward falls to 0; 0: at once")] = 0
+
+    @model_validator(mode="after")
+    def counts_the_whole_answer(self) -> Self:
+        if self.extract is not None:
+            raise ValueError("extract does not go with length, which counts the tokens of the whole answer")
+        return self
+
+    @model_validator(mode="after")
+    def bounds_are_ordered(self) -> Self:
+        if self.min_tokens > self.max_tokens:
+            raise ValueError(f"min_tokens must not exceed max_tokens, got {self.min_tokens} > {self.max_tokens}")
+        return self
+
+
+class ReasoningGymGrader(GraderBase):
+    """The task's own scorer, 0 to 1; for rows of the source reasoning_gym."""
+
+    kind: Literal["reasoning_gym"]
+
+
+class HttpGrader(GraderBase):
+    """Your own reward service: gets batches of samples by POST and answers their rewards."""
+
+    kind: Literal["http"]
+    url: Annotated[str, Field(pattern=r"^https?://[^\s]+$", max_length=2048, description="where batches are posted")]
+    secret: Annotated[
+        str | None, Field(description="name of an operator's secret (RATCHET_GRADER_SECRETS) that signs each batch")
+    ] = None
+    timeout_s: Annotated[float, Field(gt=0, le=600, description="seconds for one attempt, its answer included")] = 30.0
+    max_retries: Annotated[int, Field(ge=0, le=10, description="further attempts, with growing pauses")] = 3
+    batch_size: Annotated[int, Field(ge=1, le=1024, description="samples in one request")] = 64
+
+    @field_validator("url")
+    @classmethod
+    def names_a_host(cls, value: str) -> str:
+        try:
+            parts = urlsplit(value)
+            host, _ = parts.hostname, parts.port
+        except ValueError as error:
+            raise ValueError(f"not a URL: {error}") from None
+        if not host:
+            raise ValueError("the URL names no host")
+        if parts.username is not None or parts.password is not None:
+            raise ValueError(
+                "a URL with a user name or password would be shown with the spec; use `secret` to sign the batches"
+            )
+        return value
+
+
+Grader = Annotated[
+    ExactGrader
+    | ContainsGrader
+    | RegexGrader
+    | NumberGrader
+    | JsonSchemaGrader
+    | SimilarityGrader
+    | LengthGrader
+    | ReasoningGymGrader
+    | HttpGrader,
+    Field(discriminator="kind"),
+]
+
+
+class RewardSpec(Section):
+    """What a better answer is: a weighted sum of graders."""
+
+    graders: Annotated[list[Grader], Field(min_length=1, max_length=16, description="each gives a number, most of them 0 to 1")]
+    on_error: Annotated[
+        Literal["mask", "zero", "fail"],
+        Field(description="a sample that could not be graded: left out, given 0, or the job fails"),
+    ] = "mask"
+    max_error_rate: Annotated[
+        float, Field(ge=0, le=1, description="the job fails when a step has more ungraded samples than this")
+    ] = 0.2
+
+    @model_validator(mode="after")
+    def names_differ(self) -> Self:
+        names = [grader.name or grader.kind for grader in self.graders]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"graders must have names of their own, but two are called {name!r}; give each a `name`")
+        return self

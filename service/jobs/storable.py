@@ -1,0 +1,43 @@
+"""What JSON allows and a store (or a stack) does not: the character NUL, halves of characters, bottomless nesting."""
+
+import math
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from service.errors import FieldError
+from service.validation import escape
+
+MAX_DEPTH = 64
+SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def not_storable(value: Any, pointer: str = "") -> list[FieldError]:
+    """One FieldError for each text with NUL or a lone surrogate, number that is not finite, and value that lies too deep."""
+    return list(_walk(value, pointer, 0))
+
+
+def _walk(value: Any, pointer: str, depth: int) -> Iterator[FieldError]:
+    if depth > MAX_DEPTH:
+        yield FieldError(pointer, f"lies more than {MAX_DEPTH} levels deep", "too_deep")
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            if reason := _unfit(key):
+                yield FieldError(pointer, f"a key holds {reason}", "not_storable")
+            else:
+                yield from _walk(inner, f"{pointer}/{escape(key)}", depth + 1)
+    elif isinstance(value, list):
+        for index, inner in enumerate(value):
+            yield from _walk(inner, f"{pointer}/{index}", depth + 1)
+    elif reason := _unfit(value):
+        yield FieldError(pointer, f"holds {reason}", "not_storable")
+
+
+def _unfit(value: Any) -> str | None:
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"{value}, which is not a finite number"
+    if not isinstance(value, str) or (value.isascii() and "\0" not in value):
+        return None
+    if "\0" in value:
+        return "the character NUL (\\u0000)"
+    return "half of a character (a lone surrogate)" if SURROGATE.search(value) else None

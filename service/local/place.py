@@ -1,0 +1,111 @@
+"""Where an embedded stack lives: its data directory, its port, its key, and the settings that follow from them."""
+
+import fcntl
+import os
+import secrets
+import socket
+from base64 import urlsafe_b64encode
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from service.errors import RatchetError
+from service.settings import Settings
+
+
+class CannotStart(RatchetError):
+    """The stack cannot be started; the message says why and what to do."""
+
+    code = "cannot_start"
+
+
+@contextmanager
+def locked(data_dir: Path) -> Iterator[None]:
+    """This data directory is ours until the process ends, even when it is killed. Raises CannotStart when it is another's."""
+    try:
+        data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        file = (data_dir / "lock").open("a+")
+    except OSError as error:
+        raise CannotStart(
+            f"cannot use {data_dir} as the data directory: {error.strerror}. Name another with --data-dir"
+        ) from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise CannotStart(
+                f"another `ratchet up` (process {file.read().strip() or 'unknown'}) runs from {data_dir}. "
+                "Stop it first, or name another directory with --data-dir"
+            ) from None
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        yield
+
+
+@contextmanager
+def listen(host: str, port: int) -> Iterator[socket.socket]:
+    """The API's socket, taken before anything is started. Raises CannotStart when the port is taken."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((host, port))
+            listener.listen(128)
+        except OSError as error:
+            raise CannotStart(
+                f"cannot listen on {host}:{port}: {error.strerror}. Name another port with --port, or --port 0 for any free one"
+            ) from None
+        yield listener
+
+
+def url_of(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    if host in ("0.0.0.0", "::"):  # all addresses; this is how we reach ourselves
+        host = "127.0.0.1" if host == "0.0.0.0" else "::1"
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def local_key(path: Path) -> str:
+    """The key of the project `default`: what the file holds, else a new one, readable by its owner only."""
+    with suppress(FileNotFoundError):
+        path.chmod(0o600)
+        if (key := path.read_text().strip()).startswith("tml-"):
+            return key
+    key = "tml-" + urlsafe_b64encode(secrets.token_bytes(32)).decode().rstrip("=")
+    _write_private(path, key)
+    return key
+
+
+def _write_private(path: Path, line: str) -> None:
+    """Whole or not at all, and never readable by others, not even for a moment."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+        file.write(line + "\n")
+    temporary.replace(path)
+
+
+def embedded_settings(data_dir: Path, port: int, folder: Path) -> Settings:
+    """The settings of the embedded stack. They go through the environment, so that the worker has the same."""
+    bootstrap_key = os.environ.get("RATCHET_BOOTSTRAP_KEY")
+    if bootstrap_key:
+        _write_private(data_dir / "key", bootstrap_key)
+    os.environ.pop("RATCHET_DATABASE_URL", None)  # the embedded store is SQLite in the data directory
+    os.environ.setdefault("RATCHET_LOG_FORMAT", "plain")  # people read these logs
+    os.environ.update(
+        RATCHET_DATA_DIR=str(data_dir),
+        RATCHET_PORT=str(port),
+        RATCHET_REDIS_URL=f"redis+socket://{folder / 'redis.sock'}",
+        RATCHET_BOOTSTRAP_KEY=local_key(data_dir / "key"),
+    )
+    return Settings()
+
+
+@contextmanager
+def url_file(path: Path, url: str) -> Iterator[None]:
+    _write_private(path, url)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,25 @@
+"""`python -m service.local.tied PARENT COMMAND...`: become COMMAND, and be killed when the process PARENT ends.
+
+However PARENT ends: the kernel keeps this promise, also across exec. On Linux only; elsewhere a parent that is killed
+outright leaves COMMAND behind.
+It is a program of its own because Python code between fork and exec is not safe in a process that has threads.
+"""
+
+import ctypes
+import os
+import signal
+import sys
+
+PR_SET_PDEATHSIG = 1
+
+
+def main(parent: int, command: list[str]) -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before we asked to be told
+        sys.exit(f"process {parent} has ended; not starting {command[0]}")
+    os.execv(command[0], command)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2:])

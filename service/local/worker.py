@@ -1,0 +1,66 @@
+"""The Celery worker of an embedded stack."""
+
+import logging
+import os
+import socket
+import sys
+from importlib.util import find_spec
+
+from service.doorbell import Doorbell
+from service.jobs import lease
+from service.local.children import Child, Say
+from service.local.place import CannotStart
+from service.settings import Settings
+from service.store import jobs
+from service.store.session import open_store
+
+log = logging.getLogger(__name__)
+
+# `-A workers.app` would import from the current directory first, where a user's own `workers` may stand.
+ARGV = [
+    sys.executable,
+    "-c",
+    "from workers.app import app; app.worker_main(['worker', '--without-gossip', '--without-mingle'])",
+]
+
+
+def check_worker_can_run() -> None:
+    missing = [name for name in ("torch", "transformers", "peft") if find_spec(name) is None]
+    if missing:
+        raise CannotStart(f"a worker needs {', '.join(missing)}: pip install 'ratchet-rl[worker,embedded]'")
+
+
+def make_worker(settings: Settings, say: Say) -> Child:
+    return Child(
+        "the worker",
+        ARGV,
+        log=settings.data_dir / "logs" / "worker.log",
+        say=say,
+        before_start=lambda: settle_the_dead(settings),
+    )
+
+
+def settle_the_dead(settings: Settings) -> None:
+    """Jobs that a killed worker of this machine held go back into the queue now, not when their leases end."""
+    store, doorbell = open_store(settings), Doorbell(settings)
+    try:
+        with store.begin(readonly=True) as session:
+            owners = jobs.owners(session)
+        for owner, row in owners.items():
+            if row is not None and row.host == socket.gethostname() and not _is_alive(row.pid):
+                lease.worker_lost(store, doorbell, owner)
+    except Exception:  # nothing is lost but time
+        log.warning("could not settle the jobs of workers that are gone; their leases will end", exc_info=True)
+    finally:
+        doorbell.close()
+        store.close()
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True

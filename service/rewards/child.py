@@ -1,0 +1,72 @@
+"""The child's side of the sandbox: `python -m service.rewards.child`, spoken to by service.rewards.sandbox only.
+
+Requests come pickled from the parent on stdin (rows of reasoning-gym hold more than JSON can say); answers go back as lines
+of JSON, because what is evaluated here is not to be trusted with more.
+"""
+
+import json
+import os
+import pickle
+import resource
+import signal
+import sys
+from typing import Any
+
+from service.rewards.scorers import SCORERS
+
+MEMORY_BYTES = 4 * 2**30
+# Events of Python's audit hooks. No scorer needs them; text that tricks a scorer into evaluating it shall not have them.
+FORBIDDEN = ("subprocess.", "socket.", "ctypes.", "shutil.", "pty.", "urllib.", "os.")
+HARMLESS = ("os.listdir", "os.scandir", "os.walk", "os.fwalk", "os.listxattr", "os.getxattr", "os.add_dll_directory")
+
+
+def main() -> None:
+    # Only the parent's end closes this process: a Ctrl-C or TERM for the whole group must not turn into grading errors.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # a scorer that prints must not disturb the answers
+
+    kind, options, within_s = pickle.load(sys.stdin.buffer)
+    try:
+        score = SCORERS[kind](**options)
+    except ImportError as error:
+        print(json.dumps({"error": f"{error}; is the package installed?"}), file=answers)
+        return
+    fence()
+    print(json.dumps({"ready": True}), file=answers)
+    while True:
+        try:
+            request = pickle.load(sys.stdin.buffer)
+        except EOFError:
+            return
+        print(json.dumps(_answer(score, request, within_s)), file=answers)
+
+
+def _answer(score: Any, request: tuple[Any, ...], within_s: float) -> dict[str, Any]:
+    signal.setitimer(signal.ITIMER_REAL, within_s)  # nobody handles it: the process ends, in the middle of C code too
+    try:
+        return {"score": float(score(*request))}
+    except BaseException as error:  # an evaluated answer may raise anything, SystemExit too
+        return {"error": f"{type(error).__name__}: {str(error)[:300]}"}
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def fence() -> None:
+    """Bound the memory, and take away what a scorer never needs: other processes, the network, writing files."""
+    sys.dont_write_bytecode = True
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    sys.addaudithook(_refuse)
+
+
+def _refuse(event: str, arguments: tuple[Any, ...]) -> None:
+    writing = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+    if writing or (event.startswith(FORBIDDEN) and event not in HARMLESS):
+        raise PermissionError(f"a grader may not do this ({event})")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,208 @@
+"""The caller's own reward service: batches of samples out, rewards back. The wire format is told in docs/graders.md."""
+
+import asyncio
+import hashlib
+import hmac
+import json
+import random
+from collections.abc import Mapping, Sequence
+from time import time
+from typing import Any
+
+import httpx
+
+from service.errors import JobFailed
+from service.jobs.reward_spec import HttpGrader
+from service.rewards.samples import Context, Grader, Outcome, Problem, Sample
+
+AT_ONCE = 8  # batches in flight
+FIRST_PAUSE_S = 0.5  # before the first retry; doubled for each further one, with jitter
+LONGEST_PAUSE_S = 30.0
+LONGEST_RETRY_AFTER_S = 120.0
+MAX_ANSWER_BYTES = 16 * 2**20
+SHOWN = 200  # characters of a service's answer in an error
+
+Headers = Mapping[str, str]
+
+
+class Retry(Exception):
+    """One attempt failed in a way that another may not."""
+
+    def __init__(self, reason: str, after_s: float | None = None) -> None:
+        super().__init__(reason)
+        self.after_s = after_s
+
+
+def sign(secret: str, body: bytes, timestamp: int) -> str:
+    """The value of Ratchet-Signature: HMAC-SHA256 over `TIMESTAMP.BODY`, in hex."""
+    digest = hmac.new(secret.encode(), f"{timestamp}.".encode() + body, hashlib.sha256).hexdigest()
+    return f"t={timestamp},v1={digest}"
+
+
+class HttpRewards(Grader):
+    """Posts batches side by side. A service that is down after all retries ends the job with grader_unhealthy."""
+
+    def __init__(self, spec: HttpGrader, context: Context) -> None:
+        self._spec, self._context = spec, context
+        self._runner: asyncio.Runner | None = None
+        self._client: httpx.AsyncClient | None = None
+        self._secret = None
+        if spec.secret is not None:
+            if spec.secret not in context.secrets:
+                raise self._down(f"the operator has set no secret {spec.secret!r}", hint="name it in RATCHET_GRADER_SECRETS")
+            self._secret = context.secrets[spec.secret]
+
+    def grade(self, samples: Sequence[Sample]) -> list[Outcome]:
+        if not samples:
+            return []
+        if self._runner is None:
+            # One loop for the grader's life, so that its connections live on from step to step.
+            self._runner = asyncio.Runner()
+        try:
+            return self._runner.run(self._grade(samples))
+        except ExceptionGroup as group:  # one batch gave up and the others were called off
+            raise group.exceptions[0] from None
+
+    def close(self) -> None:
+        runner, self._runner = self._runner, None
+        if runner is not None:
+            if self._client is not None:
+                runner.run(self._client.aclose())
+                self._client = None
+            runner.close()
+
+    async def _grade(self, samples: Sequence[Sample]) -> list[Outcome]:
+        if self._client is None:
+            limits = httpx.Limits(max_connections=AT_ONCE, max_keepalive_connections=AT_ONCE)
+            self._client = httpx.AsyncClient(limits=limits, timeout=None)  # `_once` keeps the time of a whole attempt
+        turns, size = asyncio.Semaphore(AT_ONCE), self._spec.batch_size
+        async with asyncio.TaskGroup() as group:
+            tasks = [
+                group.create_task(self._batch(self._client, samples[i : i + size], turns)) for i in range(0, len(samples), size)
+            ]
+        return [outcome for task in tasks for outcome in task.result()]
+
+    async def _batch(self, client: httpx.AsyncClient, samples: Sequence[Sample], turns: asyncio.Semaphore) -> list[Outcome]:
+        async with turns:
+            body, batch_id = self._body(samples)
+            for attempt in range(self._spec.max_retries + 1):
+                try:
+                    answer = await self._once(client, body, batch_id)
+                    return read_rewards(answer, len(samples))
+                except Retry as retry:
+                    if attempt == self._spec.max_retries:
+                        tried = f"{attempt + 1} attempt" + ("s" if attempt else "")
+                        raise self._down(f"{retry} (after {tried})") from None
+                    await asyncio.sleep(_pause_s(attempt, retry.after_s))
+        raise AssertionError("unreachable")
+
+    async def _once(self, client: httpx.AsyncClient, body: bytes, batch_id: str) -> bytes:
+        """One attempt, all of it inside timeout_s: a service that sends a byte now and then is late too."""
+        headers = {"Content-Type": "application/json", "Accept-Encoding": "identity", "Idempotency-Key": batch_id}
+        if self._secret is not None:
+            headers["Ratchet-Signature"] = sign(self._secret.get_secret_value(), body, int(time()))
+        try:
+            async with (
+                asyncio.timeout(self._spec.timeout_s),
+                client.stream("POST", self._spec.url, content=body, headers=headers) as response,
+            ):
+                answer = await _read(response)
+        except TimeoutError:
+            raise Retry(f"no answer within {self._spec.timeout_s:g} s (timeout_s)") from None
+        except httpx.TransportError as error:
+            raise Retry(f"{type(error).__name__}: {error}") from None
+        status = f"status {response.status_code}"
+        if response.status_code == 429 or response.status_code >= 500:
+            raise Retry(f"{status}{_shown(answer)}", _retry_after_s(response.headers))
+        if response.status_code != 200:
+            raise self._down(f"{status}{_shown(answer)}; only 200 is taken, and only 429 and 5xx are tried again")
+        return answer
+
+    def _body(self, samples: Sequence[Sample]) -> tuple[bytes, str]:
+        """The request and its id, which is a hash: the same samples always come under the same id."""
+        content = {
+            "job_id": self._context.job_id,
+            "grader": self._context.name,
+            "samples": [
+                {
+                    "index": index,
+                    "prompt": sample.prompt,
+                    "completion": sample.completion,
+                    "tokens": sample.tokens,
+                    "truncated": sample.truncated,
+                    "row": sample.row,
+                }
+                for index, sample in enumerate(samples)
+            ],
+        }
+        # ASCII, so that half of a character that a model broke off is still JSON; str, because rows may hold dates.
+        text = json.dumps(content, default=str)
+        batch_id = f"batch_{hashlib.sha256(text.encode()).hexdigest()[:32]}"
+        return json.dumps({"batch_id": batch_id, **content}, default=str).encode(), batch_id
+
+    def _down(self, reason: str, hint: str | None = None) -> JobFailed:
+        return JobFailed(
+            "grader_unhealthy",
+            f"the reward service of grader {self._context.name!r} at {_without_query(self._spec.url)} cannot be used: {reason}",
+            hint=hint
+            or "see that the service runs, is reachable from the worker and answers as docs/graders.md says; then fork the job",
+            pointer=self._context.pointer,
+        )
+
+
+def read_rewards(answer: bytes, expected: int) -> list[Outcome]:
+    """One outcome a sample. What is wrong with the answer as a whole is every sample's problem."""
+    try:
+        value = json.loads(answer)
+    except (ValueError, RecursionError):
+        return [Problem(f"the reward service did not answer JSON{_shown(answer)}")] * expected
+    rewards = value.get("rewards") if isinstance(value, dict) else None
+    if not isinstance(rewards, list):
+        return [Problem(f'the reward service must answer {{"rewards": [...]}}, got{_shown(answer)}')] * expected
+    if len(rewards) != expected:
+        return [Problem(f"the reward service answered {len(rewards)} rewards to {expected} samples")] * expected
+    return [_reward(one) for one in rewards]
+
+
+def _reward(value: Any) -> Outcome:
+    if isinstance(value, dict):
+        if value.get("error") is not None:
+            return Problem(f"the reward service says: {str(value['error'])[:SHOWN]}")
+        value = value.get("reward")
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return Problem(f"a reward must be a number, {{reward: number}} or {{error: text}}, got {json.dumps(value)[:SHOWN]}")
+    try:
+        return float(value)  # NaN and infinities are refused with everyone else's
+    except OverflowError:
+        return Problem("the reward is too large for a float")
+
+
+async def _read(response: httpx.Response) -> bytes:
+    answer = bytearray()
+    async for part in response.aiter_bytes():
+        answer += part
+        if len(answer) > MAX_ANSWER_BYTES:
+            raise Retry(f"the answer is longer than {MAX_ANSWER_BYTES} bytes")
+    return bytes(answer)
+
+
+def _pause_s(attempt: int, after_s: float | None) -> float:
+    if after_s is not None:
+        return min(after_s, LONGEST_RETRY_AFTER_S)
+    longest = min(FIRST_PAUSE_S * 2**attempt, LONGEST_PAUSE_S)
+    return longest * random.SystemRandom().uniform(0.5, 1.0)  # its own source: a job's draws must not depend on it
+
+
+def _retry_after_s(headers: Headers) -> float | None:
+    """Seconds only; a date is treated as absent."""
+    text = headers.get("Retry-After", "")
+    return float(text) if text.isascii() and text.isdigit() else None
+
+
+def _shown(answer: bytes) -> str:
+    text = answer[: 4 * SHOWN].decode("utf-8", "replace").strip()
+    return f": {text[:SHOWN]!r}" if text else " with an empty body"
+
+
+def _without_query(url: str) -> str:
+    return url.split("?", 1)[0].split("#", 1)[0]

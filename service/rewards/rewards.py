@@ -1,0 +1,86 @@
+"""The reward of a job: each grader's scores, and their weighted sum."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from types import TracebackType
+from typing import Any, Self
+
+from pydantic import SecretStr
+
+from service.jobs.reward_spec import GraderBase, RewardSpec
+from service.rewards import sandboxed, text
+from service.rewards.http import HttpRewards
+from service.rewards.samples import Context, Graded, Grader, Outcome, Problem, Sample, one_by_one
+
+
+def _similarity(spec: Any, context: Context) -> Grader:
+    return text.EachText(text.position, spec, context) if spec.metric == "position" else sandboxed.similarity(spec, context)
+
+
+GRADERS: dict[str, Callable[[Any, Context], Grader]] = {
+    "exact": partial(text.EachText, text.exact),
+    "contains": partial(text.EachText, text.contains),
+    "regex": partial(text.EachText, text.pattern),
+    "length": partial(text.EachText, text.length),
+    "similarity": _similarity,
+    "number": sandboxed.number,
+    "json_schema": sandboxed.json_schema,
+    "reasoning_gym": sandboxed.reasoning_gym,
+    "http": HttpRewards,
+}
+
+
+class Rewards:
+    """The graders of one job. Not for use by several threads at once."""
+
+    def __init__(self, spec: RewardSpec, *, job_id: str, secrets: Mapping[str, SecretStr]) -> None:
+        """`secrets` are the operator's, by name, for http graders that sign. Nothing is started or connected yet."""
+        self._specs = {grader.name or grader.kind: grader for grader in spec.graders}
+        self._graders = {
+            name: GRADERS[grader.kind](grader, Context(job_id, name, f"/reward/graders/{number}", secrets))
+            for number, (name, grader) in enumerate(self._specs.items())
+        }
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def grade(self, samples: Sequence[Sample]) -> list[Graded]:
+        """One Graded a sample, in order. A sample that cannot be graded carries its errors; raises JobFailed only where
+        a grader cannot work at all (its service is down, its package is missing)."""
+        outcomes = {name: self._outcomes(self._specs[name], grader, samples) for name, grader in self._graders.items()}
+        return [self._graded({name: column[i] for name, column in outcomes.items()}) for i in range(len(samples))]
+
+    def close(self) -> None:
+        for grader in self._graders.values():
+            grader.close()
+
+    def _outcomes(self, spec: GraderBase, grader: Grader, samples: Sequence[Sample]) -> list[Outcome]:
+        """Grade what `extract` leaves of each answer; an answer in which it finds nothing gets 0."""
+        if spec.extract is None:
+            return [_finite(outcome) for outcome in grader.grade(samples)]
+        parts = one_by_one(partial(text.extract, spec.extract), [sample.completion for sample in samples])
+        outcomes: list[Outcome] = [part if isinstance(part, Problem) else 0.0 for part in parts]
+        found = [i for i, part in enumerate(parts) if isinstance(part, str)]
+        left = [replace(sample, completion=part) for sample, part in zip(samples, parts, strict=True) if isinstance(part, str)]
+        for i, outcome in zip(found, grader.grade(left), strict=True):
+            outcomes[i] = _finite(outcome)
+        return outcomes
+
+    def _graded(self, outcomes: dict[str, Outcome]) -> Graded:
+        scores: dict[str, float | None] = {
+            name: None if isinstance(outcome, Problem) else outcome for name, outcome in outcomes.items()
+        }
+        errors = {name: outcome.detail for name, outcome in outcomes.items() if isinstance(outcome, Problem)}
+        total = None if errors else sum(self._specs[name].weight * score for name, score in scores.items() if score is not None)
+        return Graded(total, scores, errors)
+
+
+def _finite(outcome: Outcome) -> Outcome:
+    if isinstance(outcome, float) and not math.isfinite(outcome):
+        return Problem(f"the score is {outcome}, not a finite number")
+    return outcome

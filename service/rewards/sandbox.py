@@ -1,0 +1,126 @@
+"""A child process for graders whose work nobody can bound: a model's formula in sympy, a scorer that evaluates an answer.
+
+The child has no secrets in its environment, little memory, and an alarm that ends it when one answer takes too long (which
+works in the middle of C code too). It ends by itself when this process does, however that happens.
+"""
+
+import json
+import os
+import pickle
+import select
+import signal
+import subprocess
+import sys
+from time import monotonic
+from typing import Any
+
+from service.errors import JobFailed
+from service.rewards.samples import Outcome, Problem, one_by_one
+
+ANSWER_WITHIN_S = 5.0
+START_WITHIN_S = 120.0
+GRACE_S = 5.0  # after the child's own alarm should have gone off
+
+
+class Sandbox:
+    """One child, started when it is first asked, started anew after it had to be ended. See service.rewards.child."""
+
+    def __init__(self, kind: str, options: dict[str, Any], pointer: str) -> None:
+        self._kind, self._options, self._pointer = kind, options, pointer
+        self._child: subprocess.Popen[bytes] | None = None
+
+    def ask_all(self, requests: list[tuple[Any, ...]]) -> list[Outcome]:
+        return one_by_one(self._ask, requests)
+
+    def close(self) -> None:
+        child, self._child = self._child, None
+        if child is None:
+            return
+        child.kill()
+        child.wait()
+        for pipe in (child.stdin, child.stdout):
+            if pipe is not None:
+                pipe.close()
+
+    def _ask(self, request: tuple[Any, ...]) -> Outcome:
+        code = None
+        for _ in range(2):  # a child that somebody else ended deserves a second try
+            answer = self._exchange(request, ANSWER_WITHIN_S + GRACE_S)
+            if answer is not None:
+                return Problem(answer["error"]) if "error" in answer else float(answer["score"])
+            code = self._end()
+            if code == -signal.SIGALRM:
+                return Problem(f"took longer than {ANSWER_WITHIN_S:g} s to grade")
+        return Problem(f"the grader's process ended with status {code} on this answer")
+
+    def _exchange(self, request: tuple[Any, ...], within_s: float) -> dict[str, Any] | None:
+        """The child's answer, or None when it died or is late."""
+        child = self._child or self._start()
+        try:
+            self._send(child, request)
+        except OSError:
+            return None
+        return self._receive(child, within_s)
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        environment = {
+            "PATH": os.environ.get("PATH", ""),
+            "LANG": "C.UTF-8",
+            "OMP_NUM_THREADS": "1",
+            "OPENBLAS_NUM_THREADS": "1",
+        }
+        environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+        child = self._child = subprocess.Popen(
+            [sys.executable, "-P", "-m", "service.rewards.child"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=environment,
+            bufsize=0,
+        )
+        try:
+            self._send(child, (self._kind, self._options, ANSWER_WITHIN_S))
+            hello = self._receive(child, START_WITHIN_S)
+        except OSError:
+            hello = None
+        if hello is None or "error" in hello:
+            code = self._end()
+            reason = hello["error"] if hello else f"its process did not start (status {code})"
+            raise JobFailed(
+                "grader_unavailable",
+                f"the grader {self._kind} cannot work here: {reason}",
+                category="infra",
+                pointer=self._pointer,
+            )
+        return child
+
+    def _end(self) -> int | None:
+        """The exit status of a child that is dead or shall be."""
+        child = self._child
+        if child is None:
+            return None
+        try:
+            child.wait(0.2)
+        except subprocess.TimeoutExpired:
+            child.kill()
+        self.close()
+        return child.returncode
+
+    @staticmethod
+    def _send(child: subprocess.Popen[bytes], message: Any) -> None:
+        assert child.stdin is not None
+        payload = memoryview(pickle.dumps(message))
+        while payload:
+            payload = payload[child.stdin.write(payload) :]
+
+    @staticmethod
+    def _receive(child: subprocess.Popen[bytes], within_s: float) -> dict[str, Any] | None:
+        assert child.stdout is not None
+        deadline, line = monotonic() + within_s, b""
+        while not line.endswith(b"\n"):
+            ready, _, _ = select.select([child.stdout], [], [], max(0.0, deadline - monotonic()))
+            part = os.read(child.stdout.fileno(), 65_536) if ready else b""
+            if not part:
+                return None
+            line += part
+        return json.loads(line)

@@ -1,0 +1,42 @@
+"""Graders whose scorers run in the sandbox: this side only says what to ask."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from service.jobs.reward_spec import JsonSchemaGrader, NumberGrader, ReasoningGymGrader, SimilarityGrader
+from service.jobs.templates import render
+from service.rewards.samples import Context, Grader, Outcome, Sample
+from service.rewards.sandbox import Sandbox
+
+
+class Sandboxed(Grader):
+    """Asks a child process about each sample, one after the other."""
+
+    def __init__(self, sandbox: Sandbox, request: Callable[[Sample], tuple[Any, ...]]) -> None:
+        self._sandbox, self._request = sandbox, request
+
+    def grade(self, samples: Sequence[Sample]) -> list[Outcome]:
+        return self._sandbox.ask_all([self._request(sample) for sample in samples])
+
+    def close(self) -> None:
+        self._sandbox.close()
+
+
+def number(spec: NumberGrader, context: Context) -> Grader:
+    return _compare(Sandbox("number", {}, context.pointer), spec.reference)
+
+
+def similarity(spec: SimilarityGrader, context: Context) -> Grader:
+    return _compare(Sandbox("similarity", {"metric": spec.metric}, context.pointer), spec.reference)
+
+
+def json_schema(spec: JsonSchemaGrader, context: Context) -> Grader:
+    return Sandboxed(Sandbox("json_schema", {"schema": spec.json_schema}, context.pointer), lambda sample: (sample.completion,))
+
+
+def reasoning_gym(spec: ReasoningGymGrader, context: Context) -> Grader:
+    return Sandboxed(Sandbox("reasoning_gym", {}, context.pointer), lambda sample: (sample.completion, sample.row))
+
+
+def _compare(sandbox: Sandbox, reference: str) -> Grader:
+    return Sandboxed(sandbox, lambda sample: (sample.completion, render(reference, sample.row)))

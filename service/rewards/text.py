@@ -1,0 +1,72 @@
+"""Graders that only look at the text: cheap and bounded, so they run where they are called."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import regex
+
+from service.jobs.reward_spec import ContainsGrader, ExactGrader, LengthGrader, RegexGrader, SimilarityGrader
+from service.jobs.templates import render
+from service.rewards.samples import Context, Grader, Outcome, Problem, Sample, one_by_one
+
+PATTERN_WITHIN_S = 1.0
+
+
+def exact(spec: ExactGrader, sample: Sample) -> float:
+    answer, reference = sample.completion, render(spec.reference, sample.row)
+    if spec.strip:
+        answer, reference = answer.strip(), reference.strip()
+    return float(answer == reference if spec.case_sensitive else answer.casefold() == reference.casefold())
+
+
+def contains(spec: ContainsGrader, sample: Sample) -> Outcome:
+    answer, reference = sample.completion, render(spec.reference, sample.row)
+    if not reference:
+        return Problem("the reference is empty, and every answer contains that")
+    return float(reference in answer if spec.case_sensitive else reference.casefold() in answer.casefold())
+
+
+def pattern(spec: RegexGrader, sample: Sample) -> Outcome:
+    match = regex.fullmatch if spec.full else regex.search
+    try:
+        return float(match(spec.pattern, sample.completion, timeout=PATTERN_WITHIN_S) is not None)
+    except TimeoutError:
+        return _too_slow(spec.pattern)
+
+
+def length(spec: LengthGrader, sample: Sample) -> float:
+    """1 inside the bounds; `slack` tokens outside 0; a straight line between."""
+    outside = max(spec.min_tokens - sample.tokens, sample.tokens - spec.max_tokens, 0)
+    return max(0.0, 1 - outside / spec.slack) if spec.slack else float(outside == 0)
+
+
+def position(spec: SimilarityGrader, sample: Sample) -> float:
+    """The share of characters that are right in their place; too many and too few count as wrong ones."""
+    answer, reference = sample.completion, render(spec.reference, sample.row)
+    right = sum(a == b for a, b in zip(answer, reference, strict=False))
+    return right / max(len(answer), len(reference)) if answer or reference else 1.0
+
+
+class EachText(Grader):
+    """Applies one of the functions above to each sample."""
+
+    def __init__(self, score: Callable[[Any, Sample], Outcome], spec: Any, context: Context) -> None:
+        self._score, self._spec = score, spec
+
+    def grade(self, samples: Sequence[Sample]) -> list[Outcome]:
+        return one_by_one(lambda sample: self._score(self._spec, sample), samples)
+
+
+def extract(pattern: str, answer: str) -> str | Problem | None:
+    """The last match of the pattern (its first group, if it has one); None without a match."""
+    last = None
+    try:
+        for match in regex.finditer(pattern, answer, timeout=PATTERN_WITHIN_S):
+            last = match
+    except TimeoutError:
+        return _too_slow(pattern)
+    return None if last is None else last.group(1 if last.re.groups else 0)
+
+
+def _too_slow(pattern: str) -> Problem:
+    return Problem(f"the pattern {pattern[:80]!r} took longer than {PATTERN_WITHIN_S:g} s on this answer")

@@ -1,0 +1,86 @@
+"""What an operator may set: environment variables with the prefix RATCHET_, one place, read once."""
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, SecretStr, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+# Values that stand in examples and tutorials: never a secret in production.
+WELL_KNOWN_SECRETS = frozenset({"", "ratchet", "postgres", "password", "changeme", "change-me", "secret", "admin"})
+
+
+class Settings(BaseSettings):
+    """All settings. Durations end in _s, sizes in _bytes."""
+
+    model_config = SettingsConfigDict(env_prefix="RATCHET_", extra="ignore", frozen=True)
+
+    environment: Annotated[
+        Literal["development", "production"],
+        Field(description="development accepts well-known secrets; production refuses to start"),
+    ] = "production"
+    data_dir: Annotated[Path, Field(description="datasets, checkpoints, the embedded store: everything that is a file")] = Path(
+        ".ratchet"
+    )
+    database_url: Annotated[SecretStr | None, Field(description="SQLAlchemy URL; default: SQLite in data_dir")] = None
+    redis_url: Annotated[SecretStr, Field(description="redis:// or redis+socket:// (unix) URL of the doorbell")] = SecretStr(
+        "redis://127.0.0.1:6379/0"
+    )
+    bootstrap_key: Annotated[
+        SecretStr | None,
+        Field(description="an API key (tml-...) for the project `default`, created at start when it is missing"),
+    ] = None
+    models_dir: Annotated[
+        Path | None, Field(description="its folders are listed under /v1/models; default: data_dir/models")
+    ] = None
+
+    host: Annotated[str, Field(description="address the API listens on")] = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535, description="port the API listens on")] = 8000
+    max_body_bytes: Annotated[int, Field(ge=1024, description="largest body of a JSON or YAML request")] = 16 * 2**20
+    max_dataset_bytes: Annotated[int, Field(ge=1024, description="largest accepted dataset upload")] = 2 * 2**30
+
+    lease_ttl_s: Annotated[float, Field(gt=0, description="after so long without renewal a job is lost to its worker")] = 60.0
+    lease_renew_s: Annotated[float, Field(gt=0, description="how often a worker renews")] = 10.0
+    lease_self_stop_s: Annotated[float, Field(gt=0, description="a worker that could not renew for this long stops")] = 45.0
+    reconcile_every_s: Annotated[float, Field(gt=0, description="how often the reconciler looks")] = 10.0
+    ring_again_s: Annotated[float, Field(gt=0, description="a queued job is rung again after this long")] = 30.0
+    drain_grace_s: Annotated[float, Field(ge=0, description="a stopping worker has this long to save its job")] = 60.0
+
+    grader_secrets: Annotated[
+        dict[str, SecretStr], Field(description="JSON object name -> secret, for http graders that name one to sign with")
+    ] = Field(default_factory=dict)
+    torch_threads: Annotated[int, Field(ge=1, description="CPU threads of one worker; small models are fastest with one")] = 1
+    device: Annotated[Literal["auto", "cpu", "cuda"], Field(description="where a worker trains")] = "auto"
+    log_format: Annotated[
+        Literal["auto", "plain", "json"], Field(description="of log lines; auto: JSON in production, plain in development")
+    ] = "auto"
+    log_level: Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR"], Field(description="of our own loggers")] = "INFO"
+
+    @model_validator(mode="after")
+    def lease_times_are_ordered(self) -> Self:
+        if not self.lease_renew_s < self.lease_self_stop_s < self.lease_ttl_s:
+            raise ValueError(
+                f"lease_renew_s < lease_self_stop_s < lease_ttl_s must hold, "
+                f"got {self.lease_renew_s}, {self.lease_self_stop_s}, {self.lease_ttl_s}"
+            )
+        return self
+
+    @property
+    def sql_url(self) -> str:
+        if self.database_url is not None:
+            return self.database_url.get_secret_value()
+        return f"sqlite:///{(self.data_dir / 'ratchet.db').absolute()}"
+
+    @property
+    def blobs_dir(self) -> Path:
+        return (self.data_dir / "blobs").absolute()
+
+    @property
+    def local_models_dir(self) -> Path:
+        return (self.models_dir or self.data_dir / "models").absolute()
+
+
+@lru_cache
+def get_settings() -> Settings:
+    return Settings()

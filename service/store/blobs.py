@@ -1,0 +1,114 @@
+"""The blob store: a folder. A blob appears by a rename, whole or not at all, and is on the disk when commit_* returns."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from uuid import uuid4
+
+TEMPORARY = "tmp"  # beside the blobs, on the same file system: a rename must not copy
+
+
+class Blobs:
+    """Files and folders under `root`, named by relative paths with forward slashes."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.absolute()
+
+    def path(self, relative: str) -> Path:
+        """Where a blob lies. Raises ValueError for a path that leaves the store, by dots or by a link."""
+        pure = PurePosixPath(relative)
+        parts = relative.split("/")
+        if pure.is_absolute() or "\\" in relative or "\0" in relative or any(part in ("", ".", "..") for part in parts):
+            raise ValueError(f"a blob is named by a plain relative path, got {relative!r}")
+        path = self.root.joinpath(*parts)
+        if not path.resolve().is_relative_to(self.root.resolve()):
+            raise ValueError(f"blob {relative!r} leads out of the blob store")
+        return path
+
+    def temporary_dir(self) -> Path:
+        """A fresh private folder to write into; what is left there is swept after a day."""
+        path = self.root / TEMPORARY / uuid4().hex
+        path.mkdir(parents=True, mode=0o700)
+        return path
+
+    def commit_dir(self, temporary: Path, relative: str) -> Path:
+        """Make a folder a blob: fsync all of it, rename, fsync the parent. Raises FileExistsError for a taken name."""
+        for path in [*temporary.rglob("*"), temporary]:
+            _fsync(path)
+        temporary.chmod(0o755)
+        return self._rename(temporary, relative)
+
+    def commit_file(self, temporary: Path, relative: str) -> Path:
+        """Make a file a blob, as commit_dir does with a folder."""
+        _fsync(temporary)
+        return self._rename(temporary, relative)
+
+    def delete(self, relative: str) -> None:
+        """Remove a file or folder, and parents that are empty then. An absent one is no error: two may sweep at once."""
+        path = self.path(relative)
+        if path.is_dir() and not path.is_symlink():
+            # First out of sight in one rename, so that nobody reads half a checkpoint.
+            doomed = self.root / TEMPORARY / uuid4().hex
+            doomed.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                path.rename(doomed)
+            except FileNotFoundError:
+                return
+            shutil.rmtree(doomed, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+        for parent in path.parents:
+            if parent == self.root:
+                break
+            try:
+                parent.rmdir()
+            except OSError:
+                break
+
+    def discard(self, temporary: Path) -> None:
+        """Remove a temporary file or folder that did not become a blob."""
+        if not temporary.absolute().is_relative_to(self.root / TEMPORARY):
+            raise ValueError(f"{temporary} is not a temporary path of this blob store")
+        shutil.rmtree(temporary, ignore_errors=True) if temporary.is_dir() else temporary.unlink(missing_ok=True)
+
+    @property
+    def free(self) -> int:
+        """Bytes left on the file system."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        return shutil.disk_usage(self.root).free
+
+    def unclaimed(self, claimed: set[str]) -> Iterator[str]:
+        """The topmost blobs of which nothing is in `claimed` (a set of relative paths)."""
+        ancestors = {str(parent) for path in claimed for parent in PurePosixPath(path).parents}
+        pending = [self.root] if self.root.is_dir() else []
+        while pending:
+            for entry in sorted(pending.pop().iterdir()):
+                relative = entry.relative_to(self.root).as_posix()
+                if relative == TEMPORARY or relative in claimed:
+                    continue
+                if relative in ancestors or entry.parent == self.root:
+                    pending.extend([entry] if entry.is_dir() and not entry.is_symlink() else [])
+                else:
+                    yield relative
+
+    def _rename(self, temporary: Path, relative: str) -> Path:
+        target = self.path(relative)
+        if target.exists():
+            raise FileExistsError(f"blob {relative!r} exists; blobs are never overwritten")
+        fresh = [parent for parent in target.parents if not parent.exists()]
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary.rename(target)
+        for folder in [target.parent, *(parent.parent for parent in fresh)]:
+            _fsync(folder)
+        return target
+
+
+def _fsync(path: Path) -> None:
+    if path.is_symlink():
+        raise ValueError(f"{path.name} is a link; blobs hold plain files only")
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

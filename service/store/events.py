@@ -1,0 +1,40 @@
+"""The event log of a job: 1, 2, 3 ... without gaps. The number is taken from the job's row, which serialises the writers."""
+
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import select, update
+from sqlalchemy.orm import Session
+
+from service.errors import NotFound
+from service.ids import utcnow
+from service.store.tables import Event, Job
+
+
+def append(session: Session, job_id: str, type_: str, data: dict[str, Any], *, now: datetime | None = None) -> int:
+    """Write one event in the transaction of what it tells. Returns its number."""
+    return append_all(session, job_id, [(type_, data)], now=now)
+
+
+def append_all(
+    session: Session, job_id: str, events: Sequence[tuple[str, dict[str, Any]]], *, now: datetime | None = None
+) -> int:
+    """Write events in order. Returns the number of the last one."""
+    now = now or utcnow()
+    taken = update(Job).where(Job.id == job_id).values(last_event=Job.last_event + len(events), updated_at=now)
+    last = session.scalar(taken.returning(Job.last_event), execution_options={"synchronize_session": False})
+    if last is None:
+        raise NotFound(f"no job {job_id}")
+    first = last - len(events) + 1
+    session.add_all(
+        Event(job_id=job_id, seq=first + i, type=type_, data=data, created_at=now) for i, (type_, data) in enumerate(events)
+    )
+    session.flush()
+    return last
+
+
+def after(session: Session, job_id: str, seq: int, limit: int = 1000) -> list[Event]:
+    """The events that follow number `seq`, oldest first."""
+    query = select(Event).where(Event.job_id == job_id, Event.seq > seq)
+    return list(session.scalars(query.order_by(Event.seq).limit(limit)))

@@ -1,0 +1,156 @@
+"""Queries over jobs. Moves between statuses stand in service.jobs.moves, nothing else writes `status`."""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from datetime import datetime
+
+from sqlalchemy import ColumnElement, Text, and_, delete, func, or_, select, type_coerce
+from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.orm import Session, defer
+
+from service.errors import NotFound
+from service.store.paging import newest_first
+from service.store.tables import Job, Worker
+
+# As in service.jobs.state, which stands above this layer.
+HELD = ("running", "pausing", "cancelling")
+FINAL = ("succeeded", "failed", "cancelled")
+
+
+def get(session: Session, project: str, job_id: str, *, lock: bool = False) -> Job:
+    """A job of this project; NotFound else. `lock`: nobody else changes it until this transaction ends."""
+    job = find(session, job_id, lock=lock)
+    if job is None or job.project != project:
+        raise NotFound(f"no job {job_id} in this project")
+    return job
+
+
+def find(session: Session, job_id: str, *, lock: bool = False, light: bool = False) -> Job | None:
+    """`light`: without the specs, which may hold thousands of rows; they are read when they are asked for."""
+    query = select(Job).where(Job.id == job_id).execution_options(populate_existing=True)
+    if light:
+        query = query.options(defer(Job.spec), defer(Job.spec_sent))
+    return session.scalar(query.with_for_update(key_share=True) if lock else query)
+
+
+def standing(session: Session, project: str, job_id: str) -> tuple[str, int]:
+    """Status and number of the newest event, without loading a spec that may be long; NotFound else."""
+    found = session.execute(select(Job.status, Job.last_event).where(Job.id == job_id, Job.project == project)).first()
+    if found is None:
+        raise NotFound(f"no job {job_id} in this project")
+    return found.status, found.last_event
+
+
+def page(
+    session: Session,
+    project: str,
+    *,
+    status: Collection[str] = (),
+    kind: str | None = None,
+    tag: str | None = None,
+    name: str | None = None,
+    after: str | None = None,
+    limit: int = 20,
+) -> tuple[list[Job], bool]:
+    """Newest first, without their specs. `status`: any of these; `name`: a part of it, case ignored.
+
+    Answers the rows and whether there is more.
+    """
+    query = select(Job).where(Job.project == project).options(defer(Job.spec), defer(Job.spec_sent))
+    if status:
+        query = query.where(Job.status.in_(list(status)))
+    if kind is not None:
+        query = query.where(Job.kind == kind)
+    if tag is not None:
+        query = query.where(_has_tag(session, tag))
+    if name is not None:
+        query = query.where(Job.name.icontains(name, autoescape=True))
+    return newest_first(session, query, project, Job.created_at, Job.id, after=after, limit=limit)
+
+
+def _has_tag(session: Session, tag: str) -> ColumnElement[bool]:
+    if session.get_bind().dialect.name == "postgresql":
+        return type_coerce(Job.tags, JSONB).contains([tag])
+    each = func.json_each(Job.tags).table_valued("value")
+    return select(each.c.value).where(type_coerce(each.c.value, Text) == tag).exists()
+
+
+def next_queued(session: Session, classes: Collection[str], now: datetime) -> Job | None:
+    """The job that is taken next: highest priority, then longest in the queue."""
+    query = select(Job).where(Job.status == "queued", Job.resource_class.in_(list(classes)), _is_due(now))
+    return session.scalar(
+        query.order_by(Job.priority.desc(), Job.queued_at, Job.id).limit(1).execution_options(populate_existing=True)
+    )
+
+
+@dataclass(frozen=True)
+class Unheard:
+    """A queued job for which the bell was not rung yet, or in vain."""
+
+    id: str
+    resource_class: str
+    rung_at: datetime | None
+
+
+def unheard(session: Session, now: datetime, rung_before: datetime) -> list[Unheard]:
+    """Queued jobs that may start now, and for whom nobody rang since `rung_before`; the next to be taken first."""
+    silent = or_(Job.rung_at.is_(None), Job.rung_at < rung_before)
+    query = select(Job.id, Job.resource_class, Job.rung_at).where(Job.status == "queued", _is_due(now), silent)
+    return [Unheard(*row) for row in session.execute(query.order_by(Job.priority.desc(), Job.queued_at, Job.id))]
+
+
+def count_queued(session: Session, resource_class: str, now: datetime) -> int:
+    """How many jobs of this class may start now."""
+    query = select(func.count()).where(Job.status == "queued", Job.resource_class == resource_class, _is_due(now))
+    return session.scalar(query) or 0
+
+
+def _is_due(now: datetime) -> ColumnElement[bool]:
+    return or_(Job.not_before.is_(None), Job.not_before <= now)
+
+
+def held(session: Session, *, owner: str | None = None, expired_at: datetime | None = None) -> list[str]:
+    """Ids of jobs under a lease: of one owner, or whose lease had ended at `expired_at`."""
+    query = select(Job.id).where(Job.status.in_(HELD))
+    if owner is not None:
+        query = query.where(Job.lease_owner == owner)
+    if expired_at is not None:
+        query = query.where(or_(Job.lease_until.is_(None), Job.lease_until < expired_at))
+    return list(session.scalars(query.order_by(Job.id)))
+
+
+def owners(session: Session) -> dict[str, Worker | None]:
+    """Who holds jobs just now, as they last said of themselves; None for one that is not in the table (any more)."""
+    query = select(Job.lease_owner).where(Job.status.in_(HELD), Job.lease_owner.is_not(None)).distinct()
+    return {owner: session.get(Worker, owner) for owner in session.scalars(query) if owner is not None}
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """How long a job ran, and may run (limits.max_runtime_s)."""
+
+    id: str
+    status: str
+    run_s: float  # in earlier attempts
+    claimed_at: datetime | None
+    allowed_s: float | None
+
+
+def runtimes(session: Session, job_id: str | None = None) -> list[Runtime]:
+    """Of jobs that run, and of queued ones that did; or of one job."""
+    allowed_s = Job.spec[("limits", "max_runtime_s")].as_float()
+    query = select(Job.id, Job.status, Job.run_s, Job.claimed_at, allowed_s).order_by(Job.id)
+    query = query.where(or_(Job.status.in_(HELD), and_(Job.status == "queued", Job.run_s > 0)))
+    return [Runtime(*row) for row in session.execute(query if job_id is None else query.where(Job.id == job_id))]
+
+
+def count_by_status(session: Session, project: str | None = None) -> dict[str, int]:
+    query = select(Job.status, func.count()).group_by(Job.status)
+    if project is not None:
+        query = query.where(Job.project == project)
+    return {row[0]: row[1] for row in session.execute(query)}
+
+
+def remove(session: Session, job_id: str) -> None:
+    """The row with its events, metrics and rollouts; checkpoints stay and lose their job."""
+    session.execute(delete(Job).where(Job.id == job_id))

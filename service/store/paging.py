@@ -1,0 +1,31 @@
+"""Newest first, with a cursor: what every list of objects shares."""
+
+from typing import Any, TypeVar
+
+from sqlalchemy import Select, and_, or_, select
+from sqlalchemy.orm import InstrumentedAttribute, Session
+
+from service.errors import FieldError, InvalidRequest
+
+Row = TypeVar("Row")
+
+
+def newest_first(
+    session: Session,
+    query: Select[Row],
+    project: str,
+    created_at: InstrumentedAttribute[Any],
+    id_: InstrumentedAttribute[str],
+    *,
+    after: str | None,
+    limit: int,
+) -> tuple[list[Row], bool]:
+    """One page of `query` and whether there is more. `after` is the id of the last row that the caller has, in this project."""
+    if after is not None:
+        last = session.scalar(select(created_at).where(id_ == after, id_.class_.project == project))
+        if last is None:
+            error = FieldError("/after", f"no object {after}", "unknown_cursor", got=after)
+            raise InvalidRequest(f"`after` must be the id of an object of this list, got {after!r}", [error])
+        query = query.where(or_(created_at < last, and_(created_at == last, id_ < after)))
+    rows = list(session.scalars(query.order_by(created_at.desc(), id_.desc()).limit(limit + 1)))
+    return rows[:limit], len(rows) > limit

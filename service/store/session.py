@@ -1,0 +1,109 @@
+"""The store: one engine, one way to open a transaction, one folder of blobs. Query modules never commit."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Connection, Engine, create_engine, event, make_url
+from sqlalchemy.orm import Session
+from sqlalchemy.pool import ConnectionPoolEntry
+
+from service.settings import Settings
+from service.store.blobs import Blobs
+
+BUSY_TIMEOUT_S = 20  # how long SQLite waits for another writer
+# A server that vanished must be noticed well before a lease ends, not after TCP's own two hours.
+POSTGRES_OPTIONS = {"connect_timeout": 5, "keepalives_idle": 10, "keepalives_interval": 5, "tcp_user_timeout": 15_000}
+MAX_OVERFLOW = 35  # with the pool's 5, a connection for each of the API's 40 threads
+READONLY = "ratchet_readonly"  # execution option that the begin hook below reads
+
+
+class Store:
+    """Where the truth lives. Safe to share between threads; each process opens its own."""
+
+    def __init__(self, engine: Engine, blobs: Blobs) -> None:
+        self.engine = engine
+        self.blobs = blobs
+        self._reading = engine.execution_options(**{READONLY: True, "postgresql_readonly": True})
+
+    @contextmanager
+    def begin(self, *, readonly: bool = False) -> Iterator[Session]:
+        """One transaction: commits when the block ends well, rolls back when it raises.
+
+        Rows stay readable afterwards (nothing expires on commit). A readonly transaction refuses writes; on SQLite it does
+        not wait for writers, which a writing one does at its first statement.
+        """
+        with Session(self._reading if readonly else self.engine, expire_on_commit=False) as session, session.begin():
+            yield session
+
+    def close(self) -> None:
+        self.engine.dispose()
+
+
+def open_store(settings: Settings) -> Store:
+    """Connect lazily: nothing is created or migrated here, see `upgrade`."""
+    return Store(make_engine(settings.sql_url), Blobs(settings.blobs_dir))
+
+
+def make_engine(url: str, *, foreign_keys: bool = True) -> Engine:
+    """An engine for SQLite or PostgreSQL (psycopg 3). `foreign_keys=False` is for migrations, which rebuild SQLite's tables."""
+    parsed = make_url(url)
+    backend = parsed.get_backend_name()
+    if backend == "postgresql":
+        if parsed.drivername == "postgresql":
+            parsed = parsed.set(drivername="postgresql+psycopg")
+        return create_engine(parsed, pool_pre_ping=True, max_overflow=MAX_OVERFLOW, connect_args=POSTGRES_OPTIONS)
+    if backend == "sqlite":
+        if parsed.database not in (None, "", ":memory:"):
+            Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
+        engine = create_engine(parsed, max_overflow=MAX_OVERFLOW, connect_args={"timeout": BUSY_TIMEOUT_S})
+        _teach_sqlite(engine, foreign_keys=foreign_keys)
+        return engine
+    raise ValueError(f"RATCHET_DATABASE_URL must be a sqlite:/// or postgresql+psycopg:// URL, got {parsed.drivername}://")
+
+
+def _teach_sqlite(engine: Engine, *, foreign_keys: bool) -> None:
+    """Real transactions for SQLite: writers queue at BEGIN, for a reader that turns writer cannot wait and fails."""
+
+    @event.listens_for(engine, "connect")
+    def on_connect(dbapi_connection: Any, record: ConnectionPoolEntry) -> None:
+        dbapi_connection.isolation_level = None  # the driver must not begin by itself
+        cursor = dbapi_connection.cursor()
+        cursor.execute("PRAGMA journal_mode=WAL")
+        cursor.execute("PRAGMA synchronous=FULL")  # a committed step survives a power cut
+        cursor.execute(f"PRAGMA foreign_keys={'ON' if foreign_keys else 'OFF'}")
+        cursor.execute(f"PRAGMA busy_timeout={BUSY_TIMEOUT_S * 1000}")
+        cursor.close()
+
+    @event.listens_for(engine, "begin")
+    def on_begin(connection: Connection) -> None:
+        readonly = connection.get_execution_options().get(READONLY, False)
+        connection.exec_driver_sql(f"PRAGMA query_only={'ON' if readonly else 'OFF'}")
+        connection.exec_driver_sql("BEGIN" if readonly else "BEGIN IMMEDIATE")
+
+
+def upgrade(url: str, revision: str = "head") -> None:
+    """Bring the database to `revision` with Alembic. Copies that start together wait for each other."""
+    from alembic import command  # the worker's children never migrate
+
+    command.upgrade(alembic_config(url), revision)
+
+
+def downgrade(url: str, revision: str) -> None:
+    """Take migrations back, `base` for all of them. Their data goes with them."""
+    from alembic import command
+
+    command.downgrade(alembic_config(url), revision)
+
+
+def alembic_config(url: str) -> Any:
+    """Alembic's Config for the migrations that are installed with this package."""
+    from alembic.config import Config
+
+    import migrations
+
+    config = Config()
+    config.set_main_option("script_location", str(Path(migrations.__file__).parent).replace("%", "%%"))
+    config.attributes["url"] = url
+    return config

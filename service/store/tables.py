@@ -1,0 +1,231 @@
+"""Every table. A change here needs a migration (`alembic revision --autogenerate`); CI runs `alembic check`."""
+
+from datetime import UTC, datetime
+from typing import Any, ClassVar
+
+from sqlalchemy import JSON, BigInteger, DateTime, Float, ForeignKey, Index, Integer, MetaData, String, Text, TypeDecorator
+from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.engine import Dialect
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+
+class UTCDateTime(TypeDecorator[datetime]):
+    """Aware UTC in, aware UTC out, on SQLite too (which stores it naive)."""
+
+    impl = DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        if value is not None and value.tzinfo is None:
+            raise ValueError("naive datetime; use service.ids.utcnow()")
+        return None if value is None else value.astimezone(UTC)
+
+    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        if value is not None and value.tzinfo is None:
+            return value.replace(tzinfo=UTC)
+        return None if value is None else value.astimezone(UTC)
+
+
+Json = JSON(none_as_null=True).with_variant(JSONB(none_as_null=True), "postgresql")
+Id = String(40)
+
+
+class Base(DeclarativeBase):
+    metadata = MetaData(
+        naming_convention={
+            "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+            "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+            "ck": "ck_%(table_name)s_%(constraint_name)s",
+            "fk": "fk_%(table_name)s_%(column_0_N_name)s",
+            "pk": "pk_%(table_name)s",
+        }
+    )
+    type_annotation_map: ClassVar[dict[Any, Any]] = {
+        datetime: UTCDateTime(),
+        dict[str, Any]: Json,
+        list[str]: Json,
+        list[dict[str, Any]]: Json,
+        str: Text(),
+        int: BigInteger().with_variant(Integer(), "sqlite"),
+    }
+
+
+class ApiKey(Base):
+    """An API key: only its sha256 is stored; the text is shown once, when it is made."""
+
+    __tablename__ = "api_keys"
+
+    id: Mapped[str] = mapped_column(Id, primary_key=True)
+    project: Mapped[str] = mapped_column(String(64), index=True)
+    name: Mapped[str]
+    sha256: Mapped[str] = mapped_column(String(64), unique=True)
+    ends_with: Mapped[str] = mapped_column(String(4))
+    created_at: Mapped[datetime]
+    last_used_at: Mapped[datetime | None]
+    revoked_at: Mapped[datetime | None]
+
+
+class Job(Base):
+    """A training job: what was asked, what was resolved, where it stands, and who holds it."""
+
+    __tablename__ = "jobs"
+    __table_args__ = (
+        Index("ix_jobs_project_created", "project", "created_at", "id"),
+        Index("ix_jobs_status_queue", "status", "priority", "queued_at"),
+    )
+
+    id: Mapped[str] = mapped_column(Id, primary_key=True)
+    project: Mapped[str] = mapped_column(String(64))
+    kind: Mapped[str] = mapped_column(String(16))
+    name: Mapped[str]
+    tags: Mapped[list[str]]
+    # `metadata` is SQLAlchemy's own word
+    user_metadata: Mapped[dict[str, Any]] = mapped_column("metadata")
+
+    spec_sent: Mapped[dict[str, Any]]
+    spec: Mapped[dict[str, Any]]  # every default filled in, the objective as its seven axes
+    spec_sha256: Mapped[str] = mapped_column(String(64))
+    data_sha256: Mapped[str] = mapped_column(String(64))
+    resolved: Mapped[dict[str, Any]]  # what the worker found out: device, dtype, revision, parameters, versions
+    parent_id: Mapped[str | None] = mapped_column(ForeignKey("jobs.id", ondelete="SET NULL"))
+    from_checkpoint_id: Mapped[str | None] = mapped_column(Id)
+
+    status: Mapped[str] = mapped_column(String(16))
+    status_reason: Mapped[str | None]
+    phase: Mapped[str | None] = mapped_column(String(16))
+    wish: Mapped[str | None] = mapped_column(String(16))
+    step: Mapped[int] = mapped_column(default=0)
+    max_steps: Mapped[int]
+    error: Mapped[dict[str, Any] | None]
+    result: Mapped[dict[str, Any] | None]  # the last evaluation, best checkpoint, why it ended
+
+    priority: Mapped[int] = mapped_column(default=50)
+    resource_class: Mapped[str] = mapped_column(String(8), default="any")
+    attempt: Mapped[int] = mapped_column(default=0)  # the fencing number
+    lease_until: Mapped[datetime | None]
+    lease_owner: Mapped[str | None]
+    crashes: Mapped[int] = mapped_column(default=0)  # attempts lost since the last checkpoint
+    retries: Mapped[int] = mapped_column(default=0)  # attempts that ended with a retryable error, in all
+    checkpoint_id: Mapped[str | None] = mapped_column(Id)  # where a resume starts
+    run_s: Mapped[float] = mapped_column(Float, default=0.0)  # seconds spent running, over all attempts
+    last_event: Mapped[int] = mapped_column(default=0)
+
+    created_at: Mapped[datetime]
+    updated_at: Mapped[datetime]
+    queued_at: Mapped[datetime | None]
+    not_before: Mapped[datetime | None]
+    rung_at: Mapped[datetime | None]
+    started_at: Mapped[datetime | None]
+    claimed_at: Mapped[datetime | None]
+    finished_at: Mapped[datetime | None]
+
+
+class Event(Base):
+    """The log of a job: 1, 2, 3 ... without gaps; written in the transaction of what it tells."""
+
+    __tablename__ = "events"
+
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
+    seq: Mapped[int] = mapped_column(primary_key=True)
+    type: Mapped[str] = mapped_column(String(32))
+    data: Mapped[dict[str, Any]]
+    created_at: Mapped[datetime]
+
+
+class Metric(Base):
+    """One point of one curve. The later attempt wins, so a resumed run has one clean line."""
+
+    __tablename__ = "metrics"
+
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
+    name: Mapped[str] = mapped_column(String(128), primary_key=True)
+    step: Mapped[int] = mapped_column(primary_key=True)
+    value: Mapped[float | None] = mapped_column(Float)  # null where it was not finite
+    attempt: Mapped[int]
+    created_at: Mapped[datetime]
+
+
+class Rollout(Base):
+    """One sampled group: the prompt, its answers and their rewards."""
+
+    __tablename__ = "rollouts"
+
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
+    split: Mapped[str] = mapped_column(String(16), primary_key=True)  # train | eval
+    step: Mapped[int] = mapped_column(primary_key=True)
+    group_index: Mapped[int] = mapped_column(primary_key=True)
+    prompt: Mapped[str]
+    reference: Mapped[str | None]
+    samples: Mapped[list[dict[str, Any]]]
+    attempt: Mapped[int]
+    created_at: Mapped[datetime]
+
+
+class Checkpoint(Base):
+    """A folder of safetensors in the blob store, committed by rename, with a manifest of sha256 sums."""
+
+    __tablename__ = "checkpoints"
+    __table_args__ = (Index("ix_checkpoints_job_step", "job_id", "step"),)
+
+    id: Mapped[str] = mapped_column(Id, primary_key=True)
+    project: Mapped[str] = mapped_column(String(64), index=True)
+    job_id: Mapped[str | None] = mapped_column(ForeignKey("jobs.id", ondelete="SET NULL"))
+    step: Mapped[int]
+    attempt: Mapped[int]
+    adapter: Mapped[str] = mapped_column(String(8))  # lora | full
+    model: Mapped[dict[str, Any]]  # the model section of the job's spec, to load it again from
+    path: Mapped[str]  # relative to the blob store
+    size_bytes: Mapped[int]
+    manifest_sha256: Mapped[str] = mapped_column(String(64))
+    metrics: Mapped[dict[str, Any]]  # the last evaluation before it was saved
+    has_optimizer: Mapped[bool]
+    is_final: Mapped[bool]
+    created_at: Mapped[datetime]
+    deleted_at: Mapped[datetime | None]
+
+
+class Dataset(Base):
+    """An uploaded JSONL file of rows, validated line by line."""
+
+    __tablename__ = "datasets"
+    __table_args__ = (Index("ix_datasets_project_created", "project", "created_at", "id"),)
+
+    id: Mapped[str] = mapped_column(Id, primary_key=True)
+    project: Mapped[str] = mapped_column(String(64))
+    name: Mapped[str]
+    rows: Mapped[int]
+    columns: Mapped[dict[str, Any]]  # name -> {"types": ["string"], "rows": in how many rows it stands}
+    sha256: Mapped[str] = mapped_column(String(64))
+    size_bytes: Mapped[int]
+    path: Mapped[str]  # relative to the blob store
+    created_at: Mapped[datetime]
+    deleted_at: Mapped[datetime | None]
+
+
+class IdempotencyKey(Base):
+    """The answer that a POST with this key was given; without a status while it is in flight."""
+
+    __tablename__ = "idempotency_keys"
+
+    project: Mapped[str] = mapped_column(String(64), primary_key=True)
+    route: Mapped[str] = mapped_column(String(128), primary_key=True)
+    key: Mapped[str] = mapped_column(String(255), primary_key=True)
+    body_sha256: Mapped[str] = mapped_column(String(64))
+    status: Mapped[int | None]
+    answer: Mapped[dict[str, Any] | None]
+    created_at: Mapped[datetime]
+
+
+class Worker(Base):
+    """A worker's parent process, as it last said of itself; tells people why nothing runs."""
+
+    __tablename__ = "workers"
+
+    id: Mapped[str] = mapped_column(Id, primary_key=True)
+    host: Mapped[str]
+    pid: Mapped[int]
+    device: Mapped[str]
+    resource_classes: Mapped[list[str]]
+    draining: Mapped[bool] = mapped_column(default=False)
+    started_at: Mapped[datetime]
+    last_seen_at: Mapped[datetime]

@@ -1,0 +1,43 @@
+"""Workers as they last said of themselves."""
+
+from datetime import datetime, timedelta
+
+from sqlalchemy import delete, select, update
+from sqlalchemy.orm import Session
+
+from service.store.tables import Worker
+
+ALIVE_WITHIN = timedelta(seconds=60)  # a worker that was seen so lately counts as alive
+KEPT_FOR = timedelta(days=1)
+
+
+def hello(session: Session, worker: Worker) -> None:
+    """A worker has started, or started again under the same id."""
+    session.merge(worker)
+    session.flush()
+
+
+def seen(session: Session, worker_id: str, now: datetime) -> None:
+    session.execute(update(Worker).where(Worker.id == worker_id).values(last_seen_at=now))
+
+
+def set_draining(session: Session, worker_id: str) -> None:
+    session.execute(update(Worker).where(Worker.id == worker_id).values(draining=True))
+
+
+def is_draining(session: Session, worker_id: str) -> bool:
+    return bool(session.scalar(select(Worker.draining).where(Worker.id == worker_id)))
+
+
+def alive(session: Session, now: datetime) -> list[Worker]:
+    """Those that were seen lately, draining ones too."""
+    return list(session.scalars(select(Worker).where(Worker.last_seen_at >= now - ALIVE_WITHIN).order_by(Worker.id)))
+
+
+def forget(session: Session, now: datetime) -> None:
+    """Remove the rows of workers that are long gone."""
+    session.execute(delete(Worker).where(Worker.last_seen_at < now - KEPT_FOR))
+
+
+def goodbye(session: Session, worker_id: str) -> None:
+    session.execute(delete(Worker).where(Worker.id == worker_id))

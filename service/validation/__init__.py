@@ -1,0 +1,77 @@
+"""Parsing what callers send: pydantic's complaints as JSON pointers that name what came and what is allowed."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, TypeVar, overload
+
+from pydantic import TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
+
+from service.errors import FieldError, InvalidRequest
+from service.validation.complaints import complaint, merge_unions, unknown_key
+from service.validation.walk import escape, walk
+from service.validation.words import did_you_mean, nearest, quoted, shown, without_secrets
+
+__all__ = [
+    "below",
+    "did_you_mean",
+    "escape",
+    "field_errors",
+    "invalid",
+    "nearest",
+    "parse",
+    "quoted",
+    "shown",
+    "unknown_key",
+    "without_secrets",
+]
+
+T = TypeVar("T")
+
+MAX_ERRORS = 50
+
+
+@overload
+def parse(model: type[T], raw: Any, pointer: str = "") -> T: ...
+@overload
+def parse(model: TypeAdapter[T], raw: Any, pointer: str = "") -> T: ...
+@overload
+def parse(model: Any, raw: Any, pointer: str = "") -> Any: ...
+def parse(model: Any, raw: Any, pointer: str = "") -> Any:
+    """An instance of the model (a class, an annotation or a TypeAdapter). Raises InvalidRequest with every FieldError.
+
+    `pointer` is where `raw` stands in the caller's document.
+    """
+    adapter: TypeAdapter[Any] = model if isinstance(model, TypeAdapter) else TypeAdapter(model)
+    try:
+        return adapter.validate_python(raw)
+    except ValidationError as error:
+        errors = field_errors(adapter._type, error.errors(include_url=False), pointer)
+    raise invalid(errors)
+
+
+def field_errors(annotation: Any, details: Iterable[ErrorDetails], pointer: str = "") -> list[FieldError]:
+    """Every complaint of pydantic's as a FieldError, those about one place of a plain union made one."""
+    return merge_unions([complaint(walk(annotation, one["loc"], pointer), one) for one in details])
+
+
+def invalid(errors: list[FieldError]) -> InvalidRequest:
+    """The error that carries these, its detail made of the first; at most MAX_ERRORS are kept."""
+    first, more = errors[0], len(errors) - 1
+    detail = f"{first.pointer}: {first.detail}" if first.pointer else first.detail
+    if more:
+        detail += f" (and {more} more)"
+    return InvalidRequest(detail, errors[:MAX_ERRORS])
+
+
+@contextmanager
+def below(pointer: str) -> Iterator[None]:
+    """What is wrong in here stands at `pointer` in the caller's document."""
+    try:
+        yield
+    except InvalidRequest as error:
+        error.errors = [replace(one, pointer=pointer + one.pointer) for one in error.errors]
+        if error.detail.startswith("/"):
+            error.detail = pointer + error.detail
+        raise

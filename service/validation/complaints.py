@@ -1,0 +1,121 @@
+"""What pydantic complains about, said to the caller: where, what came, what is allowed, what was probably meant."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic_core import ErrorDetails
+
+from service.errors import FieldError
+from service.validation.walk import Place, escape, legal_elsewhere, pointer_of
+from service.validation.words import did_you_mean, quoted, shown
+
+# pydantic's error types in the words of JSON; bounds are filled in from the error's context.
+MUST_BE = {
+    "model_type": "an object",
+    "model_attributes_type": "an object",
+    "dict_type": "an object",
+    "list_type": "an array",
+    "tuple_type": "an array",
+    "string_type": "a string",
+    "int_type": "an integer",
+    "int_parsing": "an integer",
+    "int_from_float": "an integer",
+    "float_type": "a number",
+    "float_parsing": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
+    "none_required": "null",
+    "greater_than": "greater than {gt}",
+    "greater_than_equal": "at least {ge}",
+    "less_than": "less than {lt}",
+    "less_than_equal": "at most {le}",
+    "string_too_short": "at least {min_length} characters long",
+    "string_too_long": "at most {max_length} characters long",
+    "too_short": "at least {min_length} long",
+    "too_long": "at most {max_length} long",
+    "string_pattern_mismatch": "a text that matches {pattern}",
+}
+
+
+@dataclass
+class Complaint:
+    place: Place
+    error: FieldError
+    must_be: str | None = None  # of those about one place of a plain union, one sentence can be made
+
+
+def complaint(place: Place, details: ErrorDetails) -> Complaint:
+    """One of pydantic's errors, about the place that its `loc` leads to."""
+    kind, context, sent = details["type"], details.get("ctx", {}), details["input"]
+    got = shown(sent, place.name)
+    if kind == "extra_forbidden":
+        return Complaint(place, unknown_key(place.pointer, place.name, place.legal_keys, place.root))
+    if kind == "missing":
+        about = f" ({place.field.description})" if place.field and place.field.description else ""
+        return Complaint(place, FieldError(place.pointer, f"is required{about}", "missing"))
+    if kind in ("union_tag_invalid", "union_tag_not_found"):
+        return Complaint(place, _wrong_tag(place, str(context["discriminator"]).strip("'"), sent))
+    if kind in ("literal_error", "enum"):
+        legal = [option.strip("'") for option in str(context["expected"]).replace(" or ", ", ").split(", ")]
+        return _must_be(place, got, ", ".join(legal), legal)
+    if kind in MUST_BE:
+        return _must_be(place, got, MUST_BE[kind].format_map(context))
+    detail = str(context.get("error") or details["msg"])
+    if isinstance(sent, dict | list):  # a rule about several fields; its message begins with the one to change
+        return Complaint(place, FieldError(place.pointer + pointer_of(place.annotation, detail.split()[0]), detail))
+    return Complaint(place, FieldError(place.pointer, detail, got=got))
+
+
+def unknown_key(pointer: str, key: str, legal: list[str], root: Any = None) -> FieldError:
+    """`root`: the model of the whole document, to say where else a key of this name is legal."""
+    meant = did_you_mean(key, legal)
+    if not meant and (where := legal_elsewhere(root, key)):
+        meant = f"; a key of this name belongs to {where}"
+    if not meant and legal:
+        meant = "; legal: " + ", ".join(legal)
+    return FieldError(pointer, f"unknown key {quoted(shown(key))}{meant}", "unknown_key", allowed=legal)
+
+
+def _must_be(place: Place, got: Any, must_be: str, legal: list[str] | None = None) -> Complaint:
+    if legal is None:
+        return Complaint(place, FieldError(place.pointer, _sentence(must_be, got), "invalid", got, must_be), must_be)
+    one_of = f"one of {must_be}" if len(legal) > 1 else must_be
+    detail = _sentence(one_of, got) + did_you_mean(str(got), legal)
+    return Complaint(place, FieldError(place.pointer, detail, "unknown_value", got, legal), must_be)
+
+
+def _sentence(must_be: str, got: Any) -> str:
+    return f"must be {must_be}, got {quoted(got)}"
+
+
+def _wrong_tag(place: Place, key: str, sent: Any) -> FieldError:
+    pointer, legal = f"{place.pointer}/{escape(key)}", place.tags(key)
+    if not isinstance(sent, dict) or key not in sent:
+        return FieldError(pointer, f"is required: one of {', '.join(legal)}", "missing", allowed=legal)
+    got = shown(sent[key], key)
+    detail = _sentence(f"one of {', '.join(legal)}", got) + did_you_mean(str(got), legal)
+    return FieldError(pointer, detail, "unknown_value", got, legal)
+
+
+def merge_unions(complaints: list[Complaint]) -> list[FieldError]:
+    """Of a plain union pydantic reports every member. Keep the member that fits so far; else say all that is allowed."""
+    fitting = {one.place.union for one in complaints if one.place.pointer != one.place.union}
+    errors: dict[int, FieldError] = {}
+    first_of: dict[str, tuple[int, str]] = {}
+    for number, one in enumerate(complaints):
+        pointer = one.place.pointer
+        if pointer != one.place.union or one.must_be is None:
+            errors[number] = one.error
+        elif pointer in fitting:
+            continue
+        elif pointer not in first_of:
+            first_of[pointer] = number, one.must_be
+            errors[number] = one.error
+        else:
+            number, so_far = first_of[pointer]
+            must_be = f"{so_far} or {one.must_be}"
+            first_of[pointer] = number, must_be
+            got = one.error.got
+            errors[number] = FieldError(pointer, _sentence(must_be, got), "invalid", got, must_be)
+    return list(errors.values())

@@ -1,0 +1,61 @@
+"""How values and words stand in messages: shortened, never a secret, with the word that was probably meant."""
+
+import json
+import re
+from difflib import get_close_matches
+from math import isfinite
+from typing import Any
+
+from pydantic import SecretStr
+
+MAX_SHOWN = 80  # characters of a value in a message
+SECRET_NAME = re.compile(r"(?i)secret|passw|credential|authorization|api_?key|(access|auth)_?token")
+SECRET_TEXT = re.compile(r"tml-[A-Za-z0-9_-]{6,}|(?<=://)[^/\s@]+(?=@)")
+HIDDEN = "(not shown)"
+
+
+def nearest(word: str, legal: list[str]) -> str | None:
+    """The legal word that was probably meant."""
+    lowered = {option.lower(): option for option in legal}
+    close = get_close_matches(word.lower(), list(lowered), n=1, cutoff=0.6)
+    return lowered[close[0]] if close else None
+
+
+def did_you_mean(word: str, legal: list[str]) -> str:
+    """A half sentence for the end of a message; empty when nothing is near."""
+    near = nearest(word, legal)
+    return f"; did you mean {near!r}?" if near else ""
+
+
+def shown(value: Any, name: str = "") -> Any:
+    """A value as it may stand in a message: shortened, containers by their size only, secrets never."""
+    if SECRET_NAME.search(name) or isinstance(value, SecretStr):
+        return HIDDEN
+    if isinstance(value, dict):
+        return f"an object with {_count(len(value), 'key')}"
+    if isinstance(value, list | tuple | set):
+        return f"an array of {_count(len(value), 'item')}"
+    if value is None or isinstance(value, bool) or (isinstance(value, float) and isfinite(value)):
+        return value
+    text = without_secrets(str(value))
+    if len(text) > MAX_SHOWN:
+        return text[: MAX_SHOWN - 1] + "…"
+    return value if isinstance(value, int) else text
+
+
+def without_secrets(text: str) -> str:
+    """API keys, and passwords in URLs, struck out."""
+    return SECRET_TEXT.sub(HIDDEN, text)
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}{'' if number == 1 else 's'}"
+
+
+def quoted(value: Any) -> str:
+    """What `shown` gives, in the words of JSON."""
+    if isinstance(value, str):
+        return value if value.startswith(("an object with", "an array of", HIDDEN)) else repr(value)
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    return str(value)
