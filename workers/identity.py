@@ -1,0 +1,18 @@
+"""Who this worker is and what it runs on, found out without loading torch."""
+
+from pathlib import Path
+
+from service.settings import Settings
+
+WORKER_ID = "RATCHET_WORKER_ID"  # the parent's name, inherited by its child: the owner of leases
+
+
+def has_gpu(settings: Settings) -> bool:
+    """Whether this worker trains on a GPU."""
+    if settings.device == "auto":
+        return any(Path(node).exists() for node in ("/dev/nvidiactl", "/dev/kfd"))
+    return settings.device == "cuda"
+
+
+def resource_classes(settings: Settings) -> list[str]:
+    return ["any", "gpu" if has_gpu(settings) else "cpu"]

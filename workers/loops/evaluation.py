@@ -1,0 +1,40 @@
+"""Evaluation on held-out rows: sample answers and grade them; where answers are given, their loss too."""
+
+from service.jobs.lease import RolloutRow
+from workers.loops.attempt import Attempt, StepResult
+from workers.loops.sampling import Group, reward_metrics, rollout_rows, sample_and_grade, sampling_of
+from workers.loops.supervised import answers_loss
+
+PROMPTS_AT_ONCE = 256
+KEPT_GROUPS = 8  # of each evaluation, to be read
+
+
+def evaluate(attempt: Attempt, step: int) -> StepResult:
+    """Metrics under eval/, greedy ones under eval/greedy/. Deterministic in (seed, step)."""
+    spec, metrics = attempt.spec, dict[str, float]()
+    rollouts: list[RolloutRow] = []
+    if attempt.rewards is not None:
+        groups = _sample_all(attempt, spec.eval.temperature)
+        metrics |= _under("eval/", reward_metrics(groups))
+        rollouts = rollout_rows(attempt, groups[:KEPT_GROUPS], "eval", step)
+        if spec.eval.also_greedy:
+            greedy = groups if spec.eval.temperature == 0 else _sample_all(attempt, 0.0)
+            metrics |= _under("eval/greedy/", reward_metrics(greedy))
+    if spec.data.answer is not None:
+        metrics["eval/loss"] = answers_loss(attempt)
+    return StepResult(metrics, rollouts)
+
+
+def _sample_all(attempt: Attempt, temperature: float) -> list[Group]:
+    rows = attempt.data.eval
+    assert rows is not None
+    groups: list[Group] = []
+    for start in range(0, len(rows), PROMPTS_AT_ONCE):
+        indices = range(start, min(start + PROMPTS_AT_ONCE, len(rows)))
+        sampling = sampling_of(attempt, purpose=f"eval/{temperature}/{start}", temperature=temperature)
+        groups += sample_and_grade(attempt, [rows[i] for i in indices], [rows.number(i) for i in indices], sampling)
+    return groups
+
+
+def _under(prefix: str, metrics: dict[str, float]) -> dict[str, float]:
+    return {prefix + name: value for name, value in metrics.items()}

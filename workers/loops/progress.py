@@ -1,0 +1,66 @@
+"""How far a job is: the part of a checkpoint that is neither weights nor optimizer. Plain JSON beside them."""
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import orjson
+
+from service.jobs.spec import EarlyStopping
+
+FILE = "progress.json"
+
+
+@dataclass
+class Progress:
+    """Everything a resumed loop needs to go on as if nothing had happened."""
+
+    step: int = 0
+    skipped_in_a_row: int = 0  # optimizer steps with a non-finite gradient
+    evaluated_at: int | None = None
+    initial: dict[str, float] = field(default_factory=dict)  # the first evaluation
+    last: dict[str, float] = field(default_factory=dict)  # the newest evaluation
+    best: float | None = None  # of the early-stopping metric
+    best_step: int | None = None
+    stale: int = 0  # evaluations since then
+
+    def save(self, folder: Path) -> None:
+        (folder / FILE).write_bytes(orjson.dumps(asdict(self), option=orjson.OPT_INDENT_2))
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        return cls(**orjson.loads((folder / FILE).read_bytes()))
+
+    def evaluated(self, step: int, metrics: dict[str, float], rule: EarlyStopping | None) -> None:
+        """Take in an evaluation; `rule` says which metric counts and what a gain is."""
+        self.evaluated_at, self.last = step, metrics
+        if not self.initial:
+            self.initial = metrics
+        if rule is None or rule.metric not in metrics:
+            return
+        value = metrics[rule.metric]
+        gain = float("inf") if self.best is None else (value - self.best) * (1 if rule.mode == "max" else -1)
+        if gain > rule.min_delta:
+            self.best, self.best_step, self.stale = value, step, 0
+        else:
+            self.stale += 1
+
+    def reason_to_stop(self, rule: EarlyStopping | None) -> str | None:
+        """`target_reached` or `no_improvement` right after an evaluation, else None."""
+        if rule is None or self.evaluated_at != self.step or rule.metric not in self.last:
+            return None
+        value = self.last[rule.metric]
+        if rule.target is not None and (value >= rule.target if rule.mode == "max" else value <= rule.target):
+            return "target_reached"
+        if rule.patience is not None and self.stale >= rule.patience:
+            return "no_improvement"
+        return None
+
+    def result(self, ended: str) -> dict[str, Any]:
+        return {
+            "ended": ended,
+            "steps": self.step,
+            "initial": self.initial,
+            "final": self.last,
+            "best": None if self.best is None else {"value": self.best, "step": self.best_step},
+        }

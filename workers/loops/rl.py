@@ -1,0 +1,176 @@
+"""Reinforcement learning: sample groups, grade them, give advantages, update several times on one rollout.
+
+The policy that sampled is `old`: its log_probs are recomputed by the trainer before the first update, so that the ratio
+is exactly 1 there and moves with each of the `minibatches x epochs` optimizer steps that follow.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from time import perf_counter
+
+import torch
+from torch import Tensor
+
+from service.jobs.data import prompt_indices
+from service.jobs.spec import RLSpec
+from service.jobs.state import Phase
+from workers.loops.attempt import Attempt, StepResult
+from workers.loops.sampling import Group, reward_metrics, rollout_rows, sample_and_grade, sampling_of
+from workers.objectives.advantage import without_spread
+from workers.objectives.metrics import Metrics
+from workers.objectives.objective import Objective
+from workers.objectives.objective import Step as Prepared
+from workers.policy.policy import Sequence as TokenSequence
+from workers.seeds import derive
+
+
+@dataclass(frozen=True)
+class Experience:
+    """One rollout, ready to be learnt from: B sequences, padded to T answer tokens."""
+
+    sequences: list[TokenSequence]
+    response_mask: Tensor  # [B, T] bool, without what is not learned from
+    old_log_probs: Tensor  # [B, T]
+    rollout_log_probs: Tensor  # [B, T]
+    ref_log_probs: Tensor | None  # [B, T]
+    advantages: Tensor  # [B]
+    group_ids: Tensor  # [B]
+
+
+def step(attempt: Attempt, step: int) -> StepResult:
+    """One rollout of `prompts_per_step` groups and the optimizer steps on it."""
+    spec = attempt.spec
+    assert isinstance(spec, RLSpec)
+    objective = Objective(attempt.job.spec["objective"])
+    started = perf_counter()
+    attempt.phase(Phase.SAMPLING)
+    rows = attempt.data.train
+    indices = prompt_indices(len(rows), step, spec.rollout.prompts_per_step, spec.seed, spec.data.train.shuffle)
+    groups = sample_and_grade(
+        attempt, [rows[i] for i in indices], [rows.number(i) for i in indices], sampling_of(attempt, purpose="rollout")
+    )
+    updating = perf_counter()
+    attempt.phase(Phase.UPDATING)
+    experience, metrics = gather(attempt, objective, groups)
+    metrics |= update(attempt, objective, experience, step)
+    ended = perf_counter()
+    sampled = sum(len(completion.tokens) for group in groups for completion in group.completions)
+    trained = int(experience.response_mask.sum()) * spec.update.epochs
+    metrics |= reward_metrics(groups) | {
+        "tokens/sampled": float(sampled),
+        "tokens/trained": float(trained),
+        "perf/sample_tokens_per_s": sampled / (updating - started),
+        "perf/update_tokens_per_s": trained / (ended - updating),
+        "perf/step_s": ended - started,
+    }
+    logged = step % spec.log_rollouts.every_steps == 0 or step in (1, spec.limits.max_steps)
+    kept = groups[: spec.log_rollouts.groups] if logged else []
+    return StepResult(metrics, rollout_rows(attempt, kept, "train", step))
+
+
+def gather(attempt: Attempt, objective: Objective, groups: Sequence[Group]) -> tuple[Experience, dict[str, float]]:
+    """Score what was sampled under the policy (and the reference), and turn rewards into advantages."""
+    spec, policy = attempt.spec, attempt.policy
+    assert isinstance(spec, RLSpec)
+    temperature = spec.rollout.temperature
+    completions = [completion for group in groups for completion in group.completions]
+    sequences = [TokenSequence(group.prompt, completion.tokens) for group in groups for completion in group.completions]
+    old_log_probs, answered = policy.score(sequences, temperature=temperature)
+    metrics = {"policy/entropy": float(policy.last_entropy[answered].mean())}
+    ref_log_probs = None
+    if "ref_log_probs" in spec.objective.needs():
+        ref_log_probs = policy.score(sequences, reference=True, temperature=temperature)[0]
+    rollout_log_probs = pad([completion.log_probs for completion in completions], old_log_probs)
+
+    given = [reward for group in groups for reward in group.rewards]
+    device = old_log_probs.device
+    valid = torch.tensor([reward is not None for reward in given], device=device)
+    rewards = torch.tensor([reward or 0.0 for reward in given], dtype=torch.float64, device=device)
+    group_ids = torch.arange(len(groups), device=device).repeat_interleave(spec.rollout.group_size)
+    truncated = torch.tensor([completion.finish_reason == "length" for completion in completions], device=device)
+    score = objective.with_kl(
+        rewards,
+        old_log_probs=old_log_probs,
+        response_mask=answered,
+        ref_log_probs=ref_log_probs,
+        rollout_log_probs=rollout_log_probs,
+    )
+    advantages = objective.advantages(score, group_ids, lengths=answered.sum(1), valid=valid)
+    mask = objective.select(answered, rewards=rewards, group_ids=group_ids, truncated=truncated, valid=valid)
+    if spec.rollout.mask_truncated:
+        mask = mask & ~truncated.unsqueeze(1)
+    flat = without_spread(rewards, group_ids, valid).view(len(groups), -1)[:, 0]
+    metrics["reward/zero_variance_fraction"] = float(flat.double().mean())
+    metrics["advantage/abs_mean"] = float(advantages.abs().mean())
+    experience = Experience(sequences, mask, old_log_probs, rollout_log_probs, ref_log_probs, advantages, group_ids)
+    return experience, metrics
+
+
+def update(attempt: Attempt, objective: Objective, experience: Experience, step: int) -> dict[str, float]:
+    """`minibatches x epochs` optimizer steps on one rollout; metrics are over all of them."""
+    spec, policy, e = attempt.spec, attempt.policy, experience
+    assert isinstance(spec, RLSpec)
+    measured, norms, skipped, rate = Metrics(), list[float](), 0, 0.0
+    for number, chosen in enumerate(minibatches(len(e.sequences), spec, step)):
+        rows = torch.tensor(chosen, device=e.old_log_probs.device)
+        width = int(max(len(e.sequences[i].completion) for i in chosen))  # as the policy pads these rows
+
+        def of(tensor: Tensor | None, rows: Tensor = rows, width: int = width) -> Tensor | None:
+            return None if tensor is None else tensor[rows, :width]
+
+        prepared = objective.prepare(
+            response_mask=e.response_mask[rows, :width],
+            advantages=e.advantages[rows],
+            old_log_probs=of(e.old_log_probs),
+            rollout_log_probs=of(e.rollout_log_probs),
+            ref_log_probs=of(e.ref_log_probs),
+            group_ids=e.group_ids[rows],
+            longest=spec.rollout.max_completion_tokens,
+            seed=derive(spec.seed, step, f"objective/{number}"),
+        )
+        measured += prepared.metrics
+
+        def loss(log_probs: Tensor, index: Tensor, prepared: Prepared = prepared) -> Tensor:
+            nonlocal measured
+            value, outputs = objective.loss(log_probs, **prepared.rows(index))
+            measured += outputs.metrics
+            return value
+
+        policy.accumulate(
+            [e.sequences[i] for i in chosen],
+            loss,
+            temperature=spec.rollout.temperature,
+            microbatch_tokens=spec.update.microbatch_tokens,
+        )
+        outcome = policy.step()
+        attempt.count_skipped(bool(outcome["skipped"]), step)
+        skipped += bool(outcome["skipped"])
+        rate = outcome["learning_rate"]
+        norms.append(outcome["grad_norm"])
+        attempt.phase(Phase.UPDATING)
+    finished = measured.finish()
+    finished["policy/loss"] /= len(norms)  # the mean over optimizer steps; parts of one step add up
+    return finished | {
+        "optimizer/grad_norm": fmean(norms),
+        "optimizer/learning_rate": rate,
+        "optimizer/skipped": float(skipped),
+    }
+
+
+def pad(rows: Sequence[Sequence[float]], like: Tensor) -> Tensor:
+    """Ragged rows as a tensor of the shape of `like`, 0 behind their ends."""
+    padded = torch.zeros(like.shape, dtype=like.dtype)
+    for i, row in enumerate(rows):
+        padded[i, : len(row)] = torch.tensor(row, dtype=like.dtype)
+    return padded.to(like.device)
+
+
+def minibatches(count: int, spec: RLSpec, step: int) -> list[list[int]]:
+    """The sequences of each optimizer step: for every epoch a new order, drawn from the seed, cut into equal parts."""
+    size, parts = count // spec.update.minibatches, list[list[int]]()
+    for epoch in range(spec.update.epochs):
+        generator = torch.Generator().manual_seed(derive(spec.seed, step, f"minibatches/{epoch}"))
+        order = torch.randperm(count, generator=generator).tolist()
+        parts += [order[start : start + size] for start in range(0, count, size)]
+    return parts

@@ -1,0 +1,163 @@
+"""Sampling and grading of groups, for training steps and evaluations alike."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from statistics import fmean, pstdev
+from typing import Any
+
+from service.errors import JobFailed
+from service.jobs.lease import RolloutRow
+from service.jobs.spec import RewardSpec, RLSpec
+from service.jobs.state import Phase
+from service.rewards import Graded, Sample
+from workers.loops.attempt import Attempt
+from workers.policy.policy import Completion
+from workers.seeds import derive
+
+
+@dataclass(frozen=True)
+class Group:
+    """A prompt, its sampled answers, and what they got; `rewards[i]` is None where an answer could not be graded."""
+
+    row: dict[str, Any]
+    prompt: list[int]
+    completions: list[Completion]
+    graded: list[Graded]
+    rewards: list[float | None]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are drawn; `purpose` makes the draw its own."""
+
+    purpose: str
+    group_size: int
+    max_tokens: int
+    temperature: float
+    top_p: float = 1.0
+    top_k: int = 0
+    stop: tuple[str, ...] = ()
+
+
+def sampling_of(attempt: Attempt, *, purpose: str, temperature: float | None = None) -> Sampling:
+    """The training distribution, or (with a temperature) the plain one of an evaluation: one answer a prompt."""
+    spec = attempt.spec
+    stop = tuple(spec.rollout.stop) if isinstance(spec, RLSpec) else ()
+    if temperature is not None:
+        longest = spec.eval.max_completion_tokens or (spec.rollout.max_completion_tokens if isinstance(spec, RLSpec) else 64)
+        return Sampling(purpose, 1, longest, temperature, stop=stop)
+    assert isinstance(spec, RLSpec)
+    rollout = spec.rollout
+    return Sampling(
+        purpose, rollout.group_size, rollout.max_completion_tokens, rollout.temperature, rollout.top_p, rollout.top_k, stop
+    )
+
+
+def sample_and_grade(
+    attempt: Attempt, rows: Sequence[dict[str, Any]], numbers: Sequence[int], sampling: Sampling
+) -> list[Group]:
+    """One group a row. `numbers` are the rows' places in their source, for error messages."""
+    rendered = [attempt.data.prompt(row) for row in rows]
+    prompts = [attempt.policy.encode(prompt) for prompt in rendered]
+    _check_lengths(attempt, prompts, numbers, sampling.max_tokens)
+    answers = attempt.policy.sample(
+        prompts,
+        group_size=sampling.group_size,
+        max_tokens=sampling.max_tokens,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        stop=sampling.stop,
+        seed=derive(attempt.spec.seed, attempt.progress.step, sampling.purpose),
+    )
+    attempt.phase(Phase.GRADING)
+    assert attempt.rewards is not None and attempt.spec.reward is not None
+    samples = [
+        Sample(prompt, answer.text, len(answer.tokens), answer.finish_reason == "length", row)
+        for prompt, row, group in zip(rendered, rows, answers, strict=True)
+        for answer in group
+    ]
+    graded = attempt.rewards.grade(samples)
+    rewards = settle_errors(attempt.spec.reward, graded)
+    size = sampling.group_size
+    return [
+        Group(row, prompt, group, graded[i * size : (i + 1) * size], rewards[i * size : (i + 1) * size])
+        for i, (row, prompt, group) in enumerate(zip(rows, prompts, answers, strict=True))
+    ]
+
+
+def settle_errors(spec: RewardSpec, graded: Sequence[Graded]) -> list[float | None]:
+    """Apply `on_error` to the samples that could not be graded; too many of them end the job."""
+    failed = [one for one in graded if one.total is None]
+    if failed:
+        rate, first = len(failed) / len(graded), next(iter(failed[0].errors.items()), ("?", "no reward"))
+        if spec.on_error == "fail" or rate > spec.max_error_rate:
+            raise JobFailed(
+                "grader_unhealthy",
+                f"{len(failed)} of {len(graded)} samples could not be graded; the first: {first[0]}: {first[1]}",
+                hint="mend the grader, then fork the job; reward.on_error and reward.max_error_rate say how much is tolerated",
+                pointer="/reward",
+            )
+    if spec.on_error == "zero":
+        return [0.0 if one.total is None else one.total for one in graded]
+    return [one.total for one in graded]
+
+
+def reward_metrics(groups: Iterable[Group]) -> dict[str, float]:
+    """reward/mean, reward/std, one reward/NAME a grader, and the share that could not be graded."""
+    groups = list(groups)
+    graded = [one for group in groups for one in group.graded]
+    totals = [reward for group in groups for reward in group.rewards if reward is not None]
+    metrics = {"reward/error_rate": 1 - len([one for one in graded if one.total is not None]) / len(graded)}
+    if totals:
+        metrics |= {"reward/mean": fmean(totals), "reward/std": pstdev(totals)}
+    for name in graded[0].scores:
+        scores = [score for one in graded if (score := one.scores.get(name)) is not None]
+        if scores:
+            metrics[f"reward/{name}"] = fmean(scores)
+    completions = [completion for group in groups for completion in group.completions]
+    metrics["completion/length_mean"] = fmean(len(completion.tokens) for completion in completions)
+    metrics["completion/truncated_fraction"] = fmean(completion.finish_reason == "length" for completion in completions)
+    return metrics
+
+
+def rollout_rows(attempt: Attempt, groups: Sequence[Group], split: str, step: int) -> list[RolloutRow]:
+    """The groups as they are kept and shown."""
+    return [
+        RolloutRow(
+            split=split,
+            step=step,
+            group_index=index,
+            prompt=attempt.policy.decode(group.prompt),
+            reference=attempt.data.answer(group.row),
+            samples=[
+                {
+                    "text": completion.text,
+                    "tokens": len(completion.tokens),
+                    "finish_reason": completion.finish_reason,
+                    "reward": reward,
+                    "scores": graded.scores,
+                    **({"errors": graded.errors} if graded.errors else {}),
+                }
+                for completion, graded, reward in zip(group.completions, group.graded, group.rewards, strict=True)
+            ],
+        )
+        for index, group in enumerate(groups)
+    ]
+
+
+def _check_lengths(attempt: Attempt, prompts: Sequence[list[int]], numbers: Sequence[int], max_tokens: int) -> None:
+    spec, context = attempt.spec, attempt.policy.context
+    room = context - max_tokens
+    asked = spec.rollout.max_prompt_tokens if isinstance(spec, RLSpec) else None
+    allowed = room if asked is None else min(asked, room)
+    for number, prompt in zip(numbers, prompts, strict=True):
+        if not 0 < len(prompt) <= allowed:
+            raise JobFailed(
+                "prompt_too_long" if prompt else "prompt_empty",
+                f"the prompt of row {number} has {len(prompt)} tokens; allowed are 1 to {allowed} "
+                f"(context {context}, answers of up to {max_tokens} tokens"
+                + (f", rollout.max_prompt_tokens {asked})" if asked is not None else ")"),
+                hint="shorten the row or the template, lower max_completion_tokens, or take the row out of the data",
+                pointer="/data",
+            )

@@ -1,0 +1,86 @@
+"""Supervised fine-tuning: cross-entropy on the given answers, the mean over all answer tokens of an optimizer step."""
+
+from collections.abc import Sequence
+from time import perf_counter
+
+import torch
+from torch import Tensor
+
+from service.errors import JobFailed
+from service.jobs.data import Rows, prompt_indices
+from service.jobs.spec import SupervisedSpec
+from service.jobs.state import Phase
+from workers.loops.attempt import Attempt, StepResult
+from workers.policy.policy import Sequence as TokenSequence
+
+ROWS_AT_ONCE = 256
+
+
+def step(attempt: Attempt, step: int) -> StepResult:
+    """One optimizer step on `update.batch_size` rows."""
+    spec = attempt.spec
+    assert isinstance(spec, SupervisedSpec)
+    attempt.phase(Phase.UPDATING)
+    started = perf_counter()
+    rows = attempt.data.train
+    indices = prompt_indices(len(rows), step, spec.update.batch_size, spec.seed, spec.data.train.shuffle)
+    batch = encode(attempt, rows, indices)
+    tokens = sum(len(sequence.completion) for sequence in batch)
+
+    def mean_nll(log_probs: Tensor, index: Tensor) -> Tensor:
+        return -(log_probs * _mask(batch, index, log_probs)).sum() / tokens
+
+    loss = attempt.policy.accumulate(batch, mean_nll, microbatch_tokens=spec.update.microbatch_tokens)
+    update = attempt.policy.step()
+    attempt.count_skipped(bool(update["skipped"]), step)
+    elapsed = perf_counter() - started
+    return StepResult(
+        {
+            "loss": loss,
+            "optimizer/grad_norm": update["grad_norm"],
+            "optimizer/learning_rate": update["learning_rate"],
+            "optimizer/skipped": float(update["skipped"]),
+            "tokens/trained": float(tokens),
+            "perf/update_tokens_per_s": tokens / elapsed,
+            "perf/step_s": elapsed,
+        }
+    )
+
+
+def answers_loss(attempt: Attempt) -> float:
+    """Mean negative log-likelihood of an answer token over data.eval; no gradient."""
+    rows = attempt.data.eval
+    assert rows is not None
+    total, tokens = 0.0, 0
+    for start in range(0, len(rows), ROWS_AT_ONCE):
+        batch = encode(attempt, rows, range(start, min(start + ROWS_AT_ONCE, len(rows))))
+        log_probs, mask = attempt.policy.score(batch)
+        total -= float((log_probs * mask).sum(dtype=torch.float64))
+        tokens += int(mask.sum())
+    return total / tokens
+
+
+def encode(attempt: Attempt, rows: Rows, indices: Sequence[int]) -> list[TokenSequence]:
+    """Prompt and answer tokens of these rows; a row that does not fit the context ends the job, by its number."""
+    policy, sequences = attempt.policy, []
+    for index in indices:
+        row = rows[index]
+        answer = attempt.data.answer(row)
+        assert answer is not None
+        sequence = TokenSequence(policy.encode(attempt.data.prompt(row)), policy.encode_answer(answer))
+        length = len(sequence.prompt) + len(sequence.completion)
+        if not sequence.prompt or length > policy.context:
+            raise JobFailed(
+                "sequence_too_long" if sequence.prompt else "prompt_empty",
+                f"row {rows.number(index)} has {len(sequence.prompt)} prompt and {len(sequence.completion)} answer tokens; "
+                f"the context holds {policy.context}, and a prompt has at least one",
+                hint="shorten the row or the template, or take the row out of the data",
+                pointer="/data",
+            )
+        sequences.append(sequence)
+    return sequences
+
+
+def _mask(batch: Sequence[TokenSequence], index: Tensor, log_probs: Tensor) -> Tensor:
+    lengths = torch.tensor([len(batch[i].completion) for i in index.tolist()], device=log_probs.device)
+    return torch.arange(log_probs.shape[1], device=log_probs.device) < lengths[:, None]

@@ -1,0 +1,97 @@
+"""The aggregate axis: weights w [B, T] such that the loss of an optimizer step is sum(w * L).
+
+They are computed once, from the mask of the whole step, so that cutting the step into micro-batches, or spreading it
+over ranks, changes neither loss nor gradient. A fully masked row counts nowhere; with no token at all every weight is 0.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from workers.objectives.tensors import group_indices, group_sum
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Of a whole optimizer step; all in the weights' dtype."""
+
+    tokens_B: Tensor  # n_i
+    tokens: Tensor  # N
+    rows: Tensor  # rows that have tokens
+    group_ids_B: Tensor | None
+    longest: float  # the longest possible answer
+
+
+def token(c: Counts) -> Tensor:
+    """1 / N."""
+    return (1 / c.tokens.clamp(min=1)).expand_as(c.tokens_B)
+
+
+def seq(c: Counts) -> Tensor:
+    """1 / (rows n_i): the mean over sequences of their token means."""
+    return 1 / (c.rows.clamp(min=1) * c.tokens_B.clamp(min=1))
+
+
+def prompt(c: Counts) -> Tensor:
+    """1 / (groups N_g): the token mean of a group, then the mean over groups (DAPO as printed, arXiv 2503.14476, eq. 8)."""
+    if c.group_ids_B is None:
+        raise ValueError("aggregate prompt needs group_ids [B]")
+    index, groups = group_indices(c.group_ids_B)
+    tokens = group_sum(c.tokens_B, index, groups)
+    return 1 / ((tokens > 0).sum().clamp(min=1) * tokens.clamp(min=1))[index]
+
+
+def seq_sum(c: Counts) -> Tensor:
+    """1 / rows: the mean over sequences of their token sums."""
+    return (1 / c.rows.clamp(min=1)).expand_as(c.tokens_B)
+
+
+def constant(c: Counts, *, constant: float | None = None) -> Tensor:
+    """1 / (rows C) with C the longest possible answer, or the given number (Dr. GRPO, arXiv 2503.20783)."""
+    return seq_sum(c) / (c.longest if constant is None else constant)
+
+
+def total(c: Counts) -> Tensor:
+    """1: the plain sum."""
+    return torch.ones_like(c.tokens_B)
+
+
+AGGREGATES: dict[str, Callable[..., Tensor]] = {
+    "token": token,
+    "seq": seq,
+    "prompt": prompt,
+    "seq_sum": seq_sum,
+    "constant": constant,
+    "sum": total,
+}
+
+
+def weights(
+    mask_B_T: Tensor,
+    *,
+    kind: str,
+    length_power: float = 0.0,
+    group_ids_B: Tensor | None = None,
+    longest: float | None = None,
+    dtype: torch.dtype = torch.float32,
+    **parameters: float | None,
+) -> Tensor:
+    """The weights [B, T] of a whole optimizer step, 0 where masked; float64 inside.
+
+    `length_power` multiplies each row's weight by n_i to that power (LUSPO, arXiv 2602.05261: 1). `longest` is the longest
+    possible answer, by default T.
+    """
+    tokens_B = mask_B_T.to(dtype).sum(dim=1).double()
+    counts = Counts(
+        tokens_B=tokens_B,
+        tokens=tokens_B.sum(),
+        rows=(tokens_B > 0).sum().double(),
+        group_ids_B=group_ids_B,
+        longest=float(max(1, mask_B_T.shape[1]) if longest is None else longest),
+    )
+    weights_B = AGGREGATES[kind](counts, **parameters)
+    if length_power:
+        weights_B = weights_B * tokens_B.clamp(min=1).pow(length_power)
+    return torch.where(mask_B_T, weights_B.to(dtype).unsqueeze(1), 0.0)

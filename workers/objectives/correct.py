@@ -1,0 +1,103 @@
+"""The correct axis: detached weights for tokens that were sampled by a policy that is not quite the trainer's.
+
+The raw weight is exp(log p_old - log p_rollout), pooled over a token, a segment or the sequence. It is a constant of the
+optimizer step: computed once from the whole step, multiplied onto the surrogate (never onto the KL), and the
+aggregation weights keep counting every selected token, masked ones too.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from workers.objectives import ratio
+from workers.objectives.tensors import bounded_exp, lengths_of, neutral
+
+
+def over_tokens(weights: Tensor, mask_B_T: Tensor) -> Tensor:
+    return neutral(weights, mask_B_T).sum() / mask_B_T.sum().clamp(min=1)
+
+
+def over_sequences(weights: Tensor, mask_B_T: Tensor) -> Tensor:
+    means_B_1 = neutral(weights, mask_B_T).sum(dim=1, keepdim=True) / lengths_of(mask_B_T, weights.dtype)
+    return means_B_1.sum() / mask_B_T.any(dim=1).sum().clamp(min=1)
+
+
+@dataclass(frozen=True)
+class Level:
+    """How token log ratios are pooled, and over what units the weights are averaged when they are normalised."""
+
+    pool: ratio.Pool
+    mean: Callable[[Tensor, Tensor], Tensor]
+
+
+LEVELS: dict[str, Level] = {
+    "token": Level(ratio.token, over_tokens),
+    "geometric": Level(ratio.sequence, over_sequences),
+    "product": Level(ratio.product, over_sequences),
+    "segment": Level(ratio.segment, over_tokens),
+}
+
+
+@dataclass(frozen=True)
+class Correction:
+    """All [B, T]: the weights, the raw weights before any bound, and where they were bounded or masked."""
+
+    weights: Tensor
+    raw: Tensor
+    truncated: Tensor
+    masked: Tensor
+
+
+def truncate(raw: Tensor, *, cap: float, low: float, high: float) -> tuple[Tensor, Tensor, Tensor]:
+    """min(w, cap)."""
+    return raw.clamp(max=cap), raw > cap, torch.zeros_like(raw, dtype=torch.bool)
+
+
+def mask(raw: Tensor, *, cap: float, low: float, high: float) -> tuple[Tensor, Tensor, Tensor]:
+    """w inside of [low, high], 0 outside."""
+    outside = (raw < low) | (raw > high)
+    return raw.masked_fill(outside, 0.0), torch.zeros_like(outside), outside
+
+
+# The action none has no function: without a correction there is nothing to compute.
+ACTIONS: dict[str, Callable[..., tuple[Tensor, Tensor, Tensor]]] = {"truncate": truncate, "mask": mask}
+
+
+@torch.no_grad()
+def correction(
+    difference_B_T: Tensor,
+    mask_B_T: Tensor,
+    segments_B_T: Tensor | None = None,
+    *,
+    level: str,
+    action: str,
+    cap: float,
+    low: float,
+    high: float,
+    weigh: bool,
+    normalize: bool,
+) -> Correction:
+    """The correction of a whole optimizer step from log p_old - log p_rollout (0 where masked).
+
+    `weigh` false keeps the mask and sets what is left to 1; `normalize` divides by the step's mean weight, over tokens or
+    over sequences as the level has it.
+    """
+    raw = bounded_exp(LEVELS[level].pool(difference_B_T, mask_B_T, segments_B_T)).expand_as(mask_B_T)
+    weights, truncated, masked = ACTIONS[action](raw, cap=cap, low=low, high=high)
+    if not weigh:
+        weights = (~masked).to(raw.dtype)
+    if normalize:
+        mean = LEVELS[level].mean(weights, mask_B_T)
+        weights = weights / mean if mean > 0 else weights
+    return Correction(neutral(weights, mask_B_T), neutral(raw, mask_B_T), truncated & mask_B_T, masked & mask_B_T)
+
+
+@torch.no_grad()
+def fresh(delta_B_T: Tensor, advantages_B_T: Tensor, mask_B_T: Tensor, *, sequence_delta: float) -> Tensor:
+    """Tokens that stay: all but those with A < 0 in sequences whose mean of log p_old - log p exceeds the bound. [B, T]
+
+    `delta_B_T` is log p - log p_old. The policy has already moved away from such answers (DeepSeek-V3.2, arXiv 2512.02556).
+    """
+    return ~((advantages_B_T < 0) & (-ratio.sequence(delta_B_T, mask_B_T) > sequence_delta))

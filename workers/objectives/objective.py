@@ -1,0 +1,303 @@
+"""An objective: the seven axes put together.
+
+    objective = Objective(axes)                                  # axes: what the job spec's objective resolved to
+
+    # once a rollout, over all its samples [B]
+    rewards = objective.with_kl(rewards, old_log_probs=..., ref_log_probs=..., response_mask=...)      # kl in the reward
+    advantages = objective.advantages(rewards, group_ids, lengths=..., valid=...)
+    mask = objective.select(response_mask, rewards=rewards, group_ids=group_ids, truncated=..., valid=...)
+
+    # once an optimizer step, over all rows of its minibatch
+    step = objective.prepare(response_mask=mask, advantages=advantages, old_log_probs=..., group_ids=..., longest=...)
+
+    # once a micro-batch, for the rows in it; the losses and gradients of all micro-batches add up to the step's
+    loss, outputs = objective.loss(log_probs, **step.rows(rows))
+    loss.backward()
+    metrics = metrics + outputs.metrics                          # begin with step.metrics; metrics.finish() at the end
+
+`prepare` is where everything is computed that looks at more than one row: aggregation weights, correction weights and
+their normalisation, tokens picked by covariance. `loss` looks at each row alone. Tensors that the axes do not need may be
+None; those that are given are measured all the same.
+
+Shapes: B sequences, T tokens; masks may be of any type; what stands behind a mask may be anything, NaN too. Computed in
+float32 or better. Inside, a quantity that is constant over a sequence stays [B, 1] and is broadcast.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from workers.objectives import advantage, aggregate, correct, kl, select
+from workers.objectives.metrics import Metrics, Reductions
+from workers.objectives.outputs import LossOutputs
+from workers.objectives.ratio import RATIOS, chunks
+from workers.objectives.surrogate import PICKS, SURROGATES, Terms
+from workers.objectives.tensors import bounded_exp, by_column, neutral
+
+LOG_PROBS = ("old_log_probs", "rollout_log_probs", "ref_log_probs")
+
+
+@dataclass(frozen=True)
+class Step:
+    """Everything of one optimizer step that does not depend on the policy being trained; tensors [B, ...] or None."""
+
+    tensors: dict[str, Tensor | None]
+    metrics: Metrics
+
+    def rows(self, rows_b: Tensor | slice | None = None) -> dict[str, Any]:
+        """The keyword arguments of `Objective.loss` for some rows, or for all of them."""
+        if rows_b is None:
+            return dict(self.tensors)
+        return {name: None if tensor is None else tensor[rows_b] for name, tensor in self.tensors.items()}
+
+
+class Objective:
+    """One choice on each axis. Stateless; the mathematics is in the axis modules."""
+
+    def __init__(self, axes: Mapping[str, Any]) -> None:
+        self.ratio = RATIOS[axes["ratio"]["kind"]]
+        self.chunk: int | None = axes["ratio"].get("chunk")
+        self.anchor: str = f"{axes['anchor']}_log_probs"
+        self.surrogate_kind: str = axes["surrogate"]["kind"]
+        self.surrogate = SURROGATES[self.surrogate_kind]
+        self.surrogate_parameters = {name: value for name, value in axes["surrogate"].items() if name != "kind"}
+        self.aggregate_axis = dict(axes["aggregate"])
+        self.advantage_axis = dict(axes["advantage"])
+        self.kl_axis = dict(axes["kl"])
+        self.kl_reference = f"{axes['kl']['reference']}_log_probs"
+        self.correct_axis = dict(axes["correct"])
+        self.select_axis = dict(axes["select"])
+
+    # ------------------------------------------------------------ once a rollout
+
+    @torch.no_grad()
+    def with_kl(
+        self,
+        rewards_B: Tensor,
+        *,
+        old_log_probs: Tensor,
+        response_mask: Tensor,
+        ref_log_probs: Tensor | None = None,
+        rollout_log_probs: Tensor | None = None,
+    ) -> Tensor:
+        """The rewards [B] less coef times the answer's KL, where the KL is placed in the reward; else as they are."""
+        if self.kl_axis["place"] != "reward":
+            return rewards_B
+        reference = _needed({"ref_log_probs": ref_log_probs, "rollout_log_probs": rollout_log_probs}, self.kl_reference)
+        x = neutral(old_log_probs.double() - reference.double(), response_mask.bool())
+        return rewards_B - kl.in_reward(x, estimator=self.kl_axis["estimator"], coef=self.kl_axis["coef"]).to(rewards_B.dtype)
+
+    def advantages(
+        self,
+        rewards: Tensor,
+        group_ids_B: Tensor,
+        *,
+        lengths: Tensor | None = None,
+        valid: Tensor | None = None,
+        reward_weights: Tensor | None = None,
+    ) -> Tensor:
+        """Advantages [B] from rewards [B], or [B, R] with weights [R]. Rows that are not valid enter no statistic and get 0."""
+        return advantage.advantages(
+            rewards, group_ids_B, lengths_B=lengths, valid_B=valid, reward_weights_R=reward_weights, **self.advantage_axis
+        )
+
+    def select(
+        self,
+        response_mask: Tensor,
+        *,
+        rewards: Tensor | None = None,
+        group_ids: Tensor | None = None,
+        truncated: Tensor | None = None,
+        valid: Tensor | None = None,
+        entropy: Tensor | None = None,
+    ) -> Tensor:
+        """The mask [B, T] of what is learned from: without invalid rows, and without what the select axis leaves out."""
+        mask = response_mask.bool()
+        if valid is not None:
+            mask = mask & valid.bool().unsqueeze(1)
+        without_spread = None
+        if rewards is not None and group_ids is not None:
+            mask = mask & by_column(rewards).isfinite().all(dim=1, keepdim=True)
+            without_spread = advantage.without_spread(rewards, group_ids, valid)
+        return select.select(mask, select.Facts(truncated, without_spread, entropy), **self.select_axis)
+
+    # ------------------------------------------------------------ once an optimizer step
+
+    def weights(
+        self,
+        response_mask: Tensor,
+        group_ids: Tensor | None = None,
+        longest: float | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> Tensor:
+        """Aggregation weights [B, T] of a whole optimizer step. `longest`: tokens of the longest possible answer."""
+        mask = response_mask.bool()
+        return aggregate.weights(mask, group_ids_B=group_ids, longest=longest, dtype=dtype, **self.aggregate_axis)
+
+    @torch.no_grad()
+    def prepare(
+        self,
+        *,
+        response_mask: Tensor,
+        advantages: Tensor,
+        old_log_probs: Tensor | None = None,
+        rollout_log_probs: Tensor | None = None,
+        ref_log_probs: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+        group_ids: Tensor | None = None,
+        selected: Tensor | None = None,
+        entropy: Tensor | None = None,
+        longest: float | None = None,
+        dtype: torch.dtype | None = None,
+        seed: int = 0,
+    ) -> Step:
+        """What `loss` needs beside the log-probs, computed over all rows of an optimizer step.
+
+        `selected` [B, T] may take single tokens out of the loss that still belong to their sequence's ratio; default: none.
+        `dtype` of weights: default that of the log-probs given here, float32 at least. With surrogate clip_cov or kl_cov tokens
+        are picked here, by `seed` and by the old log-probs (those of the policy that is trained are not known yet; at the
+        first update after a rollout they are the same).
+        """
+        mask, metrics = response_mask.bool(), Metrics()
+        given = {"old_log_probs": old_log_probs, "rollout_log_probs": rollout_log_probs, "ref_log_probs": ref_log_probs}
+        if dtype is None:
+            first = next((values for values in given.values() if values is not None), advantages)
+            dtype = torch.promote_types(first.dtype, torch.float32)
+        weights = self.weights(mask if selected is None else mask & selected.bool(), group_ids, longest, dtype)
+        metrics.add("sum", "batch/masked_rows", (~mask.any(dim=1)).sum())
+        tensors: dict[str, Tensor | None] = {
+            **given,
+            "advantages": advantages,
+            "response_mask": mask,
+            "weights": weights,
+            "segment_ids": segment_ids,
+            "entropy": entropy,
+            "correction": self._correction(given, mask, segment_ids, weights, metrics),
+            "picked": self._picked(old_log_probs, advantages, weights, seed),
+        }
+        return Step(tensors, metrics)
+
+    def _picked(self, old_log_probs: Tensor | None, advantages: Tensor, weights: Tensor, seed: int) -> Tensor | None:
+        """Tokens picked by covariance over the whole step, where the surrogate wants that."""
+        if self.surrogate_kind not in PICKS or old_log_probs is None:
+            return None
+        counted = weights != 0
+        old = neutral(old_log_probs.to(weights.dtype), counted)
+        spread = neutral(by_column(advantages).to(weights.dtype), counted)
+        return PICKS[self.surrogate_kind](old, spread, counted, seed, **self.surrogate_parameters)
+
+    def _correction(
+        self, given: Mapping[str, Tensor | None], mask: Tensor, segment_ids: Tensor | None, weights: Tensor, metrics: Metrics
+    ) -> Tensor | None:
+        """The correction weights, or None; measures how far sampler and trainer are apart wherever both are known."""
+        axis, wanted = self.correct_axis, self.correct_axis["action"] in correct.ACTIONS
+        if not wanted and (given["old_log_probs"] is None or given["rollout_log_probs"] is None):
+            return None
+        old = _needed(given, "old_log_probs").to(weights.dtype)
+        difference = neutral(old - _needed(given, "rollout_log_probs").to(weights.dtype), mask)
+        measured = Reductions(weights != 0, weights.dtype, metrics)
+        measured.kl("rollout/approx_kl", -difference)
+        measured.effective("rollout/effective_samples", bounded_exp(difference))
+        if not wanted:
+            return None
+        segments = segment_ids if axis["chunk"] is None else chunks(mask, axis["chunk"])
+        options = {name: value for name, value in axis.items() if name not in ("chunk", "sequence_delta")}
+        result = correct.correction(difference, mask, segments, **options)
+        measured.mean("correction/weight_mean", result.raw)
+        measured.extremes("correction/weight", result.raw)
+        measured.fraction("correction/fraction_truncated", result.truncated)
+        measured.fraction("correction/fraction_masked", result.masked)
+        return result.weights
+
+    # ------------------------------------------------------------ once a micro-batch
+
+    def loss(
+        self,
+        log_probs: Tensor,
+        *,
+        response_mask: Tensor,
+        advantages: Tensor,
+        weights: Tensor,
+        old_log_probs: Tensor | None = None,
+        rollout_log_probs: Tensor | None = None,
+        ref_log_probs: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+        correction: Tensor | None = None,
+        picked: Tensor | None = None,
+        entropy: Tensor | None = None,
+    ) -> tuple[Tensor, LossOutputs]:
+        """The rows' share of the step's loss (a scalar with a graph, to be minimised) and what it was made of.
+
+        Raises ValueError when a tensor is missing that an axis needs. Of an empty or fully masked batch the loss is 0, with a
+        graph. Where `weights` is 0 a token only takes part in its sequence's ratio.
+        """
+        dtype = torch.promote_types(log_probs.dtype, torch.float32)
+        mask = response_mask.bool()
+        counted = weights != 0
+        given = zip(LOG_PROBS, (old_log_probs, rollout_log_probs, ref_log_probs), strict=True)
+        known = {name: neutral(values.to(dtype), mask) for name, values in given if values is not None}
+        policy = neutral(log_probs.to(dtype), mask)
+
+        terms, log_ratio = self._terms(policy, known, advantages, mask, counted, segment_ids, picked)
+        bounded = self.surrogate(terms, **self.surrogate_parameters)
+        token_loss = self._corrected(bounded.loss, correction, terms, known)
+        if self.kl_axis["place"] == "loss":
+            x = policy - _needed(known, self.kl_reference)
+            penalty = kl.penalty(x, terms.ratio, estimator=self.kl_axis["estimator"], gradient=self.kl_axis["gradient"])
+            token_loss = token_loss + self.kl_axis["coef"] * penalty
+        loss_B = (token_loss * weights).sum(dim=1)
+        outputs = LossOutputs(token_loss, terms, log_ratio, bounded, mask, weights, ~loss_B.detach().isfinite())
+        loss = loss_B.sum()
+        outputs.measure(loss, known, entropy)
+        return loss, outputs
+
+    def _terms(
+        self,
+        policy: Tensor,
+        known: Mapping[str, Tensor],
+        advantages: Tensor,
+        mask: Tensor,
+        counted: Tensor,
+        segment_ids: Tensor | None,
+        picked: Tensor | None,
+    ) -> tuple[Terms, Tensor]:
+        """What the surrogate looks at, and the log importance ratio."""
+        anchor = policy.detach() if self.ratio.constant and self.anchor not in known else _needed(known, self.anchor)
+        segments = segment_ids if self.chunk is None else chunks(mask, self.chunk)
+        advantages = by_column(advantages).to(policy.dtype)
+        matters = counted if advantages.shape == counted.shape else counted.any(dim=1, keepdim=True)
+        delta = policy - anchor
+        log_ratio = self.ratio.pool(delta, mask, segments)
+        ratio = bounded_exp(log_ratio)
+        terms = Terms(
+            log_probs=policy,
+            anchor_log_probs=anchor,
+            delta=delta,
+            ratio=ratio,
+            linear=policy if self.ratio.constant else ratio,
+            advantages=neutral(advantages, matters),
+            mask=counted,
+            pool=lambda values: self.ratio.pool(values, mask, segments),
+            picked=picked,
+        )
+        return terms, log_ratio.detach()
+
+    def _corrected(self, token_loss: Tensor, correction: Tensor | None, terms: Terms, known: Mapping[str, Tensor]) -> Tensor:
+        """The surrogate under the correct axis: never the KL."""
+        if correction is not None:
+            token_loss = token_loss * correction
+        if self.correct_axis["sequence_delta"] is None:
+            return token_loss
+        moved = terms.log_probs.detach() - _needed(known, "old_log_probs")
+        kept = correct.fresh(moved, terms.advantages, terms.mask, sequence_delta=self.correct_axis["sequence_delta"])
+        return torch.where(kept, token_loss, 0.0)
+
+
+def _needed(tensors: Mapping[str, Tensor | None], name: str) -> Tensor:
+    values = tensors.get(name)
+    if values is None:
+        raise ValueError(f"this objective needs {name} [B, T]")
+    return values

@@ -1,0 +1,89 @@
+"""How sequences become padded tensors, and how many of them go through the model at once."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+CPU_ACTIVATION_BYTES = 2 * 2**30  # a constant, not what happens to be free: the same split on every run
+GPU_ACTIVATION_SHARE = 0.25  # of all the memory of the card, for the same reason
+ROUND_TO = 256
+LARGEST = {"cpu": 4096, "cuda": 65_536}  # more brings no speed, on a CPU it falls out of the caches
+
+
+class Sequence(NamedTuple):
+    """A prompt and the answer to it, as token ids."""
+
+    prompt: list[int]
+    completion: list[int]
+
+
+@dataclass(frozen=True)
+class Padded:
+    """Sequences as one tensor, padded on the right: causal attention never looks there, so no mask is needed.
+
+    The logits at flat position `positions_N[n]` of [B x L] predict `targets_N[n]`, which is token `steps_N[n]` of the
+    answer in row `rows_N[n]`.
+    """
+
+    input_ids_B_L: Tensor
+    positions_N: Tensor
+    targets_N: Tensor
+    rows_N: Tensor
+    steps_N: Tensor
+
+
+def pad(sequences: list[Sequence], pad_id: int, device: torch.device) -> Padded:
+    """The last token of an answer is predicted but never read, so it is left out of the input."""
+    length = max(len(prompt) + max(len(completion), 1) - 1 for prompt, completion in sequences)
+    input_ids, positions, targets, rows, steps = [], [], [], [], []
+    for row, (prompt, completion) in enumerate(sequences):
+        if not prompt:
+            raise ValueError(f"sequence {row} has an empty prompt; its answer's first token would have nothing before it")
+        read = prompt + completion[:-1]
+        input_ids.append(read + [pad_id] * (length - len(read)))
+        start = row * length + len(prompt) - 1
+        positions.extend(range(start, start + len(completion)))
+        targets.extend(completion)
+        rows.extend([row] * len(completion))
+        steps.extend(range(len(completion)))
+    flat = [torch.tensor(values, dtype=torch.long, device=device) for values in (positions, targets, rows, steps)]
+    return Padded(torch.tensor(input_ids, dtype=torch.long, device=device), *flat)
+
+
+def response_mask(sequences: list[Sequence], device: torch.device) -> Tensor:
+    """[B, T] bool: True on the tokens of the answers, T the longest of them."""
+    lengths = torch.tensor([len(sequence.completion) for sequence in sequences], dtype=torch.long, device=device)
+    longest = max((len(sequence.completion) for sequence in sequences), default=0)
+    return torch.arange(longest, device=device) < lengths.unsqueeze(-1)
+
+
+def microbatches(sequences: list[Sequence], tokens: int) -> Iterator[list[int]]:
+    """Rows of like length together, at most `tokens` tokens each with padding, but always at least one row."""
+    lengths = [len(prompt) + len(completion) for prompt, completion in sequences]
+    batch: list[int] = []
+    for row in sorted(range(len(sequences)), key=lambda row: (-lengths[row], row)):
+        if batch and (len(batch) + 1) * lengths[batch[0]] > tokens:
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
+
+
+def auto_microbatch_tokens(model: nn.Module, device: torch.device) -> int:
+    """How many tokens of this model fit into one forward and backward pass, from its shape: a rough upper estimate."""
+    config = model.config.get_text_config()  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
+    itemsize = next(model.parameters()).element_size()
+    width = config.hidden_size
+    inner = getattr(config, "intermediate_size", None) or 4 * width
+    per_layer = (18 * width + 5 * inner) * itemsize  # what autograd keeps, measured on Llama's block with sdpa
+    per_token = config.num_hidden_layers * per_layer + 3 * 4 * config.vocab_size  # and the float32 logits
+    if device.type == "cuda":
+        budget = GPU_ACTIVATION_SHARE * torch.cuda.get_device_properties(device).total_memory
+    else:
+        budget = CPU_ACTIVATION_BYTES
+    largest = LARGEST.get(device.type, LARGEST["cpu"])
+    return max(ROUND_TO, min(largest, int(budget / per_token) // ROUND_TO * ROUND_TO))

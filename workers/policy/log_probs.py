@@ -1,0 +1,85 @@
+"""Log-probabilities of answers: the head runs on the answers' positions only, and the softmax in float32.
+
+For most models the head is a layer that can be applied to chosen hidden states. Some post-process their logits in
+`forward` (soft-capping, scaling, a forbidden part of the vocabulary); a trial at load finds out, whatever the reason, and
+for those the whole forward runs, from the first position that is needed.
+"""
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from workers.policy.batching import Padded
+
+CHUNK_BYTES = 2**28  # of float32 logits; when gradients are wanted, more than one chunk means to compute each of them twice
+
+
+class Scorer:
+    """log_probs and entropies of answers under one model."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+        self._keeps = "logits_to_keep" in inspect.signature(type(model).forward).parameters
+        self.head_on_answers_only = _head_is_all_that_follows(model)
+
+    def __call__(self, batch: Padded, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Both [N] float32, one for each answer token of the batch; the entropies are without gradient."""
+        if self.head_on_answers_only:
+            hidden = self._model.base_model(input_ids=batch.input_ids_B_L, use_cache=False).last_hidden_state
+            return self._from_hidden(hidden.flatten(0, 1).index_select(0, batch.positions_N), batch.targets_N, temperature)
+        length = batch.input_ids_B_L.shape[1]
+        columns = batch.positions_N % length
+        keep = length - int(columns.min()) if columns.numel() else 1
+        arguments: dict[str, Any] = {"logits_to_keep": keep} if self._keeps else {}
+        logits = self._model(input_ids=batch.input_ids_B_L, use_cache=False, **arguments).logits
+        first = length - logits.shape[1]
+        chosen = (batch.positions_N // length) * logits.shape[1] + columns - first
+        return _log_probs_and_entropy(logits.flatten(0, 1).index_select(0, chosen), batch.targets_N, temperature)
+
+    def _from_hidden(self, hidden_N_H: Tensor, targets_N: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        head: Any = self._model.get_output_embeddings()
+        rows = max(1, CHUNK_BYTES // (4 * self._model.config.get_text_config().vocab_size))
+
+        def one(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+            return _log_probs_and_entropy(head(hidden), targets, temperature)
+
+        if len(hidden_N_H) <= rows:
+            return one(hidden_N_H, targets_N)
+        chunks = zip(hidden_N_H.split(rows), targets_N.split(rows), strict=True)
+        if torch.is_grad_enabled():
+            parts = [checkpoint(one, hidden, targets, use_reentrant=False) for hidden, targets in chunks]
+        else:
+            parts = [one(hidden, targets) for hidden, targets in chunks]
+        return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+
+
+def _log_probs_and_entropy(logits_N_V: Tensor, targets_N: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    logits = logits_N_V.float()
+    if temperature != 1:
+        logits = logits / temperature
+    log_probs_N_V = logits.log_softmax(-1)
+    chosen = log_probs_N_V.gather(-1, targets_N.unsqueeze(-1)).squeeze(-1)
+    with torch.no_grad():
+        # 0 * -inf is 0 here: a token that cannot be drawn brings no entropy.
+        entropy = torch.special.entr(log_probs_N_V.detach().exp()).sum(-1)
+    return chosen, entropy
+
+
+@torch.no_grad()
+def _head_is_all_that_follows(model: PreTrainedModel) -> bool:
+    """Whether forward's logits are exactly the head applied to the backbone's last hidden states."""
+    head = model.get_output_embeddings()
+    if head is None:
+        return False
+    ids = torch.arange(1, 9, device=model.device).unsqueeze(0) % model.config.get_text_config().vocab_size
+    try:
+        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        ours = head(hidden)
+    except (AttributeError, TypeError, ValueError, RuntimeError):
+        return False
+    theirs = model(input_ids=ids, use_cache=False).logits
+    return ours.shape == theirs.shape and torch.equal(ours.float(), theirs.float())

@@ -1,0 +1,127 @@
+"""AdamW over the weights that are trained: gradient clipping, the schedule, and no update from a non-finite gradient.
+
+Weights in bfloat16 have float32 masters here. A step of 1e-5 relative is lost in bfloat16's 8 bits, so the master takes
+the update and the weight is its rounded copy; gradients too are summed over micro-batches in float32.
+"""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from service.errors import JobFailed
+from service.jobs.spec import OptimizerSpec, Schedule
+
+FILE = "optimizer.safetensors"
+MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # what torch's AdamW keeps for each weight
+MASTER = "master"
+
+
+def learning_rate_ratio(schedule: Schedule, step: int, steps: int) -> float:
+    """The rate of optimizer step `step` (from 0, of `steps`) as a share of the full one.
+
+    The warm-up's first step is one part of it, not 0; the decay reaches min_ratio where step `steps` would be, so that no
+    step is spent at a rate of 0.
+    """
+    if step < schedule.warmup_steps:
+        return (step + 1) / schedule.warmup_steps
+    if schedule.kind == "constant":
+        return 1.0
+    done = min(1.0, (step - schedule.warmup_steps) / max(1, steps - schedule.warmup_steps))
+    shape = 1 - done if schedule.kind == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+    return schedule.min_ratio + (1 - schedule.min_ratio) * shape
+
+
+class Optimizer:
+    """`steps_done` counts the calls of `step`, also those that were skipped."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], spec: OptimizerSpec, steps: int) -> None:
+        self._spec, self._steps = spec, steps
+        self._parameters = dict(parameters)
+        self._masters = {name: _master(parameter) for name, parameter in self._parameters.items()}
+        self.steps_done = 0
+        betas = (spec.betas[0], spec.betas[1])
+        trained = list(self._masters.values())
+        # Fused: one pass over all weights, four times as fast as the plain loop on small models.
+        self._adamw = torch.optim.AdamW(trained, spec.learning_rate, betas, spec.eps, spec.weight_decay, fused=True)
+
+    def zero_grad(self) -> None:
+        for master in self._masters.values():
+            master.grad = None
+
+    def step(self, *, poisoned: bool = False) -> dict[str, float | bool]:
+        """One update from the gradients that were summed, which are then cleared. `poisoned`: their loss was not finite."""
+        rate = self._spec.learning_rate * learning_rate_ratio(self._spec.schedule, self.steps_done, self._steps)
+        norm = float(nn.utils.clip_grad_norm_(self._masters.values(), self._spec.max_grad_norm))
+        skipped = poisoned or not math.isfinite(norm)
+        if not skipped:
+            for group in self._adamw.param_groups:
+                group["lr"] = rate
+            self._adamw.step()
+            self._copy_masters()
+        self.zero_grad()
+        self.steps_done += 1
+        return {"grad_norm": norm, "learning_rate": rate, "skipped": skipped}
+
+    def save(self, folder: Path) -> None:
+        tensors: dict[str, Tensor] = {}
+        for name, master in self._masters.items():
+            tensors |= {f"{kind}/{name}": value.contiguous() for kind, value in self._adamw.state[master].items()}
+            if master is not self._parameters[name]:
+                tensors[f"{MASTER}/{name}"] = master.detach()
+        save_file(tensors, folder / FILE)
+
+    def load(self, folder: Path) -> None:
+        """Take over moments and masters. The learning rate and all other settings stay those of this optimizer's spec."""
+        tensors = load_file(folder / FILE)
+        for name, master in self._masters.items():
+            state = {kind: tensors.pop(f"{kind}/{name}") for kind in MOMENTS if f"{kind}/{name}" in tensors}
+            saved_master = tensors.pop(f"{MASTER}/{name}", None)
+            for value in (*(state[kind] for kind in MOMENTS[:2] if kind in state), saved_master):
+                if value is not None and value.shape != master.shape:
+                    raise _mismatch(
+                        f"{name} has shape {list(master.shape)} in the model and {list(value.shape)} in the optimizer"
+                    )
+            if state:
+                self._adamw.state[master] = {kind: value.to(master.device) for kind, value in state.items()}
+            if saved_master is not None and master is not self._parameters[name]:
+                master.data.copy_(saved_master)
+        if tensors:
+            raise _mismatch(
+                f"it holds state of weights that are not trained here, for example {next(iter(tensors)).split('/', 1)[1]}"
+            )
+        self._copy_masters()
+
+    @torch.no_grad()
+    def _copy_masters(self) -> None:
+        for name, master in self._masters.items():
+            if master is not self._parameters[name]:
+                self._parameters[name].copy_(master)
+
+
+def _master(parameter: nn.Parameter) -> nn.Parameter:
+    """The weight itself when it is float32; else a float32 copy of it, which collects the weight's gradients."""
+    if parameter.dtype == torch.float32:
+        return parameter
+    master = nn.Parameter(parameter.detach().float())
+
+    def collect(parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        gradient = parameter.grad.float()
+        master.grad = gradient if master.grad is None else master.grad + gradient
+        parameter.grad = None
+
+    parameter.register_post_accumulate_grad_hook(collect)
+    return master
+
+
+def _mismatch(why: str) -> JobFailed:
+    return JobFailed(
+        "checkpoint_mismatch",
+        f"the checkpoint's optimizer does not fit this model: {why}",
+        hint="start with model.from_checkpoint.load: weights, or with the adapter of the checkpoint",
+        pointer="/model/from_checkpoint/load",
+    )

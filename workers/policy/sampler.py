@@ -1,0 +1,220 @@
+"""Sampling: a short loop over a KV cache. Each prompt is read once for its whole group, ended rows leave the batch.
+
+The log_probs that come with the tokens are those of the distribution that was sampled from, in float32.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
+
+from service.errors import JobFailed
+
+CPU_CACHE_BYTES = 2 * 2**30  # of keys and values; constants, so that the same call is batched alike every time
+GPU_CACHE_SHARE = 0.25  # of all the memory of the card
+MOST_ROWS = 1024
+DROP_AT = 1 / 8  # rows that ended leave the batch when they are at least this share of it: to drop them copies the cache
+STOP_MARGIN_TOKENS = 8  # looked at beyond a stop text's length, for tokens that stand for no character
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One sampled answer. `tokens` hold the end-of-sequence token when it was sampled; `text` holds a stop text."""
+
+    tokens: list[int]
+    log_probs: list[float]
+    text: str
+    finish_reason: Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """What to draw from: temperature 0 is greedy, top_p 1 and top_k 0 are off."""
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    stop: tuple[str, ...] = ()
+
+
+Decode = Callable[[list[list[int]]], list[str]]
+
+
+class Sampler:
+    """Draws groups of answers from one model."""
+
+    def __init__(self, model: PreTrainedModel, *, eos_ids: list[int], pad_id: int, decode: Decode) -> None:
+        self._model, self._pad_id, self._decode = model, pad_id, decode
+        self._device = model.device
+        self._eos_ids = torch.tensor(eos_ids, dtype=torch.long, device=self._device)
+        self._takes = inspect.signature(type(model).forward).parameters.keys()
+        layers = DynamicCache(config=model.config).layers
+        # A recurrent state cannot skip padding that it has read, so such models get prompts of one length at a time.
+        self._pads = not any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers)
+
+    @torch.no_grad()
+    def sample(self, prompts: list[list[int]], group_size: int, how: Sampling, seed: int) -> list[list[Completion]]:
+        """`group_size` answers to each prompt, in the order of the prompts. The same call gives the same answers."""
+        if any(not prompt for prompt in prompts):
+            raise ValueError(f"prompt {prompts.index([])} is empty; an answer's first token needs something before it")
+        generator = torch.Generator(self._device).manual_seed(seed)
+        groups: list[list[Completion]] = [[] for _ in prompts]
+        for batch, counts in self._batches(prompts, group_size, how.max_tokens):
+            answers = iter(self._sample_batch([prompts[i] for i in batch], counts, how, generator))
+            for i, count in zip(batch, counts, strict=True):
+                groups[i] += [next(answers) for _ in range(count)]
+        return groups
+
+    def _batches(self, prompts: list[list[int]], group_size: int, max_tokens: int) -> Iterator[tuple[list[int], list[int]]]:
+        """Prompts of like length together, and how many answers each gets in this batch."""
+        order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
+        runs = [order] if self._pads else [list(run) for _, run in groupby(order, key=lambda i: len(prompts[i]))]
+        for run in runs:
+            batch: list[int] = []
+            counts: list[int] = []
+            room = 0
+            for i in run:
+                left = group_size
+                while left:
+                    if not room or (room < left <= self._most_rows(len(prompts[i]) + max_tokens)):
+                        if batch:
+                            yield batch, counts
+                        batch, counts, room = [], [], self._most_rows(len(prompts[i]) + max_tokens)
+                    taken = min(left, room)
+                    batch.append(i)
+                    counts.append(taken)
+                    left, room = left - taken, room - taken
+            if batch:
+                yield batch, counts
+
+    def _most_rows(self, length: int) -> int:
+        config: Any = self._model.config.get_text_config()
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        per_token = 2 * config.num_hidden_layers * heads * head_dim * self._model.dtype.itemsize
+        if self._device.type == "cuda":
+            budget = GPU_CACHE_SHARE * torch.cuda.get_device_properties(self._device).total_memory
+        else:
+            budget = CPU_CACHE_BYTES
+        return max(1, min(MOST_ROWS, int(budget / (per_token * length))))
+
+    def _sample_batch(
+        self, prompts: list[list[int]], counts: list[int], how: Sampling, generator: torch.Generator
+    ) -> list[Completion]:
+        device = self._device
+        longest = max(map(len, prompts))
+        total = sum(counts)
+        ids = torch.tensor([[self._pad_id] * (longest - len(p)) + p for p in prompts], device=device)
+        lengths = torch.tensor([len(p) for p in prompts], device=device)
+        padded = min(map(len, prompts)) < longest
+        # One column for each token to come; left out altogether when nothing is padded, which is faster.
+        mask = torch.ones(len(prompts), longest + how.max_tokens, dtype=torch.long, device=device)
+        mask[:, :longest] = torch.arange(longest, device=device) >= (longest - lengths).unsqueeze(-1)
+
+        cache = DynamicCache(config=self._model.config)
+        positions = (mask[:, :longest].cumsum(-1) - 1).clamp(min=0)
+        logits = self._forward(ids, mask[:, :longest] if padded else None, positions, cache)
+        group = torch.arange(len(prompts), device=device).repeat_interleave(torch.tensor(counts, device=device))
+        if total > len(prompts):
+            _select(cache, group)
+        logits, mask, lengths = logits[group], mask[group], lengths[group]
+
+        drawn = torch.full((total, how.max_tokens), self._pad_id, device=device)
+        log_probs = torch.zeros(total, how.max_tokens, device=device)
+        ends = torch.full((total,), how.max_tokens, device=device)
+        stopped = torch.zeros(total, dtype=torch.bool, device=device)
+        rows = torch.arange(total, device=device)  # which answer each row of the batch belongs to
+        for step in range(how.max_tokens):
+            tokens, chosen = draw(logits, how, generator)
+            drawn[rows, step], log_probs[rows, step] = tokens, chosen
+            ended = torch.isin(tokens, self._eos_ids)
+            if how.stop:
+                ended |= self._at_stop(drawn[rows, : step + 1], how.stop)
+            fresh = ended & ~stopped[rows]
+            ends[rows[fresh]] = step + 1
+            stopped[rows[fresh]] = True
+            left = ~stopped[rows]
+            alive = int(left.sum())
+            if not alive or step + 1 == how.max_tokens:
+                break
+            if len(rows) - alive >= DROP_AT * len(rows):
+                kept = left.nonzero().squeeze(-1)
+                _select(cache, kept)
+                rows, tokens, mask, lengths = rows[kept], tokens[kept], mask[kept], lengths[kept]
+            seen = mask[:, : longest + step + 1] if padded else None
+            logits = self._forward(tokens.unsqueeze(-1), seen, (lengths + step).unsqueeze(-1), cache)
+        return self._completions(drawn, log_probs, ends, stopped)
+
+    def _forward(self, ids: Tensor, mask: Tensor | None, positions: Tensor, cache: DynamicCache) -> Tensor:
+        """The logits after the last token of each row."""
+        arguments: dict[str, Any] = {"attention_mask": mask, "past_key_values": cache, "use_cache": True}
+        if "position_ids" in self._takes:
+            arguments["position_ids"] = positions
+        if "logits_to_keep" in self._takes:
+            arguments["logits_to_keep"] = 1
+        return self._model(input_ids=ids, **arguments).logits[:, -1]
+
+    def _at_stop(self, tokens: Tensor, stop: tuple[str, ...]) -> Tensor:
+        """Which rows hold a stop text. Only their ends are decoded: what stands before was looked at in earlier steps."""
+        tail = max(map(len, stop)) + STOP_MARGIN_TOKENS
+        texts = self._decode(tokens[:, -tail:].tolist())
+        return torch.tensor([any(text in tail for text in stop) for tail in texts], device=self._device)
+
+    def _completions(self, drawn: Tensor, log_probs: Tensor, ends: Tensor, stopped: Tensor) -> list[Completion]:
+        if not torch.isfinite(log_probs).all():
+            raise JobFailed(
+                "non_finite_logits",
+                "the model gave logits that are not finite while sampling",
+                hint="use model.dtype: float32, or a model whose weights are sound",
+            )
+        lengths = ends.tolist()
+        tokens = [row[:length] for row, length in zip(drawn.tolist(), lengths, strict=True)]
+        scores = [row[:length] for row, length in zip(log_probs.tolist(), lengths, strict=True)]
+        texts = self._decode(tokens)
+        return [
+            Completion(row, score, text, "stop" if stop else "length")
+            for row, score, text, stop in zip(tokens, scores, texts, stopped.tolist(), strict=True)
+        ]
+
+
+def _select(cache: DynamicCache, rows: Any) -> None:
+    """Keep these rows of the batch, repeated where they are named more than once. Every kind of cache layer knows how to
+    reorder itself; batch_repeat_interleave and batch_select_indices pass over recurrent states."""
+    cache.reorder_cache(rows)
+
+
+def draw(logits_B_V: Tensor, how: Sampling, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """One token a row, and its log-probability in the distribution that was drawn from.
+
+    Greedy answers carry the policy's own log-probability, at temperature 1: that of the distribution drawn from would be 0.
+    """
+    logits = logits_B_V.float()
+    if how.temperature == 0:
+        tokens = logits.argmax(-1)
+        return tokens, logits.log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+    if how.temperature != 1:
+        logits = logits / how.temperature
+    ids = None
+    if 0 < how.top_k < logits.shape[-1]:
+        logits, ids = logits.topk(how.top_k, dim=-1)  # sorted, the likeliest first
+    if how.top_p < 1:
+        if ids is None:
+            logits, ids = logits.sort(dim=-1, descending=True, stable=True)
+        probs = logits.softmax(-1)
+        logits = logits.masked_fill(probs.cumsum(-1) - probs >= how.top_p, float("-inf"))  # the first always stays
+    log_probs = logits.log_softmax(-1)
+    # By inversion of the cumulated distribution: one random number a row, where multinomial draws one a token.
+    cumulated = log_probs.exp().cumsum(-1, dtype=torch.float64)
+    whole = cumulated[:, -1:]
+    point = torch.rand(whole.shape, generator=generator, dtype=torch.float64, device=whole.device) * whole
+    place = torch.searchsorted(cumulated, torch.minimum(point, whole.nextafter(torch.zeros_like(whole))), right=True)
+    place = place.clamp(max=logits.shape[-1] - 1)  # only where logits are not finite, which is told afterwards
+    chosen = log_probs.gather(-1, place).squeeze(-1)
+    return (place if ids is None else ids.gather(-1, place)).squeeze(-1), chosen

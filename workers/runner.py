@@ -1,0 +1,221 @@
+"""One attempt at one job: claim, load, loop, commit, release. Whatever happens in between has one place here."""
+
+import logging
+import os
+import socket
+from pathlib import Path
+
+from pydantic import TypeAdapter
+from sqlalchemy.exc import InterfaceError, OperationalError
+
+from service.doorbell import Doorbell
+from service.errors import Failure, InvalidRequest, JobFailed, LeaseLost, NotFound
+from service.jobs import lease as leases
+from service.jobs.data import open_data
+from service.jobs.lease import Lease
+from service.jobs.spec import JobSpec, RLSpec, SupervisedSpec
+from service.jobs.state import Phase, Wish
+from service.rewards import Rewards
+from service.settings import Settings, get_settings
+from service.store import checkpoints, datasets
+from service.store.session import Store, open_store
+from service.store.tables import Checkpoint, Job
+from workers.heartbeat import Heartbeat
+from workers.identity import WORKER_ID, has_gpu, resource_classes
+from workers.loops import rl, supervised
+from workers.loops.attempt import Attempt, Stopped, drive
+from workers.loops.evaluation import evaluate
+from workers.loops.progress import Progress
+from workers.policy.checkpoint import CheckpointBroken, verify
+from workers.policy.policy import Policy
+
+log = logging.getLogger(__name__)
+
+LOOPS = {"rl": rl.step, "supervised": supervised.step}
+RETRY_FIRST_S, RETRY_LAST_S = 5.0, 300.0  # the pause before a retry doubles between these
+
+
+def run_next(rung_by: str) -> None:
+    """Claim the best queued job, if there is one, and see it through. Returns when it is over or given back."""
+    settings = get_settings()
+    store, doorbell = open_store(settings), Doorbell(settings)
+    try:
+        claimed = leases.claim(store, settings, os.environ[WORKER_ID], resource_classes(settings))
+        if claimed is None:
+            log.debug("rung by %s, but nothing is queued", rung_by)
+            return
+        run(store, settings, doorbell, *claimed)
+    finally:
+        store.engine.dispose()
+
+
+def run(store: Store, settings: Settings, doorbell: Doorbell, lease: Lease, job: Job) -> None:
+    """Run a claimed job and write down how it ended, unless another attempt has taken over meanwhile."""
+    spec: RLSpec | SupervisedSpec = TypeAdapter(JobSpec).validate_python(job.spec)
+    log.info("job %s: attempt %d starts", job.id, lease.attempt)
+    heartbeat = Heartbeat(store, settings, doorbell, lease, stall_timeout_s=spec.limits.stall_timeout_s)
+    try:
+        with heartbeat:
+            _attempt(store, settings, doorbell, lease, job, spec, heartbeat)
+    except LeaseLost as lost:
+        log.warning("job %s: attempt %d is over, %s", job.id, lease.attempt, lost.detail)
+    finally:
+        doorbell.signal(job.id, "events")
+
+
+def _attempt(
+    store: Store,
+    settings: Settings,
+    doorbell: Doorbell,
+    lease: Lease,
+    job: Job,
+    spec: RLSpec | SupervisedSpec,
+    heartbeat: Heartbeat,
+) -> None:
+    attempt: Attempt | None = None
+    try:
+        attempt = _load(store, settings, doorbell, lease, job, spec, heartbeat)
+        ended = drive(attempt, LOOPS[spec.kind], evaluate)
+        leases.succeed(store, lease, attempt.progress.result(ended), ended)
+    except Stopped as stopped:
+        _settle_wish(store, doorbell, lease, job, stopped.wish)
+    except LeaseLost:
+        raise
+    except Exception as error:
+        failure = _failure(error)
+        failure.phase, failure.attempt = heartbeat.phase.value, lease.attempt
+        failure.step = attempt.progress.step if attempt is not None else job.step
+        result = attempt.progress.result("failed") if attempt is not None else None
+        log.log(
+            logging.ERROR if failure.category == "internal" else logging.WARNING,
+            "job %s failed: %s",
+            job.id,
+            failure.detail,
+            exc_info=failure.category == "internal",
+        )
+        if failure.retryable:  # until limits.max_attempts of them, then it fails with this
+            delay_s = min(RETRY_FIRST_S * 2**job.retries, RETRY_LAST_S)
+            leases.release(store, lease, failure.code, failure=failure, delay_s=delay_s)
+        else:
+            leases.fail(store, lease, failure, result)
+    finally:
+        if attempt is not None and attempt.rewards is not None:
+            attempt.rewards.close()
+
+
+def _settle_wish(store: Store, doorbell: Doorbell, lease: Lease, job: Job, wish: Wish) -> None:
+    if wish is Wish.PAUSE:
+        leases.pause(store, lease)
+    elif wish is Wish.CANCEL:
+        leases.cancelled(store, lease)
+    else:
+        leases.release(store, lease, "drained")
+        doorbell.ring(job.id, job.resource_class)  # another worker goes on at once
+
+
+def _failure(error: Exception) -> Failure:
+    """What went wrong: a code, whose fault it is, and whether to try again."""
+    if isinstance(error, JobFailed):
+        return error.failure
+    if isinstance(error, InvalidRequest):  # what this worker cannot open, though the API could: a missing extra, for example
+        return Failure(
+            error.code, error.detail, "user", hint=error.hint, pointer=error.errors[0].pointer if error.errors else None
+        )
+    name = type(error).__name__
+    if isinstance(error, OperationalError | InterfaceError):
+        return Failure("store_unavailable", "the database did not answer", "infra", retryable=True)
+    if name == "OutOfMemoryError" or isinstance(error, MemoryError):
+        return Failure(
+            "out_of_memory",
+            str(error).split("\n", 1)[0],
+            "user",
+            hint="lower update.microbatch_tokens, rollout.prompts_per_step or max_completion_tokens",
+        )
+    if isinstance(error, OSError):
+        return Failure("io_error", f"{name}: {error.strerror or error}", "infra", retryable=True)
+    return Failure(
+        "internal_error",
+        f"{name} in the training process; its log has the trace",
+        "internal",
+        hint="this is a fault of Ratchet; fork the job to go on from its last checkpoint",
+    )
+
+
+def _load(
+    store: Store,
+    settings: Settings,
+    doorbell: Doorbell,
+    lease: Lease,
+    job: Job,
+    spec: RLSpec | SupervisedSpec,
+    heartbeat: Heartbeat,
+) -> Attempt:
+    """Data, graders and the model, at the newest good checkpoint of the job, else at its start."""
+    heartbeat.check(Phase.LOADING)
+    data = open_data(spec.data, spec.seed, lambda dataset_id: _dataset_path(store, job.project, dataset_id))
+    rewards = None if spec.reward is None else Rewards(spec.reward, job_id=job.id, secrets=settings.grader_secrets)
+    start = spec.model.from_checkpoint
+    start_from = None if start is None else _start_checkpoint(store, job, start.id)
+    resume_from = _newest_checkpoint(store, job)
+    policy = Policy.load(
+        spec.model,
+        optimizer=spec.optimizer,
+        optimizer_steps=_optimizer_steps(spec),
+        seed=spec.seed,
+        device="cuda" if has_gpu(settings) else "cpu",
+        threads=settings.torch_threads,
+        reference=isinstance(spec, RLSpec) and "ref_log_probs" in spec.objective.needs(),
+        reference_from=start_from,
+        weights_from=resume_from or start_from,
+        optimizer_from=resume_from or (start_from if start is not None and start.load == "weights+optimizer" else None),
+        new_schedule=resume_from is None,
+    )
+    progress = Progress() if resume_from is None else Progress.load(resume_from)
+    saved_at = None if resume_from is None else progress.step
+    leases.rewind(store, lease, progress.step)
+    process = {"host": socket.gethostname(), "pid": os.getpid()}
+    leases.set_resolved(store, lease, {**policy.facts, "process": process})
+    return Attempt(store, settings, doorbell, lease, job, heartbeat, spec, data, rewards, policy, progress, saved_at)
+
+
+def _optimizer_steps(spec: RLSpec | SupervisedSpec) -> int:
+    """How many there will be in all: what the learning rate's schedule is laid over."""
+    per_step = spec.update.minibatches * spec.update.epochs if isinstance(spec, RLSpec) else 1
+    return spec.limits.max_steps * per_step
+
+
+def _dataset_path(store: Store, project: str, dataset_id: str) -> Path:
+    with store.begin(readonly=True) as session:
+        return store.blobs.path(datasets.get(session, project, dataset_id).path)
+
+
+def _newest_checkpoint(store: Store, job: Job) -> Path | None:
+    """The newest checkpoint of this job that is whole; a torn or altered one is passed over, by name."""
+    with store.begin(readonly=True) as session:
+        rows = checkpoints.of_job(session, job.id)
+    for row in rows:
+        try:
+            return _verified(store, row)
+        except CheckpointBroken as broken:
+            log.error("job %s: checkpoint %s is broken (%s); trying the one before", job.id, row.id, broken)
+    return None
+
+
+def _start_checkpoint(store: Store, job: Job, checkpoint_id: str) -> Path:
+    try:
+        with store.begin(readonly=True) as session:
+            row = checkpoints.get(session, job.project, checkpoint_id)
+        return _verified(store, row)
+    except (NotFound, CheckpointBroken) as error:
+        raise JobFailed(
+            "checkpoint_broken" if isinstance(error, CheckpointBroken) else "checkpoint_not_found",
+            f"the job starts from {checkpoint_id}, which cannot be loaded: {error}",
+            hint="fork the job with another model.from_checkpoint",
+            pointer="/model/from_checkpoint",
+        ) from None
+
+
+def _verified(store: Store, row: Checkpoint) -> Path:
+    folder = store.blobs.path(row.path)
+    verify(folder, row.manifest_sha256)
+    return folder
