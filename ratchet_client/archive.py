@@ -1,0 +1,93 @@
+"""Unpacks a checkpoint's tar as it arrives: the regular files of its one folder, and nothing else."""
+
+import hashlib
+import io
+import json
+import shutil
+import tarfile
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+from ratchet_client.errors import RatchetArchiveError
+
+MANIFEST = "manifest.json"
+
+
+class Chunks(io.RawIOBase):
+    """An iterator of bytes as a file that can be read."""
+
+    def __init__(self, chunks: Iterator[bytes]) -> None:
+        self._chunks, self._rest = chunks, memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:  # pyright: ignore[reportIncompatibleMethodOverride]
+        while not self._rest:
+            chunk = next(self._chunks, None)
+            if chunk is None:
+                return 0
+            self._rest = memoryview(chunk)
+        count = min(len(buffer), len(self._rest))
+        buffer[:count], self._rest = self._rest[:count], self._rest[count:]
+        return count
+
+
+def unpack(chunks: Iterator[bytes], directory: Path) -> None:
+    """Fill `directory`, which must be absent or empty; it appears whole or not at all.
+
+    Raises RatchetArchiveError for a link, a device, a path that leads outside, or a file that its manifest does not know.
+    """
+    if directory.exists() and any(directory.iterdir()):
+        raise RatchetArchiveError(f"{directory} is not empty: name a new folder")
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
+    try:
+        _extract(chunks, temporary)
+        _compare(temporary)
+        temporary.chmod(0o755)
+        temporary.replace(directory)  # takes the place of an empty folder, too
+    except tarfile.TarError as error:
+        raise RatchetArchiveError(f"the archive cannot be read: {error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _extract(chunks: Iterator[bytes], folder: Path) -> None:
+    with tarfile.open(fileobj=io.BufferedReader(Chunks(chunks)), mode="r|") as archive:
+        for member in archive:
+            target = folder / _inside(member.name)
+            if member.isdir():
+                target.mkdir(parents=True, exist_ok=True)
+                continue
+            source = archive.extractfile(member) if member.isreg() else None
+            if source is None:
+                raise RatchetArchiveError(f"the archive holds {member.name!r}, which is no regular file")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with target.open("xb") as file:
+                shutil.copyfileobj(source, file)
+
+
+def _inside(name: str) -> PurePosixPath:
+    """The path without the folder that the archive wraps around everything."""
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or "\\" in name:
+        raise RatchetArchiveError(f"the archive holds the path {name!r}, which leads outside")
+    return path.relative_to(path.parts[0]) if path.parts else path
+
+
+def _compare(folder: Path) -> None:
+    """Byte for byte what was saved: every file as its checkpoint's manifest says, and none beside them."""
+    try:
+        expected = json.loads((folder / MANIFEST).read_bytes())["files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise RatchetArchiveError(f"the archive holds no readable {MANIFEST}") from None
+    found = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    found.pop(MANIFEST)
+    if missing := sorted(expected.keys() ^ found.keys()):
+        raise RatchetArchiveError(f"the archive and its {MANIFEST} disagree about {missing[0]}")
+    for name, path in found.items():
+        with path.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != expected[name]["sha256"]:
+                raise RatchetArchiveError(f"{name} is not what was saved: its sha256 differs from that of the {MANIFEST}")

@@ -1,0 +1,55 @@
+"""What can go wrong between a program and Ratchet."""
+
+from typing import Any, Self
+
+import httpx
+
+
+class RatchetError(Exception):
+    """The root of everything that this client raises on purpose."""
+
+
+class RatchetNotFound(RatchetError):
+    """No address or no key: nothing says which Ratchet is meant."""
+
+
+class RatchetConnectionError(RatchetError):
+    """The service could not be reached, or the connection broke, and trying again did not help."""
+
+
+class RatchetArchiveError(RatchetError):
+    """A downloaded archive holds something that must not be unpacked, or is not whole."""
+
+
+class RatchetApiError(RatchetError):
+    """The service refused. `problem` is its RFC 9457 document; the most used members are attributes."""
+
+    def __init__(self, status: int, problem: dict[str, Any], *, retry_after_s: float | None = None) -> None:
+        self.status = status
+        self.problem = problem
+        self.code: str = problem.get("code") or f"http_{status}"
+        self.detail: str = problem.get("detail") or problem.get("title") or f"HTTP status {status}"
+        self.hint: str | None = problem.get("hint")
+        self.retryable = bool(problem.get("retryable", False))
+        self.errors: list[dict[str, Any]] = problem.get("errors") or []  # pointer, detail, got, allowed
+        self.retry_after_s = retry_after_s
+        super().__init__(f"{self.detail} ({self.code}, HTTP {status})")
+
+    @classmethod
+    def of(cls, response: httpx.Response) -> Self:
+        """From an answer that has been read. What is no problem document (a proxy's page) is quoted."""
+        try:
+            problem = response.json()
+        except ValueError:
+            problem = None
+        if not isinstance(problem, dict):
+            problem = {"title": response.reason_phrase, "detail": response.text[:200].strip() or response.reason_phrase}
+        return cls(response.status_code, problem, retry_after_s=retry_after_s(response))
+
+
+def retry_after_s(response: httpx.Response) -> float | None:
+    """Seconds of a Retry-After header in its numeric form, the only one that Ratchet sends."""
+    try:
+        return max(0.0, float(response.headers["retry-after"]))
+    except (KeyError, ValueError):
+        return None

@@ -1,0 +1,131 @@
+"""One HTTP exchange that tries again: back-off with jitter, Retry-After, and always the same Idempotency-Key."""
+
+import random
+from collections.abc import Callable, Iterable, Mapping
+from ipaddress import ip_address
+from time import sleep
+from typing import Any
+from uuid import uuid4
+
+import httpx
+
+from ratchet_client.errors import RatchetApiError, RatchetConnectionError, RatchetError
+
+FIRST_PAUSE_S = 0.5  # doubles with each attempt
+LONGEST_PAUSE_S = 10.0
+LONGEST_RETRY_AFTER_S = 60.0  # told to wait longer than this, the caller should decide
+CONNECT_TIMEOUT_S = 5.0
+RETRIED = frozenset({429, 502, 503, 504})  # 502 and 504 come from proxies in between
+
+Content = bytes | Iterable[bytes]
+
+
+class Transport:
+    """An httpx client, the retries around it, and nothing that knows what a job is."""
+
+    def __init__(self, base_url: str, api_key: str | None, *, timeout_s: float, max_retries: int) -> None:
+        self.base_url = base_url.rstrip("/")
+        self.timeout_s = timeout_s
+        self.max_retries = max_retries
+        try:
+            url = httpx.URL(self.base_url)
+        except httpx.InvalidURL as error:
+            raise RatchetError(f"{base_url!r} is not a URL: {error}") from None
+        if url.scheme not in ("http", "https") or not url.host:
+            raise RatchetError(f"the address must look like http://127.0.0.1:8000, got {base_url!r}")
+        self.http = httpx.Client(
+            base_url=url,
+            headers={"User-Agent": "ratchet-client"} | ({"Authorization": f"Bearer {api_key}"} if api_key else {}),
+            timeout=httpx.Timeout(timeout_s, connect=CONNECT_TIMEOUT_S),
+            trust_env=not _is_this_machine(url.host),  # a proxy of the environment has no way to 127.0.0.1
+        )
+
+    def request(
+        self,
+        method: str,
+        path: str,
+        *,
+        params: Mapping[str, Any] | None = None,
+        json: Any = None,
+        content: Callable[[], Content] | None = None,
+        headers: Mapping[str, str] | None = None,
+        idempotency_key: str | None = None,
+        timeout_s: float | None = None,
+        stream: bool = False,
+    ) -> httpx.Response:
+        """A successful answer, read whole, or open when `stream`. `content` is called anew for each attempt.
+
+        Raises RatchetApiError for a refusal and RatchetConnectionError when nobody answers.
+        """
+        sent = dict(headers or {})
+        if method == "POST":
+            sent["Idempotency-Key"] = idempotency_key or uuid4().hex
+
+        def attempt() -> httpx.Response:
+            request = self.http.build_request(
+                method,
+                path,
+                params={name: value for name, value in (params or {}).items() if value is not None},
+                json=json,
+                content=content() if content is not None else None,
+                headers=sent,
+                timeout=httpx.Timeout(timeout_s or self.timeout_s, connect=CONNECT_TIMEOUT_S),
+            )
+            response = self.http.send(request, stream=stream)
+            if not response.is_success:
+                response.read()
+            return response
+
+        return self._until_answered(attempt)
+
+    def json(self, method: str, path: str, **request: Any) -> Any:
+        """`request`, and its answer parsed. Raises RatchetError when something answers that is no Ratchet."""
+        response = self.request(method, path, **request)
+        try:
+            return response.json()
+        except ValueError:
+            kind = response.headers.get("content-type", "no content type")
+            raise RatchetError(f"{self.base_url} answers, but not with JSON ({kind}): is it a Ratchet?") from None
+
+    def _until_answered(self, attempt: Callable[[], httpx.Response]) -> httpx.Response:
+        failures = 0
+        while True:
+            try:
+                response = attempt()
+                if response.is_success:
+                    return response
+                error = RatchetApiError.of(response)
+                if not is_passing(error) or failures >= self.max_retries:
+                    raise error
+                retry_after_s = error.retry_after_s
+            except httpx.TransportError as error:
+                if failures >= self.max_retries:
+                    raise self.unreachable(error) from error
+                retry_after_s = None
+            sleep(pause_s(failures, retry_after_s))
+            failures += 1
+
+    def unreachable(self, error: httpx.HTTPError) -> RatchetConnectionError:
+        return RatchetConnectionError(f"no answer from {self.base_url}: {error or type(error).__name__}")
+
+
+def is_passing(error: RatchetApiError) -> bool:
+    """Whether the same request may fare better in a moment."""
+    if error.retry_after_s is not None and error.retry_after_s > LONGEST_RETRY_AFTER_S:
+        return False
+    return error.status in RETRIED or (error.status == 409 and error.code == "idempotency_in_flight")
+
+
+def pause_s(failures: int, retry_after_s: float | None) -> float:
+    """How long to wait: never less than the service asked for; spread, so that clients do not come back all at once."""
+    spread = random.uniform(0.5, 1.0)
+    if retry_after_s is not None:
+        return retry_after_s + 0.2 * spread
+    return min(FIRST_PAUSE_S * 2**failures, LONGEST_PAUSE_S) * spread
+
+
+def _is_this_machine(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -1,0 +1,153 @@
+"""The shapes of Ratchet's answers. Plain dictionaries at run time; an answer may have more members than stand here."""
+
+from typing import Any, Generic, Literal, NotRequired, TypedDict, TypeVar
+
+Item = TypeVar("Item")
+
+Status = Literal["validating", "queued", "running", "pausing", "paused", "cancelling", "succeeded", "failed", "cancelled"]
+FINAL: frozenset[str] = frozenset({"succeeded", "failed", "cancelled"})
+
+
+class Page(TypedDict, Generic[Item]):
+    """A part of a list; the next one starts `after` its last_id."""
+
+    object: Literal["list"]
+    data: list[Item]
+    has_more: bool
+    first_id: str | None
+    last_id: str | None
+
+
+class JobSummary(TypedDict):
+    """A job as it stands in lists."""
+
+    id: str
+    object: Literal["job"]
+    kind: Literal["rl", "supervised"]
+    name: str
+    tags: list[str]
+    metadata: dict[str, Any]
+    status: Status
+    status_reason: str | None
+    phase: str | None
+    step: int
+    max_steps: int
+    attempt: int
+    error: dict[str, Any] | None
+    result: dict[str, Any] | None
+    spec_sha256: str
+    data_sha256: str
+    parent_id: str | None
+    from_checkpoint_id: str | None
+    checkpoint_id: str | None
+    run_s: float
+    last_event: int
+    allowed_actions: list[str]
+    created_at: str
+    queued_at: str | None
+    started_at: str | None
+    finished_at: str | None
+    links: dict[str, str]
+
+
+class Job(JobSummary):
+    spec: dict[str, Any]
+    spec_sent: dict[str, Any]
+    resolved: dict[str, Any]
+
+
+class Validation(TypedDict):
+    """What a dry run found: the spec with everything filled in, and sample rows as their graders see them."""
+
+    spec: dict[str, Any]
+    spec_sha256: str
+    data_sha256: str
+    estimates: dict[str, Any]
+    samples: list[dict[str, Any]]
+    warnings: list[str]
+
+
+class Event(TypedDict):
+    """One entry of a job's log; `seq` counts 1, 2, 3 ... without gaps."""
+
+    object: Literal["event"]
+    job_id: str
+    seq: int
+    type: str
+    data: dict[str, Any]
+    created_at: str
+
+
+class Series(TypedDict):
+    """One curve as columns. min and max stand beside value only where points were merged."""
+
+    step: list[int]
+    value: list[float | None]
+    min: NotRequired[list[float | None]]
+    max: NotRequired[list[float | None]]
+
+
+class Metrics(TypedDict):
+    object: Literal["metrics"]
+    job_id: str
+    series: dict[str, Series]
+
+
+class Rollout(TypedDict):
+    """A sampled group: one prompt, its answers (text, reward, scores, tokens, finish_reason)."""
+
+    id: str
+    split: Literal["train", "eval"]
+    step: int
+    group_index: int
+    prompt: str
+    reference: str | None
+    samples: list[dict[str, Any]]
+
+
+class Checkpoint(TypedDict):
+    id: str
+    object: Literal["checkpoint"]
+    job_id: str | None
+    step: int
+    adapter: Literal["lora", "full"]
+    size_bytes: int
+    metrics: dict[str, float | None]
+    is_final: bool
+    created_at: str
+
+
+class Dataset(TypedDict):
+    id: str
+    object: Literal["dataset"]
+    name: str
+    rows: int
+    columns: dict[str, Any]
+    sha256: str
+    size_bytes: int
+    created_at: str
+
+
+class Model(TypedDict):
+    """Its id is what to write as model.source."""
+
+    id: str
+    object: Literal["model"]
+    kind: Literal["builtin", "folder"]
+    description: str
+    config: dict[str, Any]
+    size_bytes: int | None
+
+
+class Key(TypedDict):
+    id: str
+    object: Literal["key"]
+    project: str
+    name: str
+    ends_with: str
+    created_at: str
+    last_used_at: str | None
+
+
+class NewKey(Key):
+    key: str  # the text itself, shown this once
