@@ -1,0 +1,121 @@
+"""Checkpoints: listed, downloaded as an archive that unpacks to the same files, deleted."""
+
+import io
+import tarfile
+from hashlib import sha256
+
+import pytest
+
+from service.api.archive import archive_of
+from service.ids import new_id
+from service.jobs import lease as leases
+from service.store.checkpoints import CheckpointRow
+
+FILES = {
+    "manifest.json": b"{}",
+    "model/config.json": b'{"model_type": "llama"}',
+    "model/model.safetensors": bytes(range(256)) * 9000,  # longer than one chunk of the stream
+    "optimizer.safetensors": b"",
+    f"model/{'long-' * 40}name.txt": b"a name that needs an extended header",
+}
+
+
+@pytest.fixture
+def save(api):
+    def save(lease, step):
+        checkpoint_id = new_id("ckpt")
+        folder = api.store.blobs.temporary_dir()
+        for name, content in FILES.items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_bytes(content)
+        path = f"checkpoints/{lease.job_id}/{checkpoint_id}"
+        api.store.blobs.commit_dir(folder, path)
+        size = sum(map(len, FILES.values()))
+        row = CheckpointRow(
+            checkpoint_id, step, "full", {"source": "tiny"}, path, size, "a" * 64, {"eval/loss": 0.5}, True, False
+        )
+        leases.commit_checkpoint(api.store, lease, row)
+        return checkpoint_id
+
+    return save
+
+
+def test_checkpoints_are_listed_and_read(api, client, submit, save):
+    job, another = submit(), submit()
+    lease, _ = api.claim(job["id"])
+    first, second = save(lease, 1), save(lease, 2)
+    for path in (f"/v1/jobs/{job['id']}/checkpoints", f"/v1/checkpoints?job_id={job['id']}", "/v1/checkpoints"):
+        assert [one["id"] for one in client.get(path).json()["data"]] == [second, first]
+    assert client.get(f"/v1/jobs/{another['id']}/checkpoints").json()["data"] == []
+    page = client.get(f"/v1/jobs/{job['id']}/checkpoints", params={"limit": 1}).json()
+    assert (page["last_id"], page["has_more"]) == (second, True)
+    one = client.get(f"/v1/checkpoints/{first}").json()
+    assert (one["step"], one["job_id"], one["adapter"], one["metrics"]) == (1, job["id"], "full", {"eval/loss": 0.5})
+
+
+def test_an_archive_unpacks_to_the_same_files(api, client, submit, save, tmp_path):
+    lease, _ = api.claim(submit()["id"])
+    checkpoint_id = save(lease, 1)
+    answer = client.get(f"/v1/checkpoints/{checkpoint_id}/archive")
+    assert answer.headers["content-type"] == "application/x-tar"
+    assert int(answer.headers["content-length"]) == len(answer.content)
+    assert checkpoint_id in answer.headers["content-disposition"]
+    with tarfile.open(fileobj=io.BytesIO(answer.content)) as archive:
+        archive.extractall(tmp_path, filter="data")
+    unpacked = {
+        path.relative_to(tmp_path / checkpoint_id).as_posix(): path.read_bytes()
+        for path in tmp_path.rglob("*")
+        if path.is_file()
+    }
+    assert unpacked == FILES
+
+
+def test_an_archive_holds_regular_files_only(tmp_path):
+    (tmp_path / "secret").write_text("of somebody else")
+    folder = tmp_path / "checkpoint"
+    (folder / "model").mkdir(parents=True)
+    (folder / "model" / "weights").write_bytes(b"w" * 1000)
+    (folder / "link").symlink_to(tmp_path / "secret")
+    (folder / "folder").symlink_to(tmp_path)
+    archive = archive_of(folder, "ckpt_x")
+    content = b"".join(archive.stream())
+    assert len(content) == archive.size
+    with tarfile.open(fileobj=io.BytesIO(content)) as unpacked:
+        assert [member.name for member in unpacked] == ["ckpt_x/model/weights"]
+        assert unpacked.getmembers()[0].isreg()
+
+
+def test_a_file_that_shrinks_while_it_is_sent_breaks_the_archive(tmp_path):
+    (tmp_path / "weights").write_bytes(b"w" * 1000)
+    archive = archive_of(tmp_path, "ckpt_x")
+    (tmp_path / "weights").write_bytes(b"w" * 10)
+    with pytest.raises(OSError, match="shorter"):
+        b"".join(archive.stream())
+
+
+def test_a_checkpoint_that_is_needed_is_kept(api, client, submit, save):
+    job = submit()
+    lease, _ = api.claim(job["id"])
+    old, newest = save(lease, 1), save(lease, 2)
+    refused = client.delete(f"/v1/checkpoints/{newest}")
+    assert (refused.status_code, refused.json()["code"]) == (409, "checkpoint_in_use")
+    assert client.delete(f"/v1/checkpoints/{old}").status_code == 204
+    assert client.get(f"/v1/checkpoints/{old}").status_code == 404
+    assert client.delete(f"/v1/checkpoints/{old}").status_code == 404
+    assert not api.store.blobs.path(f"checkpoints/{job['id']}/{old}").exists()
+    leases.succeed(api.store, lease, {}, "max_steps")
+    client.delete(f"/v1/jobs/{job['id']}")
+    kept = client.get(f"/v1/checkpoints/{newest}").json()
+    assert kept["job_id"] is None  # the job is gone, its checkpoint is not
+    assert sha256(client.get(f"/v1/checkpoints/{newest}/archive").content).digest()
+    assert client.delete(f"/v1/checkpoints/{newest}").status_code == 204
+
+
+def test_files_that_are_on_another_machine_are_a_404_that_says_so(api, client, submit, save):
+    job = submit()
+    lease, _ = api.claim(job["id"])
+    checkpoint_id = save(lease, 1)
+    api.store.blobs.delete(f"checkpoints/{job['id']}/{checkpoint_id}")
+    answer = client.get(f"/v1/checkpoints/{checkpoint_id}/archive")
+    assert (answer.status_code, answer.json()["code"]) == (404, "files_missing")
+    assert "RATCHET_DATA_DIR" in answer.json()["hint"]

@@ -1,0 +1,86 @@
+"""openapi.json: complete, and kept in the repository."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from jsonschema import Draft202012Validator
+
+from service.api.examples import JOB_SPEC
+from service.app import create_app
+from service.settings import Settings
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def document():
+    return create_app(Settings()).openapi()
+
+
+@pytest.fixture(scope="module")
+def operations(document):
+    return [(path, method, one) for path, methods in document["paths"].items() for method, one in methods.items()]
+
+
+def test_every_reference_leads_somewhere(document):
+    names = set(re.findall(r'"#/components/schemas/([^"]+)"', json.dumps(document)))
+    assert names <= set(document["components"]["schemas"])
+    assert {"JobSpec", "RLSpec", "ObjectiveSpec", "JobView", "Problem", "EventView"} <= set(document["components"]["schemas"])
+
+
+def test_every_operation_is_named_and_described(operations):
+    names = [one["operationId"] for _, _, one in operations]
+    assert len(names) == len(set(names))
+    for path, method, one in operations:
+        assert one.get("description") or method == "get", f"{method} {path} has no docstring"
+
+
+def test_every_operation_announces_its_refusals(operations):
+    for path, method, one in operations:
+        if not path.startswith("/v1/"):
+            continue
+        wanted = {"400", "401", "422", "500", "503"} | ({"404"} if "{" in path else set())
+        if "requestBody" in one:
+            wanted |= {"413", "415"}
+        assert wanted <= set(one["responses"]), f"{method} {path}"
+        assert one["security"], f"{method} {path}"
+        for status, answer in one["responses"].items():
+            if int(status) >= 400:
+                schema = answer["content"]["application/problem+json"]["schema"]
+                assert schema == {"$ref": "#/components/schemas/Problem"}
+
+
+def test_every_answer_has_a_type(operations):
+    for path, method, one in operations:
+        good = next(answer for status, answer in one["responses"].items() if status.startswith("2"))
+        if method != "delete":
+            assert all(content.get("schema") for content in good["content"].values()), f"{method} {path}"
+
+
+def test_every_field_of_a_spec_is_described(document):
+    """A description is also the documentation; constants and models speak for themselves."""
+    for name in ("RolloutSpec", "OptimizerSpec", "ModelSpec", "DataSpec", "RewardSpec", "UpdateSpec", "Limits"):
+        for key, field in document["components"]["schemas"][name]["properties"].items():
+            assert "description" in field or "const" in field, f"{name}.{key}"
+
+
+def test_the_example_fits_its_schema_and_is_accepted(document, client):
+    example = document["paths"]["/v1/jobs"]["post"]["requestBody"]["content"]["application/json"]["example"]
+    assert example == JOB_SPEC
+    schema = {"$ref": "#/components/schemas/JobSpec", "components": document["components"]}
+    Draft202012Validator(schema).validate(example)
+    assert client.post("/v1/jobs", json=example).status_code == 201
+
+
+def test_it_is_served_without_a_key(api, document):
+    with api.anonymous() as anybody:
+        assert anybody.get("/openapi.json").json() == document
+
+
+def test_it_can_be_printed():
+    printed = subprocess.run([sys.executable, "-m", "service.openapi"], cwd=REPOSITORY, capture_output=True, check=True)
+    assert json.loads(printed.stdout)["info"]["title"] == "Ratchet"

@@ -1,0 +1,336 @@
+"""The command line against the real API. Exit statuses are part of its contract."""
+
+import json
+import os
+import pty
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ratchet_client import Ratchet
+from service import demo
+from service.errors import Failure
+from service.jobs.lease import RolloutRow
+
+SPEC = """
+kind: rl
+name: reverse [red]three[/red]
+tags: [small]
+model: {source: tiny}
+data:
+  train: {source: inline, rows: [{q: "123", a: "321"}, {q: "456", a: "654"}]}
+  prompt: "rev {q}>"
+  answer: "{a}"
+objective: {preset: gspo}
+rollout: {prompts_per_step: 2, group_size: 2, max_completion_tokens: 4}
+reward: {graders: [{kind: exact, reference: "{a}"}]}
+limits: {max_steps: 4}
+"""
+Cli = Callable[..., Any]
+
+
+@pytest.fixture
+def spec(tmp_path: Path) -> str:
+    path = tmp_path / "job.yaml"
+    path.write_text(SPEC)
+    return str(path)
+
+
+@pytest.fixture
+def job_id(api: str, cli: Cli, spec: str) -> str:
+    return cli("submit", spec, "--json").json["id"]
+
+
+# ---------------------------------------------------------------- submitting and validating
+
+
+def test_submit_takes_a_file_or_standard_input(api: str, cli: Cli, spec: str) -> None:
+    from_file = cli("submit", spec)
+    assert from_file.code == 0 and from_file.out.startswith("job_") and "reverse [red]three[/red]" in from_file.out
+    assert cli("submit", "-", "--json", stdin=SPEC).json["status"] == "queued"
+    assert cli("submit", "--json", stdin='{"kind": "rl"}').code == 1
+    assert [job["tags"] for job in cli("jobs", "--json").json["data"]] == [["small"], ["small"]]
+
+
+def test_validate_says_what_the_job_would_be_and_creates_nothing(api: str, cli: Cli, spec: str) -> None:
+    shown = cli("validate", spec)
+    assert shown.code == 0 and "rev 123>" in shown.out and "optimizer steps" in shown.out
+    assert cli("validate", spec, "--json").json["spec"]["optimizer"]["eps"] == 1e-8
+    assert cli("jobs", "--json").json["data"] == []
+
+
+def test_everything_wrong_with_a_spec_is_said_with_where_what_and_allowed(api: str, cli: Cli) -> None:
+    wrong = SPEC.replace("preset: gspo", "preset: gspoo").replace("group_size: 2", "group_size: 0").replace("tags:", "tagz:")
+    for command in ("validate", "submit"):
+        refused = cli(command, "-", stdin=wrong)
+        assert (refused.code, refused.out) == (1, "")
+        for said in ("/objective/preset", "came: gspoo", "gspo_token", "/rollout/group_size", "came: 0", "/tagz", "tags"):
+            assert said in refused.err, (said, refused.err)
+    assert cli("jobs", "--json").json["data"] == []
+
+
+def test_broken_yaml_is_said_with_its_line(api: str, cli: Cli) -> None:
+    refused = cli("submit", "-", stdin="kind: rl\nmodel: {source: tiny\n")
+    assert refused.code == 1 and "line 3" in refused.err
+
+
+def test_a_missing_file_is_a_plain_error(api: str, cli: Cli) -> None:
+    refused = cli("submit", "nowhere.yaml")
+    assert refused.code == 1 and "nowhere.yaml" in refused.err and "Traceback" not in refused.err
+
+
+# ---------------------------------------------------------------- jobs
+
+
+def test_jobs_are_listed_with_filters_and_shown(cli: Cli, job_id: str) -> None:
+    listed = cli("jobs", "--status", "queued", "--tag", "small").out
+    assert job_id in listed and "reverse [red]three[/red]" in listed and "0/4" in listed
+    assert "no jobs" in cli("jobs", "--kind", "supervised").err
+    shown = cli("show", job_id).out
+    assert job_id in shown and "rl, gspo" in shown and "cancel" in shown
+    assert cli("show", job_id, "--json").json["spec_sent"]["name"] == "reverse [red]three[/red]"
+
+
+def test_a_list_goes_on_behind_its_last_id(api: str, cli: Cli, spec: str) -> None:
+    ids = [cli("submit", spec, "--json").json["id"] for _ in range(3)]
+    first = cli("jobs", "--limit", "2")
+    assert f"--after {ids[1]}" in first.err
+    assert [job["id"] for job in cli("jobs", "--after", ids[1], "--json").json["data"]] == [ids[0]]
+
+
+def test_pause_resume_cancel_delete_and_what_is_refused(cli: Cli, job_id: str) -> None:
+    assert "paused" in cli("pause", job_id).out
+    assert "paused" in cli("pause", job_id).out
+    assert "queued" in cli("resume", job_id).out
+    unfinished = cli("delete", job_id, "--yes")
+    assert unfinished.code == 1 and "error: " in unfinished.err
+    assert "cancelled" in cli("cancel", job_id).out
+    refused = cli("resume", job_id)
+    assert refused.code == 1 and "allowed now: " in refused.err
+    assert cli("delete", job_id, stdin="n\n").code != 0
+    assert cli("delete", job_id, stdin="y\n").code == 0
+    gone = cli("show", job_id)
+    assert gone.code == 1 and job_id in gone.err
+
+
+def test_fork_changes_parts_of_the_spec(cli: Cli, hand: Any, job_id: str) -> None:
+    held = hand.take()
+    checkpoint_id = hand.save(held, 4, weights=b"w")
+    hand.succeed(held)
+    changes = "optimizer: {learning_rate: 1e-4}\nname: again"
+    forked = cli("fork", job_id, "--changes", "-", "--json", stdin=changes).json
+    assert (forked["parent_id"], forked["name"], forked["from_checkpoint_id"]) == (job_id, "again", checkpoint_id)
+    assert forked["spec"]["optimizer"]["learning_rate"] == 1e-4
+    assert cli("fork", job_id, "--changes", "-", stdin="- a list").code == 1
+
+
+# ---------------------------------------------------------------- following
+
+
+def test_watch_exits_as_the_job_does_and_says_why(cli: Cli, hand: Any, job_id: str) -> None:
+    held = hand.take()
+    hand.step(held, 1, {"reward/mean": 0.25, "policy/clip_fraction_low": 0.125, "policy/approx_kl_k3": 0.001})
+    failure = Failure("grader_unhealthy", "3 of 4 samples could not be graded \x1b[2J", "user", hint="mend the grader")
+    hand.fail(held, failure)
+    watched = cli("watch", job_id)
+    assert watched.code == 4
+    for said in ("reward 0.250", "clip fraction 0.125", "KL 0.001", "grader_unhealthy", "hint: mend the grader", "failed"):
+        assert said in watched.out, (said, watched.out)
+    assert "\x1b" not in watched.out
+
+
+def test_submit_follow_lasts_as_long_as_the_job(api: str, cli: Cli, hand: Any, spec: str) -> None:
+    def work() -> None:
+        held = hand.take(within_s=10)
+        for step in (1, 2, 3, 4):
+            hand.step(held, step, {"reward/mean": step / 4})
+        hand.succeed(held)
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    followed = cli("submit", spec, "--follow")
+    worker.join()
+    assert followed.code == 0 and "step 4/4  reward 1.000" in followed.out and "succeeded" in followed.out
+
+
+def test_a_cancelled_job_has_an_exit_status_of_its_own(cli: Cli, job_id: str) -> None:
+    cli("cancel", job_id)
+    assert cli("watch", job_id).code == 5
+
+
+def test_watch_json_prints_every_event_once_in_order(cli: Cli, hand: Any, job_id: str) -> None:
+    held = hand.take()
+    hand.step(held, 1, {"reward/mean": 0.25})
+    hand.succeed(held)
+    events = [json.loads(line) for line in cli("watch", job_id, "--json").out.splitlines()]
+    assert [event["seq"] for event in events] == list(range(1, len(events) + 1))
+    assert events[-1]["type"] == "status_changed" and events[-1]["data"]["to"] == "succeeded"
+
+
+def test_a_terminal_gets_a_progress_bar_with_numbers_that_move(hand: Any, job_id: str) -> None:
+    held = hand.take()
+    for step in (1, 2, 3):
+        hand.step(held, step, {"reward/mean": step / 4, "policy/clip_fraction_high": 0.5, "policy/approx_kl_k3": 0.25})
+    hand.succeed(held)
+    screen = in_terminal("watch", job_id)
+    for said in ("3/4", "reward 0.750", "clip fraction 0.500", "KL 0.250", "▁▄█", "reverse [red]three[/red]"):
+        assert said in screen, (said, screen)
+
+
+def in_terminal(*args: str) -> str:
+    """Everything that the command writes to a terminal of its own."""
+    ours, theirs = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100", "LINES": "30"}
+    process = subprocess.Popen([sys.executable, "-m", "service.cli", *args], stdout=theirs, stderr=theirs, env=environment)
+    os.close(theirs)
+    written = b""
+    while True:
+        try:
+            chunk = os.read(ours, 65536)
+        except OSError:  # how a terminal says that nobody writes any more
+            break
+        if not chunk:
+            break
+        written += chunk
+    os.close(ours)
+    assert process.wait(30) == 0, written.decode()
+    return written.decode()
+
+
+# ---------------------------------------------------------------- metrics, rollouts, checkpoints
+
+
+def test_metrics_are_drawn_listed_and_given_as_json(cli: Cli, hand: Any, job_id: str) -> None:
+    held = hand.take()
+    for step, reward in enumerate((0.1, 0.2, float("nan"), 0.9), start=1):
+        hand.step(held, step, {"reward/mean": reward, "perf/step_s": 2.0})
+    drawn = cli("metrics", job_id).out
+    assert "reward/mean  0.900 at step 4  (1 not finite)" in drawn and "perf/step_s" not in drawn
+    assert "┌" in drawn and "⠒" in drawn and "\x1b" not in drawn
+    assert "perf/step_s" in cli("metrics", job_id, "--list").out
+    series = cli("metrics", job_id, "reward/mean", "--json").json["series"]
+    assert series == {"reward/mean": {"step": [1, 2, 3, 4], "value": [0.1, 0.2, None, 0.9]}}
+    unknown = cli("metrics", job_id, "reward/men")
+    assert unknown.code == 1 and "reward/men" in unknown.err
+
+
+def test_nothing_measured_yet_is_no_error(cli: Cli, job_id: str) -> None:
+    drawn = cli("metrics", job_id)
+    assert (drawn.code, drawn.out) == (0, "") and "nothing yet" in drawn.err
+
+
+def test_rollouts_show_answers_without_letting_them_drive_the_terminal(cli: Cli, hand: Any, job_id: str) -> None:
+    sample = {"text": "32\x1b[2J\n1[bold]", "tokens": 4, "finish_reason": "length", "reward": 0.5, "scores": {"exact": 0.5}}
+    hand.step(hand.take(), 1, {}, [RolloutRow("train", 1, 0, "rev 123>", "321", [sample])])
+    shown = cli("rollouts", job_id).out
+    assert "rev 123>" in shown and "321" in shown and "0.500" in shown and "(cut)" in shown
+    assert "32\\x1b[2J⏎1[bold]" in shown and "\x1b" not in shown
+    assert cli("rollouts", job_id, "--split", "eval", "--json").json["data"] == []
+
+
+def test_checkpoints_are_listed_downloaded_and_deleted(cli: Cli, hand: Any, job_id: str, tmp_path: Path) -> None:
+    held = hand.take()
+    checkpoint_id = hand.save(held, 4, weights=os.urandom(3_000_000), trainer=b"{}")
+    hand.succeed(held)
+    assert checkpoint_id in cli("checkpoints", "--job", job_id).out
+    folder = tmp_path / "out"
+    assert cli("checkpoints", "download", checkpoint_id, "--to", str(folder)).code == 0
+    assert sorted(path.name for path in folder.iterdir()) == ["manifest.json", "trainer", "weights"]
+    assert (folder / "weights").stat().st_size == 3_000_000
+    again = cli("checkpoints", "download", checkpoint_id, "--to", str(folder))
+    assert again.code == 1 and "not empty" in again.err
+    assert cli("checkpoints", "delete", checkpoint_id).code == 0
+    assert cli("checkpoints", "show", checkpoint_id).code == 1
+
+
+# ---------------------------------------------------------------- datasets, models, keys
+
+
+def test_datasets_are_uploaded_looked_into_and_deleted(api: str, cli: Cli, tmp_path: Path) -> None:
+    rows = tmp_path / "digits.jsonl"
+    rows.write_text('{"q": "1", "a": "one"}\n{"q": "2", "a": "zwö"}\n')
+    dataset = cli("datasets", "upload", str(rows), "--json").json
+    assert (dataset["name"], dataset["rows"]) == ("digits", 2)
+    assert dataset["id"] in cli("datasets").out
+    assert cli("datasets", "rows", dataset["id"], "--offset", "1").out == '{"q": "2", "a": "zwö"}\n'
+    assert "string" in cli("datasets", "show", dataset["id"]).out
+    assert cli("datasets", "delete", dataset["id"]).code == 0
+    assert cli("datasets", "--json").json["data"] == []
+
+
+def test_a_broken_line_of_an_upload_is_named(api: str, cli: Cli, tmp_path: Path) -> None:
+    rows = tmp_path / "digits.jsonl"
+    rows.write_text('{"q": "1"}\n{"q": \n')
+    refused = cli("datasets", "upload", str(rows))
+    assert refused.code == 1 and "line 2" in refused.err
+    assert cli("datasets", "upload", str(tmp_path / "absent.jsonl")).code == 2
+
+
+def test_keys_are_made_used_and_revoked(api: str, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = cli("keys", "create", "laptop")
+    key = made.out.strip()
+    assert key.startswith("tml-") and "only time" in made.err
+    (key_id,) = [one["id"] for one in cli("keys", "--json").json["data"] if one["name"] == "laptop"]
+    with monkeypatch.context() as patch:
+        patch.setenv("RATCHET_API_KEY", key)
+        assert cli("jobs").code == 0
+    assert cli("keys", "revoke", key_id).code == 0
+    monkeypatch.setenv("RATCHET_API_KEY", key)
+    revoked = cli("jobs")
+    assert revoked.code == 1 and "key" in revoked.err
+
+
+def test_models_name_what_a_spec_may_say(api: str, cli: Cli) -> None:
+    assert "tiny" in cli("models").out
+    assert cli("models", "--json").json["data"][0]["id"] == "tiny"
+
+
+# ---------------------------------------------------------------- finding the service, and help
+
+
+def test_no_service_is_its_own_exit_status(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    nothing = cli("jobs")
+    assert nothing.code == 3 and "ratchet up" in nothing.err
+    monkeypatch.setenv("RATCHET_API_KEY", "tml-x")
+    dead = cli("--url", "http://127.0.0.1:9", "jobs")
+    assert dead.code == 3 and "http://127.0.0.1:9" in dead.err
+
+
+def test_a_local_stack_is_found_by_its_data_directory(
+    api: str, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "stack"
+    folder.mkdir()
+    (folder / "url").write_text(api + "\n")
+    (folder / "key").write_text(os.environ["RATCHET_API_KEY"] + "\n")
+    monkeypatch.delenv("RATCHET_URL")
+    monkeypatch.delenv("RATCHET_API_KEY")
+    assert cli("--data-dir", str(folder), "jobs").code == 0
+    monkeypatch.setenv("RATCHET_DATA_DIR", str(folder))
+    assert cli("jobs").code == 0
+
+
+def test_help_has_examples_and_the_exit_statuses(cli: Cli) -> None:
+    shown = cli("--help").out
+    assert "$ ratchet submit job.yaml --follow" in shown and "4  the followed job failed" in shown
+    assert "$ ratchet metrics job_01k... --list" in cli("metrics", "--help").out
+    misspelt = cli("jbos")
+    assert misspelt.code == 2 and "jobs" in misspelt.err
+
+
+def test_the_demos_jobs_are_valid_and_keep_apart_what_is_held_out(hand: Any, job_id: str) -> None:
+    rows = demo.make_rows(seed=0)
+    assert {part: len(found) for part, found in rows.items()} == {"train": 20_000, "held_out": 512, "probe": 128}
+    trained, held_out = ({row["digits"] for row in rows[part]} for part in ("train", "held_out"))
+    assert not trained & held_out and len(trained) == 20_000
+    with Ratchet() as ratchet:
+        ids = {part: ratchet.create_dataset(found, part)["id"] for part, found in rows.items()}
+        for spec in (demo.warm_up_spec(ids, seed=0), demo.gspo_spec(ids, hand.save(hand.take(), 4, weights=b"w"), seed=0)):
+            assert ratchet.validate_job(spec)["samples"][0]["graded"]["total"] == 1.0

@@ -1,0 +1,215 @@
+"""`ratchet up` with everything real: Redis, a Celery worker, the API, SQLite; stopped politely, and not."""
+
+import fcntl
+import os
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from ratchet_client import Ratchet
+from ratchet_client.discovery import find
+from service.local import redis_server
+from service.local.place import CannotStart
+
+RATCHET = [sys.executable, "-m", "service.cli"]
+JOB: dict[str, Any] = {
+    "kind": "supervised",
+    "model": {"source": "tiny", "tiny": {"hidden_size": 16, "layers": 1, "heads": 2, "intermediate_size": 16}},
+    "data": {"train": {"source": "inline", "rows": [{"q": "12", "a": "21"}]}, "prompt": "{q}>", "answer": "{a}"},
+    "update": {"batch_size": 1},
+    "checkpoints": {"every_steps": 50},
+}
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+
+
+class Up:
+    """One `ratchet up` on a free port, in a session of its own."""
+
+    def __init__(self, data_dir: Path) -> None:
+        self.data_dir = data_dir
+        self.log = data_dir.parent / f"up-{time.monotonic_ns()}.log"
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [*RATCHET, "up", "--data-dir", str(data_dir), "--port", "0"], stdout=log, stderr=log, start_new_session=True
+            )
+        self.until(lambda: "is ready at" in self.said())
+
+    def said(self) -> str:
+        return self.log.read_text()
+
+    def until(self, holds: Callable[[], Any], timeout_s: float = 60) -> None:
+        deadline = time.monotonic() + timeout_s
+        while not holds():
+            assert self.process.poll() is None and time.monotonic() < deadline, self.said()
+            time.sleep(0.05)
+
+    def client(self) -> Ratchet:
+        return Ratchet(*find(data_dir=self.data_dir))
+
+    def family(self) -> dict[int, str]:
+        """Every process below this one: its id and its command."""
+        return {pid: _command(pid) for pid in _descendants(self.process.pid)}
+
+    def child(self, command: str) -> int:
+        (pid,) = [pid for pid in _children(self.process.pid) if command in _command(pid)]
+        return pid
+
+    def kill(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+
+
+def _children(pid: int) -> list[int]:
+    try:
+        return [int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()]
+    except OSError:
+        return []
+
+
+def _descendants(pid: int) -> set[int]:
+    found = set(_children(pid))
+    return found.union(*map(_descendants, found)) if found else found
+
+
+def _command(pid: int) -> str:
+    """Empty for one that is gone, or dead and not yet reaped by its new parent."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+    except OSError:
+        return ""
+
+
+def assert_all_gone(family: dict[int, str], within_s: float = 5) -> None:
+    deadline = time.monotonic() + within_s
+    while left := {pid: command for pid, command in family.items() if command and _command(pid) == command}:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """Short enough for a socket's path, unlike pytest's own."""
+    path = Path(tempfile.mkdtemp(prefix="ratchet-up-"))
+    yield path
+    shutil.rmtree(path, ignore_errors=True)
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[[Path], Up]]:
+    started: list[Up] = []
+
+    def up(data_dir: Path) -> Up:
+        started.append(Up(data_dir))
+        return started[-1]
+
+    yield up
+    for one in started:
+        one.kill()
+
+
+def test_up_serves_restarts_what_dies_and_stops_without_a_trace(folder: Path, start: Callable[[Path], Up]) -> None:
+    up = start(folder / "data")
+    url, key = find(data_dir=up.data_dir)
+    assert httpx.get(f"{url}/readyz").status_code == 200 and url in up.said()
+    assert key.startswith("tml-") and stat.S_IMODE((up.data_dir / "key").stat().st_mode) == 0o600
+    assert stat.S_IMODE(up.data_dir.stat().st_mode) == 0o700
+    assert stat.S_IMODE((up.data_dir / "redis").stat().st_mode) == 0o700
+
+    redis_server, worker = up.child("redis-server"), up.child("workers.app")
+    os.kill(redis_server, signal.SIGKILL)
+    os.kill(worker, signal.SIGKILL)
+    up.until(lambda: up.said().count("starting it again") == 2)
+    with up.client() as ratchet:
+        job = ratchet.wait(ratchet.create_job({**JOB, "limits": {"max_steps": 2}})["id"], timeout_s=60)
+    assert job["status"] == "succeeded", job["error"]
+    assert {up.child("redis-server"), up.child("workers.app")}.isdisjoint({redis_server, worker})
+
+    family = up.family()
+    os.kill(up.process.pid, signal.SIGINT)
+    assert up.process.wait(60) == 0, up.said()
+    assert_all_gone(family)
+    assert [name for name in ("url", "key") if (up.data_dir / name).exists()] == ["key"]
+
+
+def test_a_killed_up_leaves_nothing_and_the_next_one_goes_on(folder: Path, start: Callable[[Path], Up]) -> None:
+    up = start(folder / "data")
+    key = (up.data_dir / "key").read_text()
+    with up.client() as ratchet:
+        job_id = ratchet.create_job({**JOB, "limits": {"max_steps": 160}})["id"]
+        up.until(lambda: ratchet.get_job(job_id)["step"] > 60)
+    family = up.family()
+    up.process.kill()
+    up.process.wait()
+    assert_all_gone(family)
+
+    up = start(folder / "data")
+    assert (up.data_dir / "key").read_text() == key
+    with up.client() as ratchet:
+        job = ratchet.wait(job_id, timeout_s=60)
+        reasons = [event["data"].get("reason") for event in ratchet.list_events(job_id, limit=1000)["data"]]
+    assert (job["status"], job["step"], job["attempt"]) == ("succeeded", 160, 2)
+    assert "worker_lost" in reasons  # settled at once, not when its lease ended
+
+
+# ---------------------------------------------------------------- what cannot start
+
+
+def refused(*args: str, **environment: str) -> str:
+    done = subprocess.run(
+        [*RATCHET, "up", *args], capture_output=True, text=True, timeout=60, env={**os.environ, **environment}
+    )
+    assert (done.returncode, done.stdout) == (1, ""), done
+    assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
+    return done.stderr
+
+
+def test_a_second_up_on_the_same_directory_is_refused(folder: Path) -> None:
+    with (folder / "lock").open("w") as file:
+        file.write("4321\n")
+        file.flush()
+        fcntl.flock(file, fcntl.LOCK_EX)
+        said = refused("--data-dir", str(folder), "--port", "0")
+    assert "process 4321" in said and str(folder) in said and "--data-dir" in said
+
+
+def test_a_taken_port_is_said_to_be(folder: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        assert f"127.0.0.1:{port}" in refused("--data-dir", str(folder / "data"), "--port", port)
+
+
+def test_a_setting_that_makes_no_sense_is_named(folder: Path) -> None:
+    assert "RATCHET_LEASE_TTL_S" in refused("--data-dir", str(folder / "data"), "--port", "0", RATCHET_LEASE_TTL_S="soon")
+
+
+def test_without_a_redis_server_one_line_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    monkeypatch.setattr(redis_server, "find_spec", lambda name: None)
+    with pytest.raises(CannotStart, match="install Redis") as caught:
+        redis_server.redis_binary()
+    assert "\n" not in caught.value.detail
+    monkeypatch.undo()
+    assert os.access(redis_server.redis_binary(), os.X_OK)
+
+
+@pytest.mark.parametrize("name", ["d" * 120, "with space", "per%cent"])
+def test_a_path_that_no_socket_can_have_gets_a_short_one_for_a_while(tmp_path: Path, name: str) -> None:
+    data_dir = tmp_path / name
+    data_dir.mkdir()
+    with redis_server.socket_folder(data_dir) as folder:
+        assert folder.parent == Path("/tmp") and stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert not folder.exists() and (data_dir / "redis").is_dir()

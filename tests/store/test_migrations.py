@@ -1,0 +1,69 @@
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from alembic import command
+from sqlalchemy import inspect
+
+from service.store.session import alembic_config, downgrade, make_engine, upgrade
+from service.store.tables import Base
+
+ROOT = Path(__file__).parents[2]
+TABLES = {*Base.metadata.tables, "alembic_version"}
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def empty_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'a folder' / '100%.db'}"
+    new: Callable[[], str] = request.getfixturevalue("new_postgres_database")
+    return new()
+
+
+def tables(url: str) -> set[str]:
+    engine = make_engine(url)
+    try:
+        return set(inspect(engine).get_table_names())
+    finally:
+        engine.dispose()
+
+
+def test_up_down_and_up_again_ends_with_what_the_code_says(empty_url: str) -> None:
+    upgrade(empty_url)
+    assert tables(empty_url) == TABLES
+    downgrade(empty_url, "base")
+    assert tables(empty_url) == {"alembic_version"}
+    upgrade(empty_url)
+    assert tables(empty_url) == TABLES
+    command.check(alembic_config(empty_url))  # raises when a table differs from service.store.tables
+
+
+def test_check_notices_a_difference(empty_url: str) -> None:
+    upgrade(empty_url)
+    engine = make_engine(empty_url)
+    with engine.begin() as connection:
+        connection.exec_driver_sql("ALTER TABLE jobs DROP COLUMN status_reason")
+    engine.dispose()
+    with pytest.raises(Exception, match="status_reason"):
+        command.check(alembic_config(empty_url))
+
+
+def test_copies_that_start_together_migrate_once(empty_url: str) -> None:
+    with ThreadPoolExecutor(3) as pool:
+        script = "import sys; from service.store.session import upgrade; upgrade(sys.argv[1])"
+        runs = pool.map(lambda _: subprocess.run([sys.executable, "-c", script, empty_url], check=False).returncode, range(3))
+        assert list(runs) == [0, 0, 0]
+    assert tables(empty_url) == TABLES
+
+
+def test_the_command_line_uses_the_settings(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'cli.db'}"
+    environment = {**os.environ, "RATCHET_DATABASE_URL": url}
+    for arguments in (["upgrade", "head"], ["check"]):
+        alembic = [sys.executable, "-m", "alembic", *arguments]
+        subprocess.run(alembic, cwd=ROOT, env=environment, check=True, capture_output=True)
+    assert tables(url) == TABLES

@@ -1,0 +1,100 @@
+import time
+from collections.abc import Callable
+from datetime import datetime, timedelta, timezone
+from threading import Thread
+
+import pytest
+from sqlalchemy import select, update
+from sqlalchemy.exc import DBAPIError, IntegrityError, StatementError
+
+from service.ids import utcnow
+from service.store import events, jobs, keys
+from service.store.session import Store, make_engine
+from service.store.tables import ApiKey, Event, Job
+
+NewJob = Callable[..., Job]
+
+
+def test_a_block_that_raises_leaves_nothing_behind(store: Store) -> None:
+    def act() -> None:
+        with store.begin() as session:
+            keys.create(session, project="p", name="n")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        act()
+    with store.begin(readonly=True) as session:
+        assert keys.page(session, "p") == []
+
+
+def test_rows_can_be_read_after_the_transaction(store: Store) -> None:
+    with store.begin() as session:
+        key, text = keys.create(session, project="p", name="n")
+    assert (key.name, key.ends_with) == ("n", text[-4:])
+
+
+def test_a_readonly_transaction_refuses_writes(store: Store) -> None:
+    with pytest.raises(DBAPIError), store.begin(readonly=True) as session:
+        keys.create(session, project="p", name="n")
+    with store.begin() as session:  # and the connection is not spoilt for others
+        keys.create(session, project="p", name="n")
+
+
+def test_times_come_back_aware_and_in_utc(store: Store, new_job: NewJob) -> None:
+    job = new_job()
+    eastern = datetime(2026, 1, 2, 3, 4, 5, 678901, tzinfo=timezone(timedelta(hours=5)))
+    with store.begin() as session:
+        session.execute(update(Job).where(Job.id == job.id).values(not_before=eastern))
+    with store.begin(readonly=True) as session:
+        found = jobs.get(session, "default", job.id).not_before
+    assert found == eastern
+    assert found is not None
+    assert found.utcoffset() == timedelta(0)
+
+
+def test_naive_times_are_refused(store: Store, new_job: NewJob) -> None:
+    job = new_job()
+    with pytest.raises(StatementError, match="naive datetime"), store.begin() as session:
+        session.execute(update(Job).where(Job.id == job.id).values(not_before=utcnow().replace(tzinfo=None)))
+
+
+def test_events_of_an_unknown_job_cannot_exist(store: Store) -> None:
+    with pytest.raises(IntegrityError), store.begin() as session:
+        session.add(Event(job_id="job_none", seq=1, type="x", data={}, created_at=utcnow()))
+
+
+def test_deleting_a_job_takes_its_events(store: Store, new_job: NewJob) -> None:
+    job = new_job()
+    with store.begin() as session:
+        assert len(events.after(session, job.id, 0)) == 2
+        jobs.remove(session, job.id)
+    with store.begin(readonly=True) as session:
+        assert events.after(session, job.id, 0) == []
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+def test_sqlite_writers_queue_and_readers_do_not_wait(store: Store) -> None:
+    order: list[str] = []
+
+    def write() -> None:
+        with store.begin() as session:
+            keys.create(session, project="p", name="b")
+            order.append("second writer")
+
+    with store.begin() as session:
+        keys.create(session, project="p", name="a")
+        second = Thread(target=write)
+        second.start()
+        started = time.monotonic()
+        with store.begin(readonly=True) as reading:
+            assert reading.scalars(select(ApiKey)).all() == []
+        assert time.monotonic() - started < 1
+        time.sleep(0.2)
+        order.append("first writer")
+    second.join()
+    assert order == ["first writer", "second writer"]
+
+
+def test_other_databases_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"sqlite:/// or postgresql\+psycopg://"):
+        make_engine("mysql://x/y")

@@ -1,0 +1,102 @@
+"""Metrics that merge over micro-batches without losing exactness."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from workers.objectives.metrics import Metrics, Reductions
+
+EVERY_OBJECTIVE = {
+    "policy/loss",
+    "policy/ratio_mean",
+    "policy/ratio_min",
+    "policy/ratio_max",
+    *(f"policy/clip_fraction_{name}{weighting}" for name in ("low", "high", "dual") for weighting in ("", "_sequence")),
+    "batch/tokens",
+    "batch/sequences",
+    "batch/masked_rows",
+    "batch/nonfinite_rows",
+}
+
+
+def test_what_every_objective_measures(example, make_objective):
+    objective = make_objective("importance_sampling")
+    step = objective.prepare(
+        response_mask=example["response_mask"], advantages=example["advantages"], rollout_log_probs=example["old_log_probs"]
+    )
+    _, outputs = objective.loss(example["log_probs"], **step.rows())
+    assert set((step.metrics + outputs.metrics).finish()) == EVERY_OBJECTIVE
+
+
+def test_what_is_given_is_measured_though_no_axis_needs_it(example, make_objective):
+    old = example["old_log_probs"]
+    step = make_objective("gspo").prepare(
+        response_mask=example["response_mask"],
+        advantages=example["advantages"],
+        old_log_probs=old,
+        ref_log_probs=old - 0.1,
+        rollout_log_probs=old - 0.2,
+        entropy=torch.full_like(old, 0.7),
+    )
+    _, outputs = make_objective("gspo").loss(example["log_probs"], **step.rows())
+    measured = (step.metrics + outputs.metrics).finish()
+    more = {"policy/approx_kl", "kl/ref", "rollout/approx_kl"}
+    assert set(measured) == EVERY_OBJECTIVE | more | {f"{name}_k3" for name in more} | {
+        "rollout/effective_samples",
+        "policy/entropy",
+    }
+    assert measured["kl/ref"] == pytest.approx(1.2 / 7 + 0.1)
+    assert measured["rollout/approx_kl"] == pytest.approx(-0.2)
+    assert measured["rollout/effective_samples"] == pytest.approx(1)
+    assert measured["policy/entropy"] == pytest.approx(0.7)
+    assert measured["batch/tokens"] == 7
+    assert measured["batch/sequences"] == 2
+
+
+def test_fractions_by_token_and_by_sequence_differ():
+    measured = Reductions(torch.tensor([[True, True, True], [True, False, False]]), torch.float64)
+    measured.fraction("clipped", torch.tensor([[True, False, False], [True, True, True]]))
+    measured.fraction("by_row", torch.tensor([[False], [True]]))
+    assert measured.metrics.finish() == pytest.approx(
+        {"clipped": 2 / 4, "clipped_sequence": (1 / 3 + 1) / 2, "by_row": 1 / 4, "by_row_sequence": 1 / 2}
+    )
+
+
+def test_one_value_a_sequence_counts_once_a_token():
+    mask = torch.tensor([[True, True, True], [True, False, False], [False, False, False]])
+    values = torch.tensor([[1.0], [5.0], [float("nan")]])
+    narrow, wide = Reductions(mask, torch.float64), Reductions(mask, torch.float64)
+    for measured, given_values in ((narrow, values), (wide, values.expand(3, 3))):
+        measured.mean("mean", given_values)
+        measured.extremes("value", given_values)
+    assert narrow.metrics.finish() == wide.metrics.finish() == {"mean": 2.0, "value_min": 1.0, "value_max": 5.0}
+
+
+def test_a_mean_over_nothing_is_left_out():
+    measured = Reductions(torch.zeros(2, 3, dtype=torch.bool), torch.float32)
+    measured.mean("mean", torch.ones(2, 3))
+    measured.extremes("value", torch.ones(2, 3))
+    measured.fraction("fraction", torch.ones(2, 3, dtype=torch.bool))
+    measured.effective("share", torch.ones(2, 3))
+    assert measured.metrics.finish() == {}
+    assert Metrics().finish() == {}
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(st.lists(st.lists(st.floats(-10, 10), min_size=3, max_size=3), min_size=1, max_size=6), st.integers(1, 5))
+def test_merging_parts_gives_the_whole(rows, cut):
+    values = torch.tensor(rows, dtype=torch.float64)
+    mask = values > -5
+
+    def measure(index) -> Metrics:
+        measured = Reductions(mask[index], torch.float64)
+        measured.mean("mean", values[index])
+        measured.extremes("value", values[index])
+        measured.fraction("positive", values[index] > 0)
+        measured.effective("share", values[index].abs())
+        measured.kl("kl", values[index])
+        return measured.metrics
+
+    merged = measure(slice(0, cut)) + measure(slice(cut, None))
+    assert merged.finish() == pytest.approx(measure(slice(None)).finish(), rel=1e-12, abs=1e-12)

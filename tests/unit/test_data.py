@@ -1,0 +1,127 @@
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from service.errors import InvalidRequest
+from service.jobs.data import JsonlRows, open_data, prompt_indices
+from service.jobs.spec import DataSpec, Message
+
+ROWS = [{"q": f"{n}+{n}", "a": str(2 * n)} for n in range(10)]
+
+
+def spec(**changes: Any) -> DataSpec:
+    return DataSpec.model_validate({"train": {"source": "inline", "rows": ROWS}, "prompt": "{q}=", "answer": "{a}", **changes})
+
+
+def nowhere(dataset_id: str) -> Path:
+    raise AssertionError(dataset_id)
+
+
+# ---------------------------------------------------------------- which rows a step takes
+
+
+@pytest.mark.parametrize(("n", "count"), [(10, 3), (7, 7), (5, 12), (1, 4), (1000, 64)])
+def test_each_epoch_takes_every_row_once(n: int, count: int) -> None:
+    steps = -(-3 * n // count)
+    walk = [index for step in range(1, steps + 1) for index in prompt_indices(n, step, count, 7, True)]
+    epochs = [walk[start : start + n] for start in range(0, 3 * n, n)]
+    assert all(sorted(epoch) == list(range(n)) for epoch in epochs)
+    assert n < 5 or epochs[0] != epochs[1] != epochs[2]
+
+
+def test_a_step_takes_the_same_rows_whatever_was_asked_before() -> None:
+    alone = prompt_indices(1000, 40, 32, 3, True)
+    for step in range(1, 60):
+        prompt_indices(1000, step, 32, 3, True)
+    assert prompt_indices(1000, 40, 32, 3, True) == alone
+
+
+def test_the_order_is_the_same_on_every_machine() -> None:
+    assert prompt_indices(10, 1, 12, 42, True) == [6, 5, 3, 0, 9, 1, 2, 7, 8, 4, 9, 1]
+
+
+def test_another_seed_gives_another_order() -> None:
+    assert prompt_indices(1000, 1, 32, 1, True) != prompt_indices(1000, 1, 32, 2, True)
+
+
+def test_without_shuffle_rows_come_in_their_order() -> None:
+    assert prompt_indices(5, 2, 4, 0, False) == [4, 0, 1, 2]
+
+
+# ---------------------------------------------------------------- sources
+
+
+def test_jsonl_rows_are_read_one_by_one_and_from_any_side(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"n": n, "s": "ä" * n}, ensure_ascii=False) + "\n" for n in range(50)), "utf-8")
+    rows = JsonlRows(path)
+    assert len(rows) == 50 and rows.columns == ["n", "s"]
+    assert rows[17] == {"n": 17, "s": "ä" * 17} and rows[-1]["n"] == 49
+    assert [row["n"] for row in rows] == list(range(50))
+    assert [row["n"] for row in rows[3:6]] == [3, 4, 5]
+    with pytest.raises(IndexError):
+        rows[50]
+
+
+def test_max_rows_takes_the_first(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"n": 0}\n{"n": 1}\n{"n": 2}\n')
+    assert [row["n"] for row in JsonlRows(path, 2)] == [0, 1]
+    assert len(JsonlRows(path, 9)) == 3
+    data = open_data(spec(train={"source": "inline", "rows": ROWS, "max_rows": 4}), 0, nowhere)
+    assert list(data.train) == ROWS[:4]
+
+
+def test_a_dataset_is_read_where_it_lies(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"q": "1", "a": "2"}\n')
+    data = open_data(spec(train={"source": "dataset", "id": "ds_1"}), 0, {"ds_1": path}.__getitem__)
+    assert list(data.train) == [{"q": "1", "a": "2"}] and data.eval is None
+
+
+def test_a_split_holds_rows_out_and_never_trains_on_them() -> None:
+    data = open_data(spec(eval={"source": "split", "rows": 3}), 5, nowhere)
+    assert data.eval is not None and len(data.eval) == 3 and len(data.train) == 7
+    assert Counter(row["q"] for row in [*data.train, *data.eval]) == Counter(row["q"] for row in ROWS)
+    assert [ROWS[data.eval.number(i)] for i in range(3)] == list(data.eval)
+    again = open_data(spec(eval={"source": "split", "rows": 3}), 5, nowhere)
+    other = open_data(spec(eval={"source": "split", "rows": 3}), 6, nowhere)
+    assert again.eval is not None and list(again.eval) == list(data.eval)
+    assert other.eval is not None and list(other.eval) != list(data.eval)
+
+
+@pytest.mark.parametrize("held_out", [10, 11])
+def test_a_split_must_leave_something_to_train_on(held_out: int) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        open_data(spec(eval={"source": "split", "rows": held_out}), 0, nowhere)
+    [error] = caught.value.errors
+    assert (error.pointer, error.got, error.allowed) == ("/data/eval/rows", held_out, "less than 10")
+
+
+def test_reasoning_gym_makes_the_same_row_each_time() -> None:
+    pytest.importorskip("reasoning_gym")
+    source = {"source": "reasoning_gym", "task": "basic_arithmetic", "size": 50, "seed": 3, "max_rows": 20}
+    first, second = (open_data(spec(train=source, prompt="{question}", answer="{answer}"), 0, nowhere) for _ in range(2))
+    assert len(first.train) == 20 and first.train.columns == ["question", "answer", "metadata"]
+    assert first.train[7] == second.train[7] != first.train[8]
+    assert first.prompt(first.train[7]) == first.train[7]["question"]
+
+
+# ---------------------------------------------------------------- prompts and answers
+
+
+def test_prompt_and_answer_are_rendered() -> None:
+    data = open_data(spec(), 0, nowhere)
+    assert (data.prompt(ROWS[3]), data.answer(ROWS[3])) == ("3+3=", "6")
+    assert open_data(spec(answer=None), 0, nowhere).answer(ROWS[3]) is None
+
+
+def test_chat_messages_are_rendered_or_taken_from_a_column() -> None:
+    messages = [Message(role="system", content="Be brief."), Message(role="user", content="{q}?")]
+    data = open_data(spec(prompt=None, chat=[message.model_dump() for message in messages]), 0, nowhere)
+    assert data.prompt(ROWS[1]) == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1+1?"}]
+    data = open_data(spec(prompt=None, chat="talk"), 0, nowhere)
+    assert data.prompt({"talk": [{"role": "user", "content": "hi", "id": 7}]}) == [{"role": "user", "content": "hi"}]

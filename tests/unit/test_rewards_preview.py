@@ -1,0 +1,127 @@
+"""The dry run's graded rows, in the process of their own in which the API asks for them."""
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import SecretStr
+
+from service.jobs.spec import JobSpec
+from service.rewards import preview
+from service.rewards.preview import Preview, run_preview
+from service.validation import parse
+
+ROWS = [{"q": f"{n}+{n}=", "a": str(2 * n)} for n in range(10)]
+
+
+def spec(**changes: Any) -> dict[str, Any]:
+    return {
+        "kind": "rl",
+        "model": {"source": "tiny"},
+        "data": {"train": {"source": "inline", "rows": ROWS}, "prompt": "{q}", "answer": "{a}"},
+        "objective": {"preset": "gspo"},
+        "reward": {"graders": [{"kind": "exact", "reference": "{a}"}]},
+        **changes,
+    }
+
+
+def here(spec: dict[str, Any], rows: int = 2, secrets: dict[str, SecretStr] | None = None) -> Preview:
+    return preview.preview(parse(JobSpec, spec), dataset_paths={}, secrets=secrets or {}, rows=rows)
+
+
+def test_the_first_rows_are_shown_and_their_answers_graded(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"q": "1+1=", "a": "2"}\n{"q": "2+2=", "a": "4"}\n')
+    graders = [{"kind": "exact", "reference": "{a}"}, {"kind": "length", "max_tokens": 1, "weight": 0.5}]
+    data = {"train": {"source": "dataset", "id": "ds_1"}, "prompt": "{q}", "answer": "{a}"}
+    done = run_preview(spec(data=data, reward={"graders": graders}), dataset_paths={"ds_1": path}, secrets={}, rows=3)
+    assert done.warnings == []
+    assert [(sample["prompt"], sample["reference"]) for sample in done.samples] == [("1+1=", "2"), ("2+2=", "4")]
+    # One character and the end token are two tokens.
+    assert done.samples[0]["graded"] == {"total": 1.0, "scores": {"exact": 1.0, "length": 0.0}, "errors": {}}
+
+
+def test_without_an_answer_template_the_first_reference_is_the_right_answer() -> None:
+    graders = [{"kind": "regex", "pattern": "1"}, {"kind": "number", "reference": "{a}.0"}]
+    data = {"train": {"source": "inline", "rows": ROWS}, "prompt": "{q}"}
+    assert [sample["reference"] for sample in here(spec(data=data, reward={"graders": graders})).samples] == ["0.0", "2.0"]
+    silent = here(spec(data=data, reward={"graders": graders[:1]}))
+    assert silent.samples[0]["graded"] is None and "says no right answer" in silent.warnings[0]
+
+
+def test_a_wrong_extract_pattern_shows_as_a_warning() -> None:
+    done = here(spec(reward={"graders": [{"kind": "exact", "reference": "{a}", "extract": r"answer: (\d+)"}]}))
+    assert done.samples[0]["graded"]["total"] == 0
+    assert "the right answers of the sample rows get no reward" in done.warnings[0]
+
+
+def test_a_grader_that_cannot_grade_is_told_by_sample() -> None:
+    rows = [{"q": "x", "a": "no number"}]
+    done = here(spec(data={"train": {"source": "inline", "rows": rows}, "prompt": "{q}", "answer": "{a}"}, reward={"graders": [
+        {"kind": "number", "reference": "{a}"}
+    ]}))  # fmt: skip
+    assert done.samples[0]["graded"]["total"] is None
+    assert done.samples[0]["errors"][0].startswith("number: ValueError: the reference 'no number' holds no number")
+
+
+def test_a_reward_service_that_is_down_is_tried_once_and_told() -> None:
+    http = {"kind": "http", "url": "http://127.0.0.1:9/score", "max_retries": 10, "secret": "judge"}
+    began = time.monotonic()
+    done = run_preview(spec(reward={"graders": [http]}), dataset_paths={}, secrets={"judge": SecretStr("s3cret")})
+    assert time.monotonic() - began < 15
+    assert "grader_unhealthy" in done.warnings[0] and "after 1 attempt" in done.warnings[0]
+    assert "s3cret" not in repr(done) and done.samples[0]["prompt"] == "0+0="
+
+
+def test_a_supervised_job_without_graders_shows_its_rows() -> None:
+    done = here({key: value for key, value in spec(kind="supervised").items() if key not in ("objective", "reward")})
+    assert done.warnings == [] and done.samples[0] == {"prompt": "0+0=", "reference": "0", "graded": None, "errors": []}
+
+
+def test_what_takes_too_long_is_ended_with_everything_it_started() -> None:
+    before = processes()
+    slow = spec(reward={"graders": [{"kind": "json_schema", "schema": {"type": "string", "pattern": "^(a|aa)+$"}}]})
+    slow["data"] = {
+        "train": {"source": "inline", "rows": [{"q": "1", "a": '"' + "a" * 90 + '!"'}]},
+        "prompt": "{q}",
+        "answer": "{a}",
+    }
+    done = run_preview(slow, dataset_paths={}, secrets={}, timeout_s=3)
+    assert done == Preview([], ["the sample rows were not graded: it took longer than 3 s"])
+    deadline = time.monotonic() + 10  # the grader's own process ends with its alarm, or when its pipe closes
+    while processes() - before:
+        assert time.monotonic() < deadline, processes() - before
+        time.sleep(0.05)
+
+
+def processes() -> set[str]:
+    """Graders' processes of this user, anywhere."""
+    found = set()
+    for entry in Path("/proc").iterdir():
+        try:
+            if (
+                entry.name.isdigit()
+                and entry.stat().st_uid == os.getuid()
+                and b"service.rewards" in (entry / "cmdline").read_bytes()
+            ):
+                found.add(entry.name)
+        except OSError:
+            continue
+    return found
+
+
+def test_procedural_rows_are_made_and_shown() -> None:
+    pytest.importorskip("reasoning_gym")
+    gym = {"source": "reasoning_gym", "task": "basic_arithmetic", "size": 10}
+    done = run_preview(
+        spec(
+            data={"train": gym, "prompt": "{question}", "answer": "{answer}"},
+            reward={"graders": [{"kind": "exact", "reference": "{answer}"}]},
+        ),
+        dataset_paths={},
+        secrets={},
+        rows=2,
+    )
+    assert [sample["graded"]["total"] for sample in done.samples] == [1, 1]

@@ -1,0 +1,403 @@
+"""From a parsed spec to what will run: defaults, hashes, estimates, and everything that only the store or the disk knows."""
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from service.errors import FieldError, InvalidRequest
+from service.ids import new_id, utcnow
+from service.jobs.datasets import ingest
+from service.jobs.resolve import Resolved, resolve
+from service.jobs.spec import JobSpec
+from service.settings import Settings
+from service.store.session import Store
+from service.store.tables import Checkpoint
+from service.validation import parse
+
+ROWS = [{"q": f"{n}+{n}", "a": str(2 * n)} for n in range(10)]
+RL: dict[str, Any] = {
+    "kind": "rl",
+    "model": {"source": "tiny"},
+    "data": {
+        "train": {"source": "inline", "rows": ROWS},
+        "eval": {"source": "split", "rows": 2},
+        "prompt": "{q}=",
+        "answer": "{a}",
+    },
+    "objective": {"preset": "gspo"},
+    "rollout": {"prompts_per_step": 4, "group_size": 2, "max_completion_tokens": 5},
+    "reward": {"graders": [{"kind": "exact", "reference": "{a}"}]},
+    "eval": {"every_steps": 4},
+    "limits": {"max_steps": 10},
+}
+SUPERVISED: dict[str, Any] = {**{key: RL[key] for key in ("model", "data", "limits", "eval")}, "kind": "supervised"}
+
+Try = Callable[[dict[str, Any]], Resolved]
+
+
+@pytest.fixture
+def trying(lite_store: Store, lite_settings: Settings) -> Try:
+    return lambda spec: resolve(lite_store, lite_settings, "default", parse(JobSpec, spec))
+
+
+@pytest.fixture
+def world(lite_store: Store, lite_settings: Settings) -> SimpleNamespace:
+    return SimpleNamespace(store=lite_store, settings=lite_settings)
+
+
+def but(base: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    """The spec with values set; `a__b` is b in section a."""
+    spec = copy.deepcopy(base)
+    for path, value in changes.items():
+        *sections, last = path.split("__")
+        place = spec
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[last] = value
+    return spec
+
+
+def refused(trying: Try, spec: dict[str, Any]) -> list[FieldError]:
+    with pytest.raises(InvalidRequest) as caught:
+        trying(spec)
+    assert caught.value.detail
+    return caught.value.errors
+
+
+def only(trying: Try, spec: dict[str, Any]) -> FieldError:
+    [error] = refused(trying, spec)
+    return error
+
+
+# ---------------------------------------------------------------- what comes out
+
+
+def test_defaults_are_filled_in_and_the_result_is_legal_input_that_resolves_to_itself(trying: Try) -> None:
+    once = trying(RL)
+    assert once.spec["model"]["adapter"] == {"kind": "full"}
+    assert once.spec["model"]["tiny"]["hidden_size"] == 96
+    assert once.spec["eval"]["max_completion_tokens"] == 5
+    assert once.spec["reward"]["graders"][0]["name"] == "exact"
+    assert once.spec["objective"]["surrogate"]["clip_low"] == 3e-4
+    assert once.spec["objective"]["preset"] == "gspo" and once.spec["resources"]["class"] == "any"
+    assert (once.kind, once.max_steps, once.from_checkpoint_id) == ("rl", 10, None)
+    again = trying(once.spec)
+    assert (again.spec, again.spec_sha256, again.data_sha256) == (once.spec, once.spec_sha256, once.data_sha256)
+    json.dumps(once.spec, allow_nan=False)
+
+
+def test_other_models_get_lora_and_supervised_evaluations_64_tokens(trying: Try) -> None:
+    resolved = trying(but(SUPERVISED, model={"source": "org/model"}))
+    assert resolved.spec["model"]["adapter"]["kind"] == "lora" and resolved.spec["model"]["tiny"] is None
+    assert resolved.spec["eval"]["max_completion_tokens"] == 64
+
+
+@pytest.mark.parametrize("spec", [but(RL, rollout__mask_truncated=True), but(RL, objective__select={"truncated": True})])
+def test_masking_truncated_answers_is_one_switch_with_two_names(spec: dict[str, Any], trying: Try) -> None:
+    resolved = trying(spec).spec
+    assert resolved["rollout"]["mask_truncated"] is True and resolved["objective"]["select"]["truncated"] is True
+
+
+def test_estimates_count_what_the_job_amounts_to(trying: Try) -> None:
+    assert trying(RL).estimates == {
+        "train_rows": 8,
+        "eval_rows": 2,
+        "prompts_per_epoch": 8,
+        "epochs": 5.0,  # 10 steps of 4 prompts, 8 rows
+        "evaluations": 4,  # before the first step, after 4, 8 and 10
+        "completions": 80 + 4 * 2,
+        "sampled_tokens_at_most": 80 * 5 + 8 * 5,
+        "optimizer_steps": 40,
+    }
+    estimates = trying(SUPERVISED).estimates
+    assert (estimates["completions"], estimates["optimizer_steps"], estimates["epochs"]) == (0, 10, 40.0)
+
+
+def test_the_spec_hash_follows_meaning_and_not_spelling(trying: Try) -> None:
+    plain = trying(RL).spec_sha256
+    assert trying(dict(reversed(RL.items()))).spec_sha256 == plain
+    assert trying(but(RL, seed=0)).spec_sha256 == plain
+    assert trying(but(RL, seed=1)).spec_sha256 != plain
+
+
+def test_the_data_hash_follows_rows_and_templates_only(trying: Try) -> None:
+    plain = trying(RL).data_sha256
+    assert trying(but(RL, name="other", limits__max_steps=11)).data_sha256 == plain
+    assert trying(but(RL, data__prompt="{q}:")).data_sha256 != plain
+    assert trying(but(RL, data__train__rows=[*ROWS[:-1], {"q": "9+9", "a": "19"}])).data_sha256 != plain
+    assert trying(but(RL, seed=1)).data_sha256 != plain  # the seed draws the split
+
+
+def test_two_uploads_of_the_same_rows_have_one_data_hash(trying: Try, world: SimpleNamespace) -> None:
+    body = b"".join(json.dumps(row).encode() + b"\n" for row in ROWS)
+    ids = [ingest(world.store, "default", name, [body], 10**6).id for name in ("a", "b")]
+    specs = [but(RL, data__train={"source": "dataset", "id": id_}) for id_ in ids]
+    first, second = map(trying, specs)
+    assert first.data_sha256 == second.data_sha256 and first.spec_sha256 != second.spec_sha256
+    assert list(first.dataset_paths) == [ids[0]] and first.dataset_paths[ids[0]].is_file()
+
+
+def test_what_is_legal_and_probably_not_meant_is_warned_of(trying: Try, world: SimpleNamespace) -> None:
+    assert trying(RL).warnings == []
+    warm = but(RL, optimizer__schedule={"warmup_steps": 40})
+    assert any("still warming up at the end" in text for text in trying(warm).warnings)
+    assert any("every prompt is the same" in text for text in trying(but(RL, data__prompt="1+1=")).warnings)
+    assert any("repeats some of the 8 rows" in text for text in trying(but(RL, rollout__prompts_per_step=16)).warnings)
+    loose = but(RL, objective__surrogate={"clip_high": 0.2})
+    assert trying(loose).warnings == parse(JobSpec, loose).objective.warnings(updates_per_rollout=4) != []
+    dataset = ingest(world.store, "default", "a", [b'{"q": "1+1", "a": "2"}\n'], 10**6)
+    source = {"source": "dataset", "id": dataset.id}
+    assert any("reads the training rows" in text for text in trying(but(RL, data__train=source, data__eval=source)).warnings)
+
+
+# ---------------------------------------------------------------- rows and templates
+
+
+def test_a_misspelt_column_is_named_with_the_one_that_was_meant(trying: Try) -> None:
+    rows = [{"question": "1", "answer": "2"}, {"question": "3", "answer": "4"}, {"question": "5", "answer": "6"}]
+    error = only(trying, but(RL, data__train__rows=rows, data__prompt="{questoin}", data__answer=None, reward__graders=[
+        {"kind": "exact", "reference": "{answer}"}
+    ]))  # fmt: skip
+    assert error.pointer == "/data/prompt" and error.code == "unknown_column"
+    assert "{questoin} names no column of the rows of data.train; columns: answer, question" in error.detail
+    assert "did you mean 'question'?" in error.detail
+
+
+def test_every_template_is_checked_and_all_are_told_at_once(trying: Try) -> None:
+    graders = [
+        {"kind": "exact", "reference": "{a}"},
+        {"kind": "number", "reference": "{x}"},
+        {"kind": "contains", "reference": "{y}{z}"},
+    ]
+    spec = but(RL, data__prompt="{p}", data__answer="{r}", reward__graders=graders)
+    pointers = [error.pointer for error in refused(trying, spec)]
+    assert pointers == ["/data/prompt", "/data/answer", "/reward/graders/1/reference", *["/reward/graders/2/reference"] * 2]
+    spec = but(RL, data__prompt=None, data__chat=[{"role": "system", "content": "x"}, {"role": "user", "content": "{p}"}])
+    assert "/data/chat/1/content" in [error.pointer for error in refused(trying, but(spec, model={"source": "org/model"}))]
+
+
+def test_a_column_that_some_rows_lack_is_told_with_the_first_of_them(trying: Try) -> None:
+    rows = [*ROWS, {"q": "1+0"}, {"q": "2+0", "a": None}]
+    error = only(trying, but(RL, data__train__rows=rows, data__eval=None, data__answer=None))
+    assert error.pointer == "/reward/graders/0/reference" and error.code == "column_missing"
+    assert "absent or null in 2 of 12 rows of data.train; it is absent in row 10" in error.detail
+
+
+def test_uploaded_rows_are_checked_too(trying: Try, world: SimpleNamespace) -> None:
+    body = b'{"q": "1+1", "a": "2"}\n{"q": "2+2"}\n{"q": "3+3", "a": "6"}\n'
+    dataset = ingest(world.store, "default", "a", [body], 10**6)
+    spec = but(RL, model={"source": "org/model"}, data__train={"source": "dataset", "id": dataset.id}, data__eval=None)
+    assert "row 1" in refused(trying, spec)[0].detail
+    assert trying(but(spec, data__train__max_rows=1))
+
+
+def test_eval_rows_are_checked_as_well(trying: Try) -> None:
+    error = only(trying, but(RL, data__eval={"source": "inline", "rows": [{"a": "1"}]}))
+    assert "data.eval" in error.detail
+
+
+def test_a_split_larger_than_the_data_is_refused_together_with_the_rest(trying: Try) -> None:
+    found = refused(trying, but(RL, data__eval={"source": "split", "rows": 10}, data__prompt="{p}"))
+    assert [error.pointer for error in found] == ["/data/eval/rows", "/data/prompt"]
+
+
+@pytest.mark.parametrize("talk", [None, "hi", [], [{"role": "user"}], [{"role": "wizard", "content": "x"}], [["user", "x"]]])
+def test_a_chat_column_must_hold_messages(talk: Any, trying: Try) -> None:
+    good = [{"role": "user", "content": "hi"}]
+    rows = [{"talk": good, "a": "1"}, {"talk": talk, "a": "1"}]
+    spec = but(RL, model={"source": "org/model"}, data__train__rows=rows, data__eval=None, data__prompt=None, data__chat="talk")
+    assert "row 1" in only(trying, spec).detail
+    assert trying(but(spec, data__train__rows=rows[:1]))
+
+
+# ---------------------------------------------------------------- the tiny model
+
+
+def test_the_tiny_model_refuses_characters_that_it_cannot_read(trying: Try) -> None:
+    error = only(trying, but(RL, data__train__rows=[*ROWS, {"q": "1 & 1", "a": "2"}], data__eval=None))
+    assert error.pointer == "/data/prompt" and "row 10" in error.detail and "'&'" in error.detail
+
+
+def test_the_tiny_model_refuses_prompts_that_leave_no_room(trying: Try) -> None:
+    rows = [*ROWS, {"q": "1" * 28, "a": "2"}]
+    spec = but(RL, data__train__rows=rows, data__eval=None, model__tiny={"context": 32})
+    error = only(trying, spec)
+    assert "row 10 of data.train has 29 tokens; allowed are 1 to 27 (context 32, answers of up to 5 tokens)" in error.detail
+    assert trying(but(spec, rollout__max_completion_tokens=3))
+    assert (
+        "max_prompt_tokens 28"
+        in only(trying, but(spec, rollout__max_completion_tokens=3, rollout__max_prompt_tokens=28)).detail
+    )
+    assert (
+        only(trying, but(RL, data__train__rows=[{"q": "", "a": "1"}], data__eval=None, data__prompt="{q}")).code
+        == "prompt_empty"
+    )
+
+
+def test_the_tiny_model_refuses_answers_that_do_not_fit_when_they_are_learnt(trying: Try) -> None:
+    rows = [*ROWS, {"q": "1", "a": "2" * 30}]
+    spec = but(SUPERVISED, data__train__rows=rows, data__eval=None, model__tiny={"context": 32})
+    error = only(trying, spec)
+    assert error.pointer == "/data/answer" and "33 tokens; the context holds 32" in error.detail
+    assert trying(but(RL, data__train__rows=rows, data__eval=None, model__tiny={"context": 32}))
+
+
+def test_the_tiny_model_has_no_chat_template(trying: Try) -> None:
+    assert only(trying, but(RL, data__prompt=None, data__chat=[{"role": "user", "content": "{q}"}])).code == "no_chat_template"
+
+
+def test_answers_as_long_as_the_context_are_refused(trying: Try) -> None:
+    found = refused(trying, but(RL, rollout__max_completion_tokens=128))
+    assert {"/rollout/max_completion_tokens", "/eval/max_completion_tokens"} <= {error.pointer for error in found}
+
+
+# ---------------------------------------------------------------- models
+
+
+def test_a_folder_is_looked_into(trying: Try, world: SimpleNamespace, tmp_path: Path) -> None:
+    error = only(trying, but(RL, model={"source": "/nowhere/at/all"}))
+    assert (error.pointer, error.code) == ("/model/source", "model_not_found")
+    (tmp_path / "empty").mkdir()
+    assert "no config.json" in only(trying, but(RL, model={"source": str(tmp_path / "empty")})).detail
+    folder = world.settings.local_models_dir / "mine"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text('{"max_position_embeddings": 16}')
+    assert trying(but(RL, model={"source": "mine"})).spec["model"]["source"] == str(folder)
+    assert (
+        "context holds 16 tokens"
+        in refused(trying, but(RL, model={"source": "mine"}, rollout__max_completion_tokens=16))[0].detail
+    )
+    (folder / "config.json").write_text("{")
+    assert "cannot be read" in only(trying, but(RL, model={"source": "mine"})).detail
+
+
+def test_a_name_that_is_nothing_names_what_is_here(trying: Try, world: SimpleNamespace) -> None:
+    (world.settings.local_models_dir / "smollm").mkdir(parents=True)
+    error = only(trying, but(RL, model={"source": "../data/models/smolm"}))
+    assert error.allowed == ["tiny", "smollm"] and "did you mean 'smollm'?" in error.detail
+    assert only(trying, but(RL, model={"source": "what is this"})).code == "model_not_found"
+
+
+def test_local_names_never_lead_out_of_the_models_folder(trying: Try, world: SimpleNamespace) -> None:
+    outside = world.settings.data_dir / "secret"
+    outside.mkdir()
+    (outside / "config.json").write_text("{}")
+    (world.settings.local_models_dir).mkdir(parents=True)
+    assert only(trying, but(RL, model={"source": "x/../../secret"})).code == "model_not_found"
+
+
+def checkpoint(store: Store, **changes: Any) -> str:
+    base = {
+        "source": "tiny",
+        "tiny": {"context": 64},
+        "adapter": {"kind": "full"},
+        "dtype": "float32",
+        "from_checkpoint": {"id": "ckpt_old"},
+    }
+    row = {
+        "id": new_id("ckpt"), "project": "default", "job_id": None, "step": 5, "attempt": 1, "adapter": "full", "model": base,
+        "path": "checkpoints/x", "size_bytes": 1, "manifest_sha256": "0" * 64, "metrics": {}, "has_optimizer": True,
+        "is_final": True, "created_at": utcnow(), "deleted_at": None,
+    }  # fmt: skip
+    with store.begin() as session:
+        session.add(Checkpoint(**{**row, **changes}))
+    return str(changes.get("id", row["id"]))
+
+
+def test_a_checkpoint_brings_its_model_along(trying: Try, world: SimpleNamespace) -> None:
+    id_ = checkpoint(world.store)
+    resolved = trying(but(RL, model={"from_checkpoint": id_}))
+    assert resolved.from_checkpoint_id == id_
+    model = resolved.spec["model"]
+    assert model["source"] == "tiny" and model["tiny"]["context"] == 64 and model["dtype"] == "float32"
+    assert model["adapter"] == {"kind": "full"} and model["from_checkpoint"] == {"id": id_, "load": "weights"}
+    assert trying(but(RL, model={"from_checkpoint": id_, "dtype": "bfloat16"})).spec["model"]["dtype"] == "bfloat16"
+    assert trying(resolved.spec).spec == resolved.spec
+
+
+def test_a_checkpoint_must_be_there_and_belong_to_the_project(trying: Try, world: SimpleNamespace) -> None:
+    for id_ in ("ckpt_none", checkpoint(world.store, project="other"), checkpoint(world.store, deleted_at=utcnow())):
+        error = only(trying, but(RL, model={"from_checkpoint": id_}))
+        assert (error.pointer, error.code) == ("/model/from_checkpoint/id", "checkpoint_not_found")
+
+
+def test_what_a_checkpoint_fixed_cannot_be_asked_for_otherwise(trying: Try, world: SimpleNamespace) -> None:
+    id_ = checkpoint(world.store, has_optimizer=False)
+    spec = but(
+        RL,
+        model={"from_checkpoint": {"id": id_, "load": "weights+optimizer"}, "adapter": {"kind": "lora"}, "source": "org/model"},
+    )
+    assert [error.pointer for error in refused(trying, spec)] == [
+        "/model/from_checkpoint/load",
+        "/model/source",
+        "/model/adapter",
+    ]
+    lora = {"source": "org/model", "adapter": {"kind": "lora", "rank": 8, "target_modules": ["q", "v"]}}
+    id_ = checkpoint(world.store, model=lora, adapter="lora")
+    same = {"kind": "lora", "rank": 8, "target_modules": ["v", "q"], "dropout": 0.1}
+    assert trying(but(RL, model={"from_checkpoint": id_, "adapter": same})).spec["model"]["adapter"]["dropout"] == 0.1
+    assert only(trying, but(RL, model={"from_checkpoint": id_, "adapter": {**same, "rank": 16}})).pointer == "/model/adapter"
+
+
+# ---------------------------------------------------------------- datasets, graders, metrics, procedural rows
+
+
+def test_a_dataset_must_be_there_and_belong_to_the_project(trying: Try, world: SimpleNamespace) -> None:
+    other = ingest(world.store, "other", "a", [b'{"q": "1", "a": "2"}\n'], 10**6)
+    for id_ in ("ds_none", other.id):
+        error = only(trying, but(RL, data__train={"source": "dataset", "id": id_}, data__eval=None))
+        assert (error.pointer, error.code, error.got) == ("/data/train/id", "dataset_not_found", id_)
+
+
+def test_a_secret_must_be_set_by_the_operator_and_its_value_is_never_shown(trying: Try) -> None:
+    http = {"kind": "http", "url": "http://localhost:9/"}
+    error = only(trying, but(RL, reward__graders=[{**http, "secret": "juge"}]))
+    assert (
+        error.pointer == "/reward/graders/0/secret" and "did you mean 'judge'" in error.detail and "s3cret" not in repr(error)
+    )
+    assert "s3cret" not in json.dumps(trying(but(RL, reward__graders=[{**http, "secret": "judge"}])).spec)
+
+
+def test_metrics_that_nobody_measures_are_refused(trying: Try) -> None:
+    found = refused(
+        trying, but(RL, early_stopping={"metric": "eval/reward/men", "patience": 1}, checkpoints__keep_best={"metric": "loss"})
+    )
+    assert [error.pointer for error in found] == ["/early_stopping/metric", "/checkpoints/keep_best/metric"]
+    assert "did you mean 'eval/reward/mean'?" in found[0].detail
+    for metric in ("eval/reward/exact", "eval/loss", "eval/greedy/reward/mean"):
+        assert trying(but(RL, early_stopping={"metric": metric, "target": 1}, eval__also_greedy=True))
+    error = only(trying, but(SUPERVISED, early_stopping={"patience": 1}))
+    assert error.allowed == ["eval/loss"]
+
+
+def test_procedural_rows_are_checked_without_making_any(trying: Try) -> None:
+    pytest.importorskip("reasoning_gym")
+    gym = {"source": "reasoning_gym", "task": "basic_arithmetic", "size": 1_000_000}
+    spec = but(
+        RL,
+        model={"source": "org/model"},
+        data={"train": gym, "prompt": "{question}"},
+        reward__graders=[{"kind": "reasoning_gym"}],
+    )
+    assert trying(spec).estimates["train_rows"] == 1_000_000
+    assert "did you mean 'basic_arithmetic'" in only(trying, but(spec, data__train__task="basic_arithmetc")).detail
+    assert only(trying, but(spec, data__train__config={"nonsense": 1})).pointer == "/data/train/config/nonsense"
+    assert only(trying, but(spec, data__train__config={"min_digits": 9})).pointer == "/data/train/config"
+    assert "columns: answer, metadata, question" in only(trying, but(spec, data__prompt="{q}")).detail
+    assert only(trying, but(spec, model={"source": "tiny"})).pointer == "/data/train/source"
+
+
+def test_the_scorer_of_reasoning_gym_goes_with_its_rows_only(trying: Try) -> None:
+    error = only(trying, but(RL, reward__graders=[{"kind": "reasoning_gym"}]))
+    assert error.pointer == "/reward/graders/0/kind" and "data.train is inline" in error.detail
+
+
+@pytest.mark.parametrize("value", ["a\0b", "\ud800", float("nan"), float("-inf")])
+def test_what_no_database_takes_is_refused_with_its_place(value: Any, trying: Try) -> None:
+    assert only(trying, but(RL, metadata={"note": [value]})).pointer == "/metadata/note/0"
+    assert only(trying, but(RL, data__train__rows=[{"q": "1", "a": value}])).pointer == "/data/train/rows/0/a"

@@ -1,0 +1,53 @@
+import json
+import logging
+
+import pytest
+from pydantic import SecretStr
+
+from service.settings import Settings
+from service.telemetry import JsonFormatter, PlainFormatter, Scrubber
+
+SETTINGS = Settings(environment="development", grader_secrets={"mine": SecretStr("hunter2-hunter2")})
+
+
+@pytest.mark.parametrize(
+    ("text", "clean"),
+    [
+        ("key tml-abcdefghijklmnop0123456789_-ABCDEFGHIJKLMNOPQ sent", "key tml-*** sent"),
+        ("Authorization: Bearer abc.def-0123456789", "Authorization: Bearer ***"),
+        ("authorization=Basic dXNlcjpwYXNz, next", "authorization=Basic ***, next"),
+        ('{"X-API-Key": "whatever it is"}', '{"X-API-Key": "*** it is"}'),
+        ("a bearer 0123456789abcdef came", "a bearer *** came"),
+        ("the task basic arithmetic", "the task basic arithmetic"),
+        ("postgresql+psycopg://ratchet:s3cret@db/x", "postgresql+psycopg://ratchet:***@db/x"),
+        ("redis://:s3cret@host:6379/0", "redis://:***@host:6379/0"),
+        ("signed with hunter2-hunter2", "signed with ***"),
+        ("http://127.0.0.1:8000/v1/jobs answered", "http://127.0.0.1:8000/v1/jobs answered"),
+    ],
+)
+def test_secrets_are_struck_out(text: str, clean: str) -> None:
+    assert Scrubber(SETTINGS)(text) == clean
+
+
+def test_json_lines_are_json_and_clean_in_every_field() -> None:
+    try:
+        raise ValueError("cannot reach redis://:s3cret@host")
+    except ValueError as error:
+        record = logging.LogRecord(
+            "service.x", logging.ERROR, "", 1, "no %s", ("luck",), (ValueError, error, error.__traceback__)
+        )
+    record.job_id, record.key = "job_1", "tml-abcdefghijklmnop"
+    line = json.loads(JsonFormatter(Scrubber(SETTINGS)).format(record))
+    assert (line["level"], line["message"], line["job_id"], line["key"]) == ("ERROR", "no luck", "job_1", "tml-***")
+    assert "s3cret" not in line["exception"]
+    assert "redis://:***@host" in line["exception"]
+
+
+def test_plain_lines_are_clean_down_to_the_traceback() -> None:
+    try:
+        raise ValueError("hunter2-hunter2")
+    except ValueError as error:
+        record = logging.LogRecord("service.x", logging.ERROR, "", 1, "failed", (), (ValueError, error, error.__traceback__))
+    line = PlainFormatter(Scrubber(SETTINGS)).format(record)
+    assert "ValueError: ***" in line
+    assert "hunter2" not in line

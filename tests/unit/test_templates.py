@@ -1,0 +1,31 @@
+import pytest
+
+from service.jobs.templates import check, columns_of, render
+
+
+def test_columns_are_filled_in_and_doubled_braces_stay() -> None:
+    assert render("{q}\n{{{a}}}", {"q": "2+2", "a": "4"}) == "2+2\n{4}"
+
+
+def test_everything_but_text_is_written_as_json() -> None:
+    row = {"n": 7, "f": 0.5, "t": True, "z": None, "l": ["ä", 1], "o": {"k": "v"}}
+    assert render("{n} {f} {t} {z} {l} {o}", row) == '7 0.5 true null ["ä", 1] {"k": "v"}'
+
+
+def test_values_are_never_templates_themselves() -> None:
+    assert render("{q}", {"q": "{a}", "a": "secret"}) == "{a}"
+
+
+def test_columns_are_named_in_order() -> None:
+    assert columns_of("{b} and {a} and {b} and {{c}}") == ["b", "a", "b"]
+
+
+def test_an_absent_column_is_named() -> None:
+    with pytest.raises(KeyError, match="q"):
+        render("{q}", {"a": 1})
+
+
+@pytest.mark.parametrize("template", ["{}", "{0.x}", "{a.b}", "{a[0]}", "{a!r}", "{a:>10}", '{"a": 1}', "{a", "a}", "{a}}"])
+def test_what_could_be_evaluated_or_is_half_a_brace_is_refused(template: str) -> None:
+    with pytest.raises(ValueError, match=r"write \{\{ and \}\} for braces"):
+        check(template)

@@ -1,0 +1,171 @@
+"""Real Celery workers, in processes of their own, over a real store and a private redis-server."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from pydantic import SecretStr
+from safetensors.torch import load_file
+from torch import Tensor
+
+from service.doorbell import Doorbell
+from service.ids import utcnow
+from service.jobs.lifecycle import create_job
+from service.jobs.resolve import resolve
+from service.jobs.spec import JobSpec
+from service.settings import Settings
+from service.store import checkpoints, jobs, workers
+from service.store.session import Store, open_store
+from service.store.tables import Job
+from service.validation import parse
+
+TINY = {"source": "tiny", "tiny": {"hidden_size": 32, "layers": 1, "heads": 2, "intermediate_size": 64}}
+ROWS = [{"q": f"{n:03d}", "a": f"{n:03d}"[::-1]} for n in range(0, 1000, 7)]
+FINAL = ("succeeded", "failed", "cancelled")
+
+
+def rl_spec(**sections: Any) -> dict[str, Any]:
+    """A job of a second or two: reverse three digits, rewarded by the share of places that are right."""
+    return {
+        "kind": "rl",
+        "model": TINY,
+        "data": {
+            "train": {"source": "inline", "rows": ROWS},
+            "eval": {"source": "split", "rows": 16},
+            "prompt": "rev {q}>",
+            "answer": "{a}",
+        },
+        "objective": {"preset": "gspo", "surrogate": {"clip_low": 0.1, "clip_high": 0.1}},
+        "rollout": {"prompts_per_step": 4, "group_size": 4, "max_completion_tokens": 4},
+        "reward": {"graders": [{"kind": "similarity", "metric": "position", "reference": "{a}"}]},
+        "optimizer": {"learning_rate": 1e-3},
+        "eval": {"every_steps": 4, "temperature": 1.0},
+        "checkpoints": {"every_steps": 2},
+        "limits": {"max_steps": 6},
+        **sections,
+    }
+
+
+def supervised_spec(**sections: Any) -> dict[str, Any]:
+    return {
+        "kind": "supervised",
+        "model": TINY,
+        "data": {"train": {"source": "inline", "rows": ROWS}, "prompt": "rev {q}>", "answer": "{a}"},
+        "update": {"batch_size": 8},
+        "optimizer": {"learning_rate": 2e-3},
+        "limits": {"max_steps": 6},
+        **sections,
+    }
+
+
+class Stack:
+    """A store, a doorbell, and as many workers as a test starts."""
+
+    def __init__(self, settings: Settings, log_dir: Path) -> None:
+        self.settings, self.log_dir = settings, log_dir
+        self.store: Store = open_store(settings)
+        self.doorbell = Doorbell(settings)
+        self.workers: list[subprocess.Popen[bytes]] = []
+
+    def start_worker(self, **environment: str) -> subprocess.Popen[bytes]:
+        variables = {
+            "RATCHET_ENVIRONMENT": "development",
+            "RATCHET_DATA_DIR": str(self.settings.data_dir),
+            "RATCHET_DATABASE_URL": self.settings.sql_url,
+            "RATCHET_REDIS_URL": self.settings.redis_url.get_secret_value(),
+            "RATCHET_RECONCILE_EVERY_S": "1",
+            "RATCHET_DEVICE": "cpu",
+            "HF_HUB_OFFLINE": "1",
+        }
+        argv = [sys.executable, "-m", "celery", "-A", "workers.app", "worker", "--without-gossip", "--without-mingle"]
+        log = (self.log_dir / f"worker-{len(self.workers)}.log").open("wb")
+        worker = subprocess.Popen(argv, env={**os.environ, **variables, **environment}, stdout=log, stderr=log)
+        self.workers.append(worker)
+        return worker
+
+    def workers_alive(self) -> int:
+        with self.store.begin(readonly=True) as session:
+            return len(workers.alive(session, utcnow()))
+
+    def submit(self, spec: dict[str, Any], project: str = "default") -> Job:
+        parsed = parse(JobSpec, spec)
+        resolved = resolve(self.store, self.settings, project, parsed)
+        return create_job(self.store, self.doorbell, project=project, sent=spec, resolved=resolved)
+
+    def job(self, job_id: str) -> Job:
+        with self.store.begin(readonly=True) as session:
+            job = jobs.find(session, job_id)
+        assert job is not None
+        return job
+
+    def until(self, job_id: str, holds: Callable[[Job], bool], timeout_s: float = 90) -> Job:
+        deadline = time.monotonic() + timeout_s
+        while not holds(job := self.job(job_id)):
+            assert time.monotonic() < deadline, f"{job.status} at step {job.step}, {job.error}\n{self.logs()}"
+            time.sleep(0.02)
+        return job
+
+    def finished(self, job_id: str, timeout_s: float = 90) -> Job:
+        return self.until(job_id, lambda job: job.status in FINAL, timeout_s)
+
+    def succeeded(self, job_id: str, timeout_s: float = 90) -> Job:
+        job = self.finished(job_id, timeout_s)
+        assert job.status == "succeeded", f"{job.status}: {job.error}\n{self.logs()}"
+        return job
+
+    def weights(self, job: Job) -> dict[str, Tensor]:
+        """Every tensor of the job's last checkpoint, optimizer state too."""
+        assert job.checkpoint_id is not None
+        with self.store.begin(readonly=True) as session:
+            folder = self.store.blobs.path(checkpoints.get(session, job.project, job.checkpoint_id).path)
+        return {f"{file.name}:{k}": v for file in sorted(folder.rglob("*.safetensors")) for k, v in load_file(file).items()}
+
+    def logs(self) -> str:
+        return "\n".join(path.read_text()[-3000:] for path in sorted(self.log_dir.glob("worker-*.log")))
+
+    def stop(self) -> None:
+        for worker in self.workers:
+            worker.send_signal(signal.SIGTERM)
+        for worker in self.workers:
+            try:
+                worker.wait(timeout=20)
+            except subprocess.TimeoutExpired:
+                worker.kill()
+                worker.wait()
+        self.doorbell.close()
+        self.store.close()
+
+
+@pytest.fixture
+def stack(settings: Settings, own_redis: Any, tmp_path: Path) -> Iterator[Stack]:
+    """A stack of the test's own, without a worker yet: for tests that end workers."""
+    stack = Stack(settings.model_copy(update={"redis_url": SecretStr(own_redis.url)}), tmp_path)
+    yield stack
+    stack.stop()
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory, sqlite_template: Path, new_redis: Any) -> Iterator[Stack]:
+    """A stack with one worker (SQLite) for all tests that leave its parent alive."""
+    folder = tmp_path_factory.mktemp("shared")
+    data_dir = folder / "data"
+    data_dir.mkdir()
+    shutil.copyfile(sqlite_template, data_dir / "ratchet.db")
+    with new_redis() as server:
+        stack = Stack(Settings(environment="development", data_dir=data_dir, redis_url=SecretStr(server.url)), folder)
+        stack.start_worker()
+        yield stack
+        stack.stop()
+
+
+@pytest.fixture
+def specs() -> SimpleNamespace:
+    return SimpleNamespace(rl=rl_spec, supervised=supervised_spec)

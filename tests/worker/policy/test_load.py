@@ -1,0 +1,189 @@
+"""Loading: the tiny preset, folders, hub ids; what cannot be loaded is named."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from service.errors import JobFailed
+from service.jobs.spec import Full, Lora, ModelSpec, TinyConfig
+from service.jobs.tiny import TINY_CHARACTERS
+
+FULL = {"dtype": "float32", "adapter": Full()}
+
+
+def failure(load, spec) -> JobFailed:
+    with pytest.raises(JobFailed) as failed:
+        load(spec)
+    assert failed.value.hint and failed.value.failure.pointer
+    return failed.value
+
+
+def test_the_tiny_preset_is_the_same_model_for_the_same_config(load, weights):
+    first = weights(load(ModelSpec(source="tiny", tiny=TinyConfig(seed=5))))
+    torch.manual_seed(1)
+    again = weights(load(ModelSpec(source="tiny", tiny=TinyConfig(seed=5)), seed=9))
+    other = weights(load(ModelSpec(source="tiny", tiny=TinyConfig(seed=6))))
+    assert all(torch.equal(value, again[name]) for name, value in first.items())
+    assert any(not torch.equal(value, other[name]) for name, value in first.items())
+
+
+def test_making_a_model_leaves_the_global_generator_alone(load, tiny_lora_spec):
+    torch.manual_seed(4)
+    expected = torch.rand(3)
+    torch.manual_seed(4)
+    load(tiny_lora_spec)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_the_tiny_preset_has_the_size_that_its_recipe_names(load):
+    facts = load(ModelSpec(source="tiny")).facts
+    assert 240_000 < facts["parameters"] < 250_000
+    assert facts["trainable_parameters"] == facts["parameters"]
+    assert (facts["adapter"], facts["dtype"], facts["context"], facts["device"]) == ("full", "float32", 128, "cpu")
+
+
+def test_every_tiny_character_is_one_token_and_comes_back(load):
+    policy = load()
+    assert len(TINY_CHARACTERS) == len(set(TINY_CHARACTERS)) > 50
+    ids = policy.encode(TINY_CHARACTERS)
+    assert ids == list(range(3, 3 + len(TINY_CHARACTERS)))
+    assert policy.decode(ids) == TINY_CHARACTERS
+
+
+def test_characters_outside_are_unknown_tokens(load):
+    policy = load()
+    unknown = policy.tokenizer.unk_token_id
+    assert policy.encode("aA\té") == [policy.encode("a")[0], unknown, unknown, unknown]
+
+
+def test_an_answer_is_closed_by_eos_and_a_prompt_is_not(load):
+    policy = load()
+    assert policy.encode_answer("12") == [*policy.encode("12"), policy.tokenizer.eos_token_id]
+    assert policy.decode(policy.encode_answer("12")) == "12"
+    assert policy.encode("") == []
+
+
+def test_a_folder_that_is_not_there_is_named(load, tmp_path):
+    error = failure(load, ModelSpec(source=str(tmp_path / "nothing"), **FULL))
+    assert error.code == "model_not_found" and "no such folder" in error.detail
+
+
+def test_a_folder_without_a_model_is_named(load, tmp_path):
+    error = failure(load, ModelSpec(source=str(tmp_path), **FULL))
+    assert error.code == "model_not_found" and str(tmp_path) in error.detail
+
+
+def test_pickled_weights_are_not_read(load, tmp_path, family_folder):
+    folder = shutil.copytree(family_folder("llama"), tmp_path / "llama")
+    state = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(state, folder / "pytorch_model.bin")
+    error = failure(load, ModelSpec(source=str(folder), **FULL))
+    assert error.code == "model_not_found" and "safetensors" in str(error.hint)
+
+
+def test_code_that_comes_with_a_model_is_not_run(load, tmp_path, family_folder):
+    folder = shutil.copytree(family_folder("llama"), tmp_path / "llama")
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "own.py").write_text(f"open({str(tmp_path / 'it ran')!r}, 'w')\nclass OwnConfig: pass\nclass OwnModel: pass\n")
+    assert failure(load, ModelSpec(source=str(folder), **FULL)).code == "model_unsupported"
+    assert not (tmp_path / "it ran").exists()
+
+
+def test_missing_weights_are_not_made_up(load, tmp_path, family_folder):
+    folder = shutil.copytree(family_folder("llama"), tmp_path / "llama")
+    state = load_file(folder / "model.safetensors")
+    del state["model.layers.1.mlp.up_proj.weight"]
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    error = failure(load, ModelSpec(source=str(folder), **FULL))
+    assert error.code == "model_unsupported" and "model.layers.1.mlp.up_proj.weight" in error.detail
+
+
+def test_a_torn_weights_file_is_named(load, tmp_path, family_folder):
+    folder = shutil.copytree(family_folder("llama"), tmp_path / "llama")
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    assert failure(load, ModelSpec(source=str(folder), **FULL)).code == "model_unsupported"
+
+
+def test_a_model_without_a_causal_head_is_named(load, tmp_path, family_folder):
+    folder = shutil.copytree(family_folder("llama"), tmp_path / "vit")
+    (folder / "config.json").write_text('{"model_type": "vit", "architectures": ["ViTModel"]}')
+    assert failure(load, ModelSpec(source=str(folder), **FULL)).code == "model_unsupported"
+
+
+def test_a_tokenizer_of_another_model_is_noticed(load, tmp_path, family_folder):
+    folder = shutil.copytree(family_folder("llama"), tmp_path / "llama")
+    policy = load(ModelSpec(source=str(folder), **FULL))
+    size = len(policy.tokenizer)
+    policy.tokenizer.add_tokens(["supercalifragilistic"])
+    with pytest.raises(JobFailed, match=f"token {size}, and the model knows {size}"):
+        policy.encode("a supercalifragilistic b")
+
+
+def test_lora_layers_that_are_not_there_are_answered_with_those_that_are(load, tiny_spec):
+    spec = ModelSpec(source="tiny", tiny=tiny_spec.tiny, adapter=Lora(target_modules=["query"]))
+    error = failure(load, spec)
+    assert error.code == "lora_target_modules" and "q_proj" in str(error.hint)
+
+
+def test_defaults_are_lora_for_a_folder_and_full_for_tiny(load, family_folder):
+    assert load(ModelSpec(source=str(family_folder("llama")))).adapter == "lora"
+    assert load(ModelSpec(source="tiny")).adapter == "full"
+
+
+def test_a_chat_goes_through_the_models_template(load):
+    policy = load()
+    with pytest.raises(JobFailed) as failed:
+        policy.encode([{"role": "user", "content": "hi"}])
+    assert failed.value.code == "no_chat_template"
+    turns = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    policy.tokenizer.chat_template = turns + "{% if add_generation_prompt %}assistant:{% endif %}"
+    assert policy.decode(policy.encode([{"role": "user", "content": "hi"}])) == "user: hi\nassistant:"
+    begun = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "so"}]
+    assert policy.decode(policy.encode(begun)) == "user: hi\nassistant: so"
+
+
+HUB = """
+import sys
+from service.errors import JobFailed
+from service.jobs.spec import ModelSpec, OptimizerSpec
+from workers.policy.policy import Policy
+
+def load(source, revision):
+    return Policy.load(
+        ModelSpec(source=source, revision=revision, adapter={"kind": "full"}), optimizer=OptimizerSpec(), optimizer_steps=1,
+        seed=0, device="cpu", threads=1, reference=False, reference_from=None, weights_from=None, optimizer_from=None)
+
+print(load("someone/tiny", None).facts["revision"], load("someone/tiny", "stable").facts["revision"])
+for source in ("someone/else", "not a hub id", "a/b/c"):
+    try:
+        load(source, None)
+    except JobFailed as error:
+        print(error.code)
+"""
+
+
+def test_a_hub_id_is_resolved_to_a_commit(family_folder, tmp_path):
+    """From a local cache of the hub: the branch main moved on after `stable` was tagged."""
+    commits = {"main": "a" * 40, "stable": "b" * 40}
+    repository = tmp_path / "hub" / "models--someone--tiny"
+    for name, commit in commits.items():
+        shutil.copytree(family_folder("llama"), repository / "snapshots" / commit)
+        (repository / "refs").mkdir(exist_ok=True)
+        (repository / "refs" / name).write_text(commit)
+    environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    root = Path(__file__).parents[3]
+    done = subprocess.run(
+        [sys.executable, "-c", HUB], env=environment, cwd=root, capture_output=True, text=True, timeout=100, check=False
+    )
+    assert done.stdout.split() == [commits["main"], commits["stable"], *["model_not_found"] * 3], done.stderr

@@ -1,0 +1,181 @@
+"""Whole jobs on real workers: what a job leaves behind, in what order jobs run, and that nothing is lost with a process."""
+
+import os
+import signal
+from typing import Any
+
+import pytest
+import torch
+from sqlalchemy import select
+
+from service.jobs import lifecycle
+from service.jobs.state import Status, is_legal
+from service.store.tables import Checkpoint, Event, Job, Metric, Rollout
+
+SQLITE = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+
+
+def rows(stack: Any, query: Any) -> list[Any]:
+    with stack.store.begin(readonly=True) as session:
+        return list(session.scalars(query))
+
+
+def assert_log_is_whole(stack: Any, job: Job) -> None:
+    """Numbers without a gap, and a legal path through the states."""
+    events = rows(stack, select(Event).where(Event.job_id == job.id).order_by(Event.seq))
+    assert [event.seq for event in events] == list(range(1, job.last_event + 1))
+    moves = [(event.data["from"], event.data["to"]) for event in events if event.type == "status_changed"]
+    assert all(is_legal(Status(source), Status(target)) for source, target in moves)
+    assert [source for source, _ in moves[1:]] == [target for _, target in moves[:-1]]
+    assert moves[-1][1] == job.status
+
+
+def assert_each_step_stands_once(stack: Any, job: Job, name: str, steps: range) -> None:
+    found = rows(stack, select(Metric).where(Metric.job_id == job.id, Metric.name == name).order_by(Metric.step))
+    assert [metric.step for metric in found] == list(steps)
+
+
+def assert_same_weights(stack: Any, one: Job, other: Job) -> None:
+    ours, theirs = stack.weights(one), stack.weights(other)
+    assert ours.keys() == theirs.keys() and len(ours) > 0
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+
+
+def test_a_job_trains_and_leaves_metrics_rollouts_events_and_checkpoints(stack: Any, specs: Any) -> None:
+    stack.start_worker()
+    job = stack.succeeded(stack.submit(specs.rl()).id)
+    assert (job.step, job.status_reason, job.phase, job.lease_owner) == (6, "max_steps", None, None)
+    assert job.result is not None and job.result["steps"] == 6
+    assert set(job.result["final"]) >= {"eval/reward/mean", "eval/loss"}
+    assert job.resolved["device"] == "cpu" and job.resolved["process"]["pid"] > 0
+    assert_each_step_stands_once(stack, job, "reward/mean", range(1, 7))
+    points = rows(stack, select(Metric).where(Metric.job_id == job.id, Metric.name == "eval/reward/mean"))
+    assert sorted(point.step for point in points) == [0, 4, 6]
+    ratios = rows(stack, select(Metric).where(Metric.job_id == job.id, Metric.name == "policy/ratio_max"))
+    assert any(point.value != 1.0 for point in ratios), "several minibatches a rollout must move the ratio"
+    groups = rows(stack, select(Rollout).where(Rollout.job_id == job.id, Rollout.split == "train", Rollout.step == 5))
+    assert len(groups) == 4 and all(len(group.samples) == 4 for group in groups)
+    assert {"text", "tokens", "finish_reason", "reward", "scores"} <= set(groups[0].samples[0])
+    kept = rows(stack, select(Checkpoint).where(Checkpoint.job_id == job.id, Checkpoint.deleted_at.is_(None)))
+    assert sorted(row.step for row in kept) == [4, 6]
+    assert_log_is_whole(stack, job)
+
+
+def test_a_supervised_job_learns_and_an_rl_job_starts_from_its_checkpoint(shared: Any, specs: Any) -> None:
+    data = {**specs.supervised()["data"], "eval": {"source": "split", "rows": 20}}
+    warm = shared.succeeded(shared.submit(specs.supervised(data=data, limits={"max_steps": 40}, eval={"every_steps": 20})).id)
+    assert warm.result is not None
+    assert warm.result["final"]["eval/loss"] < 0.8 * warm.result["initial"]["eval/loss"]
+    job = shared.succeeded(shared.submit(specs.rl(model={"from_checkpoint": warm.checkpoint_id}, limits={"max_steps": 1})).id)
+    assert job.result is not None
+    assert job.from_checkpoint_id == warm.checkpoint_id
+    assert job.result["initial"]["eval/loss"] < 0.8 * warm.result["initial"]["eval/loss"]
+
+
+def test_a_job_whose_child_was_killed_resumes_and_ends_with_the_same_weights(shared: Any, specs: Any) -> None:
+    undisturbed_id = shared.submit(specs.rl(limits={"max_steps": 14})).id
+    undisturbed = shared.succeeded(undisturbed_id)
+    job_id = shared.submit(specs.rl(limits={"max_steps": 14})).id
+    for step in (3, 9):
+        killed_at = shared.until(job_id, lambda job, step=step: job.status == "running" and job.step >= step)
+        pid = killed_at.resolved["process"]["pid"]
+        os.kill(pid, signal.SIGKILL)
+        shared.until(job_id, lambda job, pid=pid: job.resolved["process"]["pid"] != pid)
+    job = shared.succeeded(job_id)
+    assert job.attempt == 3
+    assert_same_weights(shared, job, undisturbed)
+    assert_each_step_stands_once(shared, job, "reward/mean", range(1, 15))
+    assert_log_is_whole(shared, job)
+
+
+@SQLITE
+def test_a_killed_worker_leaves_its_job_to_the_next_one(stack: Any, specs: Any) -> None:
+    worker = stack.start_worker(RATCHET_LEASE_TTL_S="4", RATCHET_LEASE_SELF_STOP_S="3", RATCHET_LEASE_RENEW_S="1")
+    job_id = stack.submit(specs.rl(limits={"max_steps": 40})).id
+    child = stack.until(job_id, lambda job: job.step >= 3).resolved["process"]["pid"]
+    worker.kill()
+    worker.wait()
+    stack.start_worker()
+    job = stack.succeeded(job_id)
+    assert job.attempt == 2
+    with pytest.raises(ProcessLookupError):
+        os.kill(child, 0)
+    assert_log_is_whole(stack, job)
+
+
+@SQLITE
+def test_a_stopped_worker_saves_and_hands_over_and_nothing_changes(stack: Any, specs: Any) -> None:
+    worker = stack.start_worker()
+    undisturbed = stack.succeeded(stack.submit(specs.rl(limits={"max_steps": 30}, checkpoints={"every_steps": 100})).id)
+    job_id = stack.submit(specs.rl(limits={"max_steps": 30}, checkpoints={"every_steps": 100})).id
+    stack.until(job_id, lambda job: job.step >= 3)
+    worker.send_signal(signal.SIGTERM)
+    assert worker.wait(timeout=30) == 0
+    drained = stack.job(job_id)
+    assert (drained.status, drained.status_reason, drained.crashes) == ("queued", "drained", 0)
+    assert drained.checkpoint_id is not None
+    stack.start_worker()
+    assert_same_weights(stack, stack.succeeded(job_id), undisturbed)
+
+
+def test_paused_and_resumed_equals_undisturbed(shared: Any, specs: Any) -> None:
+    spec = specs.rl(limits={"max_steps": 24}, checkpoints={"every_steps": 100})
+    undisturbed = shared.succeeded(shared.submit(spec).id)
+    job_id = shared.submit(spec).id
+    shared.until(job_id, lambda job: job.step >= 2)
+    lifecycle.pause(shared.store, shared.doorbell, "default", job_id)
+    paused = shared.until(job_id, lambda job: job.status == "paused", timeout_s=10)
+    assert 2 <= paused.step < 24
+    lifecycle.resume(shared.store, shared.doorbell, "default", job_id)
+    job = shared.succeeded(job_id)
+    assert_same_weights(shared, job, undisturbed)
+    assert_log_is_whole(shared, job)
+
+
+def test_a_running_job_is_cancelled_within_a_step(shared: Any, specs: Any) -> None:
+    job_id = shared.submit(specs.rl(limits={"max_steps": 500})).id
+    shared.until(job_id, lambda job: job.step >= 2)
+    lifecycle.cancel(shared.store, shared.doorbell, "default", job_id)
+    job = shared.until(job_id, lambda job: job.status == "cancelled", timeout_s=10)
+    assert job.checkpoint_id is not None, "what was done so far is kept"
+    assert_log_is_whole(shared, job)
+
+
+@SQLITE
+def test_two_jobs_run_one_after_the_other_on_one_worker_and_side_by_side_on_two(stack: Any, specs: Any) -> None:
+    first, second = (stack.submit(specs.rl(limits={"max_steps": 25})).id for _ in range(2))
+    assert stack.job(first).status == "queued", "no worker lives yet"
+    stack.start_worker()
+    one, two = stack.succeeded(first), stack.succeeded(second)
+    assert one.finished_at <= two.started_at
+    stack.start_worker()
+    stack.until(first, lambda _: stack.workers_alive() == 2)
+    # Long ones: the second worker may still be loading torch when it is rung.
+    long = specs.rl(limits={"max_steps": 5000}, checkpoints={"every_steps": 5000})
+    third, fourth = (stack.submit(long).id for _ in range(2))
+    for job_id in (third, fourth):
+        stack.until(job_id, lambda job: job.status == "running" and job.step >= 1)
+    assert {stack.job(job_id).status for job_id in (third, fourth)} == {"running"}
+    assert len({stack.job(job_id).resolved["process"]["pid"] for job_id in (third, fourth)}) == 2
+
+
+def test_a_job_ends_early_at_its_target(shared: Any, specs: Any) -> None:
+    spec = specs.rl(early_stopping={"target": -1.0}, eval={"every_steps": 2}, limits={"max_steps": 50})
+    job = shared.succeeded(shared.submit(spec).id)
+    assert (job.step, job.status_reason) == (0, "target_reached")
+
+
+@pytest.mark.parametrize(
+    ("sections", "code"),
+    [
+        ({"reward": {"graders": [{"kind": "http", "url": "http://127.0.0.1:9/", "max_retries": 0}]}}, "grader_unhealthy"),
+        ({"model": {"source": "nobody/has-this-model"}}, "model_not_found"),
+    ],
+)
+def test_what_cannot_go_on_fails_with_a_named_code_and_a_hint(
+    shared: Any, specs: Any, sections: dict[str, Any], code: str
+) -> None:
+    job = shared.finished(shared.submit(specs.rl(**sections)).id)
+    assert job.status == "failed" and job.error is not None
+    assert job.error["code"] == code
+    assert job.error["hint"] and job.error["category"] == "user"
