@@ -33,7 +33,7 @@ __all__ = ["CheckpointRow", "Lease", "RolloutRow"]
 
 # What people follow live; everything else is in the metrics.
 HEADLINE = re.compile(
-    r"(.*/)?(reward/mean|loss|grad_norm|learning_rate|clip_fraction\w*|(approx_)?kl\w*|length_mean|tokens_per_s)"
+    r"(.*/)?(reward/mean|loss|grad_norm|learning_rate|clip_fraction\w*|(approx_)?kl\w*|kl/\w+|length_mean|tokens_per_s)"
 )
 
 

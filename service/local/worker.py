@@ -16,12 +16,15 @@ from service.store.session import open_store
 
 log = logging.getLogger(__name__)
 
-# `-A workers.app` would import from the current directory first, where a user's own `workers` may stand.
-ARGV = [
-    sys.executable,
-    "-c",
-    "from workers.app import app; app.worker_main(['worker', '--without-gossip', '--without-mingle'])",
-]
+# As `celery -A workers.app worker`. Only, Celery imports from the current directory first, where a user's own `workers`
+# may stand, unless that directory is on the path already: so it is, at the end, behind ours.
+START = """
+import os, sys, workers
+sys.path += [os.path.dirname(workers.__path__[0]), os.getcwd()]
+from workers.app import app
+app.worker_main(["worker", "--without-gossip", "--without-mingle"])
+"""
+ARGV = [sys.executable, "-c", START]
 
 
 def check_worker_can_run() -> None:

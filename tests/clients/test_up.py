@@ -22,7 +22,7 @@ from ratchet_client.discovery import find
 from service.local import redis_server
 from service.local.place import CannotStart
 
-RATCHET = [sys.executable, "-m", "service.cli"]
+RATCHET = [sys.executable, "-P", "-m", "service.cli"]
 JOB: dict[str, Any] = {
     "kind": "supervised",
     "model": {"source": "tiny", "tiny": {"hidden_size": 16, "layers": 1, "heads": 2, "intermediate_size": 16}},
@@ -40,10 +40,9 @@ class Up:
     def __init__(self, data_dir: Path) -> None:
         self.data_dir = data_dir
         self.log = data_dir.parent / f"up-{time.monotonic_ns()}.log"
+        up = [*RATCHET, "up", "--data-dir", str(data_dir), "--port", "0"]
         with self.log.open("wb") as log:
-            self.process = subprocess.Popen(
-                [*RATCHET, "up", "--data-dir", str(data_dir), "--port", "0"], stdout=log, stderr=log, start_new_session=True
-            )
+            self.process = subprocess.Popen(up, stdout=log, stderr=log, cwd=data_dir.parent, start_new_session=True)
         self.until(lambda: "is ready at" in self.said())
 
     def said(self) -> str:
@@ -101,8 +100,11 @@ def assert_all_gone(family: dict[int, str], within_s: float = 5) -> None:
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
-    """Short enough for a socket's path, unlike pytest's own."""
+    """Short enough for a socket's path, unlike pytest's own; with packages in it that are not ours."""
     path = Path(tempfile.mkdtemp(prefix="ratchet-up-"))
+    for name in ("service", "workers"):
+        (path / name).mkdir()
+        (path / name / "__init__.py").write_text("raise SystemExit('not ours')")
     yield path
     shutil.rmtree(path, ignore_errors=True)
 

@@ -214,6 +214,14 @@ def groups_of(
     return Groups(index_B, count, valid_B, lengths_B)
 
 
+def zero_variance_groups(rewards: Tensor, group_ids_B: Tensor, valid_B: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """How many groups have equal rewards only, and how many groups there are (groups without a valid row aside)."""
+    groups = groups_of(rewards, group_ids_B, valid_B=valid_B)
+    flat_B = without_spread(rewards, group_ids_B, valid_B) & groups.valid_B
+    counts = [group_sum(rows_B.double(), groups.index_B, groups.count) > 0 for rows_B in (flat_B, groups.valid_B)]
+    return counts[0].sum(), counts[1].sum()
+
+
 def without_spread(rewards: Tensor, group_ids_B: Tensor, valid_B: Tensor | None = None) -> Tensor:
     """Rows whose group's rewards are all equal (of several rewards: each of them), invalid rows left aside. [B]"""
     groups = groups_of(rewards, group_ids_B, valid_B=valid_B)

@@ -83,7 +83,8 @@ def weights(
     `length_power` multiplies each row's weight by n_i to that power (LUSPO, arXiv 2602.05261: 1). `longest` is the longest
     possible answer, by default T.
     """
-    tokens_B = mask_B_T.to(dtype).sum(dim=1).double()
+    ones_B_T = mask_B_T.to(dtype)
+    tokens_B = mask_B_T.sum(dim=1).double()
     counts = Counts(
         tokens_B=tokens_B,
         tokens=tokens_B.sum(),
@@ -94,4 +95,4 @@ def weights(
     weights_B = AGGREGATES[kind](counts, **parameters)
     if length_power:
         weights_B = weights_B * tokens_B.clamp(min=1).pow(length_power)
-    return torch.where(mask_B_T, weights_B.to(dtype).unsqueeze(1), 0.0)
+    return ones_B_T * weights_B.to(dtype).unsqueeze(1)

@@ -22,8 +22,8 @@ def k2(x: Tensor) -> Tensor:
 
 
 def k3(x: Tensor) -> Tensor:
-    """exp(-x) + x - 1. Unbiased and never negative (GRPO)."""
-    return (-x).clamp(max=MAX_LOG_RATIO).exp() + x - 1
+    """exp(-x) + x - 1. Unbiased and never negative (GRPO). Of tiny x it is a tiny difference: expm1 keeps its digits."""
+    return torch.expm1((-x).clamp(max=MAX_LOG_RATIO)) + x
 
 
 def absolute(x: Tensor) -> Tensor:

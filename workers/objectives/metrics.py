@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from workers.objectives.kl import k3
+from workers.objectives.tensors import bits_of, neutral
 
 Columns = list[tuple[float, ...]]  # one column a collected tensor: its values over everything that was merged
 
@@ -71,14 +72,15 @@ class Reductions:
     def __init__(self, mask_B_T: Tensor, dtype: torch.dtype, metrics: Metrics | None = None) -> None:
         self.metrics = Metrics() if metrics is None else metrics
         self.mask = mask_B_T
-        self.lengths_B_1 = mask_B_T.to(dtype).sum(dim=1, keepdim=True)
+        self.bits = bits_of(mask_B_T, dtype)
+        self.lengths_B_1 = mask_B_T.sum(dim=1, keepdim=True).to(dtype)
         self.tokens = self.lengths_B_1.sum()
         self.rows = (self.lengths_B_1 > 0).sum().to(dtype)
 
     def _sum(self, values: Tensor) -> Tensor:
         """Over tokens."""
         if values.shape == self.mask.shape:
-            return torch.where(self.mask, values, 0.0).sum()
+            return neutral(values.to(self.lengths_B_1.dtype), self.mask, self.bits).sum()
         return torch.where(self.lengths_B_1 > 0, values * self.lengths_B_1, 0.0).sum()
 
     def mean(self, name: str, values: Tensor) -> None:
@@ -89,14 +91,16 @@ class Reductions:
         """NAME_min and NAME_max; of nothing they are inf and -inf, which `finish` leaves out."""
         if self.mask.numel():
             counted = self.mask if values.shape == self.mask.shape else self.lengths_B_1 > 0
-            self.metrics.add("min", f"{name}_min", torch.where(counted, values, torch.inf).min())
-            self.metrics.add("max", f"{name}_max", torch.where(counted, values, -torch.inf).max())
+            one_of_them = values.take(counted.flatten().byte().argmax())
+            least, greatest = torch.where(counted, values, one_of_them).aminmax()
+            self.metrics.add("min", f"{name}_min", torch.where(self.tokens > 0, least, torch.inf))
+            self.metrics.add("max", f"{name}_max", torch.where(self.tokens > 0, greatest, -torch.inf))
 
     def fraction(self, name: str, flags: Tensor | None) -> None:
         """Of tokens, and as NAME_sequence the mean over sequences of their fractions. None: nothing is flagged."""
         share_B_1 = torch.zeros_like(self.lengths_B_1)
         if flags is not None and flags.shape == self.mask.shape:
-            share_B_1 = (flags & self.mask).to(share_B_1.dtype).sum(dim=1, keepdim=True) / self.lengths_B_1.clamp(min=1)
+            share_B_1 = (flags & self.mask).sum(dim=1, keepdim=True) / self.lengths_B_1.clamp(min=1)
         elif flags is not None:
             share_B_1 = (flags & (self.lengths_B_1 > 0)).to(share_B_1.dtype)
         self.metrics.add("mean", name, (share_B_1 * self.lengths_B_1).sum(), self.tokens)
@@ -104,11 +108,11 @@ class Reductions:
 
     def kl(self, name: str, difference_B_T: Tensor) -> None:
         """NAME (k1) and NAME_k3 from log-probs under the sampled policy less those under the other."""
-        difference = torch.where(self.mask, difference_B_T, 0.0)
+        difference = neutral(difference_B_T, self.mask, self.bits)
         self.metrics.add("mean", name, difference.sum(), self.tokens)
         self.metrics.add("mean", f"{name}_k3", k3(difference).sum(), self.tokens)
 
     def effective(self, name: str, weights_B_T: Tensor) -> None:
         """(sum w)^2 / (n sum w^2): the share of the tokens that the weights leave in effect."""
-        weights = torch.where(self.mask, weights_B_T, 0.0)
+        weights = neutral(weights_B_T, self.mask, self.bits)
         self.metrics.add("effective", name, weights.sum(), weights.square().sum(), self.tokens)

@@ -35,7 +35,7 @@ from workers.objectives.metrics import Metrics, Reductions
 from workers.objectives.outputs import LossOutputs
 from workers.objectives.ratio import RATIOS, chunks
 from workers.objectives.surrogate import PICKS, SURROGATES, Terms
-from workers.objectives.tensors import bounded_exp, by_column, neutral
+from workers.objectives.tensors import bits_of, bounded_exp, by_column, neutral
 
 LOG_PROBS = ("old_log_probs", "rollout_log_probs", "ref_log_probs")
 
@@ -103,6 +103,14 @@ class Objective:
         return advantage.advantages(
             rewards, group_ids_B, lengths_B=lengths, valid_B=valid, reward_weights_R=reward_weights, **self.advantage_axis
         )
+
+    def group_metrics(self, rewards: Tensor, group_ids_B: Tensor, valid: Tensor | None = None) -> Metrics:
+        """How many groups there are, and how many of them teach nothing because all their rewards are equal."""
+        metrics = Metrics()
+        flat, groups = advantage.zero_variance_groups(rewards, group_ids_B, valid)
+        metrics.add("sum", "batch/groups", groups)
+        metrics.add("sum", "batch/zero_variance_groups", flat)
+        return metrics
 
     def select(
         self,
@@ -238,8 +246,9 @@ class Objective:
         mask = response_mask.bool()
         counted = weights != 0
         given = zip(LOG_PROBS, (old_log_probs, rollout_log_probs, ref_log_probs), strict=True)
-        known = {name: neutral(values.to(dtype), mask) for name, values in given if values is not None}
-        policy = neutral(log_probs.to(dtype), mask)
+        bits = bits_of(mask, dtype)
+        known = {name: neutral(values.to(dtype), mask, bits) for name, values in given if values is not None}
+        policy = neutral(log_probs.to(dtype), mask, bits)
 
         terms, log_ratio = self._terms(policy, known, advantages, mask, counted, segment_ids, picked)
         bounded = self.surrogate(terms, **self.surrogate_parameters)

@@ -46,13 +46,11 @@ def ppo(t: Terms, *, clip_low: float, clip_high: float, dual_clip: float | None 
     by c from above. PPO (arXiv 1707.06347, eq. 7); dual clip (1912.09729).
     """
     r, a = t.ratio, t.advantages
-    positive, negative = a > 0, a < 0
-    high, low = positive & (r > 1 + clip_high), negative & (r < 1 - clip_low)
-    bounded = torch.where(high, 1 + clip_high, torch.where(low, 1 - clip_low, r))
-    if dual_clip is None:
-        return TokenLoss(-a * bounded, low, high)
-    dual = negative & (r > dual_clip)
-    return TokenLoss(-a * torch.where(dual, dual_clip, bounded), low, high, dual)
+    lower = _by_sign(a < 0, 1 - clip_low, -torch.inf, r)
+    upper = _by_sign(a > 0, 1 + clip_high, torch.inf if dual_clip is None else dual_clip, r)
+    above = r > upper
+    dual = None if dual_clip is None else above & (a < 0)
+    return TokenLoss(-a * r.clamp(lower, upper), r < lower, above & (a > 0), dual)
 
 
 def two_sided(t: Terms, *, clip_low: float, clip_high: float, delta: float) -> TokenLoss:
@@ -118,11 +116,6 @@ def vespo(t: Terms, *, k: Sequence[float], lam: Sequence[float]) -> TokenLoss:
     return TokenLoss(-weight * t.advantages * t.log_probs)
 
 
-def _by_sign(condition: Tensor, then: float, otherwise: float, like: Tensor) -> Tensor:
-    """torch.where of two numbers in the dtype of `like`; of bare numbers it would be float32."""
-    return torch.where(condition, like.new_tensor(then), like.new_tensor(otherwise))
-
-
 def clip_cov(t: Terms, *, clip_low: float, clip_high: float, share: float, cov_low: float, cov_high: float) -> TokenLoss:
     """PPO, in which the picked tokens (see `covariance.draw`) contribute nothing. Through r (arXiv 2505.22617)."""
     clipped = ppo(t, clip_low=clip_low, clip_high=clip_high)
@@ -160,6 +153,11 @@ SURROGATES: dict[str, Callable[..., TokenLoss]] = {
     "kl_cov": kl_cov,
     "none": none,
 }
+
+
+def _by_sign(condition: Tensor, then: float, otherwise: float, like: Tensor) -> Tensor:
+    """torch.where of two numbers in the dtype of `like`; of bare numbers it would be float32."""
+    return torch.where(condition, like.new_full((), then), like.new_full((), otherwise))
 
 
 def _pick_drawn(log_probs: Tensor, advantages: Tensor, mask: Tensor, seed: int, **p: float) -> Tensor:

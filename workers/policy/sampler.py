@@ -108,53 +108,49 @@ class Sampler:
     def _sample_batch(
         self, prompts: list[list[int]], counts: list[int], how: Sampling, generator: torch.Generator
     ) -> list[Completion]:
-        device = self._device
-        longest = max(map(len, prompts))
-        total = sum(counts)
-        ids = torch.tensor([[self._pad_id] * (longest - len(p)) + p for p in prompts], device=device)
-        lengths = torch.tensor([len(p) for p in prompts], device=device)
-        padded = min(map(len, prompts)) < longest
-        # One column for each token to come; left out altogether when nothing is padded, which is faster.
-        mask = torch.ones(len(prompts), longest + how.max_tokens, dtype=torch.long, device=device)
-        mask[:, :longest] = torch.arange(longest, device=device) >= (longest - lengths).unsqueeze(-1)
-
-        cache = DynamicCache(config=self._model.config)
-        positions = (mask[:, :longest].cumsum(-1) - 1).clamp(min=0)
-        logits = self._forward(ids, mask[:, :longest] if padded else None, positions, cache)
-        group = torch.arange(len(prompts), device=device).repeat_interleave(torch.tensor(counts, device=device))
-        if total > len(prompts):
-            _select(cache, group)
-        logits, mask, lengths = logits[group], mask[group], lengths[group]
-
-        drawn = torch.full((total, how.max_tokens), self._pad_id, device=device)
-        log_probs = torch.zeros(total, how.max_tokens, device=device)
-        ends = torch.full((total,), how.max_tokens, device=device)
-        stopped = torch.zeros(total, dtype=torch.bool, device=device)
-        rows = torch.arange(total, device=device)  # which answer each row of the batch belongs to
+        """`counts[i]` answers to `prompts[i]`, one prompt's after the other's."""
+        batch, logits = self._read(prompts, how.max_tokens)
+        group = torch.arange(len(prompts)).repeat_interleave(torch.tensor(counts)).to(self._device)
+        if len(group) > len(prompts):
+            batch.keep(group)
+            logits = logits[group]
+        answers = _Answers(len(group), how.max_tokens, self._device)
+        rows = torch.arange(len(group), device=self._device)  # which answer each row of the batch belongs to
         for step in range(how.max_tokens):
-            tokens, chosen = draw(logits, how, generator)
-            drawn[rows, step], log_probs[rows, step] = tokens, chosen
+            tokens, log_probs = draw(logits, how, generator)
+            answers.add(rows, step, tokens, log_probs)
             ended = torch.isin(tokens, self._eos_ids)
             if how.stop:
-                ended |= self._at_stop(drawn[rows, : step + 1], how.stop)
-            fresh = ended & ~stopped[rows]
-            ends[rows[fresh]] = step + 1
-            stopped[rows[fresh]] = True
-            left = ~stopped[rows]
+                ended |= self._at_stop(answers.tokens[rows, : step + 1], how.stop)
+            left = answers.end(rows, step, ended)
             alive = int(left.sum())
             if not alive or step + 1 == how.max_tokens:
                 break
             if len(rows) - alive >= DROP_AT * len(rows):
                 kept = left.nonzero().squeeze(-1)
-                _select(cache, kept)
-                rows, tokens, mask, lengths = rows[kept], tokens[kept], mask[kept], lengths[kept]
-            seen = mask[:, : longest + step + 1] if padded else None
-            logits = self._forward(tokens.unsqueeze(-1), seen, (lengths + step).unsqueeze(-1), cache)
-        return self._completions(drawn, log_probs, ends, stopped)
+                batch.keep(kept)
+                rows, tokens = rows[kept], tokens[kept]
+            logits = self._forward(tokens.unsqueeze(-1), (batch.lengths + step).unsqueeze(-1), batch)
+        return self._completions(answers)
 
-    def _forward(self, ids: Tensor, mask: Tensor | None, positions: Tensor, cache: DynamicCache) -> Tensor:
-        """The logits after the last token of each row."""
-        arguments: dict[str, Any] = {"attention_mask": mask, "past_key_values": cache, "use_cache": True}
+    def _read(self, prompts: list[list[int]], max_tokens: int) -> tuple["_Batch", Tensor]:
+        """The cache of the prompts, padded on the left, and the logits after each."""
+        width = max(map(len, prompts))
+        ids = torch.tensor([[self._pad_id] * (width - len(prompt)) + prompt for prompt in prompts], device=self._device)
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=self._device)
+        padding = (width - lengths).unsqueeze(-1)
+        mask = None
+        if min(map(len, prompts)) < width:  # without a mask it is faster
+            mask = (torch.arange(width + max_tokens, device=self._device) >= padding).long()
+        positions = (torch.arange(width, device=self._device) - padding).clamp(min=0)
+        batch = _Batch(DynamicCache(config=self._model.config), mask, lengths, 0)
+        return batch, self._forward(ids, positions, batch)
+
+    def _forward(self, ids: Tensor, positions: Tensor, batch: "_Batch") -> Tensor:
+        """Read on; the logits after the last token of each row."""
+        batch.read += ids.shape[1]
+        mask = None if batch.mask is None else batch.mask[:, : batch.read]
+        arguments: dict[str, Any] = {"attention_mask": mask, "past_key_values": batch.cache, "use_cache": True}
         if "position_ids" in self._takes:
             arguments["position_ids"] = positions
         if "logits_to_keep" in self._takes:
@@ -167,27 +163,57 @@ class Sampler:
         texts = self._decode(tokens[:, -tail:].tolist())
         return torch.tensor([any(text in tail for text in stop) for tail in texts], device=self._device)
 
-    def _completions(self, drawn: Tensor, log_probs: Tensor, ends: Tensor, stopped: Tensor) -> list[Completion]:
-        if not torch.isfinite(log_probs).all():
+    def _completions(self, answers: "_Answers") -> list[Completion]:
+        if not torch.isfinite(answers.log_probs).all():
             raise JobFailed(
                 "non_finite_logits",
                 "the model gave logits that are not finite while sampling",
                 hint="use model.dtype: float32, or a model whose weights are sound",
             )
-        lengths = ends.tolist()
-        tokens = [row[:length] for row, length in zip(drawn.tolist(), lengths, strict=True)]
-        scores = [row[:length] for row, length in zip(log_probs.tolist(), lengths, strict=True)]
-        texts = self._decode(tokens)
+        lengths = answers.lengths.tolist()
+        tokens = [row[:length] for row, length in zip(answers.tokens.tolist(), lengths, strict=True)]
+        log_probs = [row[:length] for row, length in zip(answers.log_probs.tolist(), lengths, strict=True)]
         return [
-            Completion(row, score, text, "stop" if stop else "length")
-            for row, score, text, stop in zip(tokens, scores, texts, stopped.tolist(), strict=True)
+            Completion(row, values, text, "stop" if ended else "length")
+            for row, values, text, ended in zip(tokens, log_probs, self._decode(tokens), answers.ended.tolist(), strict=True)
         ]
 
 
-def _select(cache: DynamicCache, rows: Any) -> None:
-    """Keep these rows of the batch, repeated where they are named more than once. Every kind of cache layer knows how to
-    reorder itself; batch_repeat_interleave and batch_select_indices pass over recurrent states."""
-    cache.reorder_cache(rows)
+@dataclass
+class _Batch:
+    """The rows that go through the model together."""
+
+    cache: DynamicCache
+    mask: Tensor | None  # [rows, all tokens there may be]; none when nothing is padded
+    lengths: Tensor  # of the prompts, without padding
+    read: int  # tokens in the cache, with padding
+
+    def keep(self, rows: Any) -> None:
+        """Keep these rows, repeated where they are named more than once."""
+        # Not batch_repeat_interleave and batch_select_indices, which pass over recurrent states.
+        self.cache.reorder_cache(rows)
+        self.mask = None if self.mask is None else self.mask[rows]
+        self.lengths = self.lengths[rows]
+
+
+class _Answers:
+    """What was drawn, for all rows, also those that have left the batch."""
+
+    def __init__(self, count: int, max_tokens: int, device: torch.device) -> None:
+        self.tokens = torch.zeros(count, max_tokens, dtype=torch.long, device=device)
+        self.log_probs = torch.zeros(count, max_tokens, device=device)
+        self.lengths = torch.full((count,), max_tokens, device=device)
+        self.ended = torch.zeros(count, dtype=torch.bool, device=device)
+
+    def add(self, rows: Tensor, step: int, tokens: Tensor, log_probs: Tensor) -> None:
+        self.tokens[rows, step], self.log_probs[rows, step] = tokens, log_probs
+
+    def end(self, rows: Tensor, step: int, ended: Tensor) -> Tensor:
+        """Note which rows end with this step's token; returns which go on. Rows may stay in the batch after their end."""
+        fresh = rows[ended & ~self.ended[rows]]
+        self.lengths[fresh] = step + 1
+        self.ended[fresh] = True
+        return ~self.ended[rows]
 
 
 def draw(logits_B_V: Tensor, how: Sampling, generator: torch.Generator) -> tuple[Tensor, Tensor]:

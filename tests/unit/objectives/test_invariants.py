@@ -13,7 +13,7 @@ from service.jobs.objective import ObjectiveSpec
 from service.jobs.presets import PRESETS
 from workers.objectives import Objective
 
-property_test = settings(max_examples=100, deadline=None, derandomize=True)
+property_test = settings(max_examples=75, deadline=None, derandomize=True)
 
 RATIOS: list[Any] = ["token", "sequence", "sequence_token", "product", {"kind": "segment", "chunk": 2}]
 SURROGATES: list[Any] = [

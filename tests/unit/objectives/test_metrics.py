@@ -54,6 +54,15 @@ def test_what_is_given_is_measured_though_no_axis_needs_it(example, make_objecti
     assert measured["batch/sequences"] == 2
 
 
+def test_groups_that_teach_nothing_are_counted(make_objective):
+    rewards, group_ids = torch.tensor([1.0, 1.0, 0.0, 1.0, 0.5, 0.2, 0.9]), torch.tensor([4, 4, 7, 7, 9, 2, 2])
+    valid = torch.tensor([True, True, True, True, True, True, False])
+    measured = make_objective("grpo").group_metrics(rewards, group_ids, valid).finish()
+    assert measured == {"batch/groups": 4, "batch/zero_variance_groups": 3}
+    none = make_objective("grpo").group_metrics(rewards, group_ids, torch.zeros(7)).finish()
+    assert none == {"batch/groups": 0, "batch/zero_variance_groups": 0}
+
+
 def test_fractions_by_token_and_by_sequence_differ():
     measured = Reductions(torch.tensor([[True, True, True], [True, False, False]]), torch.float64)
     measured.fraction("clipped", torch.tensor([[True, False, False], [True, True, True]]))
