@@ -111,7 +111,6 @@ def add_start_adapter(peft: PeftModel, folder: Path) -> None:
     """A second, frozen adapter with the weights that the job started from: the reference of a job that goes on from LoRA."""
     peft.add_adapter(START, saved_adapter(folder))
     fill_adapter(peft, folder, START)
-    peft.set_adapter(TRAINED)
 
 
 def _load_base(spec: ModelSpec, device: torch.device, folder: Path | None, revision: str | None = None) -> Loaded:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers.processors import TemplateProcessing
 
 from service.errors import JobFailed
 from service.jobs.spec import Full, Lora, ModelSpec, TinyConfig
@@ -30,6 +31,14 @@ def test_the_tiny_preset_is_the_same_model_for_the_same_config(load, weights):
     torch.manual_seed(1)
     again = weights(load(ModelSpec(source="tiny", tiny=TinyConfig(seed=5)), seed=9))
     other = weights(load(ModelSpec(source="tiny", tiny=TinyConfig(seed=6))))
+    assert all(torch.equal(value, again[name]) for name, value in first.items())
+    assert any(not torch.equal(value, other[name]) for name, value in first.items())
+
+
+def test_a_new_adapter_derives_from_the_jobs_seed_alone(load, weights, tiny_lora_spec):
+    first = weights(load(tiny_lora_spec, seed=3))
+    torch.manual_seed(1)
+    again, other = weights(load(tiny_lora_spec, seed=3)), weights(load(tiny_lora_spec, seed=4))
     assert all(torch.equal(value, again[name]) for name, value in first.items())
     assert any(not torch.equal(value, other[name]) for name, value in first.items())
 
@@ -68,6 +77,16 @@ def test_an_answer_is_closed_by_eos_and_a_prompt_is_not(load):
     assert policy.encode_answer("12") == [*policy.encode("12"), policy.tokenizer.eos_token_id]
     assert policy.decode(policy.encode_answer("12")) == "12"
     assert policy.encode("") == []
+
+
+def test_a_tokenizer_that_closes_every_text_does_not_close_a_prompt(load):
+    policy = load()
+    opened = policy.encode("rev 1>")
+    eos = policy.tokenizer.eos_token_id
+    policy.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", eos)])
+    assert policy.tokenizer("rev 1>")["input_ids"] == [*opened, eos]
+    assert policy.encode("rev 1>") == opened
+    assert policy.encode_answer("1") == [*policy.encode("1"), eos]
 
 
 def test_a_folder_that_is_not_there_is_named(load, tmp_path):

@@ -92,6 +92,17 @@ def test_a_loss_that_is_not_finite_is_skipped_though_its_gradient_is(load, some_
     assert all(torch.equal(value, before[name]) for name, value in weights(policy).items())
 
 
+def test_a_gradient_that_is_not_finite_is_skipped_though_its_loss_is(load, some_sequences, weights):
+    policy = load()
+    before = weights(policy)
+    # The root's slope at 0 is infinite.
+    loss = policy.accumulate(some_sequences(3), lambda log_probs, rows: (log_probs - log_probs.detach()).sum().sqrt())
+    assert loss == 0.0
+    facts = policy.step()
+    assert facts["skipped"] is True and not math.isfinite(facts["grad_norm"])
+    assert all(torch.equal(value, before[name]) for name, value in weights(policy).items())
+
+
 def test_bfloat16_weights_take_in_updates_smaller_than_their_grid(load, learn, weights):
     policy = load(ModelSpec(source="tiny", dtype="bfloat16"), learning_rate=1e-5)
     name = "model.embed_tokens.weight"

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from service.errors import JobFailed
+from service.jobs.spec import Full, ModelSpec
 from workers.policy import sampler
 from workers.policy.policy import Sequence
 from workers.policy.sampler import Sampling, draw
@@ -145,6 +146,20 @@ def test_small_batches_give_valid_groups_too(load, monkeypatch):
     reported = torch.tensor([value for group in groups for answer in group for value in answer.log_probs])
     torch.testing.assert_close(log_probs[mask], reported, atol=1e-4, rtol=0)
     assert len({tuple(sequence.completion) for sequence in sequences}) > 12
+
+
+@pytest.mark.parametrize(("family", "padded"), [("llama", True), ("lfm2", False)])
+def test_a_recurrent_state_never_reads_padding(family, padded, family_folder, load):
+    policy = load(ModelSpec(source=str(family_folder(family)), dtype="float32", adapter=Full()))
+    masks = []
+
+    def look(layer, arguments, keywords):
+        masks.append(keywords["attention_mask"])
+
+    policy.model.register_forward_pre_hook(look, with_kwargs=True)
+    groups = sample(policy)
+    assert any(mask is not None for mask in masks) is padded
+    assert [len(group) for group in groups] == [3, 3, 3]
 
 
 def test_logits_that_are_not_finite_fail_the_job_by_name(load):
