@@ -23,7 +23,7 @@ from service.store.tables import Checkpoint, Job
 from workers.heartbeat import Heartbeat
 from workers.identity import WORKER_ID, has_gpu, resource_classes
 from workers.loops import rl, supervised
-from workers.loops.attempt import Attempt, Stopped, drive
+from workers.loops.attempt import Attempt, Held, Stopped, drive
 from workers.loops.evaluation import evaluate
 from workers.loops.progress import Progress
 from workers.policy.checkpoint import CheckpointBroken, verify
@@ -56,34 +56,27 @@ def run(store: Store, settings: Settings, doorbell: Doorbell, lease: Lease, job:
     heartbeat = Heartbeat(store, settings, doorbell, lease, stall_timeout_s=spec.limits.stall_timeout_s)
     try:
         with heartbeat:
-            _attempt(store, settings, doorbell, lease, job, spec, heartbeat)
+            _attempt(Held(store, settings, doorbell, lease, job, spec, heartbeat))
     except LeaseLost as lost:
         log.warning("job %s: attempt %d is over, %s", job.id, lease.attempt, lost.detail)
     finally:
         doorbell.signal(job.id, "events")
 
 
-def _attempt(
-    store: Store,
-    settings: Settings,
-    doorbell: Doorbell,
-    lease: Lease,
-    job: Job,
-    spec: RLSpec | SupervisedSpec,
-    heartbeat: Heartbeat,
-) -> None:
+def _attempt(held: Held) -> None:
+    store, lease, job = held.store, held.lease, held.job
     attempt: Attempt | None = None
     try:
-        attempt = _load(store, settings, doorbell, lease, job, spec, heartbeat)
-        ended = drive(attempt, LOOPS[spec.kind], evaluate)
+        attempt = _load(held)
+        ended = drive(attempt, LOOPS[held.spec.kind], evaluate)
         leases.succeed(store, lease, attempt.progress.result(ended), ended)
     except Stopped as stopped:
-        _settle_wish(store, doorbell, lease, job, stopped.wish)
+        _settle_wish(held, stopped.wish)
     except LeaseLost:
         raise
     except Exception as error:
         failure = _failure(error)
-        failure.phase, failure.attempt = heartbeat.phase.value, lease.attempt
+        failure.phase, failure.attempt = held.heartbeat.phase.value, lease.attempt
         failure.step = attempt.progress.step if attempt is not None else job.step
         result = attempt.progress.result("failed") if attempt is not None else None
         log.log(
@@ -103,14 +96,14 @@ def _attempt(
             attempt.rewards.close()
 
 
-def _settle_wish(store: Store, doorbell: Doorbell, lease: Lease, job: Job, wish: Wish) -> None:
+def _settle_wish(held: Held, wish: Wish) -> None:
     if wish is Wish.PAUSE:
-        leases.pause(store, lease)
+        leases.pause(held.store, held.lease)
     elif wish is Wish.CANCEL:
-        leases.cancelled(store, lease)
+        leases.cancelled(held.store, held.lease)
     else:
-        leases.release(store, lease, "drained")
-        doorbell.ring(job.id, job.resource_class)  # another worker goes on at once
+        leases.release(held.store, held.lease, "drained")
+        held.doorbell.ring(held.job.id, held.job.resource_class)  # another worker goes on at once
 
 
 def _failure(error: Exception) -> Failure:
@@ -141,17 +134,10 @@ def _failure(error: Exception) -> Failure:
     )
 
 
-def _load(
-    store: Store,
-    settings: Settings,
-    doorbell: Doorbell,
-    lease: Lease,
-    job: Job,
-    spec: RLSpec | SupervisedSpec,
-    heartbeat: Heartbeat,
-) -> Attempt:
+def _load(held: Held) -> Attempt:
     """Data, graders and the model, at the newest good checkpoint of the job, else at its start."""
-    heartbeat.check(Phase.LOADING)
+    store, settings, job, spec = held.store, held.settings, held.job, held.spec
+    held.heartbeat.check(Phase.LOADING)
     data = open_data(spec.data, spec.seed, lambda dataset_id: _dataset_path(store, job.project, dataset_id))
     rewards = None if spec.reward is None else Rewards(spec.reward, job_id=job.id, secrets=settings.grader_secrets)
     start = spec.model.from_checkpoint
@@ -172,10 +158,10 @@ def _load(
     )
     progress = Progress() if resume_from is None else Progress.load(resume_from)
     saved_at = None if resume_from is None else progress.step
-    leases.rewind(store, lease, progress.step)
+    leases.rewind(store, held.lease, progress.step)
     process = {"host": socket.gethostname(), "pid": os.getpid()}
-    leases.set_resolved(store, lease, {**policy.facts, "process": process})
-    return Attempt(store, settings, doorbell, lease, job, heartbeat, spec, data, rewards, policy, progress, saved_at)
+    leases.set_resolved(store, held.lease, {**policy.facts, "process": process})
+    return Attempt(**vars(held), data=data, rewards=rewards, policy=policy, progress=progress, saved_at=saved_at)
 
 
 def _optimizer_steps(spec: RLSpec | SupervisedSpec) -> int:

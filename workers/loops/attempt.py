@@ -49,16 +49,22 @@ class StepResult:
 
 
 @dataclass
-class Attempt:
-    """The job, what it was resolved to, and the parts that are alive for the length of one attempt."""
+class Held:
+    """A claimed job, and what the worker that holds it talks to."""
 
     store: Store
     settings: Settings
     doorbell: Doorbell
     lease: Lease
     job: Job
-    heartbeat: Heartbeat
     spec: RLSpec | SupervisedSpec
+    heartbeat: Heartbeat
+
+
+@dataclass
+class Attempt(Held):
+    """And, once loaded, the parts that are alive for the length of one attempt."""
+
     data: Data
     rewards: Rewards | None
     policy: Policy
