@@ -75,7 +75,7 @@ def _attempt(held: Held) -> None:
     except LeaseLost:
         raise
     except Exception as error:
-        failure = _failure(error)
+        failure = failure_of(error)
         failure.phase, failure.attempt = held.heartbeat.phase.value, lease.attempt
         failure.step = attempt.progress.step if attempt is not None else job.step
         result = attempt.progress.result("failed") if attempt is not None else None
@@ -106,7 +106,7 @@ def _settle_wish(held: Held, wish: Wish) -> None:
         held.doorbell.ring(held.job.id, held.job.resource_class)  # another worker goes on at once
 
 
-def _failure(error: Exception) -> Failure:
+def failure_of(error: Exception) -> Failure:
     """What went wrong: a code, whose fault it is, and whether to try again."""
     if isinstance(error, JobFailed):
         return error.failure

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from sqlalchemy import select
+from sqlalchemy import select, text
 
 from service.jobs import lifecycle
 from service.jobs.state import Status, is_legal
@@ -139,6 +139,22 @@ def test_a_running_job_is_cancelled_within_a_step(shared: Any, specs: Any) -> No
     job = shared.until(job_id, lambda job: job.status == "cancelled", timeout_s=10)
     assert job.checkpoint_id is not None, "what was done so far is kept"
     assert_log_is_whole(shared, job)
+
+
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+def test_a_database_that_drops_its_connections_costs_at_most_a_retry(stack: Any, specs: Any) -> None:
+    stack.start_worker()
+    job_id = stack.submit(specs.rl(limits={"max_steps": 60})).id
+    for step in (5, 30):
+        stack.until(job_id, lambda job, step=step: job.step >= step)
+        with stack.store.begin() as session:
+            dropped = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity "
+            dropped += "WHERE datname = current_database() AND pid <> pg_backend_pid()"
+            assert session.scalar(text(dropped)) > 0
+    job = stack.succeeded(job_id)
+    assert job.crashes == 0
+    assert_each_step_stands_once(stack, job, "reward/mean", range(1, 61))
+    assert_log_is_whole(stack, job)
 
 
 @SQLITE
