@@ -5,6 +5,7 @@ import os
 import socket
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 from service.doorbell import Doorbell
 from service.jobs import lease
@@ -50,7 +51,7 @@ def settle_the_dead(settings: Settings) -> None:
         with store.begin(readonly=True) as session:
             owners = jobs.owners(session)
         for owner, row in owners.items():
-            if row is not None and row.host == socket.gethostname() and not _is_alive(row.pid):
+            if row is not None and row.host == socket.gethostname() and not is_alive(row.pid):
                 lease.worker_lost(store, doorbell, owner)
     except Exception:  # nothing is lost but time
         log.warning("could not settle the jobs of workers that are gone; their leases will end", exc_info=True)
@@ -59,11 +60,16 @@ def settle_the_dead(settings: Settings) -> None:
         store.close()
 
 
-def _is_alive(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
+    """Whether the process runs. One that was killed and that nobody has waited for yet (a zombie) does not."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:
         pass
-    return True
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:  # no /proc here; or gone in this moment, and then its lease will end
+        return True
+    return stat.rpartition(")")[2].split()[0] != "Z"

@@ -21,6 +21,7 @@ from ratchet_client import Ratchet
 from ratchet_client.discovery import find
 from service.local import redis_server
 from service.local.place import CannotStart
+from service.local.worker import is_alive
 
 RATCHET = [sys.executable, "-P", "-m", "service.cli"]
 JOB: dict[str, Any] = {
@@ -164,6 +165,19 @@ def test_a_killed_up_leaves_nothing_and_the_next_one_goes_on(folder: Path, start
         reasons = [event["data"].get("reason") for event in ratchet.list_events(job_id, limit=1000)["data"]]
     assert (job["status"], job["step"], job["attempt"]) == ("succeeded", 160, 2)
     assert "worker_lost" in reasons  # settled at once, not when its lease ended
+
+
+def test_a_killed_process_counts_as_dead_before_anybody_has_waited_for_it() -> None:
+    process = subprocess.Popen(["sleep", "60"])
+    assert is_alive(process.pid)
+    process.kill()
+    deadline = time.monotonic() + 5
+    while is_alive(process.pid):
+        assert time.monotonic() < deadline, "a zombie holds nothing"
+        time.sleep(0.01)
+    assert Path(f"/proc/{process.pid}").exists(), "still a zombie, or this shows nothing"
+    process.wait()
+    assert not is_alive(process.pid)
 
 
 # ---------------------------------------------------------------- what cannot start
