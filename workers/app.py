@@ -95,8 +95,10 @@ class Parent:
         log.error("the job was not released within %.0f s; ending the worker", self.settings.drain_grace_s)
         for child in active_children():
             child.kill()
-        self.child_died()
-        os._exit(1)
+        try:
+            self.child_died()
+        finally:  # the store may be away: then the lease ends by itself
+            os._exit(1)
 
     def _say_seen(self) -> None:
         while not self._stop.wait(SEEN_EVERY_S):

@@ -46,7 +46,8 @@ def run_next(rung_by: str) -> None:
             return
         run(store, settings, doorbell, *claimed)
     finally:
-        store.engine.dispose()
+        doorbell.close()
+        store.close()
 
 
 def run(store: Store, settings: Settings, doorbell: Doorbell, lease: Lease, job: Job) -> None:
