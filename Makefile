@@ -10,7 +10,7 @@ DUMMY_SECRETS := POSTGRES_PASSWORD=dummy REDIS_PASSWORD=dummy RATCHET_BOOTSTRAP_
 COMPOSE = $$($(BIN)/python -c 'import compose; print(compose.__path__[0] + "/docker-compose")' 2>/dev/null || echo docker compose)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check stack-test fmt openapi clean machine
+.PHONY: help demo test fuzz chaos soak check stack-test fmt openapi clean machine
 
 help: ## what there is
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -20,6 +20,15 @@ demo: $(VENV)/.for-running ## train a model with GSPO through the whole stack, o
 
 test: $(VENV)/.for-developing ## run the tests (ARGS="-k name" passes arguments on)
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS)
+
+chaos: $(VENV)/.for-developing ## break everything that can break, and look whether anything was lost (ARGS="-k redis" chooses)
+	$(BIN)/python -m pytest -m chaos tests/chaos $(ARGS)
+
+soak: $(VENV)/.for-developing ## random kills over everything (KILLS=1000 SEED=1 MINUTES=30)
+	cd tests && ../$(BIN)/python -m chaos.soak --kills $(or $(KILLS),1000) --seed $(or $(SEED),1) --minutes $(or $(MINUTES),30)
+
+fuzz: $(VENV)/.for-developing ## schemathesis over the whole API for ten minutes (FUZZ_S=600)
+	RATCHET_TEST_FUZZ_S=$(or $(FUZZ_S),600) $(BIN)/python -m pytest tests/api/test_fuzz.py
 
 check: $(VENV)/.for-developing ## lint, types, layers, migrations, openapi.json, Dockerfile, compose file
 	$(BIN)/ruff check .

@@ -15,6 +15,7 @@ from ratchet_client.errors import (
     RatchetArchiveError,
     RatchetConnectionError,
     RatchetError,
+    RatchetLossPending,
     RatchetNotFound,
 )
 from ratchet_client.types import FINAL
@@ -26,5 +27,6 @@ __all__ = [
     "RatchetArchiveError",
     "RatchetConnectionError",
     "RatchetError",
+    "RatchetLossPending",
     "RatchetNotFound",
 ]

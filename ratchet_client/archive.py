@@ -1,5 +1,6 @@
 """Unpacks a checkpoint's tar as it arrives: the regular files of its one folder, and nothing else."""
 
+import errno
 import hashlib
 import io
 import json
@@ -12,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from ratchet_client.errors import RatchetArchiveError
 
 MANIFEST = "manifest.json"
+OF_THE_DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO})  # not of the name
 
 
 class Chunks(io.RawIOBase):
@@ -37,7 +39,8 @@ class Chunks(io.RawIOBase):
 def unpack(chunks: Iterator[bytes], directory: Path) -> None:
     """Fill `directory`, which must be absent or empty; it appears whole or not at all.
 
-    Raises RatchetArchiveError for a link, a device, a path that leads outside, or a file that its manifest does not know.
+    Raises RatchetArchiveError for a link, a device, a path that leads outside or that no file can have, a file that comes
+    twice, or one that its manifest does not know.
     """
     if directory.exists() and any(directory.iterdir()):
         raise RatchetArchiveError(f"{directory} is not empty: name a new folder")
@@ -48,7 +51,7 @@ def unpack(chunks: Iterator[bytes], directory: Path) -> None:
         _compare(temporary)
         temporary.chmod(0o755)
         temporary.replace(directory)  # takes the place of an empty folder, too
-    except tarfile.TarError as error:
+    except (tarfile.TarError, ValueError) as error:  # ValueError: a name with a NUL, numbers that are none
         raise RatchetArchiveError(f"the archive cannot be read: {error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -58,15 +61,18 @@ def _extract(chunks: Iterator[bytes], folder: Path) -> None:
     with tarfile.open(fileobj=io.BufferedReader(Chunks(chunks)), mode="r|") as archive:
         for member in archive:
             target = folder / _inside(member.name)
-            if member.isdir():
-                target.mkdir(parents=True, exist_ok=True)
-                continue
-            source = archive.extractfile(member) if member.isreg() else None
-            if source is None:
+            if not (member.isdir() or (member.isreg() and not member.issparse())):
                 raise RatchetArchiveError(f"the archive holds {member.name!r}, which is no regular file")
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with target.open("xb") as file:
-                shutil.copyfileobj(source, file)
+            try:
+                (target if member.isdir() else target.parent).mkdir(parents=True, exist_ok=True)
+                file = None if member.isdir() else target.open("xb")
+            except (OSError, ValueError) as error:
+                if isinstance(error, OSError) and error.errno in OF_THE_DISK:
+                    raise
+                raise RatchetArchiveError(f"the archive holds {member.name[:200]!r}, which no file can be called") from None
+            if file is not None:
+                with file, archive.extractfile(member) or io.BytesIO() as source:
+                    shutil.copyfileobj(source, file)
 
 
 def _inside(name: str) -> PurePosixPath:

@@ -3,32 +3,36 @@
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
-from datetime import datetime
+from datetime import date, datetime
 from pathlib import Path
 from time import monotonic, sleep
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 from urllib.parse import quote
 
 import httpx
 
-from ratchet_client import archive, discovery, events
+from ratchet_client import archive, discovery, events, losses
 from ratchet_client.errors import RatchetApiError, RatchetConnectionError
 from ratchet_client.transport import Content, Transport, is_passing, pause_s
 from ratchet_client.types import (
     FINAL,
+    Budget,
     Checkpoint,
     Dataset,
     Event,
     Job,
     JobSummary,
     Key,
+    Losses,
     Metrics,
     Model,
     NewKey,
     Page,
     Rollout,
+    Scope,
     Status,
+    Usage,
     Validation,
 )
 
@@ -108,15 +112,29 @@ class Ratchet:
             job = self.get_job(job_id, wait_s=left_s, after_event=job["last_event"])
         return job
 
-    def pause_job(self, job_id: str) -> Job:
-        """Stop at the next step, with a checkpoint; `resume_job` goes on from there."""
-        return self._act(job_id, "pause")
+    def pause_job(self, job_id: str, *, grace_seconds: float | None = None) -> Job:
+        """Stop at the next step, with a checkpoint; `resume_job` goes on from there.
 
-    def resume_job(self, job_id: str) -> Job:
-        return self._act(job_id, "resume")
+        A worker that needs longer than `grace_seconds` is killed, and the job rests at the checkpoint before.
+        """
+        return self._act(job_id, "pause", json=_given(grace_seconds=grace_seconds))
 
-    def cancel_job(self, job_id: str) -> Job:
-        return self._act(job_id, "cancel")
+    def resume_job(self, job_id: str, *, budget: Mapping[str, float | None] | None = None) -> Job:
+        """Go on with a paused job. `budget` (tokens, worker_s; None: without bound) replaces the parts that it names."""
+        return self._act(job_id, "resume", json=_given(budget=None if budget is None else dict(budget)))
+
+    def cancel_job(
+        self,
+        job_id: str,
+        *,
+        final_checkpoint: Literal["save", "none"] | None = None,
+        grace_seconds: float | None = None,
+    ) -> Job:
+        """End the job. `final_checkpoint`: whether what was learnt since the last one is saved first (default: none).
+
+        A worker that needs longer than `grace_seconds` (default: 60) is killed.
+        """
+        return self._act(job_id, "cancel", json=_given(final_checkpoint=final_checkpoint, grace_seconds=grace_seconds))
 
     def fork_job(
         self,
@@ -127,8 +145,7 @@ class Ratchet:
         idempotency_key: str | None = None,
     ) -> Job:
         """A new job that starts from a checkpoint of this one (the newest, unless named), with parts of the spec changed."""
-        changes = {"from_checkpoint": from_checkpoint, "spec": dict(spec) if spec is not None else None}
-        body = {name: value for name, value in changes.items() if value is not None}
+        body = _given(from_checkpoint=from_checkpoint, spec=dict(spec) if spec is not None else None)
         return self._act(job_id, "fork", json=body, idempotency_key=idempotency_key)
 
     def delete_job(self, job_id: str) -> None:
@@ -193,6 +210,39 @@ class Ratchet:
         params = {"split": split, "step": step, "after": after, "limit": limit}
         return self._get(f"/v1/jobs/{_part(job_id)}/rollouts", params)
 
+    # ---------------------------------------------------------------- losses
+
+    def losses(
+        self,
+        items: Iterable[Mapping[str, Any]],
+        *,
+        dtype: str | None = None,
+        all_or_nothing: bool = False,
+        on_nonfinite: str | None = None,
+        wait_s: float = 30.0,
+    ) -> Losses:
+        """Losses, and gradients where an item's `return` names them, of batches in plain lists; rows of any lengths.
+
+            answer = ratchet.losses([{"objective": {"preset": "gspo"}, "batch": {"log_probs": [[-2.0, -1.8], [-1.9]], ...}}])
+
+        An item that failed has the status "error"; when none succeeded, or one failed under `all_or_nothing`, the refusal is
+        raised. Non-finite numbers are the texts "NaN", "Infinity" and "-Infinity" in the answer, and may be plain ones in the
+        request. Raises RatchetLossPending when the answer is not there within `wait_s`.
+        """
+        named = {"dtype": dtype, "on_nonfinite": on_nonfinite}
+        body = {"items": [dict(item) for item in items], "all_or_nothing": all_or_nothing}
+        body |= {name: value for name, value in named.items() if value is not None}
+        text = json.dumps(body, separators=(",", ":")).encode()
+        return self._transport.parsed(losses.ask(self._transport, text, losses.JSON, wait_s))
+
+    def losses_safetensors(self, body: bytes, *, wait_s: float = 30.0) -> bytes:
+        """The same in safetensors, both ways, for tensors of any framework. `ratchet_client.torch` does this for torch."""
+        return losses.ask(self._transport, body, losses.TENSORS, wait_s).content
+
+    def loss_request(self, loss_id: str, *, wait_s: float = 30.0) -> Losses:
+        """The answer to a request whose RatchetLossPending was raised before. It is kept for some minutes."""
+        return self._transport.parsed(losses.collect(self._transport, _part(loss_id), losses.JSON, wait_s))
+
     # ---------------------------------------------------------------- checkpoints
 
     def list_checkpoints(
@@ -219,6 +269,32 @@ class Ratchet:
 
     def delete_checkpoint(self, checkpoint_id: str) -> None:
         self._transport.request("DELETE", f"/v1/checkpoints/{_part(checkpoint_id)}")
+
+    def pin_checkpoint(self, checkpoint_id: str) -> Checkpoint:
+        """Keep it whatever comes, until `unpin_checkpoint`."""
+        return self._transport.json("POST", f"/v1/checkpoints/{_part(checkpoint_id)}/pin")
+
+    def unpin_checkpoint(self, checkpoint_id: str) -> Checkpoint:
+        return self._transport.json("POST", f"/v1/checkpoints/{_part(checkpoint_id)}/unpin")
+
+    def checkpoint_lineage(self, checkpoint_id: str) -> dict[str, Any]:
+        """`data`: the checkpoint and those that it comes from, back to `base`, the model that the first job started from."""
+        return self._get(f"/v1/checkpoints/{_part(checkpoint_id)}/lineage")
+
+    def delete_checkpoints(
+        self,
+        *,
+        ids: Iterable[str] | None = None,
+        job_id: str | None = None,
+        older_than_s: float | None = None,
+        keep_last: int | None = None,
+        final: bool | None = None,
+        dry_run: bool = True,
+    ) -> dict[str, Any]:
+        """Delete all that fit, save what is pinned or needed; by default only say what would go."""
+        which = _given(ids=None if ids is None else list(ids), job_id=job_id, older_than_s=older_than_s)
+        body = {**which, **_given(keep_last=keep_last, final=final), "dry_run": dry_run}
+        return self._transport.json("POST", "/v1/checkpoints:delete", json=body)
 
     # ---------------------------------------------------------------- datasets
 
@@ -250,9 +326,22 @@ class Ratchet:
     def list_models(self) -> Page[Model]:
         return self._get("/v1/models")
 
-    def create_key(self, name: str, *, project: str | None = None) -> NewKey:
-        """A new API key; its text stands in this answer and nowhere else."""
-        body = {"name": name} if project is None else {"name": name, "project": project}
+    def create_key(
+        self,
+        name: str,
+        *,
+        project: str | None = None,
+        scopes: Iterable[Scope] | None = None,
+        expires_in_s: float | None = None,
+        requests_per_s: float | None = None,
+        burst: int | None = None,
+    ) -> NewKey:
+        """A new API key; its text stands in this answer and nowhere else. By default it may do everything (`admin`),
+        does not expire, and has the rate that the operator has set."""
+        rate = {"requests_per_s": requests_per_s, "burst": burst} if (requests_per_s, burst) != (None, None) else None
+        asked = {"project": project, "scopes": list(scopes) if scopes is not None else None}
+        asked |= {"expires_in_s": expires_in_s, "rate": rate}
+        body = {"name": name} | {field: value for field, value in asked.items() if value is not None}
         return self._transport.json("POST", "/v1/keys", json=body)
 
     def list_keys(self) -> Page[Key]:
@@ -261,6 +350,33 @@ class Ratchet:
     def delete_key(self, key_id: str) -> None:
         """Revoke a key; it stops working at once."""
         self._transport.request("DELETE", f"/v1/keys/{_part(key_id)}")
+
+    # ---------------------------------------------------------------- what was spent
+
+    def usage(
+        self,
+        *,
+        group_by: Literal["day", "job", "key"] | None = None,
+        first_day: str | date | None = None,
+        last_day: str | date | None = None,
+        job_id: str | None = None,
+        key_id: str | None = None,
+        project: str | None = None,
+    ) -> Usage:
+        """What the project spent, by day (the default), job or API key. Days are UTC and inclusive."""
+        days = {"from": first_day and str(first_day), "to": last_day and str(last_day)}
+        filters = {"group_by": group_by, "job_id": job_id, "key_id": key_id, "project": project}
+        return self._get("/v1/usage", {**days, **filters})
+
+    def get_budget(self, *, project: str | None = None) -> Budget:
+        return self._get("/v1/budget", {"project": project})
+
+    def set_budget(
+        self, project: str, *, tokens: int | None = None, worker_s: float | None = None, since: str | date | None = None
+    ) -> Budget:
+        """Replace a project's budget, with a key of the administrators' project; without bounds there is none."""
+        bounds = _given(project=project, tokens=tokens, worker_s=worker_s, since=since and str(since))
+        return self._transport.json("PUT", "/v1/budget", json=bounds)
 
     # ---------------------------------------------------------------- inside
 
@@ -292,6 +408,11 @@ class Ratchet:
 def _part(value: str) -> str:
     """An id as one segment of a path, whatever it holds."""
     return quote(value, safe="")
+
+
+def _given(**values: Any) -> dict[str, Any]:
+    """A body of those that were given."""
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _is_json(text: bytes) -> bool:

@@ -4,6 +4,8 @@ from typing import Any, Self
 
 import httpx
 
+LISTED = 5  # wrong places that an error's message names; `errors` has all
+
 
 class RatchetError(Exception):
     """The root of everything that this client raises on purpose."""
@@ -21,6 +23,14 @@ class RatchetArchiveError(RatchetError):
     """A downloaded archive holds something that must not be unpacked, or is not whole."""
 
 
+class RatchetLossPending(RatchetError, TimeoutError):
+    """A loss was not computed in the time that was given; `Ratchet.loss_request(id)` asks for it again."""
+
+    def __init__(self, loss_id: str, status: str) -> None:
+        self.id = loss_id
+        super().__init__(f"{loss_id} is still {status}: wait longer, or ask for it again by loss_request({loss_id!r})")
+
+
 class RatchetApiError(RatchetError):
     """The service refused. `problem` is its RFC 9457 document; the most used members are attributes."""
 
@@ -33,7 +43,7 @@ class RatchetApiError(RatchetError):
         self.retryable = bool(problem.get("retryable", False))
         self.errors: list[dict[str, Any]] = problem.get("errors") or []  # pointer, detail, got, allowed
         self.retry_after_s = retry_after_s
-        super().__init__(f"{self.detail} ({self.code}, HTTP {status})")
+        super().__init__(f"{self.detail} ({self.code}, HTTP {status}){''.join(map(_place, self.errors[:LISTED]))}")
 
     @classmethod
     def of(cls, response: httpx.Response) -> Self:
@@ -45,6 +55,11 @@ class RatchetApiError(RatchetError):
         if not isinstance(problem, dict):
             problem = {"title": response.reason_phrase, "detail": response.text[:200].strip() or response.reason_phrase}
         return cls(response.status_code, problem, retry_after_s=retry_after_s(response))
+
+
+def _place(error: dict[str, Any]) -> str:
+    """One wrong place as a line of the message."""
+    return f"\n  {error.get('pointer') or '(the whole)'}: {error.get('detail', '')}"
 
 
 def retry_after_s(response: httpx.Response) -> float | None:

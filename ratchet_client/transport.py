@@ -3,7 +3,8 @@
 import random
 from collections.abc import Callable, Iterable, Mapping
 from ipaddress import ip_address
-from time import sleep
+from math import inf
+from time import monotonic, sleep
 from typing import Any
 from uuid import uuid4
 
@@ -60,49 +61,59 @@ class Transport:
         sent = dict(headers or {})
         if method == "POST":
             sent["Idempotency-Key"] = idempotency_key or uuid4().hex
-
-        def attempt() -> httpx.Response:
-            request = self.http.build_request(
+        return self.until_answered(
+            lambda: self.attempt(
                 method,
                 path,
                 params={name: value for name, value in (params or {}).items() if value is not None},
                 json=json,
                 content=content() if content is not None else None,
                 headers=sent,
-                timeout=httpx.Timeout(timeout_s or self.timeout_s, connect=CONNECT_TIMEOUT_S),
+                timeout_s=timeout_s,
+                stream=stream,
             )
-            response = self.http.send(request, stream=stream)
-            if not response.is_success:
-                response.read()
-            return response
+        )
 
-        return self._until_answered(attempt)
+    def attempt(
+        self, method: str, path: str, *, timeout_s: float | None = None, stream: bool = False, **content: Any
+    ) -> httpx.Response:
+        """One exchange, whatever it brings; a refusal is read whole. Raises httpx.TransportError."""
+        timeout = httpx.Timeout(timeout_s or self.timeout_s, connect=CONNECT_TIMEOUT_S)
+        response = self.http.send(self.http.build_request(method, path, timeout=timeout, **content), stream=stream)
+        if not response.is_success:
+            response.read()
+        return response
 
     def json(self, method: str, path: str, **request: Any) -> Any:
-        """`request`, and its answer parsed. Raises RatchetError when something answers that is no Ratchet."""
-        response = self.request(method, path, **request)
+        """`request`, and its answer parsed."""
+        return self.parsed(self.request(method, path, **request))
+
+    def parsed(self, response: httpx.Response) -> Any:
+        """An answer's JSON. Raises RatchetError when something answered that is no Ratchet."""
         try:
             return response.json()
         except ValueError:
             kind = response.headers.get("content-type", "no content type")
             raise RatchetError(f"{self.base_url} answers, but not with JSON ({kind}): is it a Ratchet?") from None
 
-    def _until_answered(self, attempt: Callable[[], httpx.Response]) -> httpx.Response:
+    def until_answered(self, attempt: Callable[[], httpx.Response], *, until: float = inf) -> httpx.Response:
+        """The first successful answer. What may pass is tried again, as long as there is time until then (of `monotonic`)."""
         failures = 0
         while True:
+            error: RatchetApiError | RatchetConnectionError
             try:
                 response = attempt()
                 if response.is_success:
                     return response
                 error = RatchetApiError.of(response)
-                if not is_passing(error) or failures >= self.max_retries:
-                    raise error
-                retry_after_s = error.retry_after_s
-            except httpx.TransportError as error:
-                if failures >= self.max_retries:
-                    raise self.unreachable(error) from error
-                retry_after_s = None
-            sleep(pause_s(failures, retry_after_s))
+                wait_s = pause_s(failures, error.retry_after_s)
+                may_pass = is_passing(error)
+            except httpx.TransportError as broken:
+                error, may_pass, wait_s = self.unreachable(broken), True, pause_s(failures, None)
+                error.__cause__ = broken
+            if not may_pass or failures >= self.max_retries or monotonic() + wait_s > until:
+                raise error
+            sleep(wait_s)
             failures += 1
 
     def unreachable(self, error: httpx.HTTPError) -> RatchetConnectionError:

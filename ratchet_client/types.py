@@ -54,6 +54,44 @@ class Job(JobSummary):
     spec: dict[str, Any]
     spec_sent: dict[str, Any]
     resolved: dict[str, Any]
+    key_id: str | None
+    budget_tokens: int | None
+    budget_worker_s: float | None
+    usage: "UsageTotals"
+
+
+class UsageTotals(TypedDict):
+    """Sums of what was spent. `wasted` (sampled_tokens, trained_tokens, worker_s) is contained in the others."""
+
+    attempts: int
+    tokens: int
+    sampled_tokens: int
+    trained_tokens: int
+    worker_s: float
+    phase_s: dict[str, float]
+    wasted: dict[str, float]
+
+
+class UsageGroup(UsageTotals):
+    group: str | None
+
+
+class Usage(TypedDict):
+    object: Literal["usage"]
+    project: str
+    group_by: Literal["day", "job", "key"]
+    total: UsageTotals
+    data: list[UsageGroup]
+
+
+class Budget(TypedDict):
+    object: Literal["budget"]
+    project: str
+    tokens: int | None
+    worker_s: float | None
+    since: str
+    updated_at: str | None
+    spent: UsageTotals
 
 
 class Validation(TypedDict):
@@ -115,6 +153,8 @@ class Checkpoint(TypedDict):
     metrics: dict[str, float | None]
     is_final: bool
     created_at: str
+    pinned_at: str | None
+    expires_at: str | None
 
 
 class Dataset(TypedDict):
@@ -139,15 +179,33 @@ class Model(TypedDict):
     size_bytes: int | None
 
 
+Scope = Literal["read", "write", "admin"]
+
+
+class KeyRate(TypedDict):
+    requests_per_s: float
+    burst: int
+
+
 class Key(TypedDict):
     id: str
     object: Literal["key"]
     project: str
     name: str
     ends_with: str
+    scopes: list[Scope]
+    rate: KeyRate | None
     created_at: str
+    expires_at: str | None
     last_used_at: str | None
 
 
 class NewKey(Key):
     key: str  # the text itself, shown this once
+
+
+class Losses(TypedDict):
+    """One entry an item: index, status "ok" with loss, metrics and what its `return` named, or "error" with error."""
+
+    object: Literal["list"]
+    data: list[dict[str, Any]]

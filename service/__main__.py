@@ -3,6 +3,7 @@
 import uvicorn
 
 from service.app import create_app
+from service.http_protocol import BoundedHttp
 from service.settings import get_settings
 
 STREAMS_MAY_LAST_S = 3  # open event streams when the API stops; clients reconnect
@@ -14,6 +15,7 @@ def main() -> None:
         create_app(settings),
         host=settings.host,
         port=settings.port,
+        http=BoundedHttp,
         log_config=None,  # ours, set up when the application starts
         access_log=False,
         server_header=False,

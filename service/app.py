@@ -7,18 +7,38 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from fastapi import FastAPI
 from starlette.concurrency import run_in_threadpool
 
-from service.api import checkpoints, datasets, dry_run, events, health, jobs, keys, metrics, models, problems, rollouts, schema
+from service.api import (
+    checkpoints,
+    datasets,
+    dry_run,
+    events,
+    health,
+    jobs,
+    keys,
+    losses,
+    metrics,
+    models,
+    problems,
+    rollouts,
+    schema,
+    usage,
+)
 from service.api.context import Context
+from service.api.limits import OpenAnswers
 from service.api.middleware import Frame
+from service.api.rate import Limiter
 from service.api.shutdown import on_stop_signal
 from service.api.startup import check_secrets, ensure_bootstrap_key
 from service.doorbell import Doorbell, Signals
 from service.jobs.reconciler import Reconciler
+from service.losses.queue import LossQueue
+from service.memory import keep_freed_memory
 from service.settings import Settings, get_settings
 from service.store.session import open_store
 from service.telemetry import configure_logging
 
-RESOURCES = (dry_run, jobs, events, metrics, rollouts, checkpoints, datasets, models, keys)
+# In the order in which a path is looked for: first those whose callers wait for milliseconds.
+RESOURCES = (losses, dry_run, jobs, events, metrics, rollouts, checkpoints, datasets, models, keys, usage)
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
@@ -28,18 +48,25 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         configure_logging(settings)
+        keep_freed_memory()
         check_secrets(settings)
         async with AsyncExitStack() as open_parts:
             store, doorbell, signals = open_store(settings), Doorbell(settings), Signals(settings)
+            limiter = Limiter(settings)
             open_parts.callback(store.close)
             open_parts.callback(doorbell.close)
+            open_parts.callback(limiter.close)
             await run_in_threadpool(ensure_bootstrap_key, store, settings)
+            queue = LossQueue(settings)
+            open_parts.push_async_callback(queue.close)
             await signals.start()
             open_parts.push_async_callback(signals.stop)
             reconciler = Reconciler(store, settings, doorbell)
             reconciler.start()
             open_parts.push_async_callback(run_in_threadpool, reconciler.stop)
-            app.state.context = context = Context(settings, store, doorbell, signals)
+            app.state.context = context = Context(
+                settings, store, doorbell, signals, queue, limiter, OpenAnswers(settings.key_open_streams)
+            )
             loop = asyncio.get_running_loop()
             with on_stop_signal(lambda: loop.call_soon_threadsafe(context.stop)):
                 yield

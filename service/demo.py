@@ -186,7 +186,8 @@ def embedded_stack(folder: Path) -> Iterator[None]:
     with log.open("wb") as file:
         stack = subprocess.Popen(
             [sys.executable, "-m", "service.local.tied", str(os.getpid()), *up],
-            env=os.environ | {"PYTHONSAFEPATH": "1"},  # a folder `service` where we were called is not ours
+            # A folder `service` where we were called is not ours; a loss worker would only take time from the other.
+            env=os.environ | {"PYTHONSAFEPATH": "1", "RATCHET_SERVES": "training"},
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=file,

@@ -25,8 +25,11 @@ from service.settings import Settings
 log = logging.getLogger(__name__)
 
 RING_TASK = "ratchet.train"
+LOSSES_TASK = "ratchet.losses"
+LOSSES_QUEUE = "losses"
 CLASSES = ("any", "cpu", "gpu")
 TIMEOUT_S = 1.0  # for a connection, and for an answer
+HUSH_S = 10.0  # no signals for so long after one that Redis did not answer: a frozen Redis must not cost a second each
 POLL_S = 1.0  # how long a listener sleeps while Redis is away
 VISIBILITY_TIMEOUT_S = 300
 
@@ -108,14 +111,22 @@ class Doorbell:
         self._redis = redis.Redis.from_url(
             redis_py_url(self._url), socket_timeout=TIMEOUT_S, socket_connect_timeout=TIMEOUT_S, retry=Retry(NoBackoff(), 0)
         )
+        self._hushed_until = 0.0
         self._mine = local()  # each listening thread keeps its own subscription
 
     def ring(self, job_id: str, resource_class: str) -> bool:
         """Tell the workers of this class that there is work. False when Redis did not take it."""
+        return self._send(RING_TASK, [job_id], queue_name(resource_class))
+
+    def ring_losses(self) -> bool:
+        """Tell the loss workers that requests wait. False when Redis did not take it."""
+        return self._send(LOSSES_TASK, [], LOSSES_QUEUE)
+
+    def _send(self, task: str, arguments: list[str], queue: str) -> bool:
         try:
-            self._celery.send_task(RING_TASK, args=[job_id], queue=queue_name(resource_class), retry=False, ignore_result=True)
+            self._celery.send_task(task, args=arguments, queue=queue, retry=False, ignore_result=True)
         except Exception as error:  # kombu raises many kinds, and none of them may reach whoever created a job
-            log.warning("could not ring for %s: %s", job_id, error)
+            log.warning("could not ring for %s: %s", ", ".join(arguments) or queue, error)
             telemetry.RINGS.labels("no").inc()
             return False
         telemetry.RINGS.labels("yes").inc()
@@ -130,9 +141,13 @@ class Doorbell:
 
     def signal(self, job_id: str, what: str) -> bool:
         """Wake those who follow the job: `events` (there are new ones) or `wish` (its worker should look at once)."""
+        if time.monotonic() < self._hushed_until:
+            return False
         try:
             self._redis.publish(channel_name(job_id), what)
         except (redis.RedisError, OSError) as error:
+            if isinstance(error, redis.TimeoutError):
+                self._hushed_until = time.monotonic() + HUSH_S
             log.warning("could not signal %s: %s", job_id, error)
             return False
         return True

@@ -1,7 +1,9 @@
 """The error tree. No HTTP in here: `service.api.problems` maps each class to a status."""
 
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any
+
+from service.failures import CODES, Category
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,28 @@ class InFlight(Conflict):
     retryable = True
 
 
+class RateLimited(RatchetError):
+    """Too many requests; `extra["retry_after_s"]` says when the next one may come."""
+
+    code = "rate_limited"
+    retryable = True
+
+
+class HeadersTooLarge(RatchetError):
+    code = "headers_too_large"
+
+
+class UriTooLong(RatchetError):
+    code = "uri_too_long"
+
+
+class BodyTooSlow(RatchetError):
+    """The body did not come in the time that its size allows."""
+
+    code = "body_too_slow"
+    retryable = True
+
+
 class BodyTooLarge(RatchetError):
     code = "body_too_large"
 
@@ -81,6 +105,19 @@ class UnsupportedMedia(RatchetError):
     """The body is in a format, or a compression, that is not taken here."""
 
     code = "unsupported_media_type"
+
+
+class NotAcceptable(RatchetError):
+    """No answer can be made in a format that the caller takes."""
+
+    code = "not_acceptable"
+
+
+class Busy(RatchetError):
+    """More work waits than may wait."""
+
+    code = "busy"
+    retryable = True
 
 
 class Unavailable(RatchetError):
@@ -96,42 +133,37 @@ class LeaseLost(RatchetError):
     code = "lease_lost"
 
 
-Category = Literal["user", "infra", "internal"]
-
-
 @dataclass
 class Failure:
-    """Why a job failed or was put back, as stored in `jobs.error` and shown to its owner."""
+    """Why a job failed, paused or was put back, as stored in `jobs.error` and shown to its owner.
+
+    Who can mend it and whether it is tried again follow from the code; KeyError for one that service.failures does not know.
+    """
 
     code: str
     detail: str
-    category: Category = "internal"
-    retryable: bool = False
+    category: Category = field(init=False)
+    retryable: bool = field(init=False)
     hint: str | None = None
     pointer: str | None = None
     phase: str | None = None
     step: int | None = None
     attempt: int | None = None
     details: dict[str, Any] = field(default_factory=dict)
+    log_tail: list[str] = field(default_factory=list)  # the attempt's last log lines, without secrets
+
+    def __post_init__(self) -> None:
+        known = CODES[self.code]
+        self.category, self.retryable, self.hint = known.category, known.retryable, self.hint or known.remedy
 
     def as_dict(self) -> dict[str, Any]:
-        return {name: value for name, value in asdict(self).items() if value not in (None, {})}
+        return {name: value for name, value in asdict(self).items() if value not in (None, {}, [])}
 
 
 class JobFailed(RatchetError):
-    """Raised inside a worker: ends the job (or its attempt, when retryable) with a named code."""
+    """Raised inside a worker: ends the attempt, and what becomes of the job follows from the code (service.failures)."""
 
-    def __init__(
-        self,
-        code: str,
-        detail: str,
-        *,
-        category: Category = "user",
-        retryable: bool = False,
-        hint: str | None = None,
-        pointer: str | None = None,
-        **details: Any,
-    ) -> None:
+    def __init__(self, code: str, detail: str, *, hint: str | None = None, pointer: str | None = None, **details: Any) -> None:
         super().__init__(detail, code=code, hint=hint)
-        self.retryable = retryable
-        self.failure = Failure(code, detail, category, retryable, hint, pointer, details=details)
+        self.failure = Failure(code, detail, hint=hint, pointer=pointer, details=details)
+        self.retryable = self.failure.retryable

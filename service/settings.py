@@ -1,11 +1,12 @@
 """What an operator may set: environment variables with the prefix RATCHET_, one place, read once."""
 
 from functools import lru_cache
+from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, SecretStr, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import Field, SecretStr, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 # Values that stand in examples and tutorials: never a secret in production.
 WELL_KNOWN_SECRETS = frozenset({"", "ratchet", "postgres", "password", "changeme", "change-me", "secret", "admin"})
@@ -14,7 +15,12 @@ WELL_KNOWN_SECRETS = frozenset({"", "ratchet", "postgres", "password", "changeme
 class Settings(BaseSettings):
     """All settings. Durations end in _s, sizes in _bytes."""
 
-    model_config = SettingsConfigDict(env_prefix="RATCHET_", extra="ignore", frozen=True)
+    model_config = SettingsConfigDict(
+        env_prefix="RATCHET_",
+        extra="ignore",
+        frozen=True,
+        hide_input_in_errors=True,  # it may be a secret
+    )
 
     environment: Annotated[
         Literal["development", "production"],
@@ -35,10 +41,32 @@ class Settings(BaseSettings):
         Path | None, Field(description="its folders are listed under /v1/models; default: data_dir/models")
     ] = None
 
+    any_model_folder: Annotated[
+        bool,
+        Field(description="model.source may name any folder of the machine, not only those in models_dir; development: always"),
+    ] = False
+
     host: Annotated[str, Field(description="address the API listens on")] = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535, description="port the API listens on")] = 8000
     max_body_bytes: Annotated[int, Field(ge=1024, description="largest body of a JSON or YAML request")] = 16 * 2**20
     max_dataset_bytes: Annotated[int, Field(ge=1024, description="largest accepted dataset upload")] = 2 * 2**30
+    max_loss_body_bytes: Annotated[int, Field(ge=1024, description="largest body of a loss request")] = 64 * 2**20
+    max_waiting_loss_bytes: Annotated[
+        int, Field(ge=1024, description="loss requests and answers that Redis may hold; beyond that new ones get 429")
+    ] = 256 * 2**20
+    loss_time_limit_s: Annotated[float, Field(gt=0, description="a loss request without an answer is given up after this")] = (
+        60.0
+    )
+    loss_result_ttl_s: Annotated[float, Field(ge=1, description="how long the answer of a loss request can be fetched")] = 300.0
+
+    key_requests_per_s: Annotated[
+        float, Field(ge=0, description="requests a second of one API key, unless it has a rate of its own; 0: no limit")
+    ] = 1000.0
+    key_burst: Annotated[int, Field(ge=1, description="requests that one API key may make at once")] = 2000
+
+    key_open_streams: Annotated[
+        int, Field(ge=1, description="event streams and long polls that one API key may hold open in one process")
+    ] = 256
 
     lease_ttl_s: Annotated[float, Field(gt=0, description="after so long without renewal a job is lost to its worker")] = 60.0
     lease_renew_s: Annotated[float, Field(gt=0, description="how often a worker renews")] = 10.0
@@ -50,12 +78,25 @@ class Settings(BaseSettings):
     grader_secrets: Annotated[
         dict[str, SecretStr], Field(description="JSON object name -> secret, for http graders that name one to sign with")
     ] = Field(default_factory=dict)
+    serves: Annotated[
+        Literal["all", "training", "losses"], Field(description="what a worker does: train jobs, answer loss requests, or both")
+    ] = "all"
+    grader_networks: Annotated[
+        tuple[IPv4Network | IPv6Network, ...],
+        NoDecode,
+        Field(description="networks, with commas between, that http graders may reach beside public addresses"),
+    ] = ()
     torch_threads: Annotated[int, Field(ge=1, description="CPU threads of one worker; small models are fastest with one")] = 1
     device: Annotated[Literal["auto", "cpu", "cuda"], Field(description="where a worker trains")] = "auto"
     log_format: Annotated[
         Literal["auto", "plain", "json"], Field(description="of log lines; auto: JSON in production, plain in development")
     ] = "auto"
     log_level: Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR"], Field(description="of our own loggers")] = "INFO"
+
+    @field_validator("grader_networks", mode="before")
+    @classmethod
+    def networks_stand_between_commas(cls, value: object) -> object:
+        return [part for part in value.replace(",", " ").split() if part] if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def lease_times_are_ordered(self) -> Self:
@@ -65,6 +106,10 @@ class Settings(BaseSettings):
                 f"got {self.lease_renew_s}, {self.lease_self_stop_s}, {self.lease_ttl_s}"
             )
         return self
+
+    @property
+    def takes_any_model_folder(self) -> bool:
+        return self.any_model_folder or self.environment == "development"
 
     @property
     def sql_url(self) -> str:

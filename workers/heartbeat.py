@@ -7,32 +7,50 @@ The main thread looks with `check()` between pieces of work; when it does not lo
 
 import logging
 import os
+from collections.abc import Callable
 from threading import Event, Thread
-from time import monotonic
+from time import monotonic, sleep
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeVar
+
+from sqlalchemy.exc import InterfaceError, OperationalError
 
 from service.doorbell import Doorbell
-from service.errors import LeaseLost
+from service.errors import Failure, LeaseLost
 from service.jobs import lease as leases
 from service.jobs.lease import Lease
 from service.jobs.state import Phase, Wish
 from service.settings import Settings
 from service.store.session import Store
+from workers.log_tail import LogTail
+from workers.meter import Meter
 
 log = logging.getLogger(__name__)
 
 TICK_S = 1.0  # how soon a new phase is written and a dead parent is noticed
+AGAIN_S = 0.5  # between two tries of a write while the store is away
 NOTICE_S = 10.0  # how long the main thread may take to notice that the lease is lost
+STALLED_RETRY_S = 5.0
 EXIT_LEASE_LOST = 75
 EXIT_STALLED = 76
+Written = TypeVar("Written")
 
 
 class Heartbeat:
     """`with Heartbeat(...) as heartbeat:` around the work of one attempt."""
 
-    def __init__(self, store: Store, settings: Settings, doorbell: Doorbell, lease: Lease, *, stall_timeout_s: float) -> None:
+    def __init__(
+        self,
+        store: Store,
+        settings: Settings,
+        doorbell: Doorbell,
+        lease: Lease,
+        *,
+        stall_timeout_s: float,
+        tail: LogTail,
+    ) -> None:
         self._store, self._settings, self._doorbell, self._lease = store, settings, doorbell, lease
+        self.tail = tail
         self._stall_timeout_s = stall_timeout_s
         self._parent = os.getppid()
         self._stop = Event()
@@ -41,6 +59,7 @@ class Heartbeat:
         self.started = self._renewed_at = self._progress_at = monotonic()
         self._written: Phase | None = None
         self.phase = Phase.LOADING
+        self.meter = Meter(self.phase)
         self.wish: Wish | None = None
         self._thread = Thread(target=self._run, name=f"heartbeat-{lease.job_id}", daemon=True)
 
@@ -59,7 +78,21 @@ class Heartbeat:
         self._progress_at = monotonic()
         if phase is not None:
             self.phase = phase
+            self.meter.enter(phase)
         return self.wish
+
+    def patiently(self, write: Callable[[], Written]) -> Written:
+        """Do a write of the main thread's. While the store is away it is tried again, for as long as the lease may be ours.
+
+        A try whose answer was lost may have been taken: `write` must be one that can be done twice. Raises LeaseLost.
+        """
+        while True:
+            try:
+                return write()
+            except (OperationalError, InterfaceError):
+                self.check()
+                log.warning("the store does not answer; trying again", exc_info=True)
+                sleep(AGAIN_S)
 
     def _run(self) -> None:
         while not self._stop.is_set():
@@ -77,8 +110,7 @@ class Heartbeat:
             log.error("the worker's parent is gone; stopping")
             os._exit(EXIT_LEASE_LOST)
         if monotonic() - self._progress_at > self._stall_timeout_s:
-            log.error("no progress for %.0f s; giving this attempt up", self._stall_timeout_s)
-            os._exit(EXIT_STALLED)
+            self._give_up_stalled()
         if self._lost is None:
             try:
                 if renew:
@@ -97,6 +129,18 @@ class Heartbeat:
         if self._lost is not None and monotonic() - self._lost_at > NOTICE_S:
             log.error("the lease is lost and the work does not stop; ending the process")
             os._exit(EXIT_LEASE_LOST)
+
+    def _give_up_stalled(self) -> None:
+        """Say so, as far as the store answers, and end the process: its main thread cannot be woken."""
+        detail = f"no progress for {self._stall_timeout_s:g} s in phase {self.phase} (limits.stall_timeout_s)"
+        log.error("job %s: %s; giving this attempt up", self._lease.job_id, detail)
+        failure = self.tail.add_to(Failure("stalled", detail, phase=self.phase.value))
+        try:
+            leases.release(self._store, self._lease, failure.code, failure=failure, delay_s=STALLED_RETRY_S)
+        except Exception:  # the parent settles it as a lost worker
+            log.warning("could not say that %s stalled", self._lease.job_id, exc_info=True)
+        self._doorbell.signal(self._lease.job_id, "events")
+        os._exit(EXIT_STALLED)
 
     def _lose(self, why: str) -> None:
         log.warning("lease of %s lost: %s", self._lease.job_id, why)

@@ -15,4 +15,7 @@ def has_gpu(settings: Settings) -> bool:
 
 
 def resource_classes(settings: Settings) -> list[str]:
+    """The jobs that it may claim; none where it is there for losses."""
+    if settings.serves == "losses":
+        return []
     return ["any", "gpu" if has_gpu(settings) else "cpu"]

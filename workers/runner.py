@@ -10,6 +10,7 @@ from sqlalchemy.exc import InterfaceError, OperationalError
 
 from service.doorbell import Doorbell
 from service.errors import Failure, InvalidRequest, JobFailed, LeaseLost, NotFound
+from service.failures import CODES
 from service.jobs import lease as leases
 from service.jobs.data import open_data
 from service.jobs.lease import Lease
@@ -22,8 +23,9 @@ from service.store.session import Store, open_store
 from service.store.tables import Checkpoint, Job
 from workers.heartbeat import Heartbeat
 from workers.identity import WORKER_ID, has_gpu, resource_classes
+from workers.log_tail import LogTail
 from workers.loops import rl, supervised
-from workers.loops.attempt import Attempt, Held, Stopped, drive
+from workers.loops.attempt import Attempt, BudgetSpent, Held, Stopped, drive
 from workers.loops.evaluation import evaluate
 from workers.loops.progress import Progress
 from workers.policy.checkpoint import CheckpointBroken, verify
@@ -53,10 +55,11 @@ def run_next(rung_by: str) -> None:
 def run(store: Store, settings: Settings, doorbell: Doorbell, lease: Lease, job: Job) -> None:
     """Run a claimed job and write down how it ended, unless another attempt has taken over meanwhile."""
     spec: RLSpec | SupervisedSpec = TypeAdapter(JobSpec).validate_python(job.spec)
-    log.info("job %s: attempt %d starts", job.id, lease.attempt)
-    heartbeat = Heartbeat(store, settings, doorbell, lease, stall_timeout_s=spec.limits.stall_timeout_s)
+    tail = LogTail(settings)
+    heartbeat = Heartbeat(store, settings, doorbell, lease, stall_timeout_s=spec.limits.stall_timeout_s, tail=tail)
     try:
-        with heartbeat:
+        with tail, heartbeat:
+            log.info("job %s: attempt %d starts", job.id, lease.attempt)
             _attempt(Held(store, settings, doorbell, lease, job, spec, heartbeat))
     except LeaseLost as lost:
         log.warning("job %s: attempt %d is over, %s", job.id, lease.attempt, lost.detail)
@@ -65,45 +68,59 @@ def run(store: Store, settings: Settings, doorbell: Doorbell, lease: Lease, job:
 
 
 def _attempt(held: Held) -> None:
-    store, lease, job = held.store, held.lease, held.job
+    store, lease = held.store, held.lease
     attempt: Attempt | None = None
     try:
         attempt = _load(held)
         ended = drive(attempt, LOOPS[held.spec.kind], evaluate)
-        leases.succeed(store, lease, attempt.progress.result(ended), ended)
+        reached, spent = attempt.progress.result(ended), held.heartbeat.meter.take()
+        held.heartbeat.patiently(lambda: leases.succeed(store, lease, reached, ended, spent=spent))
     except Stopped as stopped:
         _settle_wish(held, stopped.wish)
+    except BudgetSpent:
+        spent = held.heartbeat.meter.take()
+        held.heartbeat.patiently(lambda: leases.pause(store, lease, "budget_spent", spent=spent))
     except LeaseLost:
         raise
     except Exception as error:
-        failure = failure_of(error)
-        failure.phase, failure.attempt = held.heartbeat.phase.value, lease.attempt
-        failure.step = attempt.progress.step if attempt is not None else job.step
-        result = attempt.progress.result("failed") if attempt is not None else None
-        log.log(
-            logging.ERROR if failure.category == "internal" else logging.WARNING,
-            "job %s failed: %s",
-            job.id,
-            failure.detail,
-            exc_info=failure.category == "internal",
-        )
-        if failure.retryable:  # until limits.max_attempts of them, then it fails with this
-            delay_s = min(RETRY_FIRST_S * 2**job.retries, RETRY_LAST_S)
-            leases.release(store, lease, failure.code, failure=failure, delay_s=delay_s)
-        else:
-            leases.fail(store, lease, failure, result)
+        _settle_failure(held, attempt, error)
     finally:
         if attempt is not None and attempt.rewards is not None:
             attempt.rewards.close()
 
 
-def _settle_wish(held: Held, wish: Wish) -> None:
-    if wish is Wish.PAUSE:
-        leases.pause(held.store, held.lease)
-    elif wish is Wish.CANCEL:
-        leases.cancelled(held.store, held.lease)
+def _settle_failure(held: Held, attempt: Attempt | None, error: Exception) -> None:
+    store, lease, job, failure = held.store, held.lease, held.job, failure_of(error)
+    log.log(
+        logging.ERROR if failure.category == "internal" else logging.WARNING,
+        "job %s failed: %s",
+        job.id,
+        failure.detail,
+        exc_info=failure.category == "internal",
+    )
+    failure.phase, failure.attempt = held.heartbeat.phase.value, lease.attempt
+    failure.step = attempt.progress.step if attempt is not None else job.step
+    held.heartbeat.tail.add_to(failure)
+    spent, patiently = held.heartbeat.meter.take(), held.heartbeat.patiently
+    if failure.retryable:  # until limits.max_attempts of them, then it fails with this
+        delay_s = min(RETRY_FIRST_S * 2**job.retries, RETRY_LAST_S)
+        patiently(lambda: leases.release(store, lease, failure.code, failure=failure, delay_s=delay_s, spent=spent))
+    elif CODES[failure.code].pauses:
+        patiently(lambda: leases.park(store, lease, failure, spent=spent))
     else:
-        leases.release(held.store, held.lease, "drained")
+        result = attempt.progress.result("failed") if attempt is not None else None
+        patiently(lambda: leases.fail(store, lease, failure, result, spent=spent))
+
+
+def _settle_wish(held: Held, wish: Wish) -> None:
+    store, lease, patiently = held.store, held.lease, held.heartbeat.patiently
+    spent = held.heartbeat.meter.take()
+    if wish is Wish.PAUSE:
+        patiently(lambda: leases.pause(store, lease, spent=spent))
+    elif wish in (Wish.CANCEL, Wish.SAVE_AND_CANCEL):
+        patiently(lambda: leases.cancelled(store, lease, spent=spent))
+    else:
+        patiently(lambda: leases.release(store, lease, "drained", spent=spent))
         held.doorbell.ring(held.job.id, held.job.resource_class)  # another worker goes on at once
 
 
@@ -111,36 +128,29 @@ def failure_of(error: Exception) -> Failure:
     """What went wrong: a code, whose fault it is, and whether to try again."""
     if isinstance(error, JobFailed):
         return error.failure
-    if isinstance(error, InvalidRequest):  # what this worker cannot open, though the API could: a missing extra, for example
-        return Failure(
-            error.code, error.detail, "user", hint=error.hint, pointer=error.errors[0].pointer if error.errors else None
-        )
     name = type(error).__name__
+    if isinstance(error, InvalidRequest):  # what this worker cannot open, though the API could: a missing extra, for example
+        code = error.code if error.code in CODES else "invalid_request"
+        return Failure(code, error.detail, hint=error.hint, pointer=error.errors[0].pointer if error.errors else None)
     if isinstance(error, OperationalError | InterfaceError):
-        return Failure("store_unavailable", "the database did not answer", "infra", retryable=True)
+        return Failure("store_unavailable", "the database did not answer")
     if name == "OutOfMemoryError" or isinstance(error, MemoryError):
-        return Failure(
-            "out_of_memory",
-            str(error).split("\n", 1)[0],
-            "user",
-            hint="lower update.microbatch_tokens, rollout.prompts_per_step or max_completion_tokens",
-        )
+        return Failure("out_of_memory", str(error).split("\n", 1)[0])
     if isinstance(error, OSError):
-        return Failure("io_error", f"{name}: {error.strerror or error}", "infra", retryable=True)
-    return Failure(
-        "internal_error",
-        f"{name} in the training process; its log has the trace",
-        "internal",
-        hint="this is a fault of Ratchet; fork the job to go on from its last checkpoint",
-    )
+        return Failure("io_error", f"{name}: {error.strerror or error}")
+    return Failure("internal_error", f"{name} in the training process; its log has the trace")
 
 
 def _load(held: Held) -> Attempt:
     """Data, graders and the model, at the newest good checkpoint of the job, else at its start."""
     store, settings, job, spec = held.store, held.settings, held.job, held.spec
     held.heartbeat.check(Phase.LOADING)
+    store.blobs.discard_before(job.id, held.lease.attempt)
     data = open_data(spec.data, spec.seed, lambda dataset_id: _dataset_path(store, job.project, dataset_id))
-    rewards = None if spec.reward is None else Rewards(spec.reward, job_id=job.id, secrets=settings.grader_secrets)
+    rewards = None
+    if spec.reward is not None:
+        secrets, networks = settings.grader_secrets, settings.grader_networks
+        rewards = Rewards(spec.reward, job_id=job.id, secrets=secrets, networks=networks)
     start = spec.model.from_checkpoint
     start_from = None if start is None else _start_checkpoint(store, job, start.id)
     resume_from = _newest_checkpoint(store, job)
@@ -162,6 +172,7 @@ def _load(held: Held) -> Attempt:
     leases.rewind(store, held.lease, progress.step)
     process = {"host": socket.gethostname(), "pid": os.getpid()}
     leases.set_resolved(store, held.lease, {**policy.facts, "process": process})
+    log.info("job %s: loaded at step %d on %s", job.id, progress.step, policy.facts["device"])
     return Attempt(**vars(held), data=data, rewards=rewards, policy=policy, progress=progress, saved_at=saved_at)
 
 

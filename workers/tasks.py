@@ -6,3 +6,10 @@ def train(job_id: str) -> None:
     from workers.runner import run_next  # torch lives in the child only
 
     run_next(rung_by=job_id)
+
+
+def losses() -> None:
+    """Answer the loss requests that wait; on a worker for nothing else, stay and wait for more."""
+    from workers.losses import serve
+
+    serve.run()

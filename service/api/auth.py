@@ -1,25 +1,29 @@
-"""Who is asking: an API key, as `Authorization: Bearer tml-...` or `X-API-Key: tml-...`, and the project that it belongs to."""
+"""Who is asking, and what for: an API key, as `Authorization: Bearer tml-...` or `X-API-Key: tml-...`, with its project, its
+scopes and its rate."""
 
 import logging
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Annotated
 
-from fastapi import Depends, Security
+from fastapi import Depends, Request, Security
 from fastapi.security import APIKeyHeader, HTTPAuthorizationCredentials, HTTPBearer
 from sqlalchemy.exc import OperationalError
 
-from service.api.context import ContextDep
-from service.errors import Unauthorized
+from service.api.context import Context, ContextDep
+from service.errors import Forbidden, RateLimited, Unauthorized
 from service.ids import utcnow
 from service.store import keys
+from service.store.keys import Known
 from service.store.session import Store
-from service.store.tables import ApiKey
 
 log = logging.getLogger(__name__)
 
 HINT = "send the header Authorization: Bearer tml-...; `ratchet up` writes its key to the file `key` in the data directory"
 MAX_KEY_LENGTH = 200
-ADMIN_PROJECT = "default"  # its keys may make, list and revoke keys of every project
+ADMIN_PROJECT = "default"  # its admin keys may make, list and revoke keys of every project
+READING = frozenset({"GET", "HEAD"})
+ANSWER_HEADERS = "ratchet.answer_headers"  # in the scope: what the frame adds to the answer, whatever it becomes
 
 bearer = HTTPBearer(auto_error=False, scheme_name="bearer", description="An API key, tml-...")
 api_key = APIKeyHeader(name="X-API-Key", auto_error=False, scheme_name="x-api-key", description="An API key, tml-...")
@@ -29,32 +33,63 @@ api_key = APIKeyHeader(name="X-API-Key", auto_error=False, scheme_name="x-api-ke
 class Caller:
     key_id: str
     project: str
+    scopes: frozenset[str]
+    expires_at: datetime | None
+
+    def require(self, scope: str) -> None:
+        """Raises Forbidden, which names the scope, for a key without it."""
+        if scope not in self.scopes:
+            raise Forbidden(
+                f"this takes an API key with the scope {scope!r}; this one has {', '.join(sorted(self.scopes, reverse=True))}",
+                code="scope_missing",
+                hint=f"use a key that was made with the scope {scope!r} (POST /v1/keys with a key of scope 'admin')",
+                missing_scope=scope,
+            )
 
     def may_manage(self, project: str) -> bool:
         """Whether this caller may make, list and revoke keys of the project."""
         return project == self.project or self.project == ADMIN_PROJECT
 
 
-def _caller(
+def _known(
+    request: Request,
     context: ContextDep,
     credentials: Annotated[HTTPAuthorizationCredentials | None, Security(bearer)],
     header: Annotated[str | None, Security(api_key)],
 ) -> Caller:
+    """Whose key it is, that it is in force, and that it does not ask too often."""
     text = credentials.credentials if credentials else header
     if not text:
         raise Unauthorized("no API key came with the request", code="missing_api_key", hint=HINT)
     if not text.startswith(keys.PREFIX) or len(text) > MAX_KEY_LENGTH:
         raise Unauthorized("what came is not an API key: these begin with tml-", code="invalid_api_key", hint=HINT)
-    with context.store.begin(readonly=True) as session:
-        key = keys.find(session, text)
+    with context.store.look() as connection:
+        key = keys.known(connection, text)
     if key is None:
         raise Unauthorized("this API key is not known here, or was revoked", code="invalid_api_key", hint=HINT)
-    _note_use(context.store, key)
-    return Caller(key.id, key.project)
-
-
-def _note_use(store: Store, key: ApiKey) -> None:
     now = utcnow()
+    if key.expires_at is not None and key.expires_at <= now:
+        raise Unauthorized("this API key has expired", code="expired_api_key", hint="ask for a new one")
+    _take_turn(request, context, key)
+    _note_use(context.store, key, now)
+    return Caller(key.id, key.project, frozenset(key.scopes), key.expires_at)
+
+
+def _take_turn(request: Request, context: Context, key: Known) -> None:
+    rate = context.limiter.rate(key.requests_per_s, key.burst)
+    if rate is None:
+        return
+    turn = context.limiter.take(key.id, rate)
+    request.scope[ANSWER_HEADERS] = turn.headers
+    if not turn.allowed:
+        raise RateLimited(
+            f"this API key may ask {rate.requests_per_s:g} times a second, and {rate.burst} times at once",
+            hint="wait for the seconds of Retry-After, or have a key made with a higher rate",
+            retry_after_s=turn.retry_after_s,
+        )
+
+
+def _note_use(store: Store, key: Known, now: datetime) -> None:
     if key.last_used_at is not None and key.last_used_at > now - keys.TOUCH_EVERY:
         return
     try:
@@ -64,4 +99,19 @@ def _note_use(store: Store, key: ApiKey) -> None:
         log.warning("could not note the use of key %s", key.id, exc_info=True)
 
 
+KnownDep = Annotated[Caller, Depends(_known)]
+
+
+async def _caller(request: Request, caller: KnownDep) -> Caller:
+    """Reading takes the scope `read`, everything else `write`."""
+    caller.require("read" if request.method in READING else "write")
+    return caller
+
+
+async def _admin(caller: KnownDep) -> Caller:
+    caller.require("admin")
+    return caller
+
+
 CallerDep = Annotated[Caller, Depends(_caller)]
+AdminDep = Annotated[Caller, Depends(_admin)]

@@ -1,8 +1,10 @@
 """Request bodies: read with a limit while they stream, decoded as JSON or YAML, and made of plain JSON values only."""
 
+import asyncio
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
+from time import monotonic
 from typing import Annotated, Any
 
 from fastapi import Depends, Request
@@ -11,9 +13,10 @@ from starlette.types import Message
 from service.api.auth import CallerDep
 from service.api.context import ContextDep
 from service.api.documents import canonical, parse_json, parse_yaml
-from service.errors import BodyTooLarge, UnsupportedMedia
+from service.errors import BodyTooLarge, BodyTooSlow, UnsupportedMedia
 
 YAML_TYPES = frozenset({"application/yaml", "text/yaml", "application/x-yaml", "text/x-yaml"})
+GRACE_S, MIN_BYTES_PER_S = 30.0, 1024  # a body of n bytes may take GRACE_S + n / MIN_BYTES_PER_S seconds
 MAX_YAML_BYTES = 2 * 2**20  # YAML is parsed a hundred times slower than JSON
 MEDIA_TYPES = ["application/json", *sorted(YAML_TYPES)]
 
@@ -44,11 +47,18 @@ def limited(request: Request, limit: int, what: str) -> Request:
     announced = request.headers.get("content-length", "")
     if announced.isdecimal() and int(announced) > limit:
         raise _too_large(what, limit)
-    size = 0
+    size, started = 0, monotonic()
 
     async def receive() -> Message:
         nonlocal size
-        message = await request.receive()
+        left_s = started + GRACE_S + size / MIN_BYTES_PER_S - monotonic()
+        try:
+            message = await asyncio.wait_for(request.receive(), max(left_s, 0.001))
+        except TimeoutError:
+            raise BodyTooSlow(
+                f"{size} bytes of {what} came in {monotonic() - started:.0f} s; "
+                f"it must come at {MIN_BYTES_PER_S} bytes a second at least, after the first {GRACE_S:g} s"
+            ) from None
         size += len(message.get("body", b""))
         if size > limit:
             raise _too_large(what, limit)

@@ -1,23 +1,26 @@
 """Checkpoints: listed, read, downloaded, deleted."""
 
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Annotated, Any, Literal, Self
 
 from fastapi import APIRouter, Query, Response
 from fastapi.responses import StreamingResponse
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from service.api.archive import archive_of
 from service.api.auth import CallerDep
+from service.api.bodies import DocumentDep, documented
 from service.api.context import ContextDep
 from service.api.pages import Page, PageQuery
-from service.api.problems import files_missing, responses
+from service.api.problems import BODY, files_missing, responses
 from service.ids import utcnow
 from service.store import checkpoints, jobs
-from service.store.tables import Checkpoint
-from service.validation import below
+from service.store.tables import Checkpoint, Job
+from service.validation import below, parse
 
 router = APIRouter(prefix="/v1", tags=["checkpoints"])
+
+DELETED_AT_ONCE = 1000
 
 
 class CheckpointView(BaseModel):
@@ -36,6 +39,8 @@ class CheckpointView(BaseModel):
     has_optimizer: bool
     is_final: Annotated[bool, Field(description="saved at the end of the job")]
     created_at: datetime
+    pinned_at: Annotated[datetime | None, Field(description="since when it is pinned: nothing deletes it")]
+    expires_at: Annotated[datetime | None, Field(description="when it is deleted, unless it is pinned or needed then")]
 
     @classmethod
     def of(cls, row: Checkpoint) -> Self:
@@ -44,6 +49,71 @@ class CheckpointView(BaseModel):
 
 class CheckpointPage(Page[CheckpointView]):
     pass
+
+
+class DeleteRequest(BaseModel):
+    """Which checkpoints shall go. At least one of `ids`, `job_id` and `older_than_s`; all that are given must hold."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    ids: Annotated[
+        list[Annotated[str, Field(max_length=40)]] | None, Field(min_length=1, max_length=1000, description="these")
+    ] = None
+    job_id: Annotated[str | None, Field(max_length=40, description="those of this job")] = None
+    older_than_s: Annotated[float | None, Field(ge=0, le=3_153_600_000, description="those that were saved longer ago")] = None
+    keep_last: Annotated[int, Field(ge=0, le=1000, description="but not the newest so many of each job")] = 0
+    final: Annotated[bool, Field(description="those that were saved at the end of a job, too")] = False
+    dry_run: Annotated[bool, Field(description="say what would go, and delete nothing")] = True
+
+    @model_validator(mode="after")
+    def something_is_named(self) -> Self:
+        if self.ids is None and self.job_id is None and self.older_than_s is None:
+            raise ValueError("say which: `ids`, `job_id` or `older_than_s`")
+        return self
+
+
+class KeptView(BaseModel):
+    id: str
+    reason: Annotated[Literal["in_use", "pinned"], Field(description="in_use: by a job that has not ended")]
+
+
+class DeletedView(BaseModel):
+    """What went, or would go."""
+
+    object: Literal["checkpoints.deleted"] = "checkpoints.deleted"
+    dry_run: bool
+    data: list[CheckpointView]
+    size_bytes: Annotated[int, Field(description="of all of them")]
+    kept: Annotated[list[KeptView], Field(description="were asked for, and stay")]
+    has_more: Annotated[bool, Field(description="ask again for the rest")]
+
+
+class AncestorView(BaseModel):
+    """One checkpoint on the way back to the base model."""
+
+    checkpoint_id: str
+    step: int
+    adapter: Literal["lora", "full"]
+    created_at: datetime
+    deleted_at: datetime | None
+    job_id: Annotated[str | None, Field(description="null when the job was deleted")]
+    job_name: str | None
+    spec_sha256: str | None
+    data_sha256: str | None
+
+
+class BaseView(BaseModel):
+    source: Annotated[str | None, Field(description="model.source of the first job")]
+    revision: Annotated[str | None, Field(description="the commit that it was resolved to")]
+
+
+class LineageView(BaseModel):
+    """Where a checkpoint comes from."""
+
+    object: Literal["lineage"] = "lineage"
+    data: Annotated[list[AncestorView], Field(description="from the checkpoint itself back to the first")]
+    base: Annotated[BaseView, Field(description="the model that the first job started from")]
+    complete: Annotated[bool, Field(description="false when a checkpoint on the way is not known any more")]
 
 
 class CheckpointsQuery(PageQuery):
@@ -91,9 +161,70 @@ def download_checkpoint(context: ContextDep, caller: CallerDep, checkpoint_id: s
     return StreamingResponse(archive.stream(), media_type="application/x-tar", headers=headers)
 
 
+@router.post("/checkpoints/{checkpoint_id}/pin", responses=responses(404))
+def pin_checkpoint(context: ContextDep, caller: CallerDep, checkpoint_id: str) -> CheckpointView:
+    """Keep a checkpoint whatever its job's retention, its time to live, or a deletion says."""
+    with context.store.begin() as session:
+        return CheckpointView.of(checkpoints.pin(session, caller.project, checkpoint_id, utcnow()))
+
+
+@router.post("/checkpoints/{checkpoint_id}/unpin", responses=responses(404))
+def unpin_checkpoint(context: ContextDep, caller: CallerDep, checkpoint_id: str) -> CheckpointView:
+    """Let it go when its time comes."""
+    with context.store.begin() as session:
+        return CheckpointView.of(checkpoints.pin(session, caller.project, checkpoint_id, None))
+
+
+@router.get("/checkpoints/{checkpoint_id}/lineage", responses=responses(404))
+def read_lineage(context: ContextDep, caller: CallerDep, checkpoint_id: str) -> LineageView:
+    """The checkpoint, the one that its job started from, and so on back to the base model."""
+    with context.store.begin(readonly=True) as session:
+        chain = checkpoints.lineage(session, caller.project, checkpoint_id)
+    (oldest, first) = chain[-1]
+    revision = oldest.model.get("revision") if first is None else first.resolved.get("revision")
+    return LineageView(
+        data=[_ancestor(row, job) for row, job in chain],
+        base=BaseView(source=oldest.model.get("source"), revision=revision),
+        complete=not oldest.model.get("from_checkpoint"),
+    )
+
+
+def _ancestor(row: Checkpoint, job: Job | None) -> AncestorView:
+    names = ("step", "adapter", "created_at", "deleted_at", "job_id")
+    about_job = {f"{name}": getattr(job, name, None) for name in ("spec_sha256", "data_sha256")}
+    return AncestorView(
+        checkpoint_id=row.id, job_name=getattr(job, "name", None), **about_job, **{name: getattr(row, name) for name in names}
+    )
+
+
+@router.post("/checkpoints:delete", responses=responses(*BODY), openapi_extra=documented("DeleteRequest"))
+def delete_checkpoints(context: ContextDep, caller: CallerDep, document: DocumentDep) -> DeletedView:
+    """Delete many at once. By default a dry run. What is pinned, or needed by a job that has not ended, stays."""
+    asked = parse(DeleteRequest, document.data)
+    before = None if asked.older_than_s is None else utcnow() - timedelta(seconds=asked.older_than_s)
+    filters = asked.model_dump(include={"ids", "job_id", "keep_last", "final"})
+    with context.store.begin(readonly=asked.dry_run) as session:
+        rows, more = checkpoints.chosen(session, caller.project, **filters, created_before=before, limit=DELETED_AT_ONCE)
+        if asked.dry_run:
+            kept = checkpoints.spared(session, rows)
+            removed = [row for row in rows if row.id not in kept]
+        else:
+            removed, kept = checkpoints.remove(session, [row.id for row in rows], utcnow())
+    if not asked.dry_run:
+        for row in removed:
+            context.store.blobs.delete(row.path)
+    return DeletedView(
+        dry_run=asked.dry_run,
+        data=[CheckpointView.of(row) for row in removed],
+        size_bytes=sum(row.size_bytes for row in removed),
+        kept=[KeptView(id=row_id, reason=reason) for row_id, reason in sorted(kept.items())],
+        has_more=more,
+    )
+
+
 @router.delete("/checkpoints/{checkpoint_id}", status_code=204, response_class=Response, responses=responses(404, 409))
 def delete_checkpoint(context: ContextDep, caller: CallerDep, checkpoint_id: str) -> None:
-    """Delete a checkpoint, unless a job that has not ended needs it."""
+    """Delete a checkpoint, unless it is pinned, or a job that has not ended needs it."""
     with context.store.begin() as session:
         path = checkpoints.mark_deleted(session, caller.project, checkpoint_id, utcnow()).path
     context.store.blobs.delete(path)  # should this process die here, the sweep removes the files

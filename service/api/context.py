@@ -7,11 +7,15 @@ from typing import Annotated
 from anyio import CapacityLimiter
 from fastapi import Depends, Request
 
+from service.api.limits import OpenAnswers
+from service.api.rate import Limiter
 from service.doorbell import Doorbell, Signals
+from service.losses.queue import LossQueue
 from service.settings import Settings
 from service.store.session import Store
 
 PREVIEWS_AT_ONCE = 2  # each is a process that imports the graders
+CONVERSIONS_AT_ONCE = 4  # of loss requests and answers: each may take ten times its size in memory for a moment
 
 
 @dataclass(frozen=True)
@@ -20,8 +24,12 @@ class Context:
     store: Store
     doorbell: Doorbell
     signals: Signals
+    losses: LossQueue
+    limiter: Limiter
+    open_answers: OpenAnswers
     stopping: Event = field(default_factory=Event)  # the server was told to stop: streams and long polls end
     previews: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(PREVIEWS_AT_ONCE))
+    conversions: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(CONVERSIONS_AT_ONCE))
 
     def stop(self) -> None:
         self.stopping.set()

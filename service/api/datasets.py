@@ -37,6 +37,7 @@ JSONL_TYPES = (
     "application/octet-stream",
 )
 MAX_MULTIPART_BYTES = 64 * 2**20  # a form is spooled to the system's temporary folder first
+MAX_FIELDS = 10
 CHUNK_BYTES = 2**20
 
 
@@ -115,7 +116,9 @@ async def _upload(request: Request, caller: CallerDep, context: ContextDep) -> A
     with TemporaryFile(dir=root) as file:
         if kind == MULTIPART:
             limit = min(limit, MAX_MULTIPART_BYTES)
-            async with limited(request, limit, "a form (send a longer file as the body itself)").form(max_files=1) as form:
+            async with limited(request, limit, "a form (send a longer file as the body itself)").form(
+                max_files=1, max_fields=MAX_FIELDS
+            ) as form:
                 part = form.get("file")
                 if not isinstance(part, UploadFile):
                     raise Malformed("the form has no field `file` with a file in it", code="missing_file")

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Callable
 from typing import Any
 
 import yaml
@@ -16,19 +17,23 @@ EXPONENT = "[eE][-+]?[0-9]+"
 
 def parse_json(raw: bytes) -> Any:
     """Raises Malformed with line and column, InvalidRequest with a pointer."""
+    return _check(read_json(raw, lambda text: json.loads(text, object_pairs_hook=no_key_twice)))
+
+
+def read_json(raw: bytes, loads: Callable[[str], Any]) -> Any:
+    """What `loads` makes of the text, unchecked. Raises Malformed with line and column."""
     text = _text(raw, "JSON")
     try:
-        data = json.loads(text, object_pairs_hook=_no_key_twice)
+        return loads(text)
     except json.JSONDecodeError as error:
         raise _malformed("JSON", error.msg, error.lineno, error.colno) from None
     except RecursionError:
         raise _too_deep() from None
     except ValueError:  # Python converts no longer ones
         raise Malformed("the body holds an integer of more than 4300 digits") from None
-    return _check(data)
 
 
-def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
         keys = [key for key, _ in pairs]

@@ -69,6 +69,7 @@ def _preview(context: Context, resolved: Resolved) -> Preview:
         resolved.spec,
         dataset_paths=resolved.dataset_paths,
         secrets=context.settings.grader_secrets,
+        networks=context.settings.grader_networks,
         rows=PREVIEW_ROWS,
         timeout_s=PREVIEW_TIMEOUT_S,
     )

@@ -15,6 +15,7 @@ from service.api.auth import Caller, CallerDep
 from service.api.context import Context, ContextDep
 from service.api.problems import responses
 from service.errors import Malformed, NotFound, Unauthorized
+from service.ids import utcnow
 from service.jobs.state import FINAL, Status
 from service.store import events, jobs, keys
 from service.store.tables import Event
@@ -61,7 +62,10 @@ class EventsQuery(BaseModel):
 
 
 def _last_event_id(
-    last_event_id: Annotated[str | None, Header(description="where a stream goes on; wins over `after`")] = None,
+    last_event_id: Annotated[
+        str | None,
+        Header(description="where a stream goes on; wins over `after`", json_schema_extra={"pattern": "^[0-9]{0,9}$"}),
+    ] = None,
 ) -> int | None:
     if not last_event_id:
         return None
@@ -90,6 +94,7 @@ async def list_events(
 ) -> Response:
     """What happened to the job, oldest first. A stream goes on until the job has ended and all was told."""
     if "text/event-stream" in request.headers.get("accept", ""):
+        context.open_answers.check(caller.key_id)
         await run_in_threadpool(_read, context, caller, job_id, 0, 0)  # a 404 must come before the stream begins
         after = query.after if last_event_id is None else last_event_id
         stream = _stream(context, caller, job_id, after)
@@ -104,8 +109,8 @@ async def list_events(
 def _read(context: Context, caller: Caller, job_id: str, after: int, limit: int) -> tuple[list[EventView], bool]:
     """Events behind `after`, and whether these are the last ones that will ever be. One short transaction."""
     with context.store.begin(readonly=True) as session:
-        if not keys.is_in_force(session, caller.key_id):  # revoked while it streamed
-            raise Unauthorized("this API key was revoked", code="invalid_api_key")
+        if not keys.is_in_force(session, caller.key_id, utcnow()):  # revoked, or expired, while it streamed
+            raise Unauthorized("this API key was revoked or has expired", code="invalid_api_key")
         status, _ = jobs.standing(session, caller.project, job_id)
         has_ended = Status(status) in FINAL  # looked at first: a final status comes with its event or after it
         rows = events.after(session, job_id, after, limit)
@@ -114,13 +119,14 @@ def _read(context: Context, caller: Caller, job_id: str, after: int, limit: int)
 
 async def _stream(context: Context, caller: Caller, job_id: str, after: int) -> AsyncIterator[bytes]:
     """Woken by signals; between two looks it holds neither a thread nor a connection."""
-    yield format_sse_event(retry=RETRY_MS, comment=f"events of {job_id}")
-    told_at = monotonic()
-    with context.signals.watch(job_id) as bell:  # before the first look: nothing is missed between look and wait
+    # The watch comes before the first look: nothing is missed between look and wait.
+    with context.open_answers.hold(caller.key_id), context.signals.watch(job_id) as bell:
+        yield format_sse_event(retry=RETRY_MS, comment=f"events of {job_id}")
+        told_at = monotonic()
         while not context.stopping.is_set():
             try:
                 found, is_last = await run_in_threadpool(_read, context, caller, job_id, after, BATCH)
-            except (NotFound, Unauthorized):  # deleted, or revoked, meanwhile
+            except (NotFound, Unauthorized):  # deleted, revoked or expired meanwhile
                 return
             for event in found:
                 after = event.seq

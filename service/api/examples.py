@@ -14,3 +14,19 @@ JOB_SPEC = {
     "reward": {"graders": [{"kind": "exact", "reference": "{answer}"}]},
     "limits": {"max_steps": 10},
 }
+
+LOSS_REQUEST = {
+    "items": [
+        {
+            "objective": {"preset": "gspo", "surrogate": {"clip_low": 3e-4, "clip_high": 4e-4}},
+            "batch": {
+                "log_probs": [[-2.0, -1.8, -1.5, -1.2], [-1.9, -1.6, -1.3]],
+                "old_log_probs": [[-2.2, -2.0, -1.6, -1.3], [-2.1, -1.8, -1.5]],
+                "advantages": [1.0, -1.0],
+            },
+            "return": ["gradients", "log_importance_ratio", "ratio", "clipped", "token_loss", "weights"],
+        }
+    ],
+    "dtype": "float64",
+    "all_or_nothing": False,
+}

@@ -85,7 +85,10 @@ def _ask_database(context: Context) -> bool:
 def _workers(context: Context) -> WorkersCheck:
     with context.store.begin(readonly=True) as session:
         alive = [worker for worker in workers.alive(session, utcnow()) if not worker.draining]
-    return WorkersCheck(alive=len(alive), detail=None if alive else "no worker was seen lately: jobs wait in the queue")
+    trains = any(worker.resource_classes for worker in alive)  # others answer loss requests only
+    return WorkersCheck(
+        alive=len(alive), detail=None if trains else "no worker for jobs was seen lately: they wait in the queue"
+    )
 
 
 @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}})

@@ -24,7 +24,11 @@ MAX_LENGTH = 255
 
 def _key(
     idempotency_key: Annotated[
-        str | None, Header(description="any text of yours, the same for each repetition of one request; kept for a day")
+        str | None,
+        Header(
+            description="any text of yours, the same for each repetition of one request; kept for a day",
+            json_schema_extra={"pattern": "^[ -~]+$", "maxLength": MAX_LENGTH},
+        ),
     ] = None,
 ) -> str | None:
     if idempotency_key is None:

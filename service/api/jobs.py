@@ -18,10 +18,12 @@ from service.api.problems import BODY, responses
 from service.api.views import JobPage, JobSummary, JobView
 from service.jobs import lifecycle
 from service.jobs.fork import forked_spec
+from service.jobs.lifecycle import CANCEL_GRACE_S
 from service.jobs.resolve import resolve
-from service.jobs.spec import CheckpointRef, JobSpec
+from service.jobs.spec import Budget, CheckpointRef, JobSpec
 from service.jobs.state import FINAL, Status
 from service.store import jobs
+from service.store.tables import Job
 from service.validation import below, parse
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
@@ -42,6 +44,36 @@ class WaitQuery(BaseModel):
         int | None,
         Field(ge=0, le=MAX_SEQ, description="the `last_event` that you know; default: the newest one now"),
     ] = None
+
+
+Grace = Annotated[float, Field(ge=0, le=86_400, description="a worker that has not obeyed after so long is killed")]
+
+
+class PauseRequest(BaseModel):
+    """How long the job may take to rest."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    grace_seconds: Annotated[Grace | None, Field(description="default: as long as its step takes")] = None
+
+
+class CancelRequest(BaseModel):
+    """What is kept of a running job, and how long it may take to end."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    final_checkpoint: Annotated[
+        Literal["save", "none"], Field(description="none: what was learnt since its last checkpoint is lost")
+    ] = "none"
+    grace_seconds: Grace = CANCEL_GRACE_S
+
+
+class ResumeRequest(BaseModel):
+    """What the job may spend from now on, with what it has spent already."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    budget: Annotated[Budget | None, Field(description="replaces the parts that it names; null in one: without bound")] = None
 
 
 class ForkRequest(BaseModel):
@@ -103,9 +135,15 @@ def _create(context: Context, caller: Caller, sent: dict[str, Any], turn: Once, 
         sent=sent,
         resolved=resolved,
         parent_id=parent_id,
-        also=lambda session, job: turn.complete(session, JobView.of(job)),
+        key_id=caller.key_id,
+        also=lambda session, job: turn.complete(session, JobView.read(session, job)),
     )
-    return JobView.of(job)
+    return _view(context, job)
+
+
+def _view(context: Context, job: Job) -> JobView:
+    with context.store.begin(readonly=True) as session:
+        return JobView.read(session, job)
 
 
 @router.get("")
@@ -127,8 +165,11 @@ async def read_job(
 
 async def _wait(request: Request, context: Context, caller: Caller, job_id: str, query: WaitQuery) -> None:
     """Woken by signals; between two looks it holds neither a thread nor a connection."""
+    if not query.wait_s:
+        return
+    context.open_answers.check(caller.key_id)
     deadline, known = monotonic() + query.wait_s, query.after_event
-    with context.signals.watch(job_id) as bell:
+    with context.open_answers.hold(caller.key_id), context.signals.watch(job_id) as bell:
         while (left := deadline - monotonic()) > 0 and not context.stopping.is_set():
             if await request.is_disconnected():
                 return
@@ -148,26 +189,35 @@ def _standing(context: Context, caller: Caller, job_id: str) -> tuple[Status, in
 def _answer(context: Context, caller: Caller, job_id: str) -> Response:
     """Written here, in a thread, for a spec with thousands of inline rows takes a while."""
     with context.store.begin(readonly=True) as session:
-        job = jobs.get(session, caller.project, job_id)
-    return Response(JobView.of(job).model_dump_json(), media_type="application/json")
+        view = JobView.read(session, jobs.get(session, caller.project, job_id))
+    return Response(view.model_dump_json(), media_type="application/json")
 
 
-@router.post("/{job_id}/pause", responses=responses(404, 409))
-def pause_job(context: ContextDep, caller: CallerDep, job_id: str) -> JobView:
+@router.post("/{job_id}/pause", responses=responses(404, 409, *BODY), openapi_extra=documented("PauseRequest", required=False))
+def pause_job(context: ContextDep, caller: CallerDep, job_id: str, document: OptionalDocumentDep) -> JobView:
     """Let the job rest: a queued one at once, a running one when it has saved a checkpoint."""
-    return JobView.of(lifecycle.pause(context.store, context.doorbell, caller.project, job_id))
+    grace_s = parse(PauseRequest, document.data).grace_seconds
+    return _view(context, lifecycle.pause(context.store, context.doorbell, caller.project, job_id, grace_s=grace_s))
 
 
-@router.post("/{job_id}/resume", responses=responses(404, 409))
-def resume_job(context: ContextDep, caller: CallerDep, job_id: str) -> JobView:
+@router.post(
+    "/{job_id}/resume", responses=responses(404, 409, *BODY), openapi_extra=documented("ResumeRequest", required=False)
+)
+def resume_job(context: ContextDep, caller: CallerDep, job_id: str, document: OptionalDocumentDep) -> JobView:
     """Queue a paused job again; it goes on from its newest checkpoint."""
-    return JobView.of(lifecycle.resume(context.store, context.doorbell, caller.project, job_id))
+    asked = parse(ResumeRequest, document.data).budget
+    budget = None if asked is None else asked.model_dump(exclude_unset=True)
+    return _view(context, lifecycle.resume(context.store, context.doorbell, caller.project, job_id, budget=budget))
 
 
-@router.post("/{job_id}/cancel", responses=responses(404, 409))
-def cancel_job(context: ContextDep, caller: CallerDep, job_id: str) -> JobView:
+@router.post(
+    "/{job_id}/cancel", responses=responses(404, 409, *BODY), openapi_extra=documented("CancelRequest", required=False)
+)
+def cancel_job(context: ContextDep, caller: CallerDep, job_id: str, document: OptionalDocumentDep) -> JobView:
     """End the job. What it has saved, measured and sampled is kept."""
-    return JobView.of(lifecycle.cancel(context.store, context.doorbell, caller.project, job_id))
+    asked = parse(CancelRequest, document.data)
+    how = {"save": asked.final_checkpoint == "save", "grace_s": asked.grace_seconds}
+    return _view(context, lifecycle.cancel(context.store, context.doorbell, caller.project, job_id, **how))
 
 
 @router.delete("/{job_id}", status_code=204, response_class=Response, responses=responses(404, 409))

@@ -1,25 +1,40 @@
-"""API keys: made, listed, revoked. The text of a key is in the answer that makes it and nowhere else."""
+"""API keys: made, listed, revoked, by keys of scope `admin`. A key's text is in the answer that makes it and nowhere else."""
 
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Annotated, Literal, Self
 
 from fastapi import APIRouter, Query, Response
 from pydantic import BaseModel, ConfigDict, Field
 
-from service.api.auth import ADMIN_PROJECT, Caller, CallerDep
+from service.api.auth import ADMIN_PROJECT, AdminDep, Caller
 from service.api.bodies import DocumentDep, documented
 from service.api.context import ContextDep
 from service.api.idempotency import IdempotencyKeyDep, once
 from service.api.pages import Page
 from service.api.problems import BODY, responses
-from service.errors import Conflict, Forbidden
+from service.api.rate import default_burst
+from service.errors import Conflict, FieldError, Forbidden
+from service.ids import utcnow
 from service.store import keys
 from service.store.tables import ApiKey
-from service.validation import parse
+from service.validation import invalid, parse
 
 router = APIRouter(prefix="/v1/keys", tags=["keys"])
 
 Project = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
+
+
+Scope = Literal["read", "write", "admin"]
+MAX_EXPIRES_IN_S = 10 * 366 * 86_400
+
+
+class KeyRate(BaseModel):
+    """How often a key may ask: a bucket of `burst` requests that fills by `requests_per_s`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    requests_per_s: Annotated[float, Field(gt=0, le=1_000_000, description="requests a second in the long run")]
+    burst: Annotated[int | None, Field(ge=1, le=1_000_000, description="requests at once; default: two seconds' worth")] = None
 
 
 class KeyRequest(BaseModel):
@@ -31,6 +46,21 @@ class KeyRequest(BaseModel):
     project: Annotated[
         Project | None, Field(description=f"default: that of the key that asks; another one takes a key of `{ADMIN_PROJECT}`")
     ] = None
+    scopes: Annotated[
+        list[Scope],
+        Field(min_length=1, max_length=3, description="read: GET; write: all of the project but its keys; admin: keys too"),
+    ] = ["admin"]
+    expires_in_s: Annotated[
+        float | None, Field(ge=1, le=MAX_EXPIRES_IN_S, description="seconds until it is no key any more; default: never")
+    ] = None
+    rate: Annotated[KeyRate | None, Field(description="how often it may ask; default: as the operator has set")] = None
+
+
+class KeyRateView(BaseModel):
+    """A rate that a key has of its own."""
+
+    requests_per_s: float
+    burst: int
 
 
 class KeyView(BaseModel):
@@ -41,12 +71,19 @@ class KeyView(BaseModel):
     name: str
     project: str
     ends_with: Annotated[str, Field(description="the last four characters, to tell keys apart")]
+    scopes: Annotated[list[Scope], Field(description="all that it may do: admin holds write, write holds read")]
+    rate: Annotated[KeyRateView | None, Field(description="its own; null: as the operator has set")]
     created_at: datetime
+    expires_at: Annotated[datetime | None, Field(description="from then on it is no key any more; null: never")]
     last_used_at: Annotated[datetime | None, Field(description="to the minute")]
 
     @classmethod
     def of(cls, key: ApiKey) -> Self:
-        return cls.model_validate(key, from_attributes=True)
+        columns = {name: getattr(key, name) for name in cls.model_fields if name not in ("object", "rate", "key")}
+        rate = None
+        if key.requests_per_s is not None and key.burst is not None:
+            rate = KeyRateView(requests_per_s=key.requests_per_s, burst=key.burst)
+        return cls(**columns, rate=rate)
 
 
 class NewKeyView(KeyView):
@@ -66,10 +103,11 @@ class KeysQuery(BaseModel):
 
 
 @router.post("", status_code=201, responses=responses(403, 409, *BODY), openapi_extra=documented("KeyRequest"))
-def create_key(context: ContextDep, caller: CallerDep, document: DocumentDep, idempotency_key: IdempotencyKeyDep) -> NewKeyView:
+def create_key(context: ContextDep, caller: AdminDep, document: DocumentDep, idempotency_key: IdempotencyKeyDep) -> NewKeyView:
     """Make a key. A repetition with the same Idempotency-Key makes no second one, and is a 409: no text is kept."""
     request = parse(KeyRequest, document.data)
     project = _allowed_project(caller, request.project)
+    rate, expires_at = request.rate, _expires_at(caller, request)
     with once(context.store, caller, idempotency_key, route="POST /v1/keys", body_sha256=document.sha256) as turn:
         if turn.replay is not None:
             raise Conflict(
@@ -78,14 +116,22 @@ def create_key(context: ContextDep, caller: CallerDep, document: DocumentDep, id
                 hint="revoke the key whose text was lost (GET /v1/keys), and make another with a new Idempotency-Key",
             )
         with context.store.begin() as session:
-            key, text = keys.create(session, project=project, name=request.name)
+            key, text = keys.create(
+                session,
+                project=project,
+                name=request.name,
+                scopes=request.scopes,
+                expires_at=expires_at,
+                requests_per_s=rate and rate.requests_per_s,
+                burst=rate and (rate.burst or default_burst(rate.requests_per_s)),
+            )
             turn.complete(session, KeyView.of(key))
     return NewKeyView(**KeyView.of(key).model_dump(), key=text)
 
 
 @router.get("", responses=responses(403))
-def list_keys(context: ContextDep, caller: CallerDep, query: Annotated[KeysQuery, Query()]) -> KeyPage:
-    """All keys of the project that are in force, newest first."""
+def list_keys(context: ContextDep, caller: AdminDep, query: Annotated[KeysQuery, Query()]) -> KeyPage:
+    """All keys of the project that were not revoked, newest first."""
     project = _allowed_project(caller, query.project)
     with context.store.begin(readonly=True) as session:
         rows = keys.page(session, project)
@@ -93,13 +139,22 @@ def list_keys(context: ContextDep, caller: CallerDep, query: Annotated[KeysQuery
 
 
 @router.delete("/{key_id}", status_code=204, response_class=Response, responses=responses(403, 404, 409))
-def revoke_key(context: ContextDep, caller: CallerDep, key_id: str, query: Annotated[KeysQuery, Query()]) -> None:
+def revoke_key(context: ContextDep, caller: AdminDep, key_id: str, query: Annotated[KeysQuery, Query()]) -> None:
     """Revoke a key, at once and for good. No key revokes itself, so that nobody locks himself out."""
     project = _allowed_project(caller, query.project)
     if key_id == caller.key_id:
         raise Conflict("a key cannot revoke itself", code="own_key", hint="make another key and revoke this one with it")
     with context.store.begin() as session:
         keys.revoke(session, project, key_id)
+
+
+def _expires_at(caller: Caller, request: KeyRequest) -> datetime | None:
+    """A key that ends makes none that lasts longer: else its end would mean nothing."""
+    expires_at = None if request.expires_in_s is None else utcnow() + timedelta(seconds=request.expires_in_s)
+    if caller.expires_at is not None and (expires_at is None or expires_at > caller.expires_at):
+        detail = f"the key that asks expires at {caller.expires_at:%Y-%m-%dT%H:%M:%SZ}; it makes no key that lasts longer"
+        raise invalid([FieldError("/expires_in_s", detail, "too_long", request.expires_in_s)])
+    return expires_at
 
 
 def _allowed_project(caller: Caller, project: str | None) -> str:

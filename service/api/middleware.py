@@ -1,4 +1,4 @@
-"""Around every request: an id, counters, a few headers, and a refusal of what no database can look up."""
+"""Around every request: an id, counters, a few headers, and a refusal of what is too large to be looked at."""
 
 from time import perf_counter
 
@@ -7,8 +7,9 @@ from starlette.datastructures import MutableHeaders
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.api.problems import problem
-from service.errors import Malformed
+from service.api.auth import ANSWER_HEADERS
+from service.api.limits import refusal
+from service.api.problems import SECURITY_HEADERS, problem
 from service.ids import new_id
 
 METHODS = frozenset({"GET", "POST", "DELETE", "PUT", "PATCH", "HEAD", "OPTIONS"})
@@ -19,11 +20,6 @@ SECONDS = Histogram(
     ["method", "route"],
     buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60),
 )
-HEADERS = {
-    "X-Content-Type-Options": "nosniff",
-    "Cache-Control": "no-store",
-    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
-}
 
 
 class Frame:
@@ -46,16 +42,16 @@ class Frame:
                 status = message["status"]
                 headers = MutableHeaders(scope=message)
                 headers["X-Request-Id"] = request_id
-                for name, value in HEADERS.items():
+                headers.update(scope.get(ANSWER_HEADERS, {}))
+                for name, value in SECURITY_HEADERS.items():
                     headers.setdefault(name, value)
             await send(message)
             if message["type"] == "http.response.start":
                 _count(scope, status, perf_counter() - started)
 
         try:
-            if "\0" in scope["path"] or b"%00" in scope["query_string"]:
-                answer = problem(Request(scope), Malformed("the URL contains a NUL character", code="malformed_url"))
-                await answer(scope, receive, send_framed)
+            if (reason := refusal(scope)) is not None:
+                await problem(Request(scope), reason)(scope, receive, send_framed)
             else:
                 await self.app(scope, receive, send_framed)
         except Exception:

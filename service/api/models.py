@@ -45,6 +45,7 @@ def list_models(context: ContextDep, caller: CallerDep) -> ModelPage:
     """The built-in model and the folders of the operator. Any model of the hub may be named too, where workers reach it."""
     folder = context.settings.local_models_dir
     paths = sorted(path.parent for path in folder.glob("*/config.json")) if folder.is_dir() else []
+    paths = [path for path in paths if path.resolve().is_relative_to(folder.resolve())]  # others cannot be named
     models = [TINY, *(_of_folder(path) for path in paths)]
     return ModelPage.of(models, [model.id for model in models])
 

@@ -20,17 +20,23 @@ from starlette.requests import ClientDisconnect
 
 from service.errors import (
     BodyTooLarge,
+    BodyTooSlow,
+    Busy,
     Conflict,
     FieldError,
     Forbidden,
+    HeadersTooLarge,
     InFlight,
     InvalidRequest,
     Malformed,
+    NotAcceptable,
     NotFound,
     RatchetError,
+    RateLimited,
     Unauthorized,
     Unavailable,
     UnsupportedMedia,
+    UriTooLong,
 )
 from service.validation import field_errors, invalid, shown, unknown_key, without_secrets
 
@@ -42,19 +48,42 @@ STATUSES: Mapping[type[RatchetError], int] = {
     Unauthorized: 401,
     Forbidden: 403,
     NotFound: 404,
+    NotAcceptable: 406,
+    BodyTooSlow: 408,
     Conflict: 409,
     BodyTooLarge: 413,
+    UriTooLong: 414,
     UnsupportedMedia: 415,
     InvalidRequest: 422,
+    Busy: 429,
+    RateLimited: 429,
+    HeadersTooLarge: 431,
     Unavailable: 503,
     RatchetError: 500,
 }
 HEADERS: Mapping[type[RatchetError], dict[str, str]] = {
     Unauthorized: {"WWW-Authenticate": 'Bearer realm="ratchet"'},
     InFlight: {"Retry-After": "1"},
+    Busy: {"Retry-After": "1"},
+    BodyTooSlow: {"Connection": "close"},  # what is left of the body shall not hold the connection
     Unavailable: {"Retry-After": "5"},
 }
-OPENAI_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 409: "conflict_error"}
+# On every answer. Nothing here is a page, and nothing that is anybody's own is to be kept on the way.
+SECURITY_HEADERS: Mapping[str, str] = {
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Cache-Control": "no-store",
+    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Referrer-Policy": "no-referrer",
+}
+OPENAI_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    409: "conflict_error",
+    429: "rate_limit_error",
+}
 CODES = {404: "route_not_found", 405: "method_not_allowed"}  # of errors that the framework raises
 
 
@@ -113,7 +142,7 @@ def problem(
         title=HTTPStatus(status).phrase,
         status=status,
         detail=detail,
-        instance=request.url.path,
+        instance=without_secrets(request.url.path),
         code=error.code,
         retryable=error.retryable,
         hint=error.hint,
@@ -128,13 +157,21 @@ def problem(
         **{name: value for name, value in error.extra.items() if name not in Problem.model_fields},
     )
     content = body.model_dump(mode="json", exclude_none=True, fallback=str)
-    all_headers = {"X-Request-Id": body.request_id or "", **_of_class(HEADERS, error, {}), **(headers or {})}
+    all_headers = {
+        **SECURITY_HEADERS,
+        "X-Request-Id": body.request_id or "",
+        **_of_class(HEADERS, error, {}),
+        **(headers or {}),
+    }
+    if "retry_after_s" in error.extra:
+        all_headers["Retry-After"] = str(error.extra["retry_after_s"])
     return JSONResponse(content, status, all_headers, MEDIA_TYPE)
 
 
 def _field(error: FieldError) -> ProblemField:
     name = error.pointer.rpartition("/")[2]
-    return ProblemField(**{**error.as_dict(), "detail": without_secrets(error.detail), "got": shown(error.got, name)})
+    said = {"pointer": without_secrets(error.pointer), "detail": without_secrets(error.detail), "got": shown(error.got, name)}
+    return ProblemField(**{**error.as_dict(), **said})
 
 
 def files_missing(what: str) -> NotFound:
@@ -227,12 +264,17 @@ HANDLERS: Mapping[type[Exception], Any] = {
 DESCRIPTIONS = {
     400: "The body or the request cannot be read.",
     401: "No API key, or a wrong one.",
-    403: "The API key does not allow this.",
+    403: "The API key does not allow this: `missing_scope` says what it lacks.",
     404: "No such object in this project.",
+    406: "The answer comes in none of the formats that Accept names.",
+    408: "The body came too slowly.",
     409: "The state of the object does not allow this now.",
     413: "The body is too large.",
+    414: "The path or the query is too long.",
     415: "The body is in a format that is not taken here.",
     422: "Something in the request is wrong; `errors` says what and where.",
+    429: "The API key has asked too often, holds too many streams open, or too much waits already; see Retry-After.",
+    431: "The headers are too large.",
     500: "Something went wrong in the service.",
     503: "Something that the service stands on is away; see Retry-After.",
 }
@@ -244,5 +286,5 @@ def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {one: {"description": DESCRIPTIONS[one], "content": {MEDIA_TYPE: {"schema": schema}}} for one in sorted(statuses)}
 
 
-COMMON = (400, 401, 422, 500, 503)
-BODY = (413, 415)
+COMMON = (400, 401, 403, 414, 422, 429, 431, 500, 503)
+BODY = (408, 413, 415)

@@ -7,16 +7,30 @@ from typing import Any
 from fastapi import FastAPI
 from pydantic import TypeAdapter
 
+from service.api.checkpoints import DeleteRequest
 from service.api.events import EventView
-from service.api.jobs import ForkRequest
+from service.api.jobs import CancelRequest, ForkRequest, PauseRequest, ResumeRequest
 from service.api.keys import KeyRequest
+from service.api.loss_views import LossResults, LossTicket
 from service.api.problems import Problem
+from service.api.usage import BudgetRequest
 from service.jobs.spec import JobSpec
+from service.losses.request import LossRequest
 
 REF = "#/components/schemas/{model}"
 # What is sent, as it may be written, and what FastAPI does not see in a route's signature.
-SENT = {"JobSpec": JobSpec, "ForkRequest": ForkRequest, "KeyRequest": KeyRequest}
-ANSWERED = {"Problem": Problem, "EventView": EventView}
+SENT = {
+    "JobSpec": JobSpec,
+    "ForkRequest": ForkRequest,
+    "PauseRequest": PauseRequest,
+    "ResumeRequest": ResumeRequest,
+    "BudgetRequest": BudgetRequest,
+    "DeleteRequest": DeleteRequest,
+    "CancelRequest": CancelRequest,
+    "KeyRequest": KeyRequest,
+    "LossRequest": LossRequest,
+}
+ANSWERED = {"Problem": Problem, "EventView": EventView, "LossResults": LossResults, "LossTicket": LossTicket}
 
 
 def version() -> str:

@@ -4,16 +4,19 @@ from datetime import datetime
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field
+from sqlalchemy.orm import Session
 
 from service.api.pages import Page
+from service.api.usage import UsageTotals
 from service.jobs.state import Phase, Status, allowed_actions
+from service.store import usage
 from service.store.tables import Job
 
-DERIVED = frozenset({"object", "metadata", "allowed_actions", "links"})  # not columns of the same name
+DERIVED = frozenset({"usage", "object", "metadata", "allowed_actions", "links"})  # not columns of the same name
 
 
 class FailureView(BaseModel):
-    """Why a job failed, or was put back the last time."""
+    """Why a job failed or paused, or was put back the last time. All codes: docs/failures.md."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -27,6 +30,7 @@ class FailureView(BaseModel):
     step: int | None = None
     attempt: int | None = None
     details: dict[str, Any] | None = None
+    log_tail: Annotated[list[str] | None, Field(description="the attempt's last log lines, without secrets")] = None
 
 
 class Links(BaseModel):
@@ -75,9 +79,13 @@ class JobSummary(BaseModel):
 
     @classmethod
     def of(cls, job: Job) -> Self:
+        return cls(**cls._columns(job))
+
+    @classmethod
+    def _columns(cls, job: Job) -> dict[str, Any]:
         columns = {name: getattr(job, name) for name in cls.model_fields if name not in DERIVED}
-        status = Status(job.status)
-        return cls(**columns, metadata=job.user_metadata, allowed_actions=allowed_actions(status), links=Links.of(job.id))
+        allowed = allowed_actions(Status(job.status))
+        return {**columns, "metadata": job.user_metadata, "allowed_actions": allowed, "links": Links.of(job.id)}
 
 
 class JobView(JobSummary):
@@ -86,6 +94,16 @@ class JobView(JobSummary):
     spec: Annotated[dict[str, Any], Field(description="as it is run: every default filled in, the objective as its axes")]
     spec_sent: Annotated[dict[str, Any], Field(description="as it was sent")]
     resolved: Annotated[dict[str, Any], Field(description="what its worker found out: device, dtype, revision, versions")]
+
+    key_id: Annotated[str | None, Field(description="the API key that submitted it")]
+    budget_tokens: Annotated[int | None, Field(description="what it may spend: tokens sampled and trained")]
+    budget_worker_s: Annotated[float | None, Field(description="what it may spend: seconds of a worker")]
+    usage: Annotated[UsageTotals, Field(description="what it has spent, as of its last commit")]
+
+    @classmethod
+    def read(cls, session: Session, job: Job) -> Self:
+        """The job with what stands in other tables."""
+        return cls(**cls._columns(job), usage=UsageTotals.of(usage.of_job(session, job.id)))
 
 
 class JobPage(Page[JobSummary]):

@@ -9,7 +9,7 @@ import typer
 import yaml
 
 from ratchet_client import Ratchet, RatchetError
-from ratchet_client.types import FINAL, Job, JobSummary, Validation
+from ratchet_client.types import FINAL, Job, JobSummary, UsageTotals, Validation
 from service.cli import exits
 from service.cli.connection import connect
 from service.cli.headline import EVAL, EVAL_GREEDY, EVAL_LOSS
@@ -129,28 +129,47 @@ def watch(context: typer.Context, job_id: JobId, as_json: Json = False) -> None:
         _follow(ratchet, job_id, as_json)
 
 
-def pause(context: typer.Context, job_id: JobId, as_json: Json = False) -> None:
+Grace = Annotated[float | None, typer.Option(metavar="S", help="kill the worker if it needs longer")]
+
+
+def pause(context: typer.Context, job_id: JobId, grace_seconds: Grace = None, as_json: Json = False) -> None:
     """Stop a job at its next step, with a checkpoint.
 
     `ratchet resume` goes on from there. A queued job rests at once.
     """
     with connect(context) as ratchet:
-        _report(ratchet.pause_job(job_id), as_json)
+        _report(ratchet.pause_job(job_id, grace_seconds=grace_seconds), as_json)
 
 
-def resume(context: typer.Context, job_id: JobId, as_json: Json = False) -> None:
-    """Put a paused job back into the queue."""
+def resume(
+    context: typer.Context,
+    job_id: JobId,
+    tokens: Annotated[int | None, typer.Option(min=1, help="its new budget: tokens sampled and trained, in all")] = None,
+    worker_s: Annotated[float | None, typer.Option(help="its new budget: seconds of a worker, in all")] = None,
+    as_json: Json = False,
+) -> None:
+    """Put a paused job back into the queue.
+
+    One that rests because its budget is spent needs a larger one: --tokens, --worker-s.
+    """
+    given = {name: value for name, value in (("tokens", tokens), ("worker_s", worker_s)) if value is not None}
     with connect(context) as ratchet:
-        _report(ratchet.resume_job(job_id), as_json)
+        _report(ratchet.resume_job(job_id, budget=given or None), as_json)
 
 
-def cancel(context: typer.Context, job_id: JobId, as_json: Json = False) -> None:
+def cancel(
+    context: typer.Context,
+    job_id: JobId,
+    save: Annotated[bool, typer.Option("--save", help="save a checkpoint first")] = False,
+    grace_seconds: Grace = None,
+    as_json: Json = False,
+) -> None:
     """End a job for good.
 
     Its metrics and checkpoints are kept; `ratchet fork` makes a new job from them.
     """
     with connect(context) as ratchet:
-        _report(ratchet.cancel_job(job_id), as_json)
+        _report(ratchet.cancel_job(job_id, final_checkpoint="save" if save else None, grace_seconds=grace_seconds), as_json)
 
 
 def fork(
@@ -284,6 +303,8 @@ def _print_job(job: Job) -> None:
             "fork of": job["parent_id"],
             "checkpoint": job["checkpoint_id"],
             "ran for": duration(job["run_s"]),
+            "spent": spent_text(job["usage"]),
+            "may spend": _bounds(tokens=job["budget_tokens"], worker_s=job["budget_worker_s"]),
             "created": f"{job['created_at']} ({ago(job['created_at'])})",
             "finished": job["finished_at"],
             "tags": job["tags"],
@@ -297,6 +318,17 @@ def _print_job(job: Job) -> None:
             "you may": job["allowed_actions"],
         }
     )
+
+
+def _bounds(**bounds: float | None) -> dict[str, float]:
+    return {name: bound for name, bound in bounds.items() if bound is not None}
+
+
+def spent_text(usage: UsageTotals) -> str:
+    if not usage["attempts"]:
+        return ""
+    text = f"{usage['sampled_tokens']} tokens sampled, {usage['trained_tokens']} trained, {duration(usage['worker_s'])} worked"
+    return text + (f" ({duration(usage['wasted']['worker_s'])} wasted)" if usage["wasted"]["worker_s"] >= 1 else "")
 
 
 def _metrics(values: dict[str, float | None] | None) -> str:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from ratchet_client import RatchetApiError, RatchetConnectionError, RatchetError, RatchetNotFound
-from service.cli import curves, exits, helps, jobs, resources, stack
+from service.cli import curves, exits, helps, jobs, resources, spending, stack
 from service.cli.connection import Target
 from service.cli.output import complain, print_problem
 
@@ -63,5 +63,5 @@ def options(
     context.obj = Target(url, data_dir)
 
 
-for module in (stack, jobs, curves, resources):
+for module in (stack, jobs, curves, resources, spending):
     module.register(app)

@@ -1,11 +1,12 @@
 """Commands about everything that is not a job: checkpoints, datasets, models, keys."""
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ratchet_client.types import Checkpoint
+from ratchet_client.types import Checkpoint, Key
 from service.cli.connection import connect
 from service.cli.headline import EVAL
 from service.cli.helps import command, group
@@ -19,7 +20,18 @@ After = Annotated[str | None, typer.Option(help="go on behind this one (the last
 
 
 def register(app: typer.Typer) -> None:
-    group(app, "checkpoints", list_checkpoints, show=show_checkpoint, download=download, delete=delete_checkpoint)
+    group(
+        app,
+        "checkpoints",
+        list_checkpoints,
+        show=show_checkpoint,
+        download=download,
+        delete=delete_checkpoint,
+        pin=pin,
+        unpin=unpin,
+        lineage=lineage,
+        prune=prune,
+    )
     group(app, "datasets", list_datasets, upload=upload, show=show_dataset, rows=rows, delete=delete_dataset)
     command(app, models)
     group(app, "keys", list_keys, create=create_key, revoke=revoke_key)
@@ -93,6 +105,68 @@ def delete_checkpoint(context: typer.Context, checkpoint_id: CheckpointId) -> No
     with connect(context) as ratchet:
         ratchet.delete_checkpoint(checkpoint_id)
     say(f"{checkpoint_id} deleted")
+
+
+def pin(context: typer.Context, checkpoint_id: CheckpointId) -> None:
+    """Keep a checkpoint whatever comes."""
+    with connect(context) as ratchet:
+        ratchet.pin_checkpoint(checkpoint_id)
+    say(f"{checkpoint_id} pinned")
+
+
+def unpin(context: typer.Context, checkpoint_id: CheckpointId) -> None:
+    """Let a checkpoint go when its time comes."""
+    with connect(context) as ratchet:
+        ratchet.unpin_checkpoint(checkpoint_id)
+    say(f"{checkpoint_id} unpinned")
+
+
+def lineage(context: typer.Context, checkpoint_id: CheckpointId, as_json: Json = False) -> None:
+    """Show where a checkpoint comes from, back to the base model."""
+    with connect(context) as ratchet:
+        found = ratchet.checkpoint_lineage(checkpoint_id)
+    if as_json:
+        print_json(found)
+        return
+    rows = [
+        (one["checkpoint_id"], one["step"], one["job_id"], one["job_name"], ago(one["created_at"])) for one in found["data"]
+    ]
+    print_table(("checkpoint", "step", "job", "name", "created"), rows, nothing="")
+    revision = found["base"]["revision"]
+    say(f"base: {found['base']['source']}" + (f" at {revision}" if revision else ""))
+
+
+def prune(
+    context: typer.Context,
+    job: Annotated[str | None, typer.Option(metavar="JOB", help="those of this job")] = None,
+    older_than_s: Annotated[float | None, typer.Option(min=0, help="those that were saved longer ago, in seconds")] = None,
+    keep_last: Annotated[int, typer.Option(min=0, help="but not the newest so many of each job")] = 0,
+    final: Annotated[bool, typer.Option("--final", help="those at the end of a job, too")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="delete them; without it only shown")] = False,
+    as_json: Json = False,
+) -> None:
+    """Delete many checkpoints at once; without --yes only show what would go.
+
+    $ ratchet checkpoints prune --job job_01k... --keep-last 1
+    $ ratchet checkpoints prune --older-than-s 604800 --yes
+
+    What is pinned, or needed by a job that has not ended, stays.
+    """
+    which = {"job_id": job, "older_than_s": older_than_s, "keep_last": keep_last, "final": final}
+    with connect(context) as ratchet:
+        found = ratchet.delete_checkpoints(**which, dry_run=not yes)
+    if as_json:
+        print_json(found)
+        return
+    rows = [(one["id"], one["job_id"], one["step"], size(one["size_bytes"]), ago(one["created_at"])) for one in found["data"]]
+    print_table(("checkpoint", "job", "step", "size", "created"), rows, nothing="nothing to delete")
+    for one in found["kept"]:
+        complain(f"{one['id']} stays: {one['reason']}")
+    verb = "deleted" if yes else "would go (--yes deletes them)"
+    say(
+        f"{len(found['data'])} checkpoints, {size(found['size_bytes'])}: {verb}"
+        + (", and there are more" if found["has_more"] else "")
+    )
 
 
 def _score(checkpoint: Checkpoint) -> str:
@@ -189,6 +263,7 @@ def list_keys(context: typer.Context, as_json: Json = False) -> None:
     """List, make and revoke API keys.
 
     $ RATCHET_API_KEY=$(ratchet keys create laptop)
+    $ ratchet keys create dashboard --scope read --expires-in-days 30 --requests-per-s 5
     """
     if context.invoked_subcommand is not None:
         return
@@ -198,21 +273,55 @@ def list_keys(context: typer.Context, as_json: Json = False) -> None:
         print_json(page)
         return
     table = [
-        (one["id"], one["name"], one["project"], f"...{one['ends_with']}", ago(one["created_at"]), ago(one["last_used_at"]))
+        (
+            one["id"],
+            one["name"],
+            one["project"],
+            f"...{one['ends_with']}",
+            one["scopes"][-1],
+            _rate(one),
+            ago(one["created_at"]),
+            (one["expires_at"] or "never")[:16],
+            ago(one["last_used_at"]),
+        )
         for one in page["data"]
     ]
-    print_table(("key", "name", "project", "ends with", "created", "last used"), table, nothing="no keys")
+    columns = ("key", "name", "project", "ends with", "scope", "rate", "created", "expires", "last used")
+    print_table(columns, table, nothing="no keys")
+
+
+class KeyScope(StrEnum):
+    read = "read"
+    write = "write"
+    admin = "admin"
+
+
+def _rate(key: Key) -> str:
+    return "default" if key["rate"] is None else f"{key['rate']['requests_per_s']:g}/s"
 
 
 def create_key(
     context: typer.Context,
     name: Annotated[str, typer.Argument(help="what it is for")],
     project: Annotated[str | None, typer.Option(help="default: the project of the key in use")] = None,
+    scope: Annotated[
+        KeyScope, typer.Option(help="read: look; write: all of the project but its keys; admin: keys too")
+    ] = KeyScope.admin,
+    expires_in_days: Annotated[float | None, typer.Option(min=0.0001, help="default: it does not expire")] = None,
+    requests_per_s: Annotated[float | None, typer.Option(help="default: as the operator has set")] = None,
+    burst: Annotated[int | None, typer.Option(min=1, help="requests at once, with --requests-per-s")] = None,
     as_json: Json = False,
 ) -> None:
     """Make an API key; its text is shown this once."""
     with connect(context) as ratchet:
-        key = ratchet.create_key(name, project=project)
+        key = ratchet.create_key(
+            name,
+            project=project,
+            scopes=[scope.value],
+            expires_in_s=None if expires_in_days is None else expires_in_days * 86_400,
+            requests_per_s=requests_per_s,
+            burst=burst,
+        )
     if as_json:
         print_json(key)
         return

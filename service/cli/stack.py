@@ -1,8 +1,9 @@
 """Commands that run the stack on this machine: up, demo."""
 
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from pydantic import ValidationError
@@ -10,7 +11,7 @@ from pydantic import ValidationError
 from service.cli import exits
 from service.cli.connection import Target
 from service.cli.helps import command
-from service.cli.output import complain
+from service.cli.output import complain, say
 from service.errors import RatchetError as ServiceError
 
 DEFAULT_DATA_DIR = Path(".ratchet")
@@ -19,6 +20,8 @@ DEFAULT_DATA_DIR = Path(".ratchet")
 def register(app: typer.Typer) -> None:
     command(app, up)
     command(app, demo)
+    command(app, backup)
+    command(app, restore)
 
 
 def up(
@@ -32,7 +35,7 @@ def up(
     $ ratchet up
     $ ratchet up --data-dir ~/.ratchet --port 8080
 
-    API, worker, Redis and SQLite, until Ctrl-C, which saves the running job and stops everything. The API key is written
+    API, workers, Redis and SQLite, until Ctrl-C, which saves the running job and stops everything. The API key is written
     to DATA_DIR/key (readable by you only), the address to DATA_DIR/url; the other commands find both there. Started again
     on the same directory, it goes on where it was, also after a crash. RATCHET_HOST says on which address it listens
     (default 127.0.0.1), and every other RATCHET_* setting applies, too.
@@ -77,3 +80,47 @@ def demo(
     except KeyboardInterrupt:
         complain("\nstopped")
         raise typer.Exit(exits.INTERRUPTED) from None
+
+
+BackupDir = Annotated[Path, typer.Argument(metavar="DIR", help="the backup's folder")]
+DataDir = Annotated[Path, typer.Option(envvar="RATCHET_DATA_DIR", help="where the system keeps its files")]
+
+
+def backup(directory: BackupDir, data_dir: DataDir = DEFAULT_DATA_DIR) -> None:
+    """Copy a running system's store and files into a new folder.
+
+    $ ratchet backup /backups/2026-11-22
+
+    Runs where the data directory is, with the RATCHET_* settings of the system; with PostgreSQL it needs pg_dump. Nothing
+    is stopped. docs/backup.md has the rest.
+    """
+    from service.local import backup as backups
+
+    facts = _with_settings(data_dir, lambda settings: backups.backup(settings, directory))
+    say(f"{directory}: {facts['blobs']} checkpoints and datasets, as of {facts['made_at']}")
+    if facts["lost"]:
+        complain(f"{len(facts['lost'])} were lost before: {', '.join(facts['lost'][:5])}")
+
+
+def restore(directory: BackupDir, data_dir: DataDir = DEFAULT_DATA_DIR) -> None:
+    """Put a backup into a new data directory and an empty database.
+
+    $ ratchet restore /backups/2026-11-22 --data-dir ~/.ratchet-restored
+
+    Then start the system there: its jobs go on from their last checkpoints. See to it that the old one does not run.
+    """
+    from service.local import backup as backups
+
+    facts = _with_settings(data_dir, lambda settings: backups.restore(settings, directory))
+    say(f"restored as of {facts['made_at']}: {facts['blobs']} checkpoints and datasets")
+    say(f"jobs that ran then are queued: {', '.join(facts['queued']) or 'none'}")
+
+
+def _with_settings(data_dir: Path, work: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+    from service.settings import Settings
+
+    try:
+        return work(Settings(data_dir=data_dir))
+    except ServiceError as error:
+        complain(f"error: {error}")
+        raise typer.Exit(exits.REFUSED) from None

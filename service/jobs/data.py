@@ -7,6 +7,7 @@ row when it is asked for. Every choice derives from (seed, epoch), so a resumed 
 import json
 import os
 import random
+import re
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -19,6 +20,9 @@ from service.errors import FieldError, InvalidRequest
 from service.jobs.data_spec import DatasetSource, DataSpec, InlineSource, Message, ReasoningGymSource, SplitSource, TrainSource
 from service.jobs.templates import render
 from service.validation import did_you_mean, escape
+
+NAMES_A_FILE = re.compile(r"file|path|dir|url|folder")  # a setting of a reasoning-gym task, by its name
+PLAIN_NAME = re.compile(r"\w[\w.-]*", re.ASCII)
 
 Row = dict[str, Any]
 Prompt = str | list[dict[str, str]]
@@ -228,6 +232,11 @@ def check_task(source: ReasoningGymSource, pointer: str) -> None:
                 for name, detail in zip(unknown, details, strict=True)
             ],
         )
+    for name, value in source.config.items():  # spell_backward reads any file that its data_file names, and shows its words
+        if NAMES_A_FILE.search(name) and isinstance(value, str) and not PLAIN_NAME.fullmatch(value):
+            detail = f"{name} names a file that comes with reasoning-gym; a path is not taken"
+            where = f"{pointer}/config/{escape(name)}"
+            raise InvalidRequest(f"{where}: {detail}", [FieldError(where, detail, "path_refused", got=value)])
     try:
         config = config_class(**source.config, seed=source.seed, size=source.size)
         if hasattr(config, "validate"):

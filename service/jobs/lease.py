@@ -13,7 +13,7 @@ from datetime import datetime, timedelta
 from math import isfinite
 from typing import Any
 
-from sqlalchemy import select, update
+from sqlalchemy import update
 from sqlalchemy.orm import Session
 
 from service.doorbell import Doorbell
@@ -23,11 +23,12 @@ from service.jobs import moves
 from service.jobs.spec import CheckpointsSpec
 from service.jobs.state import HELD, Phase, Status, Wish
 from service.settings import Settings
-from service.store import checkpoints, events, jobs, metrics, rollouts, workers
+from service.store import checkpoints, events, jobs, metrics, rollouts, usage, workers
 from service.store.checkpoints import CheckpointRow
 from service.store.rollouts import RolloutRow
 from service.store.session import Store
 from service.store.tables import Checkpoint, Job, Worker
+from service.store.usage import NOTHING, Spent
 
 __all__ = ["CheckpointRow", "Lease", "RolloutRow"]
 
@@ -65,10 +66,19 @@ def claim(store: Store, settings: Settings, owner: str, classes: Collection[str]
         if workers.is_draining(session, owner):
             return None
         while (job := jobs.next_queued(session, classes, now := utcnow())) is not None:
-            if _take(session, job, owner, now, settings):
+            if usage.is_spent(session, job):
+                _rest(session, job, now)
+            elif _take(session, job, owner, now, settings):
                 session.refresh(job)
                 return Lease(job.id, job.attempt, owner), job
         return None
+
+
+def _rest(session: Session, job: Job, now: datetime) -> None:
+    """A queued job that may not spend anything pauses, unless it was changed meanwhile."""
+    found = jobs.find(session, job.id, lock=True, light=True)
+    if found is not None and found.status == Status.QUEUED:
+        moves.move(session, found, Status.PAUSED, "budget_spent", now)
 
 
 def _take(session: Session, job: Job, owner: str, now: datetime, settings: Settings) -> bool:
@@ -98,7 +108,7 @@ def renew(store: Store, settings: Settings, lease: Lease) -> Wish | None:
     with _holding(store, lease) as (session, job):
         job.lease_until = utcnow() + timedelta(seconds=settings.lease_ttl_s)
         if job.status == Status.CANCELLING:
-            return Wish.CANCEL
+            return Wish.SAVE_AND_CANCEL if job.wish == Wish.SAVE_AND_CANCEL else Wish.CANCEL
         if job.status == Status.PAUSING:
             return Wish.PAUSE
         return Wish.DRAIN if workers.is_draining(session, lease.owner) else None
@@ -116,6 +126,7 @@ def rewind(store: Store, lease: Lease, step: int) -> None:
     """An attempt starts at `step`: what an earlier one wrote beyond it is taken back, and written anew when it gets there."""
     with _holding(store, lease) as (session, job):
         job.step = step
+        usage.revoke(session, job, step)
         metrics.forget_after(session, job.id, step)
         rollouts.forget_after(session, job.id, step)
 
@@ -138,9 +149,19 @@ def commit_step(
     metrics_: Mapping[str, float | None],
     rollouts_: Sequence[RolloutRow] = (),
     events_: Sequence[tuple[str, dict[str, Any]]] = (),
-) -> None:
-    """All that a step leaves behind, in one transaction. Doing it again, by this attempt or a later one, overwrites it."""
+    *,
+    spent: Spent = NOTHING,
+    again: bool = False,
+) -> bool:
+    """All that a step leaves behind, in one transaction. Doing it again, by this attempt or a later one, overwrites it.
+
+    True when a budget is spent with it: the job shall rest.
+    `again`: the answer to the last try was lost. When that try was taken nothing is done, so that nothing is told or counted
+    twice.
+    """
     with _holding(store, lease) as (session, job):
+        if again and metrics.written(session, job.id, step, attempt=lease.attempt):
+            return usage.is_spent(session, job)
         now = utcnow()
         job.step = step
         session.flush()
@@ -149,6 +170,8 @@ def commit_step(
         headline = {name: value for name, value in finite(metrics_).items() if HEADLINE.fullmatch(name)}
         told = ("step", {"step": step, "max_steps": job.max_steps, "metrics": headline})
         events.append_all(session, job.id, [told, *((type_, _jsonable(data)) for type_, data in events_)], now=now)
+        usage.add(session, job, spent, now)
+        return usage.is_spent(session, job)
 
 
 def finite(values: Mapping[str, float | None]) -> dict[str, float | None]:
@@ -164,31 +187,31 @@ def _jsonable(value: Any) -> Any:
     return None if isinstance(value, float) and not isfinite(value) else value
 
 
-def commit_checkpoint(store: Store, lease: Lease, row: CheckpointRow) -> None:
-    """Point the job at a checkpoint whose folder is in the blob store: from here on a resume starts there."""
+def commit_checkpoint(store: Store, lease: Lease, row: CheckpointRow, *, spent: Spent = NOTHING) -> None:
+    """Point the job at a checkpoint whose folder is in the blob store: from here on a resume starts there. Once is enough."""
     with _holding(store, lease) as (session, job):
+        if job.checkpoint_id == row.id:
+            return
         now = utcnow()
         checkpoints.create(session, row, project=job.project, job_id=job.id, attempt=lease.attempt, now=now)
         job.checkpoint_id = row.id
-        job.crashes = 0
+        job.crashes = job.retries = 0  # a job of days may meet any number of faults, as long as it goes on between them
         session.flush()
+        usage.add(session, job, spent, now)
+        usage.save(session, job)
         events.append(session, job.id, "checkpoint_saved", {"checkpoint_id": row.id, "step": row.step}, now=now)
 
 
 def retain(store: Store, lease: Lease, keep: CheckpointsSpec) -> list[str]:
     """Mark as deleted what keep_last and keep_best let go. Returns the blob paths, for the caller to remove.
 
-    Never the one that the job resumes from, and never one that a live job starts from.
+    Never one that is pinned, that the job resumes from, or that a live job starts from.
     """
     with _holding(store, lease) as (session, job):
         there = checkpoints.of_job(session, job.id)
-        session.execute(select(Checkpoint.id).where(Checkpoint.job_id == job.id).with_for_update())
-        kept = {job.checkpoint_id, *(one.id for one in there[: keep.keep_last]), *_best(there, keep)}
-        kept |= checkpoints.needed(session, [one.id for one in there])
-        gone = [one for one in there if one.id not in kept]
-        for one in gone:
-            one.deleted_at = utcnow()
-        return [one.path for one in gone]
+        kept = {*(one.id for one in there[: keep.keep_last]), *_best(there, keep)}
+        removed, _ = checkpoints.remove(session, [one.id for one in there if one.id not in kept], utcnow())
+        return [one.path for one in removed]
 
 
 def _best(there: list[Checkpoint], keep: CheckpointsSpec) -> list[str]:
@@ -203,31 +226,47 @@ def _best(there: list[Checkpoint], keep: CheckpointsSpec) -> list[str]:
 # ---------------------------------------------------------------- letting go
 
 
-def _end(store: Store, lease: Lease, do: Callable[[Session, Job, datetime], Status]) -> Status:
+def _end(store: Store, lease: Lease, spent: Spent, do: Callable[[Session, Job, datetime], Status]) -> Status:
+    """`spent`: what the attempt did since its last commit, for the ledger."""
     with _holding(store, lease) as (session, job):
-        return do(session, job, utcnow())
+        now = utcnow()
+        usage.add(session, job, spent, now)
+        return do(session, job, now)
 
 
-def pause(store: Store, lease: Lease) -> Status:
-    """The wish to pause was obeyed."""
-    return _end(store, lease, lambda session, job, now: moves.end(session, job, Status.PAUSED, "paused", now))
+def pause(store: Store, lease: Lease, reason: str = "paused", *, spent: Spent = NOTHING) -> Status:
+    """The wish to pause was obeyed; or the job has to rest for another reason."""
+    return _end(store, lease, spent, lambda session, job, now: moves.end(session, job, Status.PAUSED, reason, now))
 
 
-def cancelled(store: Store, lease: Lease) -> Status:
+def cancelled(store: Store, lease: Lease, *, spent: Spent = NOTHING) -> Status:
     """The wish to cancel was obeyed."""
-    return _end(store, lease, lambda session, job, now: moves.end(session, job, Status.CANCELLED, "cancelled", now))
+    return _end(store, lease, spent, lambda session, job, now: moves.end(session, job, Status.CANCELLED, "cancelled", now))
 
 
-def succeed(store: Store, lease: Lease, result: dict[str, Any], reason: str) -> Status:
+def succeed(store: Store, lease: Lease, result: dict[str, Any], reason: str, *, spent: Spent = NOTHING) -> Status:
     """The job did what was asked. A cancel that came first is obeyed, and the result kept all the same."""
     kept = {"result": _jsonable(result), "error": None}
-    return _end(store, lease, lambda session, job, now: moves.end(session, job, Status.SUCCEEDED, reason, now, **kept))
+    return _end(store, lease, spent, lambda session, job, now: moves.end(session, job, Status.SUCCEEDED, reason, now, **kept))
 
 
-def fail(store: Store, lease: Lease, failure: Failure, result: dict[str, Any] | None = None) -> Status:
+def fail(
+    store: Store, lease: Lease, failure: Failure, result: dict[str, Any] | None = None, *, spent: Spent = NOTHING
+) -> Status:
     """The job ends with a named failure."""
     kept = {} if result is None else {"result": _jsonable(result)}
-    return _end(store, lease, lambda session, job, now: moves.fail(session, job, failure, now, **kept))
+    return _end(store, lease, spent, lambda session, job, now: moves.fail(session, job, failure, now, **kept))
+
+
+def park(store: Store, lease: Lease, failure: Failure, *, spent: Spent = NOTHING) -> Status:
+    """The job pauses, for something must be mended before it can go on; a resume goes on from its last checkpoint."""
+
+    def do(session: Session, job: Job, now: datetime) -> Status:
+        error = moves.stamped(job, failure)
+        events.append(session, job.id, "failure", error, now=now)
+        return moves.end(session, job, Status.PAUSED, failure.code, now, error=error)
+
+    return _end(store, lease, spent, do)
 
 
 def release(
@@ -238,23 +277,25 @@ def release(
     failure: Failure | None = None,
     delay_s: float = 0.0,
     counts_as_crash: bool = False,
+    spent: Spent = NOTHING,
 ) -> Status:
     """Give the job back: drained, or ended by a retryable failure. Returns where it went.
 
     That is the queue, unless its owner wished otherwise, or the failure was its last allowed one: then it fails with it.
     """
-    with _holding(store, lease) as (session, job):
-        now = utcnow()
+
+    def do(session: Session, job: Job, now: datetime) -> Status:
         if counts_as_crash:
-            return moves.lost(session, job, reason, now)
-        retries = job.retries
-        if failure is not None:
-            retries += 1
-            if job.status == Status.RUNNING and retries >= int(job.spec.get("limits", {}).get("max_attempts", 3)):
-                return moves.fail(session, job, failure, now, retries=retries)
-            events.append(session, job.id, "failure", moves.stamped(job, failure), now=now)
+            return moves.lost(session, job, "worker_lost", now)
         later = {"not_before": now + timedelta(seconds=delay_s)} if delay_s > 0 and job.status == Status.RUNNING else {}
-        return moves.end(session, job, Status.QUEUED, reason, now, retries=retries, **later)
+        if failure is None:
+            return moves.end(session, job, Status.QUEUED, reason, now, **later)
+        retries = job.retries + 1
+        if job.status == Status.RUNNING and retries >= int(job.spec.get("limits", {}).get("max_attempts", 3)):
+            return moves.fail(session, job, failure, now, retries=retries)
+        return moves.put_back(session, job, failure, now, retries=retries, **later)
+
+    return _end(store, lease, spent, do)
 
 
 def worker_lost(store: Store, doorbell: Doorbell, owner: str) -> list[str]:
@@ -275,6 +316,27 @@ def worker_lost(store: Store, doorbell: Doorbell, owner: str) -> list[str]:
     return [job.id for job in settled]
 
 
+def disobeyed(store: Store, owner: str, now: datetime) -> list[str]:
+    """Jobs of this worker whose time to pause or cancel is up: its parent ends the training process, then settles them."""
+    with store.begin(readonly=True) as session:
+        return jobs.disobeyed(session, now, owner=owner)
+
+
+def unresponsive(store: Store, doorbell: Doorbell, job_id: str, now: datetime) -> Status | None:
+    """The training process was ended because it did not obey; None when it had let go of the job meanwhile."""
+    with store.begin() as session:
+        job = jobs.find(session, job_id, lock=True, light=True)
+        went_to = None if job is None else moves.unresponsive(session, job, now)
+    if went_to is not None:
+        doorbell.signal(job_id, "events")
+    return went_to
+
+
+def holds_nothing(store: Store, owner: str) -> bool:
+    with store.begin(readonly=True) as session:
+        return not jobs.held(session, owner=owner)
+
+
 # ---------------------------------------------------------------- the workers' own table
 
 
@@ -283,9 +345,9 @@ def hello(store: Store, worker: Worker) -> None:
         workers.hello(session, worker)
 
 
-def seen(store: Store, worker_id: str) -> None:
+def seen(store: Store, worker: Worker) -> None:
     with store.begin() as session:
-        workers.seen(session, worker_id, utcnow())
+        workers.seen(session, worker)
 
 
 def draining(store: Store, worker_id: str) -> None:

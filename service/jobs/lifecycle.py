@@ -1,6 +1,8 @@
 """What the API asks for: one transaction each, then the doorbell. A bell that was not heard is rung again by the reconciler."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import update
@@ -10,8 +12,8 @@ from service.doorbell import Doorbell
 from service.errors import Conflict, FieldError, InvalidRequest, NotFound
 from service.ids import new_id, utcnow
 from service.jobs import moves
-from service.jobs.state import ACTIONS, FINAL, Status, Wish, allowed_actions
-from service.store import checkpoints, datasets, events, jobs
+from service.jobs.state import ACTIONS, FINAL, HELD, Status, Wish, allowed_actions
+from service.store import checkpoints, datasets, events, jobs, usage
 from service.store.session import Store
 from service.store.tables import Job
 
@@ -24,7 +26,7 @@ ALREADY = {
     "resume": frozenset[Status](),
     "cancel": frozenset({Status.CANCELLING, Status.CANCELLED}),
 }
-WISHES = {Status.PAUSING: Wish.PAUSE, Status.CANCELLING: Wish.CANCEL}
+CANCEL_GRACE_S = 60.0
 
 
 def create_job(
@@ -35,6 +37,7 @@ def create_job(
     sent: dict[str, Any],
     resolved: "Resolved",
     parent_id: str | None = None,
+    key_id: str | None = None,
     also: Callable[[Session, Job], None] | None = None,
 ) -> Job:
     """Queue a job. `also` runs in the same transaction: there an idempotency key is completed with the job's answer.
@@ -42,7 +45,8 @@ def create_job(
     Raises InvalidRequest when a checkpoint or dataset that `resolved` names was deleted meanwhile.
     """
     now, spec = utcnow(), resolved.spec
-    resources = spec.get("resources", {})
+    budget = spec.get("limits", {}).get("budget") or {}
+    resources, deadline_s = spec.get("resources", {}), spec.get("limits", {}).get("deadline_s")
     job = Job(
         id=new_id("job"),
         project=project,
@@ -66,6 +70,10 @@ def create_job(
         updated_at=now,
         queued_at=now,
         rung_at=now,
+        key_id=key_id,
+        budget_tokens=budget.get("tokens"),
+        budget_worker_s=budget.get("worker_s"),
+        deadline_at=None if deadline_s is None else now + timedelta(seconds=deadline_s),
     )
     with store.begin() as session:
         _hold_inputs(session, job)
@@ -96,36 +104,66 @@ def _hold_inputs(session: Session, job: Job) -> None:
             raise InvalidRequest(error.detail, [FieldError(pointer, error.detail, "not_found", got=id_)]) from error
 
 
-def pause(store: Store, doorbell: Doorbell, project: str, job_id: str) -> Job:
-    """A queued job pauses at once; a running one saves a checkpoint first."""
-    return _act(store, doorbell, project, job_id, "pause")
+def pause(store: Store, doorbell: Doorbell, project: str, job_id: str, *, grace_s: float | None = None) -> Job:
+    """A queued job pauses at once; a running one saves a checkpoint first.
+
+    A worker that has not done so within `grace_s` is killed, and the job rests at the checkpoint before. Without it a step
+    may take as long as limits.stall_timeout_s allows.
+    """
+    return _act(store, doorbell, project, job_id, "pause", wish=Wish.PAUSE, grace_s=grace_s)
 
 
-def resume(store: Store, doorbell: Doorbell, project: str, job_id: str) -> Job:
-    """A paused job queues again, and goes on from its last checkpoint."""
-    return _act(store, doorbell, project, job_id, "resume")
+def resume(
+    store: Store, doorbell: Doorbell, project: str, job_id: str, *, budget: Mapping[str, float | None] | None = None
+) -> Job:
+    """A paused job queues again, and goes on from its last checkpoint. `budget` (tokens, worker_s) replaces what it names.
+
+    Raises Conflict `budget_spent` when it could not spend anything.
+    """
+    columns = {f"budget_{name}": value for name, value in (budget or {}).items()}
+    return _act(store, doorbell, project, job_id, "resume", columns=columns)
 
 
-def cancel(store: Store, doorbell: Doorbell, project: str, job_id: str) -> Job:
-    """A job that nobody runs is cancelled at once; a running one when its worker has seen the wish."""
-    return _act(store, doorbell, project, job_id, "cancel")
+def cancel(
+    store: Store, doorbell: Doorbell, project: str, job_id: str, *, save: bool = False, grace_s: float = CANCEL_GRACE_S
+) -> Job:
+    """A job that nobody runs is cancelled at once; a running one when its worker has seen the wish.
+
+    `save`: the worker saves a checkpoint first. One that has not let go within `grace_s` is killed.
+    """
+    wish = Wish.SAVE_AND_CANCEL if save else Wish.CANCEL
+    return _act(store, doorbell, project, job_id, "cancel", wish=wish, grace_s=grace_s)
 
 
-def _act(store: Store, doorbell: Doorbell, project: str, job_id: str, action: str) -> Job:
+def _act(
+    store: Store,
+    doorbell: Doorbell,
+    project: str,
+    job_id: str,
+    action: str,
+    *,
+    wish: Wish | None = None,
+    grace_s: float | None = None,
+    columns: Mapping[str, Any] = MappingProxyType({}),
+) -> Job:
     with store.begin() as session:
-        job = jobs.get(session, project, job_id, lock=True)
+        job, now = jobs.get(session, project, job_id, lock=True), utcnow()
         status = Status(job.status)
+        until = None if grace_s is None else now + timedelta(seconds=grace_s)
         if status in ALREADY[action]:
+            if status in HELD and until is not None and (job.wish_until is None or until < job.wish_until):
+                job.wish_until = until  # asked again with less patience
             return job
         target = ACTIONS[action].get(status)
         if target is None:
             raise _illegal(job, action)
-        now, wish = utcnow(), WISHES.get(target)
-        values: dict[str, Any] = {"wish": None if wish is None else wish.value}
+        values: dict[str, Any] = {"wish": wish, "wish_until": until} if target in HELD else {}
         if target is Status.QUEUED:
-            values |= {"rung_at": now}
+            values |= {"rung_at": now, "error": None, **columns}
         moves.move(session, job, target, f"{action}_requested", now, **values)
-    doorbell.signal(job.id, "events" if wish is None else "wish")
+        if target is Status.QUEUED and usage.is_spent(session, job):
+            raise _spent(job)
+    doorbell.signal(job.id, "wish" if target in HELD else "events")
     if target is Status.QUEUED:
         _ring(store, doorbell, job)
     return job
@@ -138,6 +176,16 @@ def delete(store: Store, project: str, job_id: str) -> None:
         if Status(job.status) not in FINAL:
             raise _illegal(job, "delete")
         jobs.remove(session, job_id)
+
+
+def _spent(job: Job) -> Conflict:
+    return Conflict(
+        f"job {job.id} has nothing left to spend, by its own budget or by its project's",
+        code="budget_spent",
+        hint="resume it with a larger budget: {tokens, worker_s}; the project's is set by the administrators (PUT /v1/budget)",
+        allowed_moves=allowed_actions(Status.PAUSED),
+        job_status="paused",
+    )
 
 
 def _illegal(job: Job, action: str) -> Conflict:

@@ -8,9 +8,11 @@ from sqlalchemy.orm import Session
 
 from service.errors import Conflict, Failure
 from service.jobs.state import FINAL, HELD, Status, allowed_actions, is_legal
-from service.store import events
+from service.store import events, usage
 from service.store.jobs import Runtime
 from service.store.tables import Job
+
+WISHED = frozenset({Status.PAUSING, Status.CANCELLING})
 
 
 def move(session: Session, job: Job, target: Status, reason: str, now: datetime, **values: Any) -> None:
@@ -33,6 +35,8 @@ def move(session: Session, job: Job, target: Status, reason: str, now: datetime,
     if attempt is None:
         raise Conflict(f"job {job.id} was changed at the same moment; look again", code="changed_meanwhile")
     said = {"from": source.value, "to": target.value, "reason": reason, "attempt": attempt}
+    if source in HELD and target not in HELD:
+        usage.close(session, job, running_s(job, now), now, wasted=target is not Status.SUCCEEDED)
     events.append(session, job.id, "status_changed", said, now=now)
     session.refresh(job)
 
@@ -40,7 +44,14 @@ def move(session: Session, job: Job, target: Status, reason: str, now: datetime,
 def _consequences(job: Job, target: Status, now: datetime) -> dict[str, Any]:
     columns: dict[str, Any] = {}
     if job.status in HELD and target not in HELD:
-        columns |= {"lease_until": None, "lease_owner": None, "claimed_at": None, "wish": None, "phase": None}
+        columns |= {
+            "lease_until": None,
+            "lease_owner": None,
+            "claimed_at": None,
+            "wish": None,
+            "wish_until": None,
+            "phase": None,
+        }
         columns["run_s"] = job.run_s + running_s(job, now)
     if target is Status.QUEUED:
         columns |= {"queued_at": now, "rung_at": None, "not_before": None}
@@ -87,16 +98,33 @@ def stamped(job: Job, failure: Failure) -> dict[str, Any]:
     return {"attempt": job.attempt, "step": job.step, **({"phase": job.phase} if job.phase else {}), **failure.as_dict()}
 
 
-def lost(session: Session, job: Job, reason: str, now: datetime) -> Status:
+def put_back(session: Session, job: Job, failure: Failure, now: datetime, **values: Any) -> Status:
+    """Move a held job back to the queue (or as near as its owner's wish allows), and say why."""
+    error = stamped(job, failure)
+    events.append(session, job.id, "failure", error, now=now)
+    return end(session, job, Status.QUEUED, failure.code, now, error=error, **values)
+
+
+def deadline(job: Job) -> Failure:
+    """The failure of a job that is late."""
+    passed = "" if job.deadline_at is None else f" at {job.deadline_at:%Y-%m-%d %H:%M:%S} UTC"
+    return Failure("deadline", f"the job's deadline passed{passed} (limits.deadline_s)")
+
+
+def unresponsive(session: Session, job: Job, now: datetime) -> Status | None:
+    """Settle a job whose worker did not obey in time, where its owner wished. It is our own doing: no crash is counted."""
+    if job.status not in WISHED or job.wish_until is None or job.wish_until >= now:
+        return None
+    detail = f"the training process did not {job.wish} in the time that it was given, and was killed"
+    return put_back(session, job, Failure("unresponsive", detail), now)
+
+
+def lost(session: Session, job: Job, code: str, now: datetime) -> Status:
     """Settle a held job whose worker is gone. Attempts that die again and again without a checkpoint end the job."""
     crashes = job.crashes + 1
     allowed = int(job.spec.get("limits", {}).get("max_attempts", 3))
     if job.status == Status.RUNNING and crashes >= allowed:
-        failure = Failure(
-            "crash_loop",
-            f"the worker was lost {crashes} times without a new checkpoint (limits.max_attempts is {allowed})",
-            category="infra",
-            hint="see the worker's log: memory is the usual cause; try smaller batches, or checkpoints.every_steps: 1",
-        )
-        return fail(session, job, failure, now, crashes=crashes)
-    return end(session, job, Status.QUEUED, reason, now, crashes=crashes)
+        detail = f"the worker was lost {crashes} times without a new checkpoint (limits.max_attempts is {allowed})"
+        return fail(session, job, Failure("crash_loop", detail), now, crashes=crashes)
+    failure = Failure(code, f"attempt {job.attempt} ended without a word")
+    return put_back(session, job, failure, now, crashes=crashes)

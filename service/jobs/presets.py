@@ -138,7 +138,9 @@ PRESETS: dict[str, Preset] = {
         "only the group's best answer counts, by its lead over the second",
         "2503.19595",
     ),
-    "maxrl": Preset({"advantage": {"scale": "group_mean"}}, "rewards over the group's mean: towards maximum likelihood"),
+    "maxrl": Preset(
+        {"advantage": {"scale": "group_mean"}}, "rewards over the group's mean: towards maximum likelihood", "2602.02710"
+    ),
     "gdpo": Preset(
         {**_GRPO, "advantage": {"several": "normalize_then_sum"}},
         "each of several rewards is normalised in its group, then they are summed",

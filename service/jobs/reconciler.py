@@ -17,7 +17,7 @@ from service.doorbell import Doorbell
 from service.errors import Failure
 from service.ids import utcnow
 from service.jobs import moves
-from service.jobs.state import HELD, Status
+from service.jobs.state import FINAL, HELD, Status
 from service.settings import Settings
 from service.store import checkpoints, datasets, idempotency, jobs, workers
 from service.store.blobs import TEMPORARY, Blobs
@@ -27,6 +27,7 @@ from service.store.tables import Job
 
 log = logging.getLogger(__name__)
 
+PARENT_KILLS_WITHIN = timedelta(seconds=15)  # a training process that does not obey
 ORPHAN_AFTER = timedelta(hours=1)  # from the rename of a blob to the commit of its row
 TEMPORARY_AFTER = timedelta(days=1)  # the longest upload
 SWEEP_EVERY_S = 600.0
@@ -41,6 +42,7 @@ class Report:
     cancelled: list[str] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
     rung: list[str] = field(default_factory=list)
+    expired: list[str] = field(default_factory=list)  # checkpoints
     forgotten_keys: int = 0
 
     def moves(self) -> dict[str, int]:
@@ -53,11 +55,18 @@ def reconcile(store: Store, settings: Settings, doorbell: Doorbell, now: datetim
     with store.begin(readonly=True) as session:
         expired = jobs.held(session, expired_at=now)
         overdue = [job.id for job in jobs.runtimes(session) if _is_overdue(job, settings, now)]
+        late = jobs.past_deadline(session, now)
+        disobeyed = jobs.disobeyed(session, now - PARENT_KILLS_WITHIN)
     for job_id in expired:
         _settle(store, doorbell, report, job_id, lambda session, job: _return_lost(session, job, now))
     for job_id in overdue:
         _settle(store, doorbell, report, job_id, lambda session, job: _end_overdue(session, job, settings, now))
+    for job_id in late:
+        _settle(store, doorbell, report, job_id, lambda session, job: _end_late(session, job, settings, now))
+    for job_id in disobeyed:  # by a worker whose parent is stuck, too: what it still writes is refused
+        _settle(store, doorbell, report, job_id, lambda session, job: moves.unresponsive(session, job, now))
     _ring_again(store, settings, doorbell, report, now)
+    report.expired = expire(store, now)
     with store.begin() as session:
         report.forgotten_keys = idempotency.expire(session, now)
         workers.forget(session, now)
@@ -97,10 +106,16 @@ def _end_overdue(session: Session, job: Job, settings: Settings, now: datetime) 
     failure = Failure(
         "max_runtime",
         f"the job ran for {ran:.0f} s, allowed are {overdue[0].allowed_s:.0f} s (limits.max_runtime_s)",
-        category="user",
-        hint="fork the job from its last checkpoint with a larger limit",
     )
     return moves.fail(session, job, failure, now)
+
+
+def _end_late(session: Session, job: Job, settings: Settings, now: datetime) -> Status | None:
+    """A worker ends its job itself, with a checkpoint; the grace lets it."""
+    grace = timedelta(seconds=settings.drain_grace_s if job.status in HELD else 0.0)
+    if job.status in FINAL or job.deadline_at is None or job.deadline_at + grace >= now:
+        return None
+    return moves.fail(session, job, moves.deadline(job), now)
 
 
 def _ring_again(store: Store, settings: Settings, doorbell: Doorbell, report: Report, now: datetime) -> None:
@@ -132,6 +147,19 @@ def _swap_rung_at(store: Store, job: Unheard, value: datetime | None, *, was: da
 
 
 # ---------------------------------------------------------------- files
+
+
+def expire(store: Store, now: datetime) -> list[str]:
+    """Delete checkpoints whose time is over (checkpoints.ttl_s). Returns their ids."""
+    with store.begin(readonly=True) as session:
+        over = checkpoints.expired(session, now)
+    if not over:
+        return []
+    with store.begin() as session:  # looks again, under locks
+        removed, _ = checkpoints.remove(session, over, now)
+    for row in removed:
+        store.blobs.delete(row.path)
+    return [row.id for row in removed]
 
 
 def sweep(store: Store, now: datetime) -> list[str]:

@@ -1,6 +1,7 @@
 """The model section: what the name stands for, and what a checkpoint brings along."""
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from service.settings import Settings
 from service.store import checkpoints
 from service.validation import did_you_mean
 
+PICKLED_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
+PICKLED = "{} is a pickle, which could run any code when it is read; convert the weights to safetensors"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
 
 
@@ -40,10 +43,14 @@ def _source(name: str, settings: Settings) -> str:
     if name == "tiny":
         return name
     if name.startswith(("/", "./", "../", "~")):
-        return str(Path(name).expanduser().absolute())
-    local = settings.local_models_dir / name
-    inside = local.resolve().is_relative_to(settings.local_models_dir.resolve())
-    return str(local) if inside and local.is_dir() else name
+        return os.path.abspath(os.path.expanduser(name))
+    local = os.path.abspath(settings.local_models_dir / name)
+    return local if os.path.isdir(local) and settings.local_models_dir != Path(local) and _is_ours(local, settings) else name
+
+
+def _is_ours(folder: str, settings: Settings) -> bool:
+    """Whether it lies in the operator's folder of models, also when links are followed."""
+    return Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(settings.local_models_dir))
 
 
 def _folder_context(source: str, settings: Settings, errors: list[FieldError]) -> int | None:
@@ -53,7 +60,11 @@ def _folder_context(source: str, settings: Settings, errors: list[FieldError]) -
             errors.append(_not_found(source, f"{source!r} is neither `tiny`, nor a folder, nor the form of a hub id", settings))
         return None
     folder = Path(source)
-    if not folder.is_dir():
+    if not (settings.takes_any_model_folder or _is_ours(source, settings)):  # the same, whether it is there or not
+        detail = f"{source} is none of the operator's models, which lie in {settings.local_models_dir}"
+        errors.append(_not_found(source, detail, settings))
+        return None
+    if not os.path.isdir(folder):
         errors.append(_not_found(source, f"there is no folder {source} on the service's machine", settings))
         return None
     try:
@@ -64,8 +75,17 @@ def _folder_context(source: str, settings: Settings, errors: list[FieldError]) -
     except (OSError, ValueError) as error:
         errors.append(_not_found(source, f"{source}/config.json cannot be read: {error}", settings))
         return None
+    if pickled := only_pickled_weights(folder):
+        errors.append(FieldError("/model/source", f"{source}: {PICKLED.format(pickled)}", "model_pickled", source))
     context = config.get("max_position_embeddings") if isinstance(config, dict) else None
     return context if isinstance(context, int) and context > 0 else None
+
+
+def only_pickled_weights(folder: Path) -> str | None:
+    """The name of a weights file that is a pickle, in a folder that holds no other weights."""
+    if any(folder.glob("*.safetensors")):
+        return None
+    return next((path.name for path in sorted(folder.glob("*")) if path.suffix in PICKLED_SUFFIXES), None)
 
 
 def _not_found(source: str, detail: str, settings: Settings) -> FieldError:

@@ -1,11 +1,16 @@
 """Checks of graders and of the metrics that other sections name."""
 
+from urllib.parse import urlsplit
+
 from service.errors import FieldError
+from service.jobs.addresses import literal, may_reach
 from service.jobs.data_spec import ReasoningGymSource, SplitSource
 from service.jobs.reward_spec import HttpGrader
 from service.jobs.spec import RLSpec, SupervisedSpec
 from service.settings import Settings
 from service.validation import did_you_mean
+
+ADDRESS_REFUSED = "the host is no public address; the operator can allow its network (RATCHET_GRADER_NETWORKS=10.1.0.0/16)"
 
 
 def check_reward(spec: RLSpec | SupervisedSpec, settings: Settings) -> list[FieldError]:
@@ -16,6 +21,10 @@ def check_reward(spec: RLSpec | SupervisedSpec, settings: Settings) -> list[Fiel
         if grader.kind == "reasoning_gym" and (others := _other_sources(spec)):
             detail = f"the grader reasoning_gym scores rows of the source reasoning_gym only, but {others}"
             errors.append(FieldError(f"{pointer}/kind", detail, "grader_without_source", grader.kind))
+        if isinstance(grader, HttpGrader):
+            address = literal(urlsplit(grader.url).hostname or "")  # a name is looked up by who connects, and then only
+            if address is not None and not may_reach(address, settings.grader_networks):
+                errors.append(FieldError(f"{pointer}/url", ADDRESS_REFUSED, "address_refused"))
         if isinstance(grader, HttpGrader) and grader.secret is not None and grader.secret not in settings.grader_secrets:
             names = sorted(settings.grader_secrets)
             detail = f"the operator has set no secret of this name (RATCHET_GRADER_SECRETS){did_you_mean(grader.secret, names)}"

@@ -176,7 +176,7 @@ class RewardSpec(Section):
         Field(description="a sample that could not be graded: left out, given 0, or the job fails"),
     ] = "mask"
     max_error_rate: Annotated[
-        float, Field(ge=0, le=1, description="the job fails when a step has more ungraded samples than this")
+        float, Field(ge=0, le=1, description="the job pauses when more of the samples than this could not be graded")
     ] = 0.2
 
     @model_validator(mode="after")

@@ -229,6 +229,9 @@ class CheckpointsSpec(Section):
     every_steps: Annotated[int, Field(ge=1, description="training steps between checkpoints")] = 20
     keep_last: Annotated[int, Field(ge=1, description="the newest so many are kept")] = 2
     keep_best: Annotated[KeepBest | None, Field(description="and the best so many")] = None
+    ttl_s: Annotated[
+        float | None, Field(gt=0, le=315_360_000, description="each is deleted so long after it was saved; default: never")
+    ] = None
 
 
 class EarlyStopping(Section):
@@ -247,6 +250,13 @@ class EarlyStopping(Section):
         return self
 
 
+class Budget(Section):
+    """What the job may spend, over all attempts and with what was wasted; then it pauses as `budget_spent`."""
+
+    tokens: Annotated[int | None, Field(ge=1, lt=2**62, description="sampled and trained")] = None
+    worker_s: Annotated[float | None, Field(gt=0, description="seconds of a worker")] = None
+
+
 class Limits(Section):
     """Where the job ends at the latest."""
 
@@ -254,7 +264,13 @@ class Limits(Section):
     max_runtime_s: Annotated[float, Field(gt=0, description="seconds of running, over all attempts; then the job fails")] = (
         86_400
     )
-    max_attempts: Annotated[int, Field(ge=1, le=100, description="attempts that may end in a retryable error or a crash")] = 3
+    max_attempts: Annotated[
+        int, Field(ge=1, le=100, description="attempts that may end in a retryable error or a crash without a new checkpoint")
+    ] = 3
+    deadline_s: Annotated[
+        float | None, Field(gt=0, le=31_536_000, description="seconds from submission, waiting included; then the job fails")
+    ] = None
+    budget: Annotated[Budget, Field(description="what the job may spend; it can be raised when it is resumed")] = Budget()
     stall_timeout_s: Annotated[
         float, Field(gt=0, description="an attempt that makes no progress for this long is given up")
     ] = 1800

@@ -41,6 +41,7 @@ class Wish(StrEnum):
 
     PAUSE = "pause"
     CANCEL = "cancel"
+    SAVE_AND_CANCEL = "save_and_cancel"
     DRAIN = "drain"
 
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from service.errors import RatchetError
+from service.jobs.addresses import literal
 from service.settings import Settings
 
 
@@ -93,6 +94,9 @@ def embedded_settings(data_dir: Path, port: int, folder: Path) -> Settings:
         _write_private(data_dir / "key", bootstrap_key)
     os.environ.pop("RATCHET_DATABASE_URL", None)  # the embedded store is SQLite in the data directory
     os.environ.setdefault("RATCHET_LOG_FORMAT", "plain")  # people read these logs
+    os.environ.setdefault("RATCHET_ANY_MODEL_FOLDER", "true")  # who starts it owns the folders
+    if (host := literal(Settings().host)) is not None and host.is_loopback:  # only this machine's people can ask
+        os.environ.setdefault("RATCHET_GRADER_NETWORKS", "127.0.0.0/8, ::1/128")
     os.environ.update(
         RATCHET_DATA_DIR=str(data_dir),
         RATCHET_PORT=str(port),

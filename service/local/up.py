@@ -13,10 +13,11 @@ import httpx
 import uvicorn
 
 from service.app import create_app
+from service.http_protocol import BoundedHttp
 from service.local.children import Child, Say
 from service.local.place import CannotStart, embedded_settings, listen, locked, url_file, url_of
 from service.local.redis_server import make_redis, socket_folder, wait_for_redis
-from service.local.worker import check_worker_can_run, make_worker
+from service.local.worker import check_worker_can_run, make_loss_worker, make_worker
 from service.settings import Settings
 from service.store.session import upgrade
 from service.telemetry import configure_logging
@@ -25,6 +26,7 @@ LOOK_EVERY_S = 0.2
 READY_WITHIN_S = 60.0
 REDIS_GRACE_S = 10.0
 STREAMS_MAY_LAST_S = 3  # open event streams when the API stops
+LOSSES_GRACE_S = 10.0
 AFTER_GRACE_S = 15.0  # beyond drain_grace_s, for the worker to leave by itself
 
 
@@ -48,13 +50,19 @@ def up(data_dir: Path, port: int, say: Say) -> None:
         upgrade(settings.sql_url)
         api = Api(settings, listener)
         stack.callback(api.stop)
-        worker = make_worker(settings, say)
-        worker.start()  # it loads torch while the API starts
-        stack.callback(_stop_worker, worker, settings, stop, say)
+        children = [redis_server]
+        loss_worker = make_loss_worker(settings, say)
+        if loss_worker:
+            stack.callback(loss_worker.stop, grace_s=LOSSES_GRACE_S, hurry=lambda: stop.hurry)
+        if worker := make_worker(settings, say):
+            worker.start()  # it loads torch while the API starts
+            stack.callback(_stop_worker, worker, settings, stop, say)
+            children.append(worker)
         api.start()
-
-        children = [redis_server, worker]
         _wait_ready(url, api, children, stop)
+        if loss_worker and not stop.asked:
+            loss_worker.start()  # not before: nobody who waits for the stack waits for its torch
+            children.append(loss_worker)
         stack.enter_context(url_file(data_dir / "url", url))
         if not stop.asked:
             say(f"Ratchet is ready at {url}\n  data and logs in {data_dir}; the key is in {data_dir / 'key'}; stop with Ctrl-C")
@@ -71,7 +79,9 @@ class Api:
 
     def __init__(self, settings: Settings, listener: socket.socket) -> None:
         app = create_app(settings)
-        config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=STREAMS_MAY_LAST_S)
+        config = uvicorn.Config(
+            app, http=BoundedHttp, log_config=None, access_log=False, timeout_graceful_shutdown=STREAMS_MAY_LAST_S
+        )
         self._server = uvicorn.Server(config)
         self._thread = Thread(target=self._server.run, kwargs={"sockets": [listener]}, name="api", daemon=True)
 

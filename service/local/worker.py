@@ -1,4 +1,4 @@
-"""The Celery worker of an embedded stack."""
+"""The Celery workers of an embedded stack: one that trains, one that answers loss requests beside it."""
 
 import logging
 import os
@@ -23,9 +23,8 @@ START = """
 import os, sys, workers
 sys.path += [os.path.dirname(workers.__path__[0]), os.getcwd()]
 from workers.app import app
-app.worker_main(["worker", "--without-gossip", "--without-mingle"])
+app.worker_main(["worker", "--without-gossip", "--without-mingle", *sys.argv[1:]])
 """
-ARGV = [sys.executable, "-c", START]
 
 
 def check_worker_can_run() -> None:
@@ -34,14 +33,32 @@ def check_worker_can_run() -> None:
         raise CannotStart(f"a worker needs {', '.join(missing)}: pip install 'ratchet-rl[worker,embedded]'")
 
 
-def make_worker(settings: Settings, say: Say) -> Child:
+def make_worker(settings: Settings, say: Say) -> Child | None:
+    """The one that trains; None where RATCHET_SERVES is losses."""
+    if settings.serves == "losses":
+        return None
     return Child(
         "the worker",
-        ARGV,
+        _argv("training"),
         log=settings.data_dir / "logs" / "worker.log",
         say=say,
+        env={"RATCHET_SERVES": "training"},
         before_start=lambda: settle_the_dead(settings),
     )
+
+
+def make_loss_worker(settings: Settings, say: Say) -> Child | None:
+    """A training worker is busy for as long as its job takes, so losses have one of their own; None where RATCHET_SERVES is
+    training."""
+    if settings.serves == "training":
+        return None
+    log = settings.data_dir / "logs" / "losses.log"
+    environment = {"RATCHET_SERVES": "losses", "RATCHET_DEVICE": "cpu"}
+    return Child("the loss worker", _argv("losses"), log=log, say=say, env=environment)
+
+
+def _argv(name: str) -> list[str]:
+    return [sys.executable, "-c", START, "--hostname", f"{name}@%h"]  # two nodes of one name would answer for each other
 
 
 def settle_the_dead(settings: Settings) -> None:

@@ -5,13 +5,17 @@ import hashlib
 import hmac
 import json
 import random
+import socket
 from collections.abc import Mapping, Sequence
+from ipaddress import ip_address
 from time import time
 from typing import Any
 
 import httpx
 
 from service.errors import JobFailed
+from service.jobs.addresses import Address, literal, may_reach
+from service.jobs.resolve_reward import ADDRESS_REFUSED
 from service.jobs.reward_spec import HttpGrader
 from service.rewards.samples import Context, Grader, Outcome, Problem, Sample
 
@@ -40,7 +44,7 @@ def sign(secret: str, body: bytes, timestamp: int) -> str:
 
 
 class HttpRewards(Grader):
-    """Posts batches side by side. A service that is down after all retries ends the job with grader_unhealthy."""
+    """Posts batches side by side. A service that is down after all retries pauses the job as grader_unhealthy."""
 
     def __init__(self, spec: HttpGrader, context: Context) -> None:
         self._spec, self._context = spec, context
@@ -74,7 +78,8 @@ class HttpRewards(Grader):
     async def _grade(self, samples: Sequence[Sample]) -> list[Outcome]:
         if self._client is None:
             limits = httpx.Limits(max_connections=AT_ONCE, max_keepalive_connections=AT_ONCE)
-            self._client = httpx.AsyncClient(limits=limits, timeout=None)  # `_once` keeps the time of a whole attempt
+            # `_once` keeps the time of a whole attempt. No proxy of the environment: it would choose the address.
+            self._client = httpx.AsyncClient(transport=httpx.AsyncHTTPTransport(limits=limits), timeout=None)
         turns, size = asyncio.Semaphore(AT_ONCE), self._spec.batch_size
         async with asyncio.TaskGroup() as group:
             tasks = [
@@ -87,7 +92,7 @@ class HttpRewards(Grader):
             body, batch_id = self._body(samples)
             for attempt in range(self._spec.max_retries + 1):
                 try:
-                    answer = await self._once(client, body, batch_id)
+                    answer = await self._once(client, body, batch_id, attempt)
                     return read_rewards(answer, len(samples))
                 except Retry as retry:
                     if attempt == self._spec.max_retries:
@@ -96,17 +101,17 @@ class HttpRewards(Grader):
                     await asyncio.sleep(_pause_s(attempt, retry.after_s))
         raise AssertionError("unreachable")
 
-    async def _once(self, client: httpx.AsyncClient, body: bytes, batch_id: str) -> bytes:
+    async def _once(self, client: httpx.AsyncClient, body: bytes, batch_id: str, attempt: int) -> bytes:
         """One attempt, all of it inside timeout_s: a service that sends a byte now and then is late too."""
         headers = {"Content-Type": "application/json", "Accept-Encoding": "identity", "Idempotency-Key": batch_id}
         if self._secret is not None:
             headers["Ratchet-Signature"] = sign(self._secret.get_secret_value(), body, int(time()))
         try:
-            async with (
-                asyncio.timeout(self._spec.timeout_s),
-                client.stream("POST", self._spec.url, content=body, headers=headers) as response,
-            ):
-                answer = await _read(response)
+            async with asyncio.timeout(self._spec.timeout_s):
+                url, host, extensions = await self._address(attempt)
+                sent = client.stream("POST", url, content=body, headers={**headers, "Host": host}, extensions=extensions)
+                async with sent as response:
+                    answer = await _read(response)
         except TimeoutError:
             raise Retry(f"no answer within {self._spec.timeout_s:g} s (timeout_s)") from None
         except httpx.TransportError as error:
@@ -117,6 +122,20 @@ class HttpRewards(Grader):
         if response.status_code != 200:
             raise self._down(f"{status}{_shown(answer)}; only 200 is taken, and only 429 and 5xx are tried again")
         return answer
+
+    async def _address(self, attempt: int) -> tuple[httpx.URL, str, dict[str, Any]]:
+        """The URL with its host looked up, once, and that very address checked: a second look-up could bring another one.
+        Also the Host header and, for TLS, the name that the certificate must have. Further attempts take the next address."""
+        try:
+            url = httpx.URL(self._spec.url)
+        except httpx.InvalidURL as error:
+            raise self._down(f"its URL is none: {error}") from None
+        found = await _look_up(url)
+        if not all(may_reach(address, self._context.networks) for address in found):
+            raise JobFailed("grader_address_refused", f"{self._named}: {ADDRESS_REFUSED}", pointer=self._context.pointer)
+        address = found[attempt % len(found)]
+        host = f"[{address}]" if address.version == 6 else str(address)
+        return url.copy_with(host=host), url.netloc.decode("ascii"), {"sni_hostname": url.raw_host.decode("ascii")}
 
     def _body(self, samples: Sequence[Sample]) -> tuple[bytes, str]:
         """The request and its id, which is a hash: the same samples always come under the same id."""
@@ -143,11 +162,28 @@ class HttpRewards(Grader):
     def _down(self, reason: str, hint: str | None = None) -> JobFailed:
         return JobFailed(
             "grader_unhealthy",
-            f"the reward service of grader {self._context.name!r} at {_without_query(self._spec.url)} cannot be used: {reason}",
+            f"{self._named} cannot be used: {reason}",
             hint=hint
-            or "see that the service runs, is reachable from the worker and answers as docs/graders.md says; then fork the job",
+            or "see that the service runs, is reachable from the worker and answers as docs/graders.md says; then resume",
             pointer=self._context.pointer,
         )
+
+    @property
+    def _named(self) -> str:
+        return f"the reward service of grader {self._context.name!r} at {_without_query(self._spec.url)}"
+
+
+async def _look_up(url: httpx.URL) -> list[Address]:
+    """Every address of the URL's host, in the resolver's order."""
+    name = url.raw_host.decode("ascii")
+    if (address := literal(name)) is not None:
+        return [address]
+    port = url.port or (443 if url.scheme == "https" else 80)
+    try:
+        found = await asyncio.get_running_loop().getaddrinfo(name, port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        raise Retry(f"its host is not found: {error}") from None
+    return [ip_address(str(entry[4][0]).partition("%")[0]) for entry in found]
 
 
 def read_rewards(answer: bytes, expected: int) -> list[Outcome]:

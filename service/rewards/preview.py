@@ -9,12 +9,14 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Any
 
 from pydantic import SecretStr
 
 from service.errors import JobFailed, RatchetError
+from service.jobs.addresses import Networks
 from service.jobs.data import Data, Row, open_data
 from service.jobs.reward_spec import HttpGrader, RewardSpec
 from service.jobs.spec import JobSpec, RLSpec, SupervisedSpec
@@ -40,6 +42,7 @@ def run_preview(
     *,
     dataset_paths: Mapping[str, Path],
     secrets: Mapping[str, SecretStr],
+    networks: Networks = (),
     rows: int = 4,
     timeout_s: float = 30.0,
 ) -> Preview:
@@ -49,6 +52,7 @@ def run_preview(
         "spec": spec,
         "datasets": {key: str(path) for key, path in dataset_paths.items()},
         "secrets": {name: secret.get_secret_value() for name, secret in secrets.items() if name in named},
+        "networks": [str(network) for network in networks],
         "rows": rows,
     }
     try:
@@ -67,7 +71,12 @@ def run_preview(
 
 
 def preview(
-    spec: RLSpec | SupervisedSpec, *, dataset_paths: Mapping[str, Path], secrets: Mapping[str, SecretStr], rows: int
+    spec: RLSpec | SupervisedSpec,
+    *,
+    dataset_paths: Mapping[str, Path],
+    secrets: Mapping[str, SecretStr],
+    rows: int,
+    networks: Networks = (),
 ) -> Preview:
     """The first rows as prompts, with the reference answer graded as if the model had given it."""
     data = open_data(spec.data, spec.seed, dataset_paths.__getitem__)
@@ -81,7 +90,7 @@ def preview(
     if not gradable:
         return Preview(samples, ["nothing was graded: the spec says no right answer (data.answer, or a grader's reference)"])
     try:
-        with Rewards(_brisk(spec.reward), job_id="job_preview", secrets=secrets) as rewards:
+        with Rewards(_brisk(spec.reward), job_id="job_preview", secrets=secrets, networks=networks) as rewards:
             answers = [_as_sampled(spec, samples[i], first[i]) for i in gradable]
             for i, graded in zip(gradable, rewards.grade(answers), strict=True):
                 samples[i] |= {
@@ -129,7 +138,8 @@ def main() -> None:
     datasets = {key: Path(path) for key, path in request["datasets"].items()}
     secrets = {name: SecretStr(value) for name, value in request["secrets"].items()}
     try:
-        result = preview(parse(JobSpec, request["spec"]), dataset_paths=datasets, secrets=secrets, rows=request["rows"])
+        spec, networks = parse(JobSpec, request["spec"]), [ip_network(network) for network in request["networks"]]
+        result = preview(spec, dataset_paths=datasets, secrets=secrets, rows=request["rows"], networks=networks)
     except RatchetError as error:
         result = Preview([], [error.detail])
     json.dump(asdict(result), sys.stdout, default=str)

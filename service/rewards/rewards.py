@@ -9,6 +9,7 @@ from typing import Any, Self
 
 from pydantic import SecretStr
 
+from service.jobs.addresses import Networks
 from service.jobs.reward_spec import GraderBase, RewardSpec
 from service.rewards import sandboxed, text
 from service.rewards.http import HttpRewards
@@ -35,11 +36,12 @@ GRADERS: dict[str, Callable[[Any, Context], Grader]] = {
 class Rewards:
     """The graders of one job. Not for use by several threads at once."""
 
-    def __init__(self, spec: RewardSpec, *, job_id: str, secrets: Mapping[str, SecretStr]) -> None:
-        """`secrets` are the operator's, by name, for http graders that sign. Nothing is started or connected yet."""
+    def __init__(self, spec: RewardSpec, *, job_id: str, secrets: Mapping[str, SecretStr], networks: Networks = ()) -> None:
+        """`secrets` are the operator's, by name, for http graders that sign; `networks` what these may reach beside public
+        addresses. Nothing is started or connected yet."""
         self._specs = {grader.name or grader.kind: grader for grader in spec.graders}
         self._graders = {
-            name: GRADERS[grader.kind](grader, Context(job_id, name, f"/reward/graders/{number}", secrets))
+            name: GRADERS[grader.kind](grader, Context(job_id, name, f"/reward/graders/{number}", secrets, networks))
             for number, (name, grader) in enumerate(self._specs.items())
         }
 

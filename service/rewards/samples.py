@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 
 from pydantic import SecretStr
 
+from service.jobs.addresses import Networks
+
 LOST_WITHIN_S = 60.0
 
 
@@ -67,6 +69,7 @@ class Context:
     name: str  # of this grader, as in metrics
     pointer: str  # where it stands in the spec
     secrets: Mapping[str, SecretStr]
+    networks: Networks = ()  # that http graders may reach beside public addresses
 
 
 class Grader(ABC):

@@ -89,7 +89,6 @@ class Sandbox:
             raise JobFailed(
                 "grader_unavailable",
                 f"the grader {self._kind} cannot work here: {reason}",
-                category="infra",
                 pointer=self._pointer,
             )
         return child

@@ -26,9 +26,13 @@ class Blobs:
             raise ValueError(f"blob {relative!r} leads out of the blob store")
         return path
 
-    def temporary_dir(self) -> Path:
-        """A fresh private folder to write into; what is left there is swept after a day."""
-        path = self.root / TEMPORARY / uuid4().hex
+    def temporary_dir(self, attempt: tuple[str, int] | None = None) -> Path:
+        """A fresh private folder to write into. What is left there is swept after a day.
+
+        With an attempt (the name of its owner, and its number) a later attempt may remove it sooner, see `discard_before`.
+        """
+        name = uuid4().hex if attempt is None else f"{attempt[0]}.{attempt[1]}.{uuid4().hex}"
+        path = self.root / TEMPORARY / name
         path.mkdir(parents=True, mode=0o700)
         return path
 
@@ -71,6 +75,12 @@ class Blobs:
         if not temporary.absolute().is_relative_to(self.root / TEMPORARY):
             raise ValueError(f"{temporary} is not a temporary path of this blob store")
         shutil.rmtree(temporary, ignore_errors=True) if temporary.is_dir() else temporary.unlink(missing_ok=True)
+
+    def discard_before(self, owner: str, attempt: int) -> None:
+        """Remove the temporary folders of this owner's earlier attempts, which are dead, or zombies."""
+        for path in (self.root / TEMPORARY).glob(f"{owner}.*"):
+            if int(path.name.split(".")[1]) < attempt:
+                self.discard(path)
 
     @property
     def free(self) -> int:

@@ -1,16 +1,20 @@
 """Checkpoints: rows about folders in the blob store. A deleted one keeps its row for a while; its folder goes."""
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from datetime import datetime
-from typing import Any
+from datetime import datetime, timedelta
+from typing import Any, Literal
 
 from sqlalchemy import or_, select
 from sqlalchemy.orm import Session
 
 from service.errors import Conflict, NotFound
-from service.store.jobs import FINAL
+from service.store.jobs import FINAL, find
 from service.store.paging import newest_first
 from service.store.tables import Checkpoint, Job
+
+Kept = Literal["in_use", "pinned"]  # why a checkpoint may not be deleted
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,10 @@ class CheckpointRow:
 
 
 def create(session: Session, row: CheckpointRow, *, project: str, job_id: str, attempt: int, now: datetime) -> Checkpoint:
-    checkpoint = Checkpoint(**asdict(row), project=project, job_id=job_id, attempt=attempt, created_at=now)
+    ttl_s = session.scalar(select(Job.spec[("checkpoints", "ttl_s")].as_float()).where(Job.id == job_id))
+    expires_at = None if ttl_s is None else now + timedelta(seconds=ttl_s)
+    whose = {"project": project, "job_id": job_id, "attempt": attempt}
+    checkpoint = Checkpoint(**asdict(row), **whose, created_at=now, expires_at=expires_at)
     session.add(checkpoint)
     session.flush()
     return checkpoint
@@ -69,15 +76,102 @@ def needed(session: Session, checkpoint_ids: list[str]) -> set[str]:
 
 
 def mark_deleted(session: Session, project: str, checkpoint_id: str, now: datetime) -> Checkpoint:
-    """The row says deleted; the caller removes the folder after the commit. Raises Conflict for one that a live job needs."""
-    # The lock makes a job that is just being created from this checkpoint wait, and then see that it is gone.
-    session.execute(select(Checkpoint.id).where(Checkpoint.id == checkpoint_id).with_for_update())
-    checkpoint = get(session, project, checkpoint_id)
-    if needed(session, [checkpoint_id]):
+    """The row says deleted; the caller removes the folder after the commit. Raises Conflict if it is needed or pinned."""
+    get(session, project, checkpoint_id)
+    removed, kept = remove(session, [checkpoint_id], now)
+    if kept.get(checkpoint_id) == "in_use":
         raise Conflict(f"checkpoint {checkpoint_id} is needed by a job that has not ended", code="checkpoint_in_use")
-    checkpoint.deleted_at = now
+    if kept.get(checkpoint_id) == "pinned":
+        raise Conflict(f"checkpoint {checkpoint_id} is pinned", code="checkpoint_pinned", hint="unpin it first")
+    if not removed:
+        raise NotFound(f"no checkpoint {checkpoint_id} in this project")
+    return removed[0]
+
+
+def remove(session: Session, checkpoint_ids: list[str], now: datetime) -> tuple[list[Checkpoint], dict[str, Kept]]:
+    """Mark as deleted what nobody needs. Answers the rows, and why the others stay.
+
+    The caller removes the folders after the commit.
+    The locks make a job that is just being created from one of them wait, and then see that it is gone.
+    """
+    locked = select(Checkpoint).where(Checkpoint.id.in_(checkpoint_ids), Checkpoint.deleted_at.is_(None))
+    locked = locked.order_by(Checkpoint.id).with_for_update().execution_options(populate_existing=True)
+    rows = list(session.scalars(locked))
+    kept = spared(session, rows)
+    removed = [row for row in rows if row.id not in kept]
+    for row in removed:
+        row.deleted_at = now
+    session.flush()
+    return removed, kept
+
+
+def spared(session: Session, rows: Sequence[Checkpoint]) -> dict[str, Kept]:
+    """Which of these may not be deleted, and why."""
+    kept: dict[str, Kept] = {row.id: "pinned" for row in rows if row.pinned_at is not None}
+    for row_id in needed(session, [row.id for row in rows]):
+        kept[row_id] = "in_use"
+    return kept
+
+
+def pin(session: Session, project: str, checkpoint_id: str, pinned_at: datetime | None) -> Checkpoint:
+    """Keep it whatever comes, or (None) no longer. NotFound when it is gone."""
+    query = select(Checkpoint).where(Checkpoint.id == checkpoint_id).with_for_update()
+    session.scalar(query.execution_options(populate_existing=True))
+    checkpoint = get(session, project, checkpoint_id)
+    checkpoint.pinned_at = pinned_at if checkpoint.pinned_at is None or pinned_at is None else checkpoint.pinned_at
     session.flush()
     return checkpoint
+
+
+def chosen(
+    session: Session,
+    project: str,
+    *,
+    ids: Sequence[str] | None = None,
+    job_id: str | None = None,
+    created_before: datetime | None = None,
+    keep_last: int = 0,
+    final: bool = False,
+    limit: int,
+) -> tuple[list[Checkpoint], bool]:
+    """Checkpoints to delete, the oldest first, and whether there are more. Without the newest `keep_last` of each job, and
+    without those at the end of a job unless `final`."""
+    query = select(Checkpoint).where(Checkpoint.project == project, Checkpoint.deleted_at.is_(None))
+    if job_id is not None:
+        query = query.where(Checkpoint.job_id == job_id)
+    seen = Counter[str | None]()
+    found: list[Checkpoint] = []
+    for row in session.scalars(query.order_by(Checkpoint.created_at.desc(), Checkpoint.id.desc())):
+        seen[row.job_id] += 1
+        asked = (ids is None or row.id in ids) and (created_before is None or row.created_at < created_before)
+        if asked and seen[row.job_id] > keep_last and (final or not row.is_final):
+            found.append(row)
+    return found[::-1][:limit], len(found) > limit
+
+
+def expired(session: Session, now: datetime, limit: int = 100) -> list[str]:
+    """Ids of those whose time is over, which nobody has pinned and no job that has not ended needs."""
+    live = select(Job.id).where(
+        Job.status.not_in(FINAL), or_(Job.checkpoint_id == Checkpoint.id, Job.from_checkpoint_id == Checkpoint.id)
+    )
+    query = select(Checkpoint.id).where(Checkpoint.expires_at < now, Checkpoint.deleted_at.is_(None))
+    query = query.where(Checkpoint.pinned_at.is_(None), ~live.exists())
+    return list(session.scalars(query.order_by(Checkpoint.expires_at).limit(limit)))
+
+
+def lineage(session: Session, project: str, checkpoint_id: str) -> list[tuple[Checkpoint, Job | None]]:
+    """The checkpoint, the one that its job started from, and so on back to a job that started from a base model.
+
+    Deleted ones keep their rows and stand in it; a job that was deleted is None.
+    """
+    chain: dict[str, tuple[Checkpoint, Job | None]] = {}
+    row: Checkpoint | None = get(session, project, checkpoint_id)
+    while row is not None and row.project == project and row.id not in chain:
+        job = None if row.job_id is None else find(session, row.job_id, light=True)
+        chain[row.id] = (row, job)
+        start = row.model.get("from_checkpoint")
+        row = None if not start else session.get(Checkpoint, start["id"])
+    return list(chain.values())
 
 
 def hold(session: Session, project: str, checkpoint_id: str) -> Checkpoint:

@@ -119,6 +119,20 @@ def held(session: Session, *, owner: str | None = None, expired_at: datetime | N
     return list(session.scalars(query.order_by(Job.id)))
 
 
+def disobeyed(session: Session, now: datetime, *, owner: str | None = None) -> list[str]:
+    """Ids of jobs whose workers had until some time before `now` to pause or cancel; of one worker, or of all."""
+    query = select(Job.id).where(Job.status.in_(("pausing", "cancelling")), Job.wish_until < now)
+    if owner is not None:
+        query = query.where(Job.lease_owner == owner)
+    return list(session.scalars(query.order_by(Job.id)))
+
+
+def past_deadline(session: Session, now: datetime) -> list[str]:
+    """Ids of jobs that have not ended and should have."""
+    query = select(Job.id).where(Job.deadline_at < now, Job.status.not_in(FINAL))
+    return list(session.scalars(query.order_by(Job.id)))
+
+
 def owners(session: Session) -> dict[str, Worker | None]:
     """Who holds jobs just now, as they last said of themselves; None for one that is not in the table (any more)."""
     query = select(Job.lease_owner).where(Job.status.in_(HELD), Job.lease_owner.is_not(None)).distinct()

@@ -1,10 +1,13 @@
 """API keys: 256 random bits behind `tml-`, of which only the sha256 is stored."""
 
+from collections.abc import Collection
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from hashlib import sha256
 from secrets import token_urlsafe
+from typing import Any
 
-from sqlalchemy import or_, select, update
+from sqlalchemy import ColumnElement, Connection, bindparam, or_, select, update
 from sqlalchemy.orm import Session
 
 from service.errors import NotFound
@@ -12,6 +15,7 @@ from service.ids import new_id, utcnow
 from service.store.tables import ApiKey
 
 PREFIX = "tml-"
+SCOPES = ("read", "write", "admin")  # each holds those before it
 TOUCH_EVERY = timedelta(minutes=1)  # last_used_at is for people: no write for each request
 
 
@@ -23,28 +27,84 @@ def digest(text: str) -> str:
     return sha256(text.encode()).hexdigest()
 
 
-def create(session: Session, *, project: str, name: str, text: str | None = None) -> tuple[ApiKey, str]:
+def with_implied(scopes: Collection[str]) -> list[str]:
+    """The scopes with all that they hold: admin may write, write may read."""
+    return list(SCOPES[: max(SCOPES.index(scope) for scope in scopes) + 1])
+
+
+def create(
+    session: Session,
+    *,
+    project: str,
+    name: str,
+    text: str | None = None,
+    scopes: Collection[str] = SCOPES,
+    expires_at: datetime | None = None,
+    requests_per_s: float | None = None,
+    burst: int | None = None,
+) -> tuple[ApiKey, str]:
     """A new key and its text, which cannot be read again."""
     text = text or generate()
-    key = ApiKey(id=new_id("key"), project=project, name=name, sha256=digest(text), ends_with=text[-4:], created_at=utcnow())
+    key = ApiKey(
+        id=new_id("key"),
+        project=project,
+        name=name,
+        sha256=digest(text),
+        ends_with=text[-4:],
+        scopes=with_implied(scopes),
+        requests_per_s=requests_per_s,
+        burst=burst,
+        created_at=utcnow(),
+        expires_at=expires_at,
+    )
     session.add(key)
     session.flush()
     return key, text
 
 
-def find(session: Session, text: str) -> ApiKey | None:
-    """The key of this text, unless it was revoked."""
-    return session.scalar(select(ApiKey).where(ApiKey.sha256 == digest(text), ApiKey.revoked_at.is_(None)))
+@dataclass(frozen=True)
+class Known:
+    """What every request must know of its key: one row, no object of the session."""
+
+    id: str
+    project: str
+    scopes: list[str]
+    expires_at: datetime | None
+    last_used_at: datetime | None
+    requests_per_s: float | None
+    burst: int | None
 
 
-def is_in_force(session: Session, key_id: str) -> bool:
-    """Whether the key has not been revoked."""
-    return session.scalar(select(ApiKey.id).where(ApiKey.id == key_id, ApiKey.revoked_at.is_(None))) is not None
+_KNOWN = select(*(getattr(ApiKey, name) for name in Known.__dataclass_fields__)).where(
+    ApiKey.sha256 == bindparam("digest"), ApiKey.revoked_at.is_(None)
+)
 
 
-def ensure(session: Session, *, project: str, name: str, text: str) -> ApiKey:
-    """The key of this text, created when it is missing (the bootstrap key)."""
-    return find(session, text) or create(session, project=project, name=name, text=text)[0]
+def known(connection: Connection, text: str) -> Known | None:
+    """Whose key has this text, unless it was revoked; one that has expired is found."""
+    row = connection.execute(_KNOWN, {"digest": digest(text)}).one_or_none()
+    return None if row is None else Known(*row)
+
+
+def find(session: Session, text: str) -> Known | None:
+    """The same, within a session."""
+    return known(session.connection(), text)
+
+
+def is_in_force(session: Session, key_id: str, now: datetime) -> bool:
+    """Whether the key has neither been revoked nor expired."""
+    return session.scalar(select(ApiKey.id).where(ApiKey.id == key_id, _lasts(now))) is not None
+
+
+def _lasts(now: datetime) -> ColumnElement[bool]:
+    lasts: Any = or_(ApiKey.expires_at.is_(None), ApiKey.expires_at > now)
+    return ApiKey.revoked_at.is_(None) & lasts
+
+
+def ensure(session: Session, *, project: str, name: str, text: str) -> None:
+    """Create the key of this text when it is missing (the bootstrap key)."""
+    if find(session, text) is None:
+        create(session, project=project, name=name, text=text)
 
 
 def touch(session: Session, key_id: str, now: datetime) -> None:
@@ -54,7 +114,7 @@ def touch(session: Session, key_id: str, now: datetime) -> None:
 
 
 def page(session: Session, project: str) -> list[ApiKey]:
-    """All keys of a project that are in force, newest first."""
+    """All keys of a project that were not revoked, newest first."""
     query = select(ApiKey).where(ApiKey.project == project, ApiKey.revoked_at.is_(None))
     return list(session.scalars(query.order_by(ApiKey.created_at.desc(), ApiKey.id.desc())))
 

@@ -38,6 +38,12 @@ def write(session: Session, job_id: str, step: int, values: Mapping[str, float |
     upsert(session, Metric, rows, newest="attempt")
 
 
+def written(session: Session, job_id: str, step: int, *, attempt: int) -> bool:
+    """Whether this attempt has written this step."""
+    query = select(Metric.step).where(Metric.job_id == job_id, Metric.step == step, Metric.attempt == attempt).limit(1)
+    return session.scalar(query) is not None
+
+
 def names(session: Session, job_id: str) -> list[str]:
     return list(session.scalars(select(Metric.name).where(Metric.job_id == job_id).distinct().order_by(Metric.name)))
 

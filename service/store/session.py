@@ -14,7 +14,14 @@ from service.store.blobs import Blobs
 
 BUSY_TIMEOUT_S = 20  # how long SQLite waits for another writer
 # A server that vanished must be noticed well before a lease ends, not after TCP's own two hours.
-POSTGRES_OPTIONS = {"connect_timeout": 5, "keepalives_idle": 10, "keepalives_interval": 5, "tcp_user_timeout": 15_000}
+# And a process that is stopped in the middle of a transaction must not hold the job's row for longer than its lease.
+POSTGRES_OPTIONS = {
+    "connect_timeout": 5,
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "tcp_user_timeout": 15_000,
+    "options": "-c idle_in_transaction_session_timeout=20s",
+}
 MAX_OVERFLOW = 35  # with the pool's 5, a connection for each of the API's 40 threads
 READONLY = "ratchet_readonly"  # execution option that the begin hook below reads
 
@@ -36,6 +43,12 @@ class Store:
         """
         with Session(self._reading if readonly else self.engine, expire_on_commit=False) as session, session.begin():
             yield session
+
+    @contextmanager
+    def look(self) -> Iterator[Connection]:
+        """A readonly transaction without a Session, at a third of its price: for the one question that every request asks."""
+        with self._reading.connect() as connection, connection.begin():
+            yield connection
 
     def close(self) -> None:
         self.engine.dispose()

@@ -60,7 +60,11 @@ class ApiKey(Base):
     name: Mapped[str]
     sha256: Mapped[str] = mapped_column(String(64), unique=True)
     ends_with: Mapped[str] = mapped_column(String(4))
+    scopes: Mapped[list[str]] = mapped_column(server_default='["read", "write", "admin"]')
+    requests_per_s: Mapped[float | None] = mapped_column(Float)  # null: the operator's default
+    burst: Mapped[int | None]
     created_at: Mapped[datetime]
+    expires_at: Mapped[datetime | None]
     last_used_at: Mapped[datetime | None]
     revoked_at: Mapped[datetime | None]
 
@@ -94,6 +98,7 @@ class Job(Base):
     status_reason: Mapped[str | None]
     phase: Mapped[str | None] = mapped_column(String(16))
     wish: Mapped[str | None] = mapped_column(String(16))
+    wish_until: Mapped[datetime | None]  # a worker that has not obeyed by then is killed
     step: Mapped[int] = mapped_column(default=0)
     max_steps: Mapped[int]
     error: Mapped[dict[str, Any] | None]
@@ -105,7 +110,7 @@ class Job(Base):
     lease_until: Mapped[datetime | None]
     lease_owner: Mapped[str | None]
     crashes: Mapped[int] = mapped_column(default=0)  # attempts lost since the last checkpoint
-    retries: Mapped[int] = mapped_column(default=0)  # attempts that ended with a retryable error, in all
+    retries: Mapped[int] = mapped_column(default=0)  # attempts that ended with a retryable error since the last checkpoint
     checkpoint_id: Mapped[str | None] = mapped_column(Id)  # where a resume starts
     run_s: Mapped[float] = mapped_column(Float, default=0.0)  # seconds spent running, over all attempts
     last_event: Mapped[int] = mapped_column(default=0)
@@ -118,6 +123,51 @@ class Job(Base):
     started_at: Mapped[datetime | None]
     claimed_at: Mapped[datetime | None]
     finished_at: Mapped[datetime | None]
+    deadline_at: Mapped[datetime | None] = mapped_column(index=True)
+
+    key_id: Mapped[str | None] = mapped_column(Id)  # the API key that submitted it
+    budget_tokens: Mapped[int | None]
+    budget_worker_s: Mapped[float | None] = mapped_column(Float)
+
+
+class Usage(Base):
+    """What one attempt at a job spent on one day (UTC). No foreign keys: the ledger outlives jobs and keys."""
+
+    __tablename__ = "usage"
+    __table_args__ = (Index("ix_usage_project_day", "project", "day"),)
+
+    job_id: Mapped[str] = mapped_column(Id, primary_key=True)
+    attempt: Mapped[int] = mapped_column(primary_key=True)
+    day: Mapped[str] = mapped_column(String(10), primary_key=True)  # YYYY-MM-DD
+    project: Mapped[str] = mapped_column(String(64))
+    key_id: Mapped[str | None] = mapped_column(Id)
+    sampled_tokens: Mapped[int]
+    trained_tokens: Mapped[int]
+    loading_s: Mapped[float] = mapped_column(Float)
+    sampling_s: Mapped[float] = mapped_column(Float)
+    grading_s: Mapped[float] = mapped_column(Float)
+    updating_s: Mapped[float] = mapped_column(Float)
+    evaluating_s: Mapped[float] = mapped_column(Float)
+    saving_s: Mapped[float] = mapped_column(Float)
+    # Contained in the above: since the attempt's last checkpoint; and lost, because the attempt ended without another.
+    unsaved_sampled_tokens: Mapped[int]
+    unsaved_trained_tokens: Mapped[int]
+    unsaved_s: Mapped[float] = mapped_column(Float)
+    wasted_sampled_tokens: Mapped[int]
+    wasted_trained_tokens: Mapped[int]
+    wasted_s: Mapped[float] = mapped_column(Float)
+
+
+class Budget(Base):
+    """What a project may spend from a day on; null: without bound."""
+
+    __tablename__ = "budgets"
+
+    project: Mapped[str] = mapped_column(String(64), primary_key=True)
+    tokens: Mapped[int | None]
+    worker_s: Mapped[float | None] = mapped_column(Float)
+    since: Mapped[str] = mapped_column(String(10))  # YYYY-MM-DD
+    updated_at: Mapped[datetime]
 
 
 class Event(Base):
@@ -182,6 +232,8 @@ class Checkpoint(Base):
     is_final: Mapped[bool]
     created_at: Mapped[datetime]
     deleted_at: Mapped[datetime | None]
+    pinned_at: Mapped[datetime | None]  # by a person: nothing deletes it
+    expires_at: Mapped[datetime | None] = mapped_column(index=True)  # checkpoints.ttl_s of its job's spec
 
 
 class Dataset(Base):

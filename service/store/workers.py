@@ -17,8 +17,15 @@ def hello(session: Session, worker: Worker) -> None:
     session.flush()
 
 
-def seen(session: Session, worker_id: str, now: datetime) -> None:
-    session.execute(update(Worker).where(Worker.id == worker_id).values(last_seen_at=now))
+def seen(session: Session, worker: Worker) -> None:
+    """It lives. One whose row is not there (the store was away when it started, or it was away for a day) is added.
+
+    A drain that the row knows of already is not taken back.
+    """
+    values = {"last_seen_at": worker.last_seen_at} | ({"draining": True} if worker.draining else {})
+    living = update(Worker).where(Worker.id == worker.id).values(values)
+    if session.scalar(living.returning(Worker.id), execution_options={"synchronize_session": False}) is None:
+        hello(session, worker)
 
 
 def set_draining(session: Session, worker_id: str) -> None:
@@ -37,6 +44,10 @@ def alive(session: Session, now: datetime) -> list[Worker]:
 def forget(session: Session, now: datetime) -> None:
     """Remove the rows of workers that are long gone."""
     session.execute(delete(Worker).where(Worker.last_seen_at < now - KEPT_FOR))
+
+
+def forget_all(session: Session) -> None:
+    session.execute(delete(Worker))
 
 
 def goodbye(session: Session, worker_id: str) -> None:

@@ -23,6 +23,7 @@ from pydantic import SecretStr
 
 from service.app import create_app
 from service.doorbell import Doorbell
+from service.http_protocol import BoundedHttp
 from service.jobs import lease as leases
 from service.jobs.lease import Lease
 from service.settings import Settings
@@ -119,7 +120,9 @@ def running(settings: Settings) -> Iterator[Api]:
     """The application under uvicorn, in a thread, until the block ends."""
     listener = socket.create_server(("127.0.0.1", 0))
     app = create_app(settings)
-    config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=1, ws="none", lifespan="on")
+    config = uvicorn.Config(
+        app, http=BoundedHttp, log_config=None, access_log=False, timeout_graceful_shutdown=1, ws="none", lifespan="on"
+    )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
     with log_is_kept():

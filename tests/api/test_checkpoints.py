@@ -119,3 +119,88 @@ def test_files_that_are_on_another_machine_are_a_404_that_says_so(api, client, s
     answer = client.get(f"/v1/checkpoints/{checkpoint_id}/archive")
     assert (answer.status_code, answer.json()["code"]) == (404, "files_missing")
     assert "RATCHET_DATA_DIR" in answer.json()["hint"]
+
+
+# ---------------------------------------------------------------- many at once, pins, lineage
+
+
+def test_a_bulk_deletion_is_a_dry_run_unless_it_says_otherwise(api, client, submit, save):
+    job = submit()
+    lease, _ = api.claim(job["id"])
+    ids = [save(lease, step) for step in range(5)]
+    client.post(f"/v1/checkpoints/{ids[0]}/pin")
+    asked = {"job_id": job["id"], "keep_last": 0}
+    dry = client.post("/v1/checkpoints:delete", json=asked).json()
+    assert dry["dry_run"] is True
+    assert [one["id"] for one in dry["data"]] == ids[1:4]
+    assert dry["kept"] == sorted(
+        [{"id": ids[0], "reason": "pinned"}, {"id": ids[4], "reason": "in_use"}], key=lambda one: one["id"]
+    )
+    assert dry["size_bytes"] == 3 * sum(map(len, FILES.values()))
+    assert len(client.get(f"/v1/jobs/{job['id']}/checkpoints").json()["data"]) == 5
+    real = client.post("/v1/checkpoints:delete", json={**asked, "dry_run": False}).json()
+    assert {**real, "dry_run": True} == dry
+    left = client.get(f"/v1/jobs/{job['id']}/checkpoints").json()["data"]
+    assert [one["id"] for one in left] == [ids[4], ids[0]]
+    assert sorted(path.name for path in (api.store.blobs.root / "checkpoints" / job["id"]).iterdir()) == sorted(
+        [ids[0], ids[4]]
+    )
+
+
+def test_bulk_filters_are_taken_together(api, client, other, submit, save):
+    job = submit()
+    lease, _ = api.claim(job["id"])
+    ids = [save(lease, step) for step in range(3)]
+    leases.succeed(api.store, lease, {}, "max_steps")
+
+    def would(**filters):
+        return [one["id"] for one in client.post("/v1/checkpoints:delete", json=filters).json()["data"]]
+
+    assert would(ids=ids[:2]) == ids[:2]
+    assert would(job_id=job["id"], keep_last=1) == ids[:2]
+    assert would(job_id=job["id"], older_than_s=3600) == []
+    assert would(older_than_s=0) == ids
+    assert would(ids=[ids[2]], keep_last=1) == []
+    assert other.post("/v1/checkpoints:delete", json={"ids": ids, "dry_run": False}).json()["data"] == []
+    for wrong in ({}, {"keep_last": 1}, {"ids": []}, {"job_id": job["id"], "dryrun": False}):
+        assert client.post("/v1/checkpoints:delete", json=wrong).status_code == 422
+    assert len(client.get(f"/v1/jobs/{job['id']}/checkpoints").json()["data"]) == 3
+
+
+def test_a_pinned_checkpoint_is_not_deleted(api, client, submit, save):
+    lease, _ = api.claim(submit()["id"])
+    checkpoint_id = save(lease, 1)
+    leases.succeed(api.store, lease, {}, "max_steps")
+    pinned = client.post(f"/v1/checkpoints/{checkpoint_id}/pin").json()
+    assert pinned["pinned_at"] is not None
+    assert client.post(f"/v1/checkpoints/{checkpoint_id}/pin").json() == pinned
+    refused = client.delete(f"/v1/checkpoints/{checkpoint_id}")
+    assert (refused.status_code, refused.json()["code"]) == (409, "checkpoint_pinned")
+    assert client.post(f"/v1/checkpoints/{checkpoint_id}/unpin").json()["pinned_at"] is None
+    assert client.delete(f"/v1/checkpoints/{checkpoint_id}").status_code == 204
+    assert client.post(f"/v1/checkpoints/{checkpoint_id}/pin").status_code == 404
+
+
+def test_lineage_leads_back_to_the_base_through_forks_and_deletions(api, client, submit):
+    def trained(checkpoint_id, model, revision=None, **sections):
+        job = submit(model=model, **sections)
+        lease, _ = api.claim(job["id"])
+        leases.set_resolved(api.store, lease, {"revision": revision})
+        row = CheckpointRow(checkpoint_id, 7, "full", job["spec"]["model"], f"x/{checkpoint_id}", 1, "0" * 64, {}, True, True)
+        leases.commit_checkpoint(api.store, lease, row)
+        leases.succeed(api.store, lease, {}, "max_steps")
+        return job
+
+    first, second, third = (new_id("ckpt") for _ in range(3))
+    jobs = [trained(first, {"source": "tiny"}, "abc123", name="one")]
+    jobs.append(trained(second, {"from_checkpoint": first}, name="two"))
+    jobs.append(trained(third, {"from_checkpoint": second}, name="three"))
+    assert client.delete(f"/v1/checkpoints/{second}").status_code == 204
+    assert client.delete(f"/v1/jobs/{jobs[1]['id']}").status_code == 204
+    found = client.get(f"/v1/checkpoints/{third}/lineage").json()
+    assert [one["checkpoint_id"] for one in found["data"]] == [third, second, first]
+    assert [one["job_name"] for one in found["data"]] == ["three", None, "one"]
+    assert found["data"][1]["deleted_at"] is not None
+    assert found["data"][2]["spec_sha256"] == jobs[0]["spec_sha256"]
+    assert (found["base"], found["complete"]) == ({"source": "tiny", "revision": "abc123"}, True)
+    assert client.get(f"/v1/checkpoints/{second}/lineage").status_code == 404

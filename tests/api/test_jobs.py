@@ -172,7 +172,7 @@ def test_fork_goes_on_from_the_newest_checkpoint(each_api, spec):
         parent = client.post("/v1/jobs", json=spec(optimizer={"learning_rate": 1e-4, "weight_decay": 0.1})).json()
         lease, _ = api.claim(parent["id"])
         first, newest = checkpoint(api, lease, 1), checkpoint(api, lease, 2)
-        failure = Failure("non_finite_loss", "the gradient was not finite", category="user", step=2)
+        failure = Failure("non_finite_loss", "the gradient was not finite", step=2)
         leases.fail(api.store, lease, failure, None)
         assert client.get(f"/v1/jobs/{parent['id']}").json()["error"]["code"] == "non_finite_loss"
 

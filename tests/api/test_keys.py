@@ -1,10 +1,13 @@
 """API keys."""
 
+from datetime import datetime, timedelta
 from hashlib import sha256
+from time import monotonic
 
 import pytest
 from sqlalchemy import select
 
+from service.ids import utcnow
 from service.store.tables import ApiKey, IdempotencyKey
 
 
@@ -75,9 +78,116 @@ def test_no_key_revokes_itself(client):
         ({"name": ""}, "/name"),
         ({"name": "x", "projet": "y"}, "/projet"),
         ({"name": "x", "project": "a/b"}, "/project"),
+        ({"name": "x", "scopes": []}, "/scopes"),
+        ({"name": "x", "scopes": ["root"]}, "/scopes/0"),
+        ({"name": "x", "expires_in_s": 0}, "/expires_in_s"),
+        ({"name": "x", "expires_in_s": 1e300}, "/expires_in_s"),
+        ({"name": "x", "rate": {"requests_per_s": 0}}, "/rate/requests_per_s"),
+        ({"name": "x", "rate": {"burst": 5}}, "/rate/requests_per_s"),
     ],
 )
 def test_wrong_requests_for_keys_are_refused(client, body, pointer):
     refused = client.post("/v1/keys", json=body)
     assert refused.status_code == 422
     assert refused.json()["errors"][0]["pointer"] == pointer
+
+
+# ---------------------------------------------------------------- scopes
+
+
+def with_key(api, client, **request):
+    """A client with a new key of the same project."""
+    made = client.post("/v1/keys", json={"name": "x", **request})
+    assert made.status_code == 201, made.text
+    return api.anonymous(Authorization=f"Bearer {made.json()['key']}")
+
+
+def missing(answer):
+    assert (answer.status_code, answer.json()["code"]) == (403, "scope_missing"), answer.text
+    assert repr(answer.json()["missing_scope"]) in answer.json()["detail"]
+    return answer.json()["missing_scope"]
+
+
+def test_a_reading_key_reads_and_changes_nothing(api, client, submit, spec):
+    job = submit()
+    with with_key(api, client, scopes=["read"]) as reader:
+        assert reader.get(f"/v1/jobs/{job['id']}").status_code == 200
+        assert reader.get("/v1/datasets").status_code == 200
+        assert missing(reader.post("/v1/jobs", json=spec())) == "write"
+        assert missing(reader.post("/v1/jobs:validate", json=spec())) == "write"  # it makes requests of the caller's choice
+        assert missing(reader.post(f"/v1/jobs/{job['id']}/cancel")) == "write"
+        assert missing(reader.delete(f"/v1/jobs/{job['id']}")) == "write"
+        rows = {"content": b'{"q": 1}\n', "headers": {"Content-Type": "application/jsonl"}}
+        assert missing(reader.post("/v1/datasets", **rows)) == "write"
+        assert missing(reader.get("/v1/keys")) == "admin"
+    assert client.get(f"/v1/jobs/{job['id']}").json()["status"] == "queued"
+    assert client.get("/v1/datasets").json()["data"] == []
+
+
+def test_a_writing_key_does_everything_but_keys(api, client, submit, spec):
+    with with_key(api, client, scopes=["write"]) as writer:
+        job = writer.post("/v1/jobs", json=spec()).json()
+        assert writer.get(f"/v1/jobs/{job['id']}").status_code == 200  # to write holds to read
+        assert writer.post(f"/v1/jobs/{job['id']}/cancel").status_code == 200
+        own = next(one for one in client.get("/v1/keys").json()["data"] if one["scopes"] == ["read", "write"])
+        assert missing(writer.get("/v1/keys")) == "admin"
+        assert missing(writer.post("/v1/keys", json={"name": "x"})) == "admin"
+        assert missing(writer.post("/v1/keys", json={"name": "x", "scopes": ["read"]})) == "admin"
+        assert missing(writer.delete(f"/v1/keys/{own['id']}")) == "admin"
+
+
+def test_who_may_not_is_told_before_the_body_is_looked_at(api, client):
+    with with_key(api, client, scopes=["read"]) as reader:
+        assert missing(reader.post("/v1/jobs", content=b"{")) == "write"
+        assert missing(reader.post("/v1/keys", content=b"{")) == "admin"
+
+
+def test_a_key_is_made_with_all_scopes_unless_it_is_said(client):
+    assert client.post("/v1/keys", json={"name": "x"}).json()["scopes"] == ["read", "write", "admin"]
+
+
+# ---------------------------------------------------------------- expiry
+
+
+def test_a_key_that_expired_is_none(each_api):
+    with each_api.client() as client:
+        made = client.post("/v1/keys", json={"name": "x", "expires_in_s": 60}).json()
+        left = datetime.fromisoformat(made["expires_at"]) - utcnow()
+        assert timedelta(seconds=50) < left <= timedelta(seconds=60)
+        with each_api.anonymous(**{"X-API-Key": made["key"]}) as short:
+            assert short.get("/v1/jobs").status_code == 200
+            with each_api.store.begin() as session:
+                row = session.get(ApiKey, made["id"])
+                assert row is not None
+                row.expires_at = utcnow()
+            refused = short.get("/v1/jobs")
+            assert (refused.status_code, refused.json()["code"]) == (401, "expired_api_key")
+            assert refused.headers["WWW-Authenticate"].startswith("Bearer")
+
+
+def test_a_stream_ends_with_its_key(api, client, submit):
+    made = client.post("/v1/keys", json={"name": "x", "expires_in_s": 1}).json()
+    job = submit()
+    with api.anonymous(**{"X-API-Key": made["key"], "Accept": "text/event-stream"}) as short:
+        began = monotonic()
+        with short.stream("GET", f"/v1/jobs/{job['id']}/events") as stream:
+            assert b"queued" in stream.read()  # a job that waits has no end: without expiry this read would not return
+        assert monotonic() - began < 10
+
+
+def test_a_key_that_ends_makes_none_that_lasts_longer(api, client):
+    with with_key(api, client, expires_in_s=100) as short:
+        for lasting in ({}, {"expires_in_s": 1000}):
+            refused = short.post("/v1/keys", json={"name": "y", **lasting})
+            assert refused.status_code == 422
+            assert refused.json()["errors"][0]["pointer"] == "/expires_in_s"
+        assert short.post("/v1/keys", json={"name": "y", "expires_in_s": 50}).status_code == 201
+
+
+def test_a_key_keeps_what_was_asked_for_it(client):
+    asked = {"name": "x", "scopes": ["write"], "rate": {"requests_per_s": 2.5}}
+    made = client.post("/v1/keys", json=asked).json()
+    assert made["scopes"] == ["read", "write"]
+    assert made["rate"] == {"requests_per_s": 2.5, "burst": 5}
+    assert made["expires_at"] is None
+    assert client.get("/v1/keys").json()["data"][0] == {name: value for name, value in made.items() if name != "key"}

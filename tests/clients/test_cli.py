@@ -15,7 +15,9 @@ import pytest
 from ratchet_client import Ratchet
 from service import demo
 from service.errors import Failure
+from service.jobs import lease
 from service.jobs.lease import RolloutRow
+from service.store.usage import Spent
 
 SPEC = """
 kind: rl
@@ -135,7 +137,7 @@ def test_fork_changes_parts_of_the_spec(cli: Cli, hand: Any, job_id: str) -> Non
 def test_watch_exits_as_the_job_does_and_says_why(cli: Cli, hand: Any, job_id: str) -> None:
     held = hand.take()
     hand.step(held, 1, {"reward/mean": 0.25, "policy/clip_fraction_low": 0.125, "policy/approx_kl_k3": 0.001})
-    failure = Failure("grader_unhealthy", "3 of 4 samples could not be graded \x1b[2J", "user", hint="mend the grader")
+    failure = Failure("grader_unhealthy", "3 of 4 samples could not be graded \x1b[2J", hint="mend the grader")
     hand.fail(held, failure)
     watched = cli("watch", job_id)
     assert watched.code == 4
@@ -285,6 +287,18 @@ def test_keys_are_made_used_and_revoked(api: str, cli: Cli, monkeypatch: pytest.
     assert revoked.code == 1 and "key" in revoked.err
 
 
+def test_a_key_is_made_with_a_scope_an_end_and_a_rate(api: str, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = ("--scope", "read", "--expires-in-days", "30", "--requests-per-s", "5")
+    made = cli("keys", "create", "dashboard", *asked, "--json").json
+    assert made["scopes"] == ["read"] and made["rate"] == {"requests_per_s": 5, "burst": 10}
+    listed = next(line for line in cli("keys").out.splitlines() if "dashboard" in line)
+    assert "read" in listed and "5/s" in listed and made["expires_at"][:10] in listed
+    monkeypatch.setenv("RATCHET_API_KEY", made["key"])
+    assert cli("jobs").code == 0
+    refused = cli("keys")
+    assert refused.code == 1 and "scope 'admin'" in refused.err
+
+
 def test_models_name_what_a_spec_may_say(api: str, cli: Cli) -> None:
     assert "tiny" in cli("models").out
     assert cli("models", "--json").json["data"][0]["id"] == "tiny"
@@ -334,3 +348,43 @@ def test_the_demos_jobs_are_valid_and_keep_apart_what_is_held_out(hand: Any, job
         ids = {part: ratchet.create_dataset(found, part)["id"] for part, found in rows.items()}
         for spec in (demo.warm_up_spec(ids, seed=0), demo.gspo_spec(ids, hand.save(hand.take(), 4, weights=b"w"), seed=0)):
             assert ratchet.validate_job(spec)["samples"][0]["graded"]["total"] == 1.0
+
+
+# ---------------------------------------------------------------- what was spent
+
+
+def test_usage_and_budgets(api: str, cli: Cli, job_id: str, hand: Any) -> None:
+    assert "nothing was spent" in cli("usage").err
+    held = hand.take()
+    lease.commit_step(hand.store, held, 1, {}, spent=Spent(300, 20, {"sampling": 65.0}))
+    lease.pause(hand.store, held)
+    by_job = cli("usage", "--by", "job")
+    assert job_id in by_job.out and "300" in by_job.out and "1:05" in by_job.out and "total" in by_job.out
+    assert cli("usage", "--json").json["total"]["wasted"]["sampled_tokens"] == 300
+    assert "300 tokens sampled, 20 trained" in cli("show", job_id).out
+    assert cli("budget", "--tokens", "100").code != 0
+    assert cli("budget", "--project", "default", "--tokens", "100", "--json").json["tokens"] == 100
+    assert "100" in cli("budget").out
+    refused = cli("resume", job_id, "--tokens", "1000")
+    assert refused.code == 1 and "budget_spent" in refused.err
+    cli("budget", "--project", "default", "--unbounded")
+    assert cli("resume", job_id, "--tokens", "1000", "--json").json["budget_tokens"] == 1000
+    hand.take()
+    cancelled = cli("cancel", job_id, "--save", "--grace-seconds", "5", "--json").json
+    assert cancelled["status"] == "cancelling"
+
+
+def test_checkpoints_are_pinned_pruned_and_traced(api: str, cli: Cli, job_id: str, hand: Any) -> None:
+    held = hand.take()
+    first, second, third = (hand.save(held, step, **{"a.bin": b"x"}) for step in (1, 2, 3))
+    lease.succeed(hand.store, held, {}, "max_steps")
+    assert cli("checkpoints", "pin", second).code == 0
+    shown = cli("checkpoints", "prune", "--job", job_id, "--keep-last", "1", "--final")
+    assert first in shown.out and "would go" in shown.out and f"{second} stays: pinned" in shown.err
+    assert len(cli("checkpoints", "--json").json["data"]) == 3
+    assert cli("checkpoints", "prune", "--job", job_id, "--keep-last", "1", "--final", "--yes").code == 0
+    assert [one["id"] for one in cli("checkpoints", "--json").json["data"]] == [third, second]
+    assert cli("checkpoints", "delete", second).code == 1
+    assert cli("checkpoints", "unpin", second).code == 0 and cli("checkpoints", "delete", second).code == 0
+    traced = cli("checkpoints", "lineage", third)
+    assert third in traced.out and "base: tiny" in traced.out

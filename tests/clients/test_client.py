@@ -208,26 +208,45 @@ def test_a_checkpoint_is_unpacked_into_a_new_folder(script: Any, ratchet: Ratche
     assert [path.name for path in folder.parent.iterdir()] == ["b"]
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        archive(("../evil", b"x")),
-        archive(("/tmp/evil", b"x")),
-        archive(("model/../../evil", b"x")),
-        archive(("link", b""), kind=tarfile.SYMTYPE),
-        archive(("link", b""), kind=tarfile.LNKTYPE),
-        archive(("pipe", b""), kind=tarfile.FIFOTYPE),
-        archive(("a", b"x"), manifest=False),
-        archive(("a", b"x" * 5000))[:2000],
-        b"no tar at all" * 100,
-    ],
-    ids=["parent", "absolute", "inner-parent", "symlink", "hard-link", "pipe", "no-manifest", "cut", "no-tar"],
-)
+BAD_ARCHIVES = {
+    "parent": archive(("../evil", b"x")),
+    "only-dots": archive(("..", b"x")),
+    "absolute": archive(("/tmp/evil", b"x")),
+    "inner-parent": archive(("model/../../evil", b"x")),
+    "itself": archive(("", b"x")),
+    "backslashes": archive(("a\\..\\evil", b"x")),
+    "drive": archive(("C:\\evil", b"x")),
+    "long": archive(("n" * 300, b"x")),
+    "deep": archive(("d/" * 3000 + "f", b"x")),
+    "nul": archive(("a\0/../../evil", b"x")),
+    "twice": archive(("a", b"x"), ("a", b"y")),
+    "file-and-folder": archive(("a", b"x"), ("a/b", b"y")),
+    "symlink": archive(("link", b""), kind=tarfile.SYMTYPE),
+    "hard-link": archive(("link", b""), kind=tarfile.LNKTYPE),
+    "pipe": archive(("pipe", b""), kind=tarfile.FIFOTYPE),
+    "device": archive(("tty", b""), kind=tarfile.CHRTYPE),
+    "no-manifest": archive(("a", b"x"), manifest=False),
+    "cut": archive(("a", b"x" * 5000))[:2000],
+    "no-tar": b"no tar at all" * 100,
+}
+
+
+@pytest.mark.parametrize("content", BAD_ARCHIVES.values(), ids=BAD_ARCHIVES.keys())
 def test_a_bad_archive_leaves_nothing_behind(script: Any, ratchet: Ratchet, tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "here").mkdir()
     script.reply(content)
     with pytest.raises(RatchetArchiveError):
-        ratchet.download_checkpoint("ckpt_1", tmp_path / "out")
-    assert list(tmp_path.iterdir()) == []
+        ratchet.download_checkpoint("ckpt_1", tmp_path / "here" / "out")
+    assert [path.name for path in tmp_path.rglob("*")] == ["here"]
+
+
+def test_names_that_only_look_like_dots_stay_inside(script: Any, ratchet: Ratchet, tmp_path: Path) -> None:
+    names = ["\uff0e\uff0e/evil", "\u2025/evil", "%2e%2e/evil", "a\u2215..\u2215evil"]
+    script.reply(archive(*((name, b"x") for name in names)))
+    folder = ratchet.download_checkpoint("ckpt_1", tmp_path / "out")
+    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert found == {*names, "manifest.json"}
+    assert list(tmp_path.iterdir()) == [folder]
 
 
 def test_an_altered_file_is_found_out_by_the_manifest(script: Any, ratchet: Ratchet, tmp_path: Path) -> None:

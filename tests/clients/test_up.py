@@ -1,4 +1,4 @@
-"""`ratchet up` with everything real: Redis, a Celery worker, the API, SQLite; stopped politely, and not."""
+"""`ratchet up` with everything real: Redis, Celery workers, the API, SQLite; stopped politely, and not."""
 
 import fcntl
 import os
@@ -31,6 +31,7 @@ JOB: dict[str, Any] = {
     "update": {"batch_size": 1},
     "checkpoints": {"every_steps": 50},
 }
+LOSS = {"items": [{"objective": "cross_entropy", "batch": {"log_probs": [[-1.5]]}}]}
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
@@ -131,14 +132,17 @@ def test_up_serves_restarts_what_dies_and_stops_without_a_trace(folder: Path, st
     assert stat.S_IMODE(up.data_dir.stat().st_mode) == 0o700
     assert stat.S_IMODE((up.data_dir / "redis").stat().st_mode) == 0o700
 
-    redis_server, worker = up.child("redis-server"), up.child("workers.app")
+    redis_server, worker = up.child("redis-server"), up.child("training@")
     os.kill(redis_server, signal.SIGKILL)
     os.kill(worker, signal.SIGKILL)
     up.until(lambda: up.said().count("starting it again") == 2)
     with up.client() as ratchet:
         job = ratchet.wait(ratchet.create_job({**JOB, "limits": {"max_steps": 2}})["id"], timeout_s=60)
     assert job["status"] == "succeeded", job["error"]
-    assert {up.child("redis-server"), up.child("workers.app")}.isdisjoint({redis_server, worker})
+    assert {up.child("redis-server"), up.child("training@")}.isdisjoint({redis_server, worker})
+    headers = {"Authorization": f"Bearer {key}", "Prefer": "wait=60"}
+    losses = httpx.post(f"{url}/v1/losses", json=LOSS, headers=headers, timeout=60)
+    assert losses.status_code == 200 and losses.json()["data"][0]["loss"] == 1.5, losses.text + up.said()
 
     family = up.family()
     os.kill(up.process.pid, signal.SIGINT)
@@ -147,7 +151,10 @@ def test_up_serves_restarts_what_dies_and_stops_without_a_trace(folder: Path, st
     assert [name for name in ("url", "key") if (up.data_dir / name).exists()] == ["key"]
 
 
-def test_a_killed_up_leaves_nothing_and_the_next_one_goes_on(folder: Path, start: Callable[[Path], Up]) -> None:
+def test_a_killed_up_leaves_nothing_and_the_next_one_goes_on(
+    folder: Path, start: Callable[[Path], Up], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RATCHET_SERVES", "training")  # this one is about jobs
     up = start(folder / "data")
     key = (up.data_dir / "key").read_text()
     with up.client() as ratchet:

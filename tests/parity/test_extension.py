@@ -44,7 +44,7 @@ def test_a_new_surrogate_is_one_function_and_one_line(golden, cases, as_tensor, 
 
 def test_a_new_ratio_and_a_new_aggregate_are_one_function_and_one_line_each(cases, monkeypatch):
     """The first token's ratio for all, and only the longest answer counts."""
-    monkeypatch.setitem(RATIOS, "first", Ratio(lambda delta, mask, segments: delta[:, :1]))
+    monkeypatch.setitem(RATIOS, "first", Ratio(lambda delta, answers: delta[:, :1]))
     monkeypatch.setitem(AGGREGATES, "longest", lambda c: (c.tokens_B == c.tokens_B.max()).double() / c.tokens_B.max())
     axes = ObjectiveSpec.model_validate({"surrogate": "none"}).resolve()
     objective = Objective(axes | {"ratio": {"kind": "first"}, "aggregate": {"kind": "longest"}})

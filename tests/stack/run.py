@@ -22,7 +22,7 @@ import smoke
 
 ROOT = Path(__file__).parents[2]
 PROJECT = "ratchet-stack-test"
-SERVICES = ("postgres", "redis", "migrate", "api", "worker")
+SERVICES = ("postgres", "redis", "migrate", "api", "worker", "losses")
 START_TIMEOUT_S = 240
 NO_TORCH = "import importlib.util, os; assert importlib.util.find_spec('torch') is None; assert os.getuid() != 0"
 
@@ -46,7 +46,7 @@ def main() -> None:
         scratch = Path(stack.enter_context(TemporaryDirectory(prefix="ratchet-stack-")))
         engine = stack.enter_context(engines.find(PROJECT, scratch))
         images = pulled_images(engine, scratch)
-        for target in ("api", "worker"):
+        for target in ("api", "worker", "losses"):
             say(f"building the image {target}")
             image = f"localhost/{PROJECT}/{target}"
             engine.build(ROOT, image, target=target, arguments={"BASE_IMAGE": images["BASE_IMAGE"]})
@@ -72,6 +72,8 @@ def main() -> None:
 def exercise(compose: Compose, url: str, key: str) -> None:
     smoke.refuses_strangers(url)
     user = smoke.User(url, key)
+    say("asking for a loss")
+    smoke.answers_a_loss(user)
     dataset_id = user.upload_rows()
     say("training a small job")
     smoke.trains_a_job(user, dataset_id)

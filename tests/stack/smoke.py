@@ -1,4 +1,4 @@
-"""What a first user does over the published port: upload rows, submit a job, wait for it, fetch the checkpoint."""
+"""What a first user does over the published port: ask for a loss, train a small job on uploaded rows, fetch the checkpoint."""
 
 import io
 import json
@@ -46,6 +46,16 @@ class User:
 
 def refuses_strangers(url: str) -> None:
     answered(httpx.get(f"{url}/v1/jobs", trust_env=False), 401)
+
+
+def answers_a_loss(user: User) -> None:
+    """The service `losses`, by way of Redis."""
+    batch = {"log_probs": [[-2.0, -1.8], [-1.9]], "old_log_probs": [[-2.2, -2.0], [-2.1]], "advantages": [1.0, -1.0]}
+    asked = {"items": [{"objective": "gspo", "batch": batch, "return": ["ratio"]}]}
+    answer = answered(user.http.post("/losses", json=asked, headers={"Prefer": "wait=60"}), 200)["data"][0]
+    if answer["status"] != "ok" or not 1.22 < answer["ratio"][0][0] < 1.23:  # exp(0.2)
+        raise Failed(f"a loss request was answered with {answer}")
+    print(f"the loss of three tokens is {answer['loss']:.4f}")
 
 
 def trains_a_job(user: User, dataset_id: str) -> None:

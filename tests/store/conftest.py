@@ -25,7 +25,13 @@ NewJob = Callable[..., Job]
 
 
 def make_job(
-    store: Store, doorbell: Doorbell, *, project: str = "default", from_checkpoint_id: str | None = None, **spec: Any
+    store: Store,
+    doorbell: Doorbell,
+    *,
+    project: str = "default",
+    parent_id: str | None = None,
+    from_checkpoint_id: str | None = None,
+    **spec: Any,
 ) -> Job:
     """A queued job; keywords replace sections of the spec."""
     parsed: Any = TypeAdapter(JobSpec).validate_python({**SPEC, **spec})
@@ -39,9 +45,16 @@ def make_job(
         from_checkpoint_id=from_checkpoint_id,
         estimates={},
     )
-    return create_job(store, doorbell, project=project, sent={**SPEC, **spec}, resolved=resolved)
+    sent = {**SPEC, **spec}
+    return create_job(store, doorbell, project=project, sent=sent, resolved=resolved, parent_id=parent_id)
 
 
 @pytest.fixture
 def new_job(store: Store, doorbell: Doorbell) -> NewJob:
     return lambda **spec: make_job(store, doorbell, **spec)
+
+
+@pytest.fixture
+def job_maker() -> NewJob:
+    """For tests that bring a store and a doorbell of their own."""
+    return make_job

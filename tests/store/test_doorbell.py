@@ -12,6 +12,7 @@ import redis
 from kombu.connection import Connection
 from pydantic import SecretStr
 
+from service import doorbell
 from service.doorbell import RING_TASK, Doorbell, Signals, celery_app, kombu_url, queue_name, redis_py_url
 from service.settings import Settings
 
@@ -132,6 +133,24 @@ def test_the_same_with_a_redis_that_hangs(own_redis: OwnRedis) -> None:
     finally:
         own_redis.thaw()
     assert bell.ring("job_1", "any")
+
+
+def test_a_redis_that_hangs_holds_a_training_loop_up_once_and_not_at_every_step(
+    own_redis: OwnRedis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doorbell, "HUSH_S", 2.0)
+    bell = Doorbell(settings_for(own_redis.url))
+    assert bell.signal("job_1", "events")
+    own_redis.freeze()
+    try:
+        assert bell.signal("job_1", "events") is False
+        started = time.monotonic()
+        assert [bell.signal("job_1", "events") for _ in range(100)] == [False] * 100
+        assert time.monotonic() - started < 1
+    finally:
+        own_redis.thaw()
+    time.sleep(2)
+    assert bell.signal("job_1", "events"), "it is tried again"
 
 
 def test_a_flush_loses_rings_and_nothing_else(own_redis: OwnRedis) -> None:

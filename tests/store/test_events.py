@@ -106,7 +106,7 @@ def test_the_log_has_no_gaps_and_tells_a_legal_path_whoever_races(
                 if wish == "pause":
                     leases.pause(store, claimed[0])
                 else:
-                    leases.release(store, claimed[0], "next", failure=draw.choice([None, Failure("x", "y", retryable=True)]))
+                    leases.release(store, claimed[0], "next", failure=draw.choice([None, Failure("io_error", "y")]))
 
     def owner(name: str) -> None:
         draw = random.Random(name)

@@ -18,7 +18,7 @@ from service.store.session import Store
 from service.store.tables import Job
 
 NewJob = Callable[..., Job]
-FAILURE = Failure("grader_down", "it does not answer", category="infra", retryable=True)
+FAILURE = Failure("store_unavailable", "it does not answer")
 
 
 def checkpoint(step: int, *, best: float | None = None) -> CheckpointRow:
@@ -275,7 +275,7 @@ def test_success_keeps_its_result_and_failure_its_error(store: Store, settings: 
     assert claimed is not None
     leases.commit_step(store, claimed[0], 7, {})
     leases.set_phase(store, claimed[0], Phase.GRADING)
-    leases.fail(store, claimed[0], Failure("prompt_too_long", "300 > 128", "user", hint="shorten it"), {"steps": 7})
+    leases.fail(store, claimed[0], Failure("prompt_too_long", "300 > 128", hint="shorten it"), {"steps": 7})
     job = read(store, claimed[0])
     assert job.error == {
         "code": "prompt_too_long",
@@ -296,10 +296,19 @@ def test_retryable_failures_are_retried_until_they_are_too_many(store: Store, se
     for status in ("queued", "queued", "failed"):
         claimed = leases.claim(store, settings, "w", {"any"})
         assert claimed is not None
-        assert leases.release(store, claimed[0], "grader_down", failure=FAILURE) == status
+        assert leases.release(store, claimed[0], "store_unavailable", failure=FAILURE) == status
     with store.begin(readonly=True) as session:
         ended = jobs.get(session, "default", job.id)
-    assert (ended.attempt, ended.retries, ended.error and ended.error["code"]) == (3, 3, "grader_down")
+    assert (ended.attempt, ended.retries, ended.error and ended.error["code"]) == (3, 3, "store_unavailable")
+
+
+def test_faults_with_a_checkpoint_between_them_are_not_added_up(store: Store, settings: Settings, new_job: NewJob) -> None:
+    new_job(limits={"max_attempts": 2})
+    for step in range(1, 6):
+        claimed = leases.claim(store, settings, "w", {"any"})
+        assert claimed is not None
+        leases.commit_checkpoint(store, claimed[0], checkpoint(step))
+        assert leases.release(store, claimed[0], "grader_down", failure=FAILURE) == "queued"
 
 
 def test_draining_costs_no_attempt(store: Store, settings: Settings, new_job: NewJob) -> None:
@@ -329,3 +338,32 @@ def test_a_lost_worker_gives_back_all_that_it_held_and_nothing_else(
         ("running", "claimed", 0),
     ]
     assert doorbell.waiting("any") == 3 + 2  # rung when they were made, and again
+
+
+# ---------------------------------------------------------------- a write whose answer was lost
+
+
+def test_a_step_that_was_taken_is_not_told_again(store: Store, held: Lease) -> None:
+    leases.commit_step(store, held, 1, {"loss": 1.0}, again=True)
+    leases.commit_step(store, held, 1, {"loss": 1.0}, again=True)
+    assert [data["step"] for data in told(store, held, "step")] == [1]
+    leases.commit_step(store, held, 1, {"loss": 2.0})
+    assert len(told(store, held, "step")) == 2, "only a repetition that says so is one"
+
+
+def test_a_step_of_an_earlier_attempt_is_written_anew(store: Store, settings: Settings, held: Lease) -> None:
+    leases.commit_step(store, held, 1, {"loss": 1.0})
+    leases.release(store, held, "lost")
+    claimed = leases.claim(store, settings, "w2", {"any"})
+    assert claimed is not None
+    leases.commit_step(store, claimed[0], 1, {"loss": 1.0}, again=True)
+    assert len(told(store, held, "step")) == 2
+
+
+def test_a_checkpoint_that_was_taken_is_not_taken_again(store: Store, held: Lease) -> None:
+    row = checkpoint(3)
+    leases.commit_checkpoint(store, held, row)
+    leases.commit_checkpoint(store, held, row)
+    with store.begin(readonly=True) as session:
+        assert [one.id for one in checkpoints.of_job(session, held.job_id)] == [row.id]
+    assert len(told(store, held, "checkpoint_saved")) == 1

@@ -4,10 +4,11 @@ from datetime import datetime, timedelta, timezone
 from threading import Thread
 
 import pytest
-from sqlalchemy import select, update
+from sqlalchemy import select, text, update
 from sqlalchemy.exc import DBAPIError, IntegrityError, StatementError
 
 from service.ids import utcnow
+from service.settings import Settings
 from service.store import events, jobs, keys
 from service.store.session import Store, make_engine
 from service.store.tables import ApiKey, Event, Job
@@ -93,6 +94,14 @@ def test_sqlite_writers_queue_and_readers_do_not_wait(store: Store) -> None:
         order.append("first writer")
     second.join()
     assert order == ["first writer", "second writer"]
+
+
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+def test_postgres_ends_a_transaction_whose_client_is_frozen_before_a_lease_ends(store: Store, settings: Settings) -> None:
+    """Else its row would stay locked, and every reconciler would wait for it, with all other jobs."""
+    shown = "SELECT extract(epoch FROM current_setting('idle_in_transaction_session_timeout')::interval)"
+    with store.begin(readonly=True) as session:
+        assert 0 < session.execute(text(shown)).scalar_one() < settings.lease_self_stop_s
 
 
 def test_other_databases_are_refused() -> None:

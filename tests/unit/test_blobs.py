@@ -78,3 +78,12 @@ def test_only_temporary_things_can_be_discarded(blobs: Blobs) -> None:
     assert not folder.exists()
     with pytest.raises(ValueError):
         blobs.discard(blobs.commit_dir(blobs.temporary_dir(), "checkpoints/x"))
+
+
+def test_an_attempt_removes_what_earlier_ones_left_and_nothing_else(blobs: Blobs) -> None:
+    earlier = [blobs.temporary_dir(("job_1", attempt)) for attempt in (1, 2, 9)]
+    (earlier[0] / "weights").write_bytes(b"half")
+    kept = [blobs.temporary_dir(attempt) for attempt in [("job_1", 10), ("job_1", 11), ("job_10", 1), ("job_2", 1), None]]
+    blobs.discard_before("job_1", 10)
+    assert [path.exists() for path in earlier] == [False] * 3
+    assert [path.exists() for path in kept] == [True] * 5

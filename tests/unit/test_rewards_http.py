@@ -4,12 +4,14 @@ import hashlib
 import hmac
 import json
 import re
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,11 @@ import pytest
 from pydantic import SecretStr
 
 from service.errors import JobFailed
+from service.jobs.addresses import Networks
 from service.jobs.spec import RewardSpec
 from service.rewards import Graded, Rewards, Sample, http
 
+HERE = (ip_network("127.0.0.0/8"),)  # the operator allows this machine
 Answer = tuple[int, dict[str, str], bytes]
 DOCS = Path(__file__).parents[2] / "docs" / "graders.md"
 
@@ -93,9 +97,11 @@ def sample(completion: str, **row: Any) -> Sample:
     return Sample("2+2=", completion, len(completion), False, row)
 
 
-def grade(url: str, of: list[Sample], secrets: dict[str, SecretStr] | None = None, **options: Any) -> list[Graded]:
+def grade(
+    url: str, of: list[Sample], secrets: dict[str, SecretStr] | None = None, networks: Networks = HERE, **options: Any
+) -> list[Graded]:
     spec = RewardSpec.model_validate({"graders": [{"kind": "http", "url": url, **options}]})
-    with Rewards(spec, job_id="job_test", secrets=secrets or {}) as graders:
+    with Rewards(spec, job_id="job_test", secrets=secrets or {}, networks=networks) as graders:
         return graders.grade(of)
 
 
@@ -150,7 +156,7 @@ def test_a_secret_that_the_operator_has_not_set_is_named(service: Service) -> No
 
 def test_connections_are_kept_from_batch_to_batch(service: Service) -> None:
     spec = RewardSpec.model_validate({"graders": [{"kind": "http", "url": service.url}]})
-    with Rewards(spec, job_id="j", secrets={}) as graders:
+    with Rewards(spec, job_id="j", secrets={}, networks=HERE) as graders:
         graders.grade([sample("a")])
         grader: Any = graders._graders["http"]
         first = grader._client
@@ -305,6 +311,101 @@ def test_secrets_and_query_strings_stay_out_of_errors(service: Service) -> None:
     assert service.url in shown and "hunter2" not in shown and "s3cret" not in shown
 
 
+# ---------------------------------------------------------------- where it may lead
+
+
+def refused(url: str, **options: Any) -> JobFailed:
+    with pytest.raises(JobFailed) as caught:
+        grade(url, [sample("a")], **options)
+    assert caught.value.code == "grader_address_refused"
+    assert caught.value.failure.category == "user" and "RATCHET_GRADER_NETWORKS" in caught.value.detail
+    return caught.value
+
+
+@pytest.fixture
+def resolver(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[list[str]]]:
+    """Names of the tests' own. Each look-up takes the next answer; the last one is repeated."""
+    names: dict[str, list[list[str]]] = {}
+    real = socket.getaddrinfo
+
+    def look_up(host: Any, port: Any, *args: Any, **kwargs: Any) -> Any:
+        if host not in names:
+            return real(host, port, *args, **kwargs)
+        answers = names[host]
+        found = answers.pop(0) if len(answers) > 1 else answers[0]
+        return [(socket.AF_INET6 if ":" in one else socket.AF_INET, socket.SOCK_STREAM, 6, "", (one, port)) for one in found]
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    return names
+
+
+FORMS = ["127.0.0.1", "127.1", "2130706433", "0x7f.1", "localhost", "[::ffff:127.0.0.1]", "[::ffff:7f00:1]"]
+
+
+@pytest.mark.parametrize("host", FORMS)
+def test_this_machine_is_not_reached_in_any_form_of_its_address(service: Service, host: str) -> None:
+    url = service.url.replace("127.0.0.1", host)
+    refused(url, networks=())
+    assert service.requests == []
+    assert grade(url, [sample("ab")])[0].total == 2  # the negative control: allowed, each of them leads there
+
+
+def test_a_name_is_refused_for_any_of_its_addresses(service: Service, resolver: dict[str, list[list[str]]]) -> None:
+    for found in (["127.0.0.1"], ["8.8.8.8", "127.0.0.1"], ["fe80::1"], ["169.254.169.254"], ["::ffff:10.0.0.1"]):
+        resolver["rewards.example.org"] = [found]
+        error = refused(service.url.replace("127.0.0.1", "rewards.example.org"), networks=())
+        assert not any(address in str(vars(error.failure)) for address in found)  # nor is told what stands in an inner DNS
+    assert service.requests == []
+
+
+def test_the_address_that_was_checked_is_reached(service: Service, resolver: dict[str, list[list[str]]]) -> None:
+    """Rebinding: a second look-up would bring this machine, which is forbidden; there must be none."""
+    public = "127.0.0.2"  # stands for a public address: the server listens there, too
+    second = ThreadingHTTPServer((public, int(service.url.split(":")[2].split("/")[0])), service._handler())
+    threading.Thread(target=second.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+    resolver["rebinds.example.org"] = [[public], ["127.0.0.1"]]
+    url = service.url.replace("127.0.0.1", "rebinds.example.org")
+    try:
+        assert grade(url, [sample("ab")], networks=(ip_network(f"{public}/32"),))[0].total == 2
+        assert service.requests[0][0]["host"] == url.split("/")[2]
+        refused(url, networks=(ip_network(f"{public}/32"),))  # the second look-up, of the next batch, is refused as a whole
+    finally:
+        second.shutdown()
+        second.server_close()
+
+
+def test_further_attempts_take_the_next_address(service: Service, resolver: dict[str, list[list[str]]]) -> None:
+    resolver["two.example.org"] = [["127.0.0.9", "127.0.0.1"]]  # nobody listens at the first
+    assert grade(service.url.replace("127.0.0.1", "two.example.org"), [sample("ab")], max_retries=1)[0].total == 2
+
+
+def test_a_name_that_nobody_knows_is_no_fault_of_ours(resolver: dict[str, list[list[str]]]) -> None:
+    assert "not found" in failure("http://nothing.invalid/score", max_retries=0).detail
+
+
+def test_a_proxy_of_the_environment_is_not_used(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would look the name up itself, and reach what is forbidden."""
+    other = Service()
+    try:
+        monkeypatch.setenv("HTTP_PROXY", other.url.rsplit("/", 1)[0])
+        monkeypatch.setenv("ALL_PROXY", other.url.rsplit("/", 1)[0])
+        assert grade(service.url, [sample("ab")])[0].total == 2
+        assert other.requests == []
+    finally:
+        other.close()
+
+
+def test_a_redirect_to_a_forbidden_address_leads_nowhere(service: Service) -> None:
+    inner = Service()
+    try:
+        for status in (301, 302, 303, 307, 308):
+            service.answer = lambda number, body, status=status: (status, {"Location": inner.url}, b"")
+            assert f"status {status}" in failure(service.url, max_retries=0).detail
+        assert inner.requests == []
+    finally:
+        inner.close()
+
+
 # ---------------------------------------------------------------- the example of the docs
 
 
@@ -319,7 +420,8 @@ def test_the_example_service_of_the_docs_works_and_verifies_signatures(tmp_path:
             of = [sample("4", answer="4"), sample("5", answer="4")]
             graded = grade(url, of, {"judge": SecretStr("s3cret")}, secret="judge")
             assert [one.total for one in graded] == [1, 0]
-            for wrong in ({"secret": "judge"}, {}):
+            wrongs: tuple[dict[str, Any], ...] = ({"secret": "judge"}, {})
+            for wrong in wrongs:
                 with pytest.raises(JobFailed, match="status 401"):
                     grade(url, of, {"judge": SecretStr("guessed")}, **wrong)
         finally:

@@ -2,6 +2,7 @@
 
 import os
 import time
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,8 @@ def test_a_grader_that_cannot_grade_is_told_by_sample() -> None:
 def test_a_reward_service_that_is_down_is_tried_once_and_told() -> None:
     http = {"kind": "http", "url": "http://127.0.0.1:9/score", "max_retries": 10, "secret": "judge"}
     began = time.monotonic()
-    done = run_preview(spec(reward={"graders": [http]}), dataset_paths={}, secrets={"judge": SecretStr("s3cret")})
+    here, secrets = (ip_network("127.0.0.0/8"),), {"judge": SecretStr("s3cret")}
+    done = run_preview(spec(reward={"graders": [http]}), dataset_paths={}, secrets=secrets, networks=here)
     assert time.monotonic() - began < 15
     assert "grader_unhealthy" in done.warnings[0] and "after 1 attempt" in done.warnings[0]
     assert "s3cret" not in repr(done) and done.samples[0]["prompt"] == "0+0="

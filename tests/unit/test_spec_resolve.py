@@ -355,12 +355,18 @@ def test_a_dataset_must_be_there_and_belong_to_the_project(trying: Try, world: S
 
 
 def test_a_secret_must_be_set_by_the_operator_and_its_value_is_never_shown(trying: Try) -> None:
-    http = {"kind": "http", "url": "http://localhost:9/"}
+    http = {"kind": "http", "url": "http://rewards.example.org:9/"}
     error = only(trying, but(RL, reward__graders=[{**http, "secret": "juge"}]))
     assert (
         error.pointer == "/reward/graders/0/secret" and "did you mean 'judge'" in error.detail and "s3cret" not in repr(error)
     )
     assert "s3cret" not in json.dumps(trying(but(RL, reward__graders=[{**http, "secret": "judge"}])).spec)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "2130706433", "localhost", "169.254.169.254", "[::ffff:10.0.0.1]"])
+def test_a_grader_on_an_address_that_is_not_public_is_refused_at_once(trying: Try, host: str) -> None:
+    error = only(trying, but(RL, reward__graders=[{"kind": "http", "url": f"http://{host}/"}]))
+    assert (error.pointer, error.code) == ("/reward/graders/0/url", "address_refused")
 
 
 def test_metrics_that_nobody_measures_are_refused(trying: Try) -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from ipaddress import ip_network
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -81,6 +82,7 @@ class Stack:
             "RATCHET_DATA_DIR": str(self.settings.data_dir),
             "RATCHET_DATABASE_URL": self.settings.sql_url,
             "RATCHET_REDIS_URL": self.settings.redis_url.get_secret_value(),
+            "RATCHET_GRADER_NETWORKS": ",".join(map(str, self.settings.grader_networks)),
             "RATCHET_RECONCILE_EVERY_S": "1",
             "RATCHET_DEVICE": "cpu",
             "HF_HUB_OFFLINE": "1",
@@ -160,10 +162,24 @@ def shared(tmp_path_factory: pytest.TempPathFactory, sqlite_template: Path, new_
     data_dir.mkdir()
     shutil.copyfile(sqlite_template, data_dir / "ratchet.db")
     with new_redis() as server:
-        stack = Stack(Settings(environment="development", data_dir=data_dir, redis_url=SecretStr(server.url)), folder)
+        stack = Stack(
+            Settings(
+                environment="development",
+                data_dir=data_dir,
+                redis_url=SecretStr(server.url),
+                grader_networks=(ip_network("127.0.0.0/8"),),
+            ),
+            folder,
+        )
         stack.start_worker()
         yield stack
         stack.stop()
+
+
+@pytest.fixture(scope="session")
+def new_stack() -> type[Stack]:
+    """For fixtures of a wider scope that want one of their own."""
+    return Stack
 
 
 @pytest.fixture

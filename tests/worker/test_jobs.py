@@ -1,7 +1,15 @@
 """Whole jobs on real workers: what a job leaves behind, in what order jobs run, and that nothing is lost with a process."""
 
+import asyncio
+import json
 import os
 import signal
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -9,8 +17,12 @@ import torch
 from sqlalchemy import select, text
 
 from service.jobs import lifecycle
+from service.jobs.objective import ObjectiveSpec
 from service.jobs.state import Status, is_legal
+from service.losses.orders import Answer, Order
+from service.losses.queue import LossQueue
 from service.store.tables import Checkpoint, Event, Job, Metric, Rollout
+from workers.losses.batch import bytes_of
 
 SQLITE = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 
@@ -181,17 +193,84 @@ def test_a_job_ends_early_at_its_target(shared: Any, specs: Any) -> None:
     assert (job.step, job.status_reason) == (0, "target_reached")
 
 
-@pytest.mark.parametrize(
-    ("sections", "code"),
-    [
-        ({"reward": {"graders": [{"kind": "http", "url": "http://127.0.0.1:9/", "max_retries": 0}]}}, "grader_unhealthy"),
-        ({"model": {"source": "nobody/has-this-model"}}, "model_not_found"),
-    ],
-)
-def test_what_cannot_go_on_fails_with_a_named_code_and_a_hint(
-    shared: Any, specs: Any, sections: dict[str, Any], code: str
-) -> None:
-    job = shared.finished(shared.submit(specs.rl(**sections)).id)
+def test_what_cannot_go_on_fails_with_a_named_code_a_hint_and_its_last_log_lines(shared: Any, specs: Any) -> None:
+    job = shared.finished(shared.submit(specs.rl(model={"source": "nobody/has-this-model"})).id)
     assert job.status == "failed" and job.error is not None
-    assert job.error["code"] == code
-    assert job.error["hint"] and job.error["category"] == "user"
+    assert job.error["code"] == "model_not_found"
+    assert job.error["hint"] and (job.error["category"], job.error["phase"], job.error["attempt"]) == ("user", "loading", 1)
+    assert "attempt 1 starts" in job.error["log_tail"][0]
+    assert f"job {job.id} failed" in job.error["log_tail"][-1]
+
+
+def test_a_reward_service_that_is_down_pauses_the_job_which_goes_on_when_it_is_up(shared: Any, specs: Any) -> None:
+    """The port answers when the job is resumed, and the weights are those of a job whose service was never down."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    grader = {"kind": "http", "url": f"http://127.0.0.1:{port}/", "max_retries": 0}
+    spec = specs.rl(reward={"graders": [grader]}, limits={"max_steps": 4}, checkpoints={"every_steps": 100})
+    del spec["data"]["eval"]
+    job_id = shared.submit(spec).id
+    with reward_service(port, until=2 * 16):
+        shared.until(job_id, lambda job: job.step == 2)
+        paused = shared.until(job_id, lambda job: job.status == "paused")
+    assert (paused.status_reason, paused.error["code"], paused.error["phase"]) == ("grader_unhealthy",) * 2 + ("grading",)
+    assert (paused.step, paused.retries, paused.crashes) == (2, 0, 0)
+    with reward_service(port):
+        lifecycle.resume(shared.store, shared.doorbell, "default", job_id)
+        job = shared.succeeded(job_id)
+        assert job.error is None
+        assert_same_weights(shared, job, shared.succeeded(shared.submit(spec).id))
+    assert_each_step_stands_once(shared, job, "reward/mean", range(1, 5))
+    assert_log_is_whole(shared, job)
+
+
+@contextmanager
+def reward_service(port: int, until: int | None = None) -> Iterator[None]:
+    """Rewards even lengths; after `until` samples it answers 500."""
+    graded = 0
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            nonlocal graded
+            samples = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["samples"]
+            up = until is None or graded + len(samples) <= until
+            graded += len(samples)
+            body = json.dumps({"rewards": [float(len(one["completion"]) % 2 == 0) for one in samples]}).encode()
+            self.send_response(200 if up else 500)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: object) -> None: ...  # noqa: A002
+
+    with ThreadingHTTPServer(("127.0.0.1", port), Handler) as server:
+        Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        yield
+        server.shutdown()
+
+
+async def loss_of_one_token(stack: Any, log_prob: float, timeout_s: float) -> float:
+    """As the API asks for it: an order in the queue, a ring, an answer."""
+    queue, deadline = LossQueue(stack.settings), time.time() + timeout_s
+    item = {"index": 0, "objective": ObjectiveSpec(preset="cross_entropy").resolve(), "dtype": "float64", "layout": "padded"}
+    item |= {"return": [], "on_nonfinite": "refuse", "on_singleton": "refuse", "seed": 0, "warnings": []}
+    tensors = {"0/log_probs": bytes_of(torch.tensor([[log_prob]], dtype=torch.float64))}
+    order = Order(f"loss_{deadline}", "default", deadline, False, [item], tensors)
+    try:
+        if await queue.push("default", order.id, order.encode(), deadline):
+            stack.doorbell.ring_losses()
+        while (raw := (await queue.standing("default", order.id)).answer) is None:
+            assert time.time() < deadline, stack.logs()
+            await asyncio.sleep(0.02)
+        return Answer.decode(raw).data[0]["loss"]
+    finally:
+        await queue.close()
+
+
+def test_a_worker_for_everything_answers_losses_between_its_jobs(shared: Any, specs: Any) -> None:
+    job_id = shared.submit(specs.rl(limits={"max_steps": 8})).id
+    shared.until(job_id, lambda job: job.step >= 1)
+    assert asyncio.run(loss_of_one_token(shared, -1.5, timeout_s=60)) == 1.5
+    assert shared.job(job_id).status == "succeeded"  # its turn came when the job was over
+    assert asyncio.run(loss_of_one_token(shared, -2.5, timeout_s=10)) == 2.5
+    shared.succeeded(shared.submit(specs.rl(limits={"max_steps": 1})).id)

@@ -8,12 +8,16 @@ so a process that dies in between repeats the step from the checkpoint before an
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import count
 from time import monotonic
+from typing import Any
 
 from service.doorbell import Doorbell
 from service.errors import JobFailed
-from service.ids import new_id
+from service.failures import CODES
+from service.ids import new_id, utcnow
 from service.jobs import lease as leases
+from service.jobs import moves
 from service.jobs.data import Data
 from service.jobs.lease import CheckpointRow, Lease, RolloutRow
 from service.jobs.spec import RLSpec, SupervisedSpec
@@ -40,12 +44,24 @@ class Stopped(Exception):
         self.wish = wish
 
 
+class BudgetSpent(Exception):
+    """The job, or its project, has nothing left to spend; what was done has been saved."""
+
+
+Event = tuple[str, dict[str, Any]]  # type and data
+
+
 @dataclass(frozen=True)
 class StepResult:
     """What one training step gives to be kept."""
 
     metrics: dict[str, float]
     rollouts: list[RolloutRow] = field(default_factory=list)
+    events: list[Event] = field(default_factory=list)
+
+    def __add__(self, other: "StepResult") -> "StepResult":
+        metrics = {**self.metrics, **other.metrics}
+        return StepResult(metrics, self.rollouts + other.rollouts, self.events + other.events)
 
 
 @dataclass
@@ -70,19 +86,19 @@ class Attempt(Held):
     policy: Policy
     progress: Progress
     saved_at: int | None  # the step of the newest checkpoint
+    budget_spent: bool = False
 
     def phase(self, phase: Phase) -> None:
         """Between pieces of work: says what comes next, and raises LeaseLost for a zombie."""
         self.heartbeat.check(phase)
 
     def count_skipped(self, skipped: bool, step: int) -> None:
-        """Non-finite gradients never reach the weights; too many in a row end the job."""
+        """A loss or gradient that is not finite never reaches the weights; too many in a row end the job."""
         self.progress.skipped_in_a_row = self.progress.skipped_in_a_row + 1 if skipped else 0
         if self.progress.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise JobFailed(
                 "non_finite_loss",
                 f"the gradient was not finite in {MAX_SKIPPED_IN_A_ROW} optimizer steps in a row, up to step {step}",
-                hint="lower optimizer.learning_rate or use model.dtype: float32; the last good checkpoint is kept",
             )
 
 
@@ -98,12 +114,11 @@ def drive(attempt: Attempt, step: Step, evaluate: Evaluate) -> str:
     ended = progress.reason_to_stop(spec.early_stopping)
     while ended is None and progress.step < spec.limits.max_steps:
         _obey(attempt)
-        _within_runtime(attempt)
-        result = step(attempt, progress.step + 1)
-        progress.step += 1
+        _in_time(attempt)
+        result = _step(attempt, step)
         if attempt.data.eval is not None and _is_due(progress.step, spec.eval.every_steps, spec.limits.max_steps):
             evaluation = _evaluation(attempt, evaluate)
-            result = StepResult({**result.metrics, **evaluation.metrics}, result.rollouts + evaluation.rollouts)
+            result = result + evaluation
         _commit(attempt, result)
         ended = progress.reason_to_stop(spec.early_stopping)
         if ended is None and progress.step < spec.limits.max_steps and progress.step % spec.checkpoints.every_steps == 0:
@@ -112,20 +127,49 @@ def drive(attempt: Attempt, step: Step, evaluate: Evaluate) -> str:
     return ended or "max_steps"
 
 
+def _step(attempt: Attempt, step: Step) -> StepResult:
+    """The next step. When the job has to pause before anything was learnt in it, what came before is saved."""
+    try:
+        result = step(attempt, attempt.progress.step + 1)
+    except JobFailed as failed:
+        if CODES[failed.code].pauses and attempt.heartbeat.phase in (Phase.SAMPLING, Phase.GRADING):
+            save(attempt)
+            attempt.heartbeat.phase = Phase.GRADING
+        raise
+    attempt.progress.step += 1
+    return result
+
+
 def save(attempt: Attempt, *, final: bool = False) -> None:
     """Write a checkpoint so that it is either wholly there or not at all, then point the job at it."""
     if attempt.saved_at == attempt.progress.step and not final:
         return
     attempt.phase(Phase.SAVING)
+    keep, row = attempt.spec.checkpoints, _write(attempt, final=final)
+    spent = attempt.heartbeat.meter.take()
+    attempt.heartbeat.patiently(lambda: leases.commit_checkpoint(attempt.store, attempt.lease, row, spent=spent))
+    for path in attempt.heartbeat.patiently(lambda: leases.retain(attempt.store, attempt.lease, keep)):
+        attempt.store.blobs.delete(path)
+    attempt.saved_at = attempt.progress.step
+    log.info("job %s: checkpoint %s at step %d", attempt.job.id, row.id, attempt.saved_at)
+    attempt.doorbell.signal(attempt.job.id, "events")
+
+
+def _write(attempt: Attempt, *, final: bool) -> CheckpointRow:
+    """The folder, in the blob store. What could not be written whole is removed at once: the disk may be full."""
     blobs, progress, checkpoint_id = attempt.store.blobs, attempt.progress, new_id("ckpt")
-    folder = blobs.temporary_dir()
-    attempt.policy.save(folder)
-    progress.save(folder)
-    manifest_sha256 = write_manifest(folder)
-    size_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     relative = f"checkpoints/{attempt.job.id}/{checkpoint_id}"
-    blobs.commit_dir(folder, relative)
-    row = CheckpointRow(
+    folder = blobs.temporary_dir((attempt.job.id, attempt.lease.attempt))
+    try:
+        attempt.policy.save(folder)
+        progress.save(folder)
+        manifest_sha256 = write_manifest(folder)
+        size_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        blobs.commit_dir(folder, relative)
+    except BaseException:
+        blobs.discard(folder)
+        raise
+    return CheckpointRow(
         id=checkpoint_id,
         step=progress.step,
         adapter=attempt.policy.adapter,
@@ -137,11 +181,6 @@ def save(attempt: Attempt, *, final: bool = False) -> None:
         has_optimizer=True,
         is_final=final,
     )
-    leases.commit_checkpoint(attempt.store, attempt.lease, row)
-    for path in leases.retain(attempt.store, attempt.lease, attempt.spec.checkpoints):
-        blobs.delete(path)
-    attempt.saved_at = progress.step
-    attempt.doorbell.signal(attempt.job.id, "events")
 
 
 def _is_due(step: int, every: int, last: int) -> bool:
@@ -157,30 +196,50 @@ def _evaluation(attempt: Attempt, evaluate: Evaluate) -> StepResult:
 
 
 def _commit(attempt: Attempt, result: StepResult) -> None:
-    step = attempt.progress.step
-    events = []
+    step, events = attempt.progress.step, [*result.events]
     if attempt.progress.evaluated_at == step:
         events.append(("evaluation", {"step": step, "metrics": attempt.progress.last}))
-    leases.commit_step(attempt.store, attempt.lease, step, result.metrics, result.rollouts, events)
+    spent, tries = attempt.heartbeat.meter.take(), count()
+
+    def commit() -> bool:
+        return leases.commit_step(
+            attempt.store,
+            attempt.lease,
+            step,
+            result.metrics,
+            result.rollouts,
+            events,
+            spent=spent,
+            again=next(tries) > 0,
+        )
+
+    attempt.budget_spent = attempt.heartbeat.patiently(commit)
     attempt.doorbell.signal(attempt.job.id, "events")
 
 
 def _obey(attempt: Attempt) -> None:
     wish = attempt.heartbeat.check()
     if wish is None:
+        if attempt.budget_spent:
+            save(attempt)
+            raise BudgetSpent
         return
     if wish is not Wish.CANCEL:
         save(attempt)
     raise Stopped(wish)
 
 
-def _within_runtime(attempt: Attempt) -> None:
+def _in_time(attempt: Attempt) -> None:
     allowed = attempt.spec.limits.max_runtime_s
     spent = attempt.job.run_s + (monotonic() - attempt.heartbeat.started)
+    late = attempt.job.deadline_at is not None and utcnow() > attempt.job.deadline_at
+    if late:
+        save(attempt)
+        failed = moves.deadline(attempt.job)
+        raise JobFailed(failed.code, failed.detail)
     if spent > allowed:
         save(attempt)
         raise JobFailed(
             "max_runtime",
             f"the job ran for {spent:.0f} s, allowed are {allowed:.0f} s (limits.max_runtime_s)",
-            hint="fork the job from its last checkpoint with a larger limit",
         )

@@ -15,8 +15,9 @@ from torch import Tensor
 from service.jobs.data import prompt_indices
 from service.jobs.spec import RLSpec
 from service.jobs.state import Phase
-from workers.loops.attempt import Attempt, StepResult
-from workers.loops.sampling import Group, reward_metrics, rollout_rows, sample_and_grade, sampling_of
+from workers.loops.attempt import Attempt, Event, StepResult
+from workers.loops.sampling import Group, reward_errors, reward_metrics, rollout_rows, sample_and_grade, sampling_of
+from workers.loops.suspects import Suspects, step_skipped
 from workers.objectives.advantage import without_spread
 from workers.objectives.metrics import Metrics
 from workers.objectives.objective import Objective
@@ -53,10 +54,13 @@ def step(attempt: Attempt, step: int) -> StepResult:
     updating = perf_counter()
     attempt.phase(Phase.UPDATING)
     experience, metrics = gather(attempt, objective, groups)
-    metrics |= update(attempt, objective, experience, step)
+    numbers = [rows.number(i) for i in indices]
+    updated, events = update(attempt, objective, experience, step, numbers)
+    metrics |= updated
     ended = perf_counter()
     sampled = sum(len(completion.tokens) for group in groups for completion in group.completions)
     trained = int(experience.response_mask.sum()) * spec.update.epochs
+    attempt.heartbeat.meter.trained(trained)
     metrics |= reward_metrics(groups) | {
         "tokens/sampled": float(sampled),
         "tokens/trained": float(trained),
@@ -66,7 +70,7 @@ def step(attempt: Attempt, step: int) -> StepResult:
     }
     logged = step % spec.log_rollouts.every_steps == 0 or step in (1, spec.limits.max_steps)
     kept = groups[: spec.log_rollouts.groups] if logged else []
-    return StepResult(metrics, rollout_rows(attempt, kept, "train", step))
+    return StepResult(metrics, rollout_rows(attempt, kept, "train", step), events + reward_errors(groups, step))
 
 
 def gather(attempt: Attempt, objective: Objective, groups: Sequence[Group]) -> tuple[Experience, dict[str, float]]:
@@ -107,11 +111,16 @@ def gather(attempt: Attempt, objective: Objective, groups: Sequence[Group]) -> t
     return experience, metrics
 
 
-def update(attempt: Attempt, objective: Objective, experience: Experience, step: int) -> dict[str, float]:
-    """`minibatches x epochs` optimizer steps on one rollout; metrics are over all of them."""
+def update(
+    attempt: Attempt, objective: Objective, experience: Experience, step: int, numbers: Sequence[int]
+) -> tuple[dict[str, float], list[Event]]:
+    """`minibatches x epochs` optimizer steps on one rollout; metrics are over all of them.
+
+    `numbers` are the places of the groups' rows in their source, for events about steps that were skipped.
+    """
     spec, policy, e = attempt.spec, attempt.policy, experience
     assert isinstance(spec, RLSpec)
-    measured, norms, skipped, rate = Metrics(), list[float](), 0, 0.0
+    measured, norms, events, rate, size = Metrics(), list[float](), list[Event](), 0.0, spec.rollout.group_size
     for number, chosen in enumerate(minibatches(len(e.sequences), spec, step)):
         rows = torch.tensor(chosen, device=e.old_log_probs.device)
         width = int(max(len(e.sequences[i].completion) for i in chosen))  # as the policy pads these rows
@@ -131,11 +140,13 @@ def update(attempt: Attempt, objective: Objective, experience: Experience, step:
         )
         measured += prepared.metrics
 
-        def loss(log_probs: Tensor, index: Tensor, prepared: Prepared = prepared) -> Tensor:
+        suspects = Suspects()
+
+        def loss(log_probs: Tensor, index: Tensor, prepared: Prepared = prepared, suspects: Suspects = suspects) -> Tensor:
             nonlocal measured
             value, outputs = objective.loss(log_probs, **prepared.rows(index))
             measured += outputs.metrics
-            return value
+            return suspects.watch(value, log_probs, index)
 
         policy.accumulate(
             [e.sequences[i] for i in chosen],
@@ -145,17 +156,21 @@ def update(attempt: Attempt, objective: Objective, experience: Experience, step:
         )
         outcome = policy.step()
         attempt.count_skipped(bool(outcome["skipped"]), step)
-        skipped += bool(outcome["skipped"])
+        if outcome["skipped"]:
+            cause, local = suspects.name()
+            named = [{"row": numbers[chosen[i] // size], "group": chosen[i] // size, "sample": chosen[i] % size} for i in local]
+            events.append(step_skipped(step, number, cause, named))
         rate = outcome["learning_rate"]
         norms.append(outcome["grad_norm"])
         attempt.phase(Phase.UPDATING)
     finished = measured.finish()
     finished["policy/loss"] /= len(norms)  # the mean over optimizer steps; parts of one step add up
-    return finished | {
+    finished |= {
         "optimizer/grad_norm": fmean(norms),
         "optimizer/learning_rate": rate,
-        "optimizer/skipped": float(skipped),
+        "optimizer/skipped": float(len(events)),
     }
+    return finished, events
 
 
 def pad(rows: Sequence[Sequence[float]], like: Tensor) -> Tensor:

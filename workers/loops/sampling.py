@@ -10,9 +10,11 @@ from service.jobs.lease import RolloutRow
 from service.jobs.spec import RewardSpec, RLSpec
 from service.jobs.state import Phase
 from service.rewards import Graded, Sample
-from workers.loops.attempt import Attempt
+from workers.loops.attempt import Attempt, Event
 from workers.policy.policy import Completion
 from workers.seeds import derive
+
+REPORTED = 32  # samples in one event
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,7 @@ def sample_and_grade(
         stop=sampling.stop,
         seed=derive(attempt.spec.seed, attempt.progress.step, sampling.purpose),
     )
+    attempt.heartbeat.meter.sampled(sum(len(answer.tokens) for group in answers for answer in group))
     attempt.phase(Phase.GRADING)
     assert attempt.rewards is not None and attempt.spec.reward is not None
     samples = [
@@ -87,16 +90,16 @@ def sample_and_grade(
 
 
 def settle_errors(spec: RewardSpec, graded: Sequence[Graded]) -> list[float | None]:
-    """Apply `on_error` to the samples that could not be graded; too many of them end the job."""
+    """Apply `on_error` to the samples that could not be graded; too many of them pause the job."""
     failed = [one for one in graded if one.total is None]
     if failed:
         rate, first = len(failed) / len(graded), next(iter(failed[0].errors.items()), ("?", "no reward"))
-        if spec.on_error == "fail" or rate > spec.max_error_rate:
+        detail = f"{len(failed)} of {len(graded)} samples could not be graded; the first: {first[0]}: {first[1]}"
+        if spec.on_error == "fail":
+            raise JobFailed("sample_not_graded", detail, pointer="/reward/on_error")
+        if rate > spec.max_error_rate:
             raise JobFailed(
-                "grader_unhealthy",
-                f"{len(failed)} of {len(graded)} samples could not be graded; the first: {first[0]}: {first[1]}",
-                hint="mend the grader, then fork the job; reward.on_error and reward.max_error_rate say how much is tolerated",
-                pointer="/reward",
+                "grader_unhealthy", f"{detail} (reward.max_error_rate is {spec.max_error_rate:g})", pointer="/reward"
             )
     if spec.on_error == "zero":
         return [0.0 if one.total is None else one.total for one in graded]
@@ -119,6 +122,19 @@ def reward_metrics(groups: Iterable[Group]) -> dict[str, float]:
     metrics["completion/length_mean"] = fmean(len(completion.tokens) for completion in completions)
     metrics["completion/truncated_fraction"] = fmean(completion.finish_reason == "length" for completion in completions)
     return metrics
+
+
+def reward_errors(groups: Sequence[Group], step: int) -> list[Event]:
+    """One event about the samples of a step that could not be graded, each with where it is and why; none when all could."""
+    failed = [
+        {"group": g, "sample": i, "errors": one.errors}
+        for g, group in enumerate(groups)
+        for i, one in enumerate(group.graded)
+        if one.total is None
+    ]
+    samples = sum(len(group.graded) for group in groups)
+    told = {"step": step, "count": len(failed), "samples": samples, "failed": failed[:REPORTED]}
+    return [("reward_errors", told)] if failed else []
 
 
 def rollout_rows(attempt: Attempt, groups: Sequence[Group], split: str, step: int) -> list[RolloutRow]:

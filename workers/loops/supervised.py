@@ -10,7 +10,8 @@ from service.errors import JobFailed
 from service.jobs.data import Rows, prompt_indices
 from service.jobs.spec import SupervisedSpec
 from service.jobs.state import Phase
-from workers.loops.attempt import Attempt, StepResult
+from workers.loops.attempt import Attempt, Event, StepResult
+from workers.loops.suspects import Suspects, step_skipped
 from workers.policy.policy import Sequence as TokenSequence
 
 ROWS_AT_ONCE = 256
@@ -27,12 +28,19 @@ def step(attempt: Attempt, step: int) -> StepResult:
     batch = encode(attempt, rows, indices)
     tokens = sum(len(sequence.completion) for sequence in batch)
 
+    suspects, events = Suspects(), list[Event]()
+
     def mean_nll(log_probs: Tensor, index: Tensor) -> Tensor:
-        return -(log_probs * _mask(batch, index, log_probs)).sum() / tokens
+        share = -(log_probs * _mask(batch, index, log_probs)).sum() / tokens
+        return suspects.watch(share, log_probs, index)
 
     loss = attempt.policy.accumulate(batch, mean_nll, microbatch_tokens=spec.update.microbatch_tokens)
     update = attempt.policy.step()
     attempt.count_skipped(bool(update["skipped"]), step)
+    if update["skipped"]:
+        cause, local = suspects.name()
+        events.append(step_skipped(step, 0, cause, [{"row": rows.number(indices[i])} for i in local]))
+    attempt.heartbeat.meter.trained(tokens)
     elapsed = perf_counter() - started
     return StepResult(
         {
@@ -43,7 +51,8 @@ def step(attempt: Attempt, step: int) -> StepResult:
             "tokens/trained": float(tokens),
             "perf/update_tokens_per_s": tokens / elapsed,
             "perf/step_s": elapsed,
-        }
+        },
+        events=events,
     )
 
 

@@ -215,11 +215,11 @@ def groups_of(
 
 
 def zero_variance_groups(rewards: Tensor, group_ids_B: Tensor, valid_B: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """How many groups have equal rewards only, and how many groups there are (groups without a valid row aside)."""
+    """One flag a group, at its first valid row: whether its rewards are all equal, and that it is a group. Both [B]."""
     groups = groups_of(rewards, group_ids_B, valid_B=valid_B)
-    flat_B = without_spread(rewards, group_ids_B, valid_B) & groups.valid_B
-    counts = [group_sum(rows_B.double(), groups.index_B, groups.count) > 0 for rows_B in (flat_B, groups.valid_B)]
-    return counts[0].sum(), counts[1].sum()
+    row_B = torch.arange(len(groups.index_B), dtype=torch.float64, device=rewards.device)
+    first_B = groups.valid_B & (row_B == groups.extreme_B(row_B, "amin"))
+    return first_B & without_spread(rewards, group_ids_B, valid_B), first_B
 
 
 def without_spread(rewards: Tensor, group_ids_B: Tensor, valid_B: Tensor | None = None) -> Tensor:

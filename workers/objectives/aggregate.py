@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from workers.objectives.tensors import group_indices, group_sum
+from workers.objectives.tensors import group_indices, group_sum, ones_of, tokens_of
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,7 @@ def weights(
     `length_power` multiplies each row's weight by n_i to that power (LUSPO, arXiv 2602.05261: 1). `longest` is the longest
     possible answer, by default T.
     """
-    ones_B_T = mask_B_T.to(dtype)
-    tokens_B = mask_B_T.sum(dim=1).double()
+    tokens_B = tokens_of(mask_B_T).double()
     counts = Counts(
         tokens_B=tokens_B,
         tokens=tokens_B.sum(),
@@ -95,4 +94,4 @@ def weights(
     weights_B = AGGREGATES[kind](counts, **parameters)
     if length_power:
         weights_B = weights_B * tokens_B.clamp(min=1).pow(length_power)
-    return ones_B_T * weights_B.to(dtype).unsqueeze(1)
+    return ones_of(mask_B_T, dtype).mul_(weights_B.to(dtype).unsqueeze(1))

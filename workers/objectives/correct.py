@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from workers.objectives import ratio
-from workers.objectives.tensors import bounded_exp, lengths_of, neutral
+from workers.objectives.tensors import bounded_exp, neutral, tokens_of
 
 
 def over_tokens(weights: Tensor, mask_B_T: Tensor) -> Tensor:
@@ -20,8 +20,9 @@ def over_tokens(weights: Tensor, mask_B_T: Tensor) -> Tensor:
 
 
 def over_sequences(weights: Tensor, mask_B_T: Tensor) -> Tensor:
-    means_B_1 = neutral(weights, mask_B_T).sum(dim=1, keepdim=True) / lengths_of(mask_B_T, weights.dtype)
-    return means_B_1.sum() / mask_B_T.any(dim=1).sum().clamp(min=1)
+    lengths_B = tokens_of(mask_B_T)
+    means_B = neutral(weights, mask_B_T).sum(dim=1) / lengths_B.clamp(min=1)
+    return means_B.sum() / (lengths_B > 0).sum().clamp(min=1)
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def correction(
     `weigh` false keeps the mask and sets what is left to 1; `normalize` divides by the step's mean weight, over tokens or
     over sequences as the level has it.
     """
-    raw = bounded_exp(LEVELS[level].pool(difference_B_T, mask_B_T, segments_B_T)).expand_as(mask_B_T)
+    raw = bounded_exp(LEVELS[level].pool(difference_B_T, ratio.Answers.of(mask_B_T, segments_B_T))).expand_as(mask_B_T)
     weights, truncated, masked = ACTIONS[action](raw, cap=cap, low=low, high=high)
     if not weigh:
         weights = (~masked).to(raw.dtype)
@@ -95,9 +96,9 @@ def correction(
 
 
 @torch.no_grad()
-def fresh(delta_B_T: Tensor, advantages_B_T: Tensor, mask_B_T: Tensor, *, sequence_delta: float) -> Tensor:
+def fresh(delta_B_T: Tensor, advantages_B_T: Tensor, answers: ratio.Answers, *, sequence_delta: float) -> Tensor:
     """Tokens that stay: all but those with A < 0 in sequences whose mean of log p_old - log p exceeds the bound. [B, T]
 
     `delta_B_T` is log p - log p_old. The policy has already moved away from such answers (DeepSeek-V3.2, arXiv 2512.02556).
     """
-    return ~((advantages_B_T < 0) & (-ratio.sequence(delta_B_T, mask_B_T) > sequence_delta))
+    return ~((advantages_B_T < 0) & (-ratio.sequence(delta_B_T, answers) > sequence_delta))

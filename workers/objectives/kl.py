@@ -4,6 +4,7 @@ x = log p - log p_ref [B, T], 0 where masked. The estimators are Schulman's (htt
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +24,24 @@ def k2(x: Tensor) -> Tensor:
 
 def k3(x: Tensor) -> Tensor:
     """exp(-x) + x - 1. Unbiased and never negative (GRPO). Of tiny x it is a tiny difference: expm1 keeps its digits."""
-    return torch.expm1((-x).clamp(max=MAX_LOG_RATIO)) + x
+    return _K3.apply(x)  # pyright: ignore[reportReturnType]
+
+
+class _K3(torch.autograd.Function):
+    """k3 with its derivative, 1 - exp(-x), in three passes; of the bounded exponential it is 1 beyond the bound."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        grown = torch.neg(x).clamp_(max=MAX_LOG_RATIO).expm1_()
+        ctx.save_for_backward(x, grown)
+        return grown + x
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        x, grown = ctx.saved_tensors
+        through_exp = torch.addcmul(grads[0], grads[0], grown)
+        torch.ops.aten.hardtanh_backward.grad_input(through_exp, x, -MAX_LOG_RATIO, torch.inf, grad_input=through_exp)
+        return through_exp.neg_().add_(grads[0])
 
 
 def absolute(x: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ float32 or better. Inside, a quantity that is constant over a sequence stays [B,
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,12 +32,11 @@ from torch import Tensor
 
 from workers.objectives import advantage, aggregate, correct, kl, select
 from workers.objectives.metrics import Metrics, Reductions
+from workers.objectives.moved import Moved, needed
 from workers.objectives.outputs import LossOutputs
-from workers.objectives.ratio import RATIOS, chunks
+from workers.objectives.ratio import RATIOS, Answers, chunks
 from workers.objectives.surrogate import PICKS, SURROGATES, Terms
-from workers.objectives.tensors import bits_of, bounded_exp, by_column, neutral
-
-LOG_PROBS = ("old_log_probs", "rollout_log_probs", "ref_log_probs")
+from workers.objectives.tensors import bounded_exp, by_column, neutral, tokens_of
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,7 @@ class Objective:
         """The rewards [B] less coef times the answer's KL, where the KL is placed in the reward; else as they are."""
         if self.kl_axis["place"] != "reward":
             return rewards_B
-        reference = _needed({"ref_log_probs": ref_log_probs, "rollout_log_probs": rollout_log_probs}, self.kl_reference)
+        reference = needed({"ref_log_probs": ref_log_probs, "rollout_log_probs": rollout_log_probs}, self.kl_reference)
         x = neutral(old_log_probs.double() - reference.double(), response_mask.bool())
         return rewards_B - kl.in_reward(x, estimator=self.kl_axis["estimator"], coef=self.kl_axis["coef"]).to(rewards_B.dtype)
 
@@ -105,11 +104,14 @@ class Objective:
         )
 
     def group_metrics(self, rewards: Tensor, group_ids_B: Tensor, valid: Tensor | None = None) -> Metrics:
-        """How many groups there are, and how many of them teach nothing because all their rewards are equal."""
+        """How many groups there are, and how many of them teach nothing because all their rewards are equal.
+
+        A group is counted at its first valid row, so the metrics can be split by items whose group ids differ.
+        """
         metrics = Metrics()
-        flat, groups = advantage.zero_variance_groups(rewards, group_ids_B, valid)
-        metrics.add("sum", "batch/groups", groups)
-        metrics.add("sum", "batch/zero_variance_groups", flat)
+        flat_B, groups_B = advantage.zero_variance_groups(rewards, group_ids_B, valid)
+        metrics.add("sum", "batch/groups", groups_B)
+        metrics.add("sum", "batch/zero_variance_groups", flat_B)
         return metrics
 
     def select(
@@ -174,13 +176,17 @@ class Objective:
         if dtype is None:
             first = next((values for values in given.values() if values is not None), advantages)
             dtype = torch.promote_types(first.dtype, torch.float32)
-        weights = self.weights(mask if selected is None else mask & selected.bool(), group_ids, longest, dtype)
-        metrics.add("sum", "batch/masked_rows", (~mask.any(dim=1)).sum())
+        counted = mask if selected is None else mask & selected.bool()
+        weights = self.weights(counted, group_ids, longest, dtype)
+        lengths_B = tokens_of(mask)
+        metrics.add("sum", "batch/masked_rows", lengths_B == 0)
         tensors: dict[str, Tensor | None] = {
             **given,
             "advantages": advantages,
             "response_mask": mask,
             "weights": weights,
+            "lengths": lengths_B,
+            "counts": lengths_B if selected is None else tokens_of(counted),
             "segment_ids": segment_ids,
             "entropy": entropy,
             "correction": self._correction(given, mask, segment_ids, weights, metrics),
@@ -204,8 +210,8 @@ class Objective:
         axis, wanted = self.correct_axis, self.correct_axis["action"] in correct.ACTIONS
         if not wanted and (given["old_log_probs"] is None or given["rollout_log_probs"] is None):
             return None
-        old = _needed(given, "old_log_probs").to(weights.dtype)
-        difference = neutral(old - _needed(given, "rollout_log_probs").to(weights.dtype), mask)
+        old = needed(given, "old_log_probs").to(weights.dtype)
+        difference = neutral(old - needed(given, "rollout_log_probs").to(weights.dtype), mask)
         measured = Reductions(weights != 0, weights.dtype, metrics)
         measured.kl("rollout/approx_kl", -difference)
         measured.effective("rollout/effective_samples", bounded_exp(difference))
@@ -236,77 +242,73 @@ class Objective:
         correction: Tensor | None = None,
         picked: Tensor | None = None,
         entropy: Tensor | None = None,
+        lengths: Tensor | None = None,
+        counts: Tensor | None = None,
     ) -> tuple[Tensor, LossOutputs]:
         """The rows' share of the step's loss (a scalar with a graph, to be minimised) and what it was made of.
 
         Raises ValueError when a tensor is missing that an axis needs. Of an empty or fully masked batch the loss is 0, with a
-        graph. Where `weights` is 0 a token only takes part in its sequence's ratio.
+        graph. Where `weights` is 0 a token only takes part in its sequence's ratio. `lengths` [B] are the tokens of each row
+        under the mask, `counts` [B] those with a weight; who does not know them need not give them.
         """
-        dtype = torch.promote_types(log_probs.dtype, torch.float32)
-        mask = response_mask.bool()
-        counted = weights != 0
-        given = zip(LOG_PROBS, (old_log_probs, rollout_log_probs, ref_log_probs), strict=True)
-        bits = bits_of(mask, dtype)
-        known = {name: neutral(values.to(dtype), mask, bits) for name, values in given if values is not None}
-        policy = neutral(log_probs.to(dtype), mask, bits)
-
-        terms, log_ratio = self._terms(policy, known, advantages, mask, counted, segment_ids, picked)
+        others = {"old_log_probs": old_log_probs, "rollout_log_probs": rollout_log_probs, "ref_log_probs": ref_log_probs}
+        moved = Moved(log_probs, others, response_mask.bool())
+        segments = segment_ids if self.chunk is None else chunks(moved.mask, self.chunk)
+        answers = Answers(moved.mask, tokens_of(moved.mask) if lengths is None else lengths, segments)
+        counts_B = tokens_of(weights != 0) if counts is None else counts
+        terms, log_ratio = self._terms(moved, answers, advantages, weights, counts_B, picked)
         bounded = self.surrogate(terms, **self.surrogate_parameters)
-        token_loss = self._corrected(bounded.loss, correction, terms, known)
-        if self.kl_axis["place"] == "loss":
-            x = policy - _needed(known, self.kl_reference)
-            penalty = kl.penalty(x, terms.ratio, estimator=self.kl_axis["estimator"], gradient=self.kl_axis["gradient"])
-            token_loss = token_loss + self.kl_axis["coef"] * penalty
-        loss_B = (token_loss * weights).sum(dim=1)
-        outputs = LossOutputs(token_loss, terms, log_ratio, bounded, mask, weights, ~loss_B.detach().isfinite())
-        loss = loss_B.sum()
-        outputs.measure(loss, known, entropy)
-        return loss, outputs
+        bounded = replace(bounded, loss=self._token_loss(bounded.loss, correction, terms, moved, answers))
+        # one value a sequence is weighed by the sum of its tokens' weights: the same, without a [B, T] of products
+        shares = weights if bounded.loss.shape == weights.shape else weights.sum(dim=1, keepdim=True)
+        loss_B = (bounded.loss * shares).sum(dim=1)
+        outputs = LossOutputs(bounded, terms, log_ratio, moved.mask, loss_B)
+        outputs.measure(moved, answers.lengths_B, counts_B, entropy)
+        return loss_B.sum(), outputs
 
     def _terms(
         self,
-        policy: Tensor,
-        known: Mapping[str, Tensor],
+        moved: Moved,
+        answers: Answers,
         advantages: Tensor,
-        mask: Tensor,
-        counted: Tensor,
-        segment_ids: Tensor | None,
+        weights: Tensor,
+        counts_B: Tensor,
         picked: Tensor | None,
     ) -> tuple[Terms, Tensor]:
         """What the surrogate looks at, and the log importance ratio."""
-        anchor = policy.detach() if self.ratio.constant and self.anchor not in known else _needed(known, self.anchor)
-        segments = segment_ids if self.chunk is None else chunks(mask, self.chunk)
-        advantages = by_column(advantages).to(policy.dtype)
-        matters = counted if advantages.shape == counted.shape else counted.any(dim=1, keepdim=True)
-        delta = policy - anchor
-        log_ratio = self.ratio.pool(delta, mask, segments)
-        ratio = bounded_exp(log_ratio)
+        anchored = not self.ratio.constant or moved.knows(self.anchor)
+        delta = moved.less(self.anchor) if anchored else weights.new_zeros(len(weights), 1)
+        advantages = by_column(advantages).to(delta.dtype)
+        narrow = advantages.shape != weights.shape
+        log_ratio = self.ratio.pool(delta, answers)
         terms = Terms(
-            log_probs=policy,
-            anchor_log_probs=anchor,
+            policy=lambda: moved.less(None),
+            anchor=lambda: moved.other(self.anchor) if anchored else moved.less(None).detach(),
+            weights=weights,
             delta=delta,
-            ratio=ratio,
-            linear=policy if self.ratio.constant else ratio,
-            advantages=neutral(advantages, matters),
-            mask=counted,
-            pool=lambda values: self.ratio.pool(values, mask, segments),
+            ratio=bounded_exp(log_ratio),
+            constant=self.ratio.constant,
+            advantages=neutral(advantages, counts_B.unsqueeze(1) > 0 if narrow else weights),
+            pool=lambda values: self.ratio.pool(values, answers),
             picked=picked,
         )
         return terms, log_ratio.detach()
 
-    def _corrected(self, token_loss: Tensor, correction: Tensor | None, terms: Terms, known: Mapping[str, Tensor]) -> Tensor:
+    def _corrected(self, token_loss: Tensor, correction: Tensor | None, terms: Terms, moved: Moved, answers: Answers) -> Tensor:
         """The surrogate under the correct axis: never the KL."""
         if correction is not None:
             token_loss = token_loss * correction
         if self.correct_axis["sequence_delta"] is None:
             return token_loss
-        moved = terms.log_probs.detach() - _needed(known, "old_log_probs")
-        kept = correct.fresh(moved, terms.advantages, terms.mask, sequence_delta=self.correct_axis["sequence_delta"])
+        delta = moved.less("old_log_probs").detach()
+        kept = correct.fresh(delta, terms.advantages, answers, sequence_delta=self.correct_axis["sequence_delta"])
         return torch.where(kept, token_loss, 0.0)
 
-
-def _needed(tensors: Mapping[str, Tensor | None], name: str) -> Tensor:
-    values = tensors.get(name)
-    if values is None:
-        raise ValueError(f"this objective needs {name} [B, T]")
-    return values
+    def _token_loss(self, surrogate: Tensor, correction: Tensor | None, terms: Terms, moved: Moved, answers: Answers) -> Tensor:
+        """The surrogate under the correct axis, and the KL where it is placed in the loss."""
+        token_loss = self._corrected(surrogate, correction, terms, moved, answers)
+        if self.kl_axis["place"] != "loss":
+            return token_loss
+        x = moved.less(self.kl_reference)
+        penalty = kl.penalty(x, terms.ratio, estimator=self.kl_axis["estimator"], gradient=self.kl_axis["gradient"])
+        return torch.add(token_loss, penalty, alpha=self.kl_axis["coef"])

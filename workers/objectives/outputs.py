@@ -1,11 +1,10 @@
 """What a loss was made of, filled in to [B, T] only when it is asked for, and the metrics that are always on."""
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
 from workers.objectives.metrics import Metrics, Reductions
+from workers.objectives.moved import Moved
 from workers.objectives.surrogate import Terms, TokenLoss
 from workers.objectives.tensors import neutral
 
@@ -13,36 +12,30 @@ from workers.objectives.tensors import neutral
 class LossOutputs:
     """All [B, T] and 0 (or False) where a token does not count; `token_loss` carries the graph, the others do not.
 
-    `weights` are the aggregation weights, `nonfinite_rows` [B] the rows whose loss is not finite, `metrics` those of the rows.
+    `weights` are the aggregation weights, `loss_B` [B] each row's share of the loss (without a graph), `nonfinite_rows` [B]
+    the rows whose share is not finite, `metrics` those of the rows.
     """
 
-    def __init__(
-        self,
-        token_loss: Tensor,
-        terms: Terms,
-        log_ratio: Tensor,
-        bounded: TokenLoss,
-        mask: Tensor,
-        weights: Tensor,
-        nonfinite_rows: Tensor,
-    ) -> None:
-        self._token_loss = token_loss
-        self._terms = terms
+    def __init__(self, tokens: TokenLoss, terms: Terms, log_ratio: Tensor, mask: Tensor, loss_B: Tensor) -> None:
+        self._token_loss = tokens.loss
+        self._ratio = terms.ratio.detach()
         self._log_ratio = log_ratio
-        self._bounded = bounded
+        self._advantages = terms.advantages
+        self._low, self._high, self._dual = tokens.low, tokens.high, tokens.dual
         self._mask = mask
-        self.weights = weights
-        self.nonfinite_rows = nonfinite_rows
+        self.weights = terms.weights
+        self.loss_B = loss_B.detach()
+        self.nonfinite_rows = ~self.loss_B.isfinite()
         self.metrics = Metrics()
 
     @property
     def token_loss(self) -> Tensor:
-        return self._filled(self._token_loss)
+        return torch.where(self._counted, self._token_loss, 0.0)
 
     @property
     def ratio(self) -> Tensor:
         """The importance ratio before the surrogate bounds it."""
-        return self._filled(self._terms.ratio.detach())
+        return neutral(self._ratio, self._counted)
 
     @property
     def log_importance_ratio(self) -> Tensor:
@@ -51,45 +44,45 @@ class LossOutputs:
 
     @property
     def advantages(self) -> Tensor:
-        return self._filled(self._terms.advantages)
+        return neutral(self._advantages, self._counted)
 
     @property
     def clipped_low(self) -> Tensor:
-        return self._flag(self._bounded.low)
+        return self._flag(self._low)
 
     @property
     def clipped_high(self) -> Tensor:
-        return self._flag(self._bounded.high)
+        return self._flag(self._high)
 
     @property
     def clipped_dual(self) -> Tensor:
-        return self._flag(self._bounded.dual)
+        return self._flag(self._dual)
 
-    def _filled(self, values: Tensor) -> Tensor:
-        return neutral(values, self._terms.mask)
+    @property
+    def _counted(self) -> Tensor:
+        return self.weights != 0
 
     def _flag(self, flags: Tensor | None) -> Tensor:
-        return torch.zeros_like(self._terms.mask) if flags is None else flags & self._terms.mask
+        return torch.zeros_like(self._mask) if flags is None else flags.bool() & self._counted
 
     @torch.no_grad()
-    def measure(self, loss: Tensor, known: Mapping[str, Tensor], entropy: Tensor | None) -> None:
+    def measure(self, moved: Moved, lengths_B: Tensor, counts_B: Tensor, entropy: Tensor | None) -> None:
         """Fill `metrics`. approx_kl is the KL of the old policy to the trained one (tokens come from the old one), kl/ref that
         of the trained one to the reference."""
-        terms, bounded = self._terms, self._bounded
-        measured = Reductions(terms.mask, loss.dtype)
+        measured = Reductions(self.weights, moved.dtype, counts_B=counts_B, lengths_B=lengths_B)
         self.metrics = measured.metrics
-        self.metrics.add("sum", "policy/loss", loss)
-        self.metrics.add("sum", "batch/tokens", measured.tokens)
-        self.metrics.add("sum", "batch/sequences", measured.rows)
-        self.metrics.add("sum", "batch/nonfinite_rows", self.nonfinite_rows.sum())
-        measured.mean("policy/ratio_mean", terms.ratio)
-        measured.extremes("policy/ratio", terms.ratio)
-        measured.fraction("policy/clip_fraction_low", bounded.low)
-        measured.fraction("policy/clip_fraction_high", bounded.high)
-        measured.fraction("policy/clip_fraction_dual", bounded.dual)
-        if "old_log_probs" in known:
-            measured.kl("policy/approx_kl", known["old_log_probs"] - terms.log_probs)
-        if "ref_log_probs" in known:
-            measured.kl("kl/ref", terms.log_probs - known["ref_log_probs"])
+        self.metrics.add("sum", "policy/loss", self.loss_B)
+        self.metrics.add("sum", "batch/tokens", measured.tokens_B)
+        self.metrics.add("sum", "batch/sequences", measured.counted_B)
+        self.metrics.add("sum", "batch/nonfinite_rows", self.nonfinite_rows)
+        measured.mean("policy/ratio_mean", self._ratio)
+        measured.extremes("policy/ratio", self._ratio)
+        measured.fraction("policy/clip_fraction_low", self._low)
+        measured.fraction("policy/clip_fraction_high", self._high)
+        measured.fraction("policy/clip_fraction_dual", self._dual)
+        if moved.knows("old_log_probs"):
+            measured.kl("policy/approx_kl", moved.value("old_log_probs"), sign=-1)
+        if moved.knows("ref_log_probs"):
+            measured.kl("kl/ref", moved.value("ref_log_probs"))
         if entropy is not None:
             measured.mean("policy/entropy", entropy)

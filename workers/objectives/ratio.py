@@ -1,9 +1,10 @@
 """The ratio axis: how per-token log ratios d = log p - log p_anchor are pooled into the log importance ratio.
 
-Every function maps d [B, T] (0 where masked), the mask [B, T] and segment ids [B, T] (or None) to the log ratio, [B, T] or,
-where a sequence has one for all its tokens, [B, 1]; what it gives where masked is finite and not looked at.
+Every function maps d [B, T] (0 where masked) and what is known of the answers to the log ratio, [B, T] or, where a sequence
+has one for all its tokens, [B, 1]; what it gives where masked is finite and not looked at.
 
-The segment ratio is ours. Cut an answer y_i into segments S and ask for one weight a segment. The exact weight of a
+The segment ratio, for segments of any kind (a turn: arXiv 2511.20718; a part of a sentence: 2511.04256; so many tokens). Cut
+an answer y_i into segments S and ask for one weight a segment. The exact weight of a
 segment given its prefix is the product of its token ratios, exp(sum_{u in S} d_u), whose spread grows with |S|. As GSPO
 does for the whole answer, take its |S|-th root: the geometric mean
 
@@ -23,36 +24,51 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from workers.objectives.tensors import lengths_of
-
-Pool = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+from workers.objectives.tensors import tokens_of
 
 
-def token(delta_B_T: Tensor, mask_B_T: Tensor, segments_B_T: Tensor | None = None) -> Tensor:
+@dataclass(frozen=True)
+class Answers:
+    """Which tokens are answers, how many of them a row has, and what segment each belongs to."""
+
+    mask_B_T: Tensor
+    lengths_B: Tensor
+    segments_B_T: Tensor | None = None
+
+    @classmethod
+    def of(cls, mask_B_T: Tensor, segments_B_T: Tensor | None = None) -> "Answers":
+        return cls(mask_B_T, tokens_of(mask_B_T), segments_B_T)
+
+
+Pool = Callable[[Tensor, Answers], Tensor]
+
+
+def token(delta_B_T: Tensor, answers: Answers) -> Tensor:
     """Each token its own ratio (PPO, GRPO)."""
     return delta_B_T
 
 
-def sequence(delta_B_T: Tensor, mask_B_T: Tensor, segments_B_T: Tensor | None = None) -> Tensor:
+def sequence(delta_B_T: Tensor, answers: Answers) -> Tensor:
     """mean_t d: the geometric mean of the token ratios (GSPO, arXiv 2507.18071, eq. 7)."""
-    return delta_B_T.sum(dim=1, keepdim=True) / lengths_of(mask_B_T, delta_B_T.dtype)
+    return delta_B_T.sum(dim=1, keepdim=True) / answers.lengths_B.clamp(min=1).unsqueeze(1)
 
 
-def sequence_token(delta_B_T: Tensor, mask_B_T: Tensor, segments_B_T: Tensor | None = None) -> Tensor:
+def sequence_token(delta_B_T: Tensor, answers: Answers) -> Tensor:
     """sg(mean_t d) + (d - sg d): the sequence ratio's value, each token's own gradient (GSPO-token, eq. 14).
 
     The difference is exactly 0 and is formed first: (mean + d) - d would lose digits in low precision.
     """
-    return sequence(delta_B_T.detach(), mask_B_T) + (delta_B_T - delta_B_T.detach())
+    return sequence(delta_B_T.detach(), answers) + (delta_B_T - delta_B_T.detach())
 
 
-def product(delta_B_T: Tensor, mask_B_T: Tensor, segments_B_T: Tensor | None = None) -> Tensor:
+def product(delta_B_T: Tensor, answers: Answers) -> Tensor:
     """sum_t d: the exact ratio of the whole answer."""
     return delta_B_T.sum(dim=1, keepdim=True)
 
 
-def segment(delta_B_T: Tensor, mask_B_T: Tensor, segments_B_T: Tensor | None = None) -> Tensor:
+def segment(delta_B_T: Tensor, answers: Answers) -> Tensor:
     """The mean of d inside a token's segment; the derivation stands above."""
+    mask_B_T, segments_B_T = answers.mask_B_T, answers.segments_B_T
     if segments_B_T is None:
         raise ValueError("the segment ratio needs segment_ids [B, T] in the batch, or a chunk length in the objective")
     ids, place = torch.unique(torch.where(mask_B_T, segments_B_T, 0), return_inverse=True)
@@ -62,9 +78,9 @@ def segment(delta_B_T: Tensor, mask_B_T: Tensor, segments_B_T: Tensor | None = N
     return (sums / counts).gather(1, place)
 
 
-def one(delta_B_T: Tensor, mask_B_T: Tensor, segments_B_T: Tensor | None = None) -> Tensor:
+def one(delta_B_T: Tensor, answers: Answers) -> Tensor:
     """log 1, and no gradient (REINFORCE)."""
-    return torch.zeros_like(delta_B_T)
+    return delta_B_T.new_zeros(len(delta_B_T), 1)
 
 
 @dataclass(frozen=True)

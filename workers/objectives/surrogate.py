@@ -6,32 +6,52 @@ p the policy; sg is stop-gradient. "Through r" and "through log p" say where the
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from workers.objectives import covariance
-from workers.objectives.tensors import bounded_exp
+from workers.objectives.tensors import bounded_exp, clamped, flag
 
 
 @dataclass(frozen=True)
 class Terms:
     """What a surrogate may use. [B, T], or [B, 1] where a sequence has one value; where masked, finite and of no effect."""
 
-    log_probs: Tensor
-    anchor_log_probs: Tensor
+    policy: Callable[[], Tensor]  # log_probs, computed when a surrogate asks for it; the others likewise
+    anchor: Callable[[], Tensor]
+    weights: Tensor
     delta: Tensor  # log_probs - anchor_log_probs, a token each
     ratio: Tensor  # exp of the pooled delta
-    linear: Tensor  # what the plain objective multiplies A by: the ratio, or log p where the ratio is the constant 1
+    constant: bool  # whether the ratio axis gives the constant 1
     advantages: Tensor
-    mask: Tensor
     pool: Callable[[Tensor], Tensor]  # the ratio axis, for rules that bound tokens before they are pooled
     picked: Tensor | None = None  # tokens picked by covariance over the whole optimizer step; None: this batch is the whole
+
+    @cached_property
+    def log_probs(self) -> Tensor:
+        return self.policy()
+
+    @cached_property
+    def anchor_log_probs(self) -> Tensor:
+        return self.anchor()
+
+    @cached_property
+    def linear(self) -> Tensor:
+        """What the plain objective multiplies A by: the ratio, or log p where the ratio is the constant 1."""
+        return self.log_probs if self.constant else self.ratio
+
+    @cached_property
+    def mask(self) -> Tensor:
+        """The tokens that count in the loss."""
+        return self.weights != 0
 
 
 @dataclass(frozen=True)
 class TokenLoss:
-    """The loss a token, and where it was bounded from below, from above, or by the bound on negative advantages."""
+    """The loss a token, and where it was bounded from below, from above, or by the bound on negative advantages: flags of any
+    type, 1 and 0 in that of the loss being the fastest."""
 
     loss: Tensor
     low: Tensor | None = None
@@ -48,9 +68,11 @@ def ppo(t: Terms, *, clip_low: float, clip_high: float, dual_clip: float | None 
     r, a = t.ratio, t.advantages
     lower = _by_sign(a < 0, 1 - clip_low, -torch.inf, r)
     upper = _by_sign(a > 0, 1 + clip_high, torch.inf if dual_clip is None else dual_clip, r)
-    above = r > upper
-    dual = None if dual_clip is None else above & (a < 0)
-    return TokenLoss(-a * r.clamp(lower, upper), r < lower, above & (a > 0), dual)
+    bounded, below, above = clamped(r, lower, upper)
+    if dual_clip is None:
+        return TokenLoss(-a * bounded, below, above)
+    negative = (a < 0).to(r.dtype)
+    return TokenLoss(-a * bounded, below, above * (1 - negative), above * negative)
 
 
 def two_sided(t: Terms, *, clip_low: float, clip_high: float, delta: float) -> TokenLoss:
@@ -62,7 +84,7 @@ def cispo(t: Terms, *, weight_min: float, weight_max: float) -> TokenLoss:
     """-sg(clip(r, min, max)) A log p. Through log p, so no token loses its gradient (MiniMax-M1, arXiv 2506.13585, eq. 4)."""
     r = t.ratio.detach()
     loss = -(r.clamp(weight_min, weight_max) * t.advantages) * t.log_probs
-    return TokenLoss(loss, r < weight_min, r > weight_max)
+    return TokenLoss(loss, flag(torch.lt, r, weight_min), flag(torch.gt, r, weight_max))
 
 
 def sapo(t: Terms, *, tau_positive: float, tau_negative: float) -> TokenLoss:
@@ -73,9 +95,9 @@ def sapo(t: Terms, *, tau_positive: float, tau_negative: float) -> TokenLoss:
 
 def gmpo(t: Terms, *, clip_low: float, clip_high: float) -> TokenLoss:
     """-A exp(pool(clip(d))): token log ratios bounded on the harmful side, then pooled. Through r (arXiv 2507.20673)."""
-    high = (t.advantages > 0) & (t.delta > clip_high)
-    low = (t.advantages < 0) & (t.delta < -clip_low)
-    bounded = torch.where(high, clip_high, torch.where(low, -clip_low, t.delta))
+    lower = _by_sign(t.advantages < 0, -clip_low, -torch.inf, t.delta)
+    upper = _by_sign(t.advantages > 0, clip_high, torch.inf, t.delta)
+    bounded, low, high = clamped(t.delta, lower, upper)
     return TokenLoss(-t.advantages * bounded_exp(t.pool(bounded)), low, high)
 
 
@@ -160,15 +182,19 @@ def _by_sign(condition: Tensor, then: float, otherwise: float, like: Tensor) -> 
     return torch.where(condition, like.new_full((), then), like.new_full((), otherwise))
 
 
-def _pick_drawn(log_probs: Tensor, advantages: Tensor, mask: Tensor, seed: int, **p: float) -> Tensor:
-    return covariance.draw(
-        log_probs, advantages, mask, share=p["share"], cov_low=p["cov_low"], cov_high=p["cov_high"], seed=seed
-    )
+def _pick_drawn(
+    log_probs: Tensor, advantages: Tensor, mask: Tensor, seed: int, clipped_B_T: Tensor | None = None, **p: float
+) -> Tensor:
+    bounds = {name: p[name] for name in ("share", "cov_low", "cov_high")}
+    return covariance.draw(log_probs, advantages, mask, **bounds, clipped_B_T=clipped_B_T, seed=seed)
 
 
-def _pick_top(log_probs: Tensor, advantages: Tensor, mask: Tensor, seed: int, **p: float) -> Tensor:
+def _pick_top(
+    log_probs: Tensor, advantages: Tensor, mask: Tensor, seed: int, clipped_B_T: Tensor | None = None, **p: float
+) -> Tensor:
     return covariance.top(log_probs, advantages, mask, share=p["share"])
 
 
-# Surrogates that look at all tokens of an optimizer step at once: how their tokens are picked before it is cut up.
+# Surrogates that look at all tokens of an optimizer step at once: how their tokens are picked before it is cut up. Which
+# tokens the clip bounds is known only to who knows the log-probs of the policy that is trained.
 PICKS: dict[str, Callable[..., Tensor]] = {"clip_cov": _pick_drawn, "kl_cov": _pick_top}

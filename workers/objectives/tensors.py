@@ -1,54 +1,135 @@
-"""Masked arithmetic that the axes share. Shapes: B sequences, T tokens; masks are boolean."""
+"""Masked arithmetic that the axes share. Shapes: B sequences, T tokens; masks are boolean.
 
+On a CPU some obvious operations are slow, and there are others that give the same: comparisons that answer in booleans and
+torch.where take 4 to 20 times as long as arithmetic does. Hence flags are numbers, and a mask clears bits: floats taken for
+integers, times 1 or 0, are what they were, or 0, were they NaN.
+"""
+
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 MAX_LOG_RATIO = 20.0  # exp(20) is 5e8: far beyond every clip, and its square is still finite in float32
+BLOCK = 2**17  # cells: temporaries are half a megabyte, and a call into torch costs little beside the work on them
 
 
-def neutral(values: Tensor, mask_B_T: Tensor, bits: Tensor | None = None) -> Tensor:
-    """`values` where the mask is set, 0 elsewhere: what stands behind the mask, NaN too, reaches neither loss nor gradient.
-
-    torch.where by another way: on a CPU it takes 4 to 20 times as long as clearing the bits does. `bits` (see `bits_of`)
-    spares computing them for every tensor under one mask.
-    """
-    if values.shape != mask_B_T.shape or values.dtype not in _INTEGERS:
-        return torch.where(mask_B_T, values, 0.0)
-    return _Cleared.apply(values, bits_of(mask_B_T, values.dtype) if bits is None else bits)
+def blocks(like_B_T: Tensor) -> list[slice]:
+    """Rows to take at a time on a CPU, so that temporaries stay small; all of them on other devices. At least one slice."""
+    rows, tokens = like_B_T.shape
+    at_once = max(1, BLOCK // max(1, tokens) if like_B_T.device.type == "cpu" else rows)
+    return [slice(first, first + at_once) for first in range(0, max(1, rows), at_once)]
 
 
-def bits_of(mask_B_T: Tensor, dtype: torch.dtype) -> Tensor:
-    """All ones (-1) where the mask is set, all zeros elsewhere, in integers as wide as `dtype`."""
-    return mask_B_T.to(_INTEGERS[dtype]).neg_()
+# ---------------------------------------------------------------- masks
+
+
+def ones_of(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """1 where a boolean mask is set, 0 elsewhere, in `dtype`."""
+    return mask.view(torch.uint8).to(dtype)
+
+
+def keeps_of(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """1 where the mask is set (or where a weight is not 0), 0 elsewhere, in integers as wide as `dtype`."""
+    ones = flag(torch.ne, mask, 0.0) if mask.is_floating_point() else mask.view(torch.uint8)
+    return ones.to(_INTEGERS[dtype])
+
+
+def neutral(values: Tensor, mask: Tensor) -> Tensor:
+    """`values` where the mask is set, 0 elsewhere: what stands behind the mask, NaN too, has no effect. Without a graph."""
+    if values.shape != mask.shape or values.dtype not in _INTEGERS:
+        return torch.where(mask, values.detach(), 0.0)
+    return cleared(values, keeps_of(mask, values.dtype))
+
+
+def cleared(values: Tensor, keeps: Tensor) -> Tensor:
+    """As `neutral`, with the mask as `keeps_of` gives it."""
+    return (values.detach().view(keeps.dtype) * keeps).view(values.dtype)
+
+
+def less(values_B_T: Tensor, other_B_T: Tensor | None, mask_B_T: Tensor, dtype: torch.dtype) -> Tensor:
+    """values - other (None: nothing) where the mask is set, 0 elsewhere, in `dtype`; so is the gradient of `values`. [B, T]"""
+    return _Less.apply(values_B_T, other_B_T, mask_B_T, dtype)  # pyright: ignore[reportReturnType]
 
 
 _INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64}
 
 
-class _Cleared(torch.autograd.Function):
-    """Bitwise and with all ones or all zeros; the same is done to the gradient."""
+class _Less(torch.autograd.Function):
+    """A difference of two tensors under a mask, a block of rows at a time; nothing but the mask is kept for the gradient."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, bits: Tensor) -> Tensor:
-        ctx.save_for_backward(bits)
-        return (values.view(bits.dtype) & bits).view(values.dtype)
+    def forward(ctx: Any, values: Tensor, other: Tensor | None, mask: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward(mask)
+        ctx.dtype = values.dtype
+        result = torch.empty(mask.shape, dtype=dtype, device=values.device)
+        words = result.view(_INTEGERS[dtype])
+        for rows in blocks(mask):
+            if other is None:
+                result[rows] = values[rows]
+            else:
+                torch.sub(values[rows].to(dtype), other[rows].to(dtype), out=result[rows])
+            words[rows].mul_(keeps_of(mask[rows], dtype))
+        return result
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        (bits,) = ctx.saved_tensors
-        return (grads[0].view(bits.dtype) & bits).view(grads[0].dtype), None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        (mask,) = ctx.saved_tensors
+        result = torch.empty(mask.shape, dtype=grads[0].dtype, device=mask.device)
+        words, words_of_grad = (tensor.view(_INTEGERS[result.dtype]) for tensor in (result, grads[0]))
+        for rows in blocks(mask):
+            torch.mul(words_of_grad[rows], keeps_of(mask[rows], result.dtype), out=words[rows])
+        return result.to(ctx.dtype), None, None, None
+
+
+def tokens_of(mask_B_T: Tensor) -> Tensor:
+    """Tokens a row. [B]"""
+    ones_B_T = mask_B_T.view(torch.uint8)
+    return torch.cat([ones_B_T[rows].sum(dim=1, dtype=torch.int32) for rows in blocks(mask_B_T)])
+
+
+# ---------------------------------------------------------------- bounds
 
 
 def bounded_exp(log_ratio: Tensor) -> Tensor:
     """exp that stays finite, as does its gradient."""
-    return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    return torch.nn.functional.hardtanh(log_ratio, -MAX_LOG_RATIO, MAX_LOG_RATIO).exp()  # clamp with a faster gradient
 
 
-def lengths_of(mask_B_T: Tensor, dtype: torch.dtype) -> Tensor:
-    """Tokens a row, at least 1 so that it can be divided by. [B, 1]"""
-    return mask_B_T.sum(dim=1, keepdim=True).clamp(min=1).to(dtype)
+def flag(compare: Callable[..., Tensor], a: Tensor, b: Tensor | float) -> Tensor:
+    """A comparison (torch.lt, ...) that answers with 1 and 0 in the dtype of `a`."""
+    # torch.broadcast_shapes takes longer than the comparison
+    shape = a.shape if not isinstance(b, Tensor) else [m if n == 1 else n for n, m in zip(a.shape, b.shape, strict=True)]
+    return compare(a.detach(), b, out=torch.empty(shape, dtype=a.dtype, device=a.device))
+
+
+def clamped(values: Tensor, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """torch.clamp between tensors that broadcast against `values`, and where it was below and above them (1 and 0)."""
+    return _Clamped.apply(values, lower, upper)  # pyright: ignore[reportReturnType]
+
+
+class _Clamped(torch.autograd.Function):
+    """Of a value outside of the bounds the gradient is 0, at a bound it is 1."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        below, above = flag(torch.lt, values, lower), flag(torch.gt, values, upper)
+        ctx.save_for_backward(below, above)
+        ctx.mark_non_differentiable(below, above)
+        ctx.set_materialize_grads(False)  # no zeros as their gradients
+        return torch.maximum(torch.minimum(values, upper), lower), below, above
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None]:
+        if grads[0] is None:
+            return None, None, None
+        below, above = ctx.saved_tensors
+        grad = torch.addcmul(grads[0], grads[0], below, value=-1)
+        return grad.addcmul_(grads[0], above, value=-1), None, None
+
+
+# ---------------------------------------------------------------- shapes and groups
 
 
 def by_column(values: Tensor) -> Tensor:

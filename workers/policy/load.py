@@ -4,6 +4,7 @@ Only safetensors are read and no code that comes with a model is run.
 """
 
 import inspect
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from service.errors import JobFailed
+from service.jobs.resolve_model import PICKLED, only_pickled_weights
 from service.jobs.spec import Full, Lora, ModelSpec, TinyConfig
 from workers.policy.tiny import tiny_model, tiny_tokenizer
 from workers.seeds import derive
@@ -134,6 +136,15 @@ def _dtype(spec: ModelSpec, device: torch.device) -> torch.dtype:
 def _load_pretrained(source: str, revision: str | None, device: torch.device, dtype: torch.dtype) -> Loaded:
     if source.startswith(("/", ".", "~")) and not Path(source).is_dir():
         raise _not_found(source, "there is no such folder")
+    if not source.startswith(("/", ".", "~")) and os.path.exists(source):  # transformers would take it for the model
+        raise _not_found(source, "it is a hub id, and also a path below this worker's working directory")
+    if os.path.isdir(source) and (pickled := only_pickled_weights(Path(source))):
+        raise JobFailed(
+            "model_pickled",
+            f"the model {source!r} is not loaded: {PICKLED.format(pickled)}",
+            hint="load it where you trust it, and save_pretrained(folder, safe_serialization=True)",
+            pointer="/model/source",
+        )
     try:
         # A branch may move between these calls, and before the job resumes: from here on it is a commit.
         found = cached_file(source, "config.json", revision=revision)

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 from service.jobs.objective import ObjectiveSpec
 from service.jobs.presets import PRESETS
-from workers.objectives import Objective
+from workers.objectives import Objective, tensors
 
 property_test = settings(max_examples=75, deadline=None, derandomize=True)
 
@@ -249,6 +249,68 @@ def test_micro_batches_add_up_to_the_step(batch, spec, data):
         total, metrics = total + loss.detach(), metrics + outputs.metrics
     assert_same({"loss": total, "gradient": log_probs.grad}, {"loss": whole_loss.detach(), "gradient": gradient})
     assert metrics.finish() == pytest.approx((step.metrics + whole.metrics).finish(), rel=1e-12, abs=1e-12)
+
+
+@property_test
+@given(batches(), objectives, st.data())
+def test_metrics_of_merged_items_split_into_those_of_each_item_alone(batch, spec, data):
+    """Items lie in any order, one may have no rows; each has its own weights, corrections and picked tokens."""
+    rows, items = len(batch["log_probs"]), 3
+    item_of_row = torch.tensor(data.draw(st.lists(st.integers(0, items - 1), min_size=rows, max_size=rows)))
+    rewards = torch.tensor(data.draw(st.lists(st.sampled_from([0.0, 1.0]), min_size=rows, max_size=rows)))
+    objective, alone = build(spec), list[dict[str, float]]()
+    given = {name: value for name, value in batch.items() if name != "log_probs"}
+    whole = objective.prepare(**given)
+    together: dict[str, Any] = {name: None if tensor is None else tensor.clone() for name, tensor in whole.rows().items()}
+    for item in range(items):
+        index = (item_of_row == item).nonzero().squeeze(1)
+        step = objective.prepare(**rows_of(given, index))
+        _, outputs = objective.loss(batch["log_probs"][index], **step.rows())
+        groups = objective.group_metrics(rewards[index], batch["group_ids"][index])
+        alone.append((step.metrics + outputs.metrics + groups).finish())
+        for name, tensor in step.rows().items():
+            if tensor is not None:
+                together[name][index] = tensor
+    _, outputs = objective.loss(batch["log_probs"], **together)
+    metrics = whole.metrics + outputs.metrics + objective.group_metrics(rewards, batch["group_ids"] + 10 * item_of_row)
+    assert len(metrics.split(item_of_row, items)) == items
+    for split, finished in zip(metrics.split(item_of_row, items), alone, strict=True):
+        assert split == pytest.approx(finished, rel=1e-12, abs=1e-12)
+
+
+@property_test
+@given(batches(), objectives)
+def test_how_many_rows_are_taken_at_a_time_does_not_matter(batch, spec):
+    whole = run(spec, batch)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tensors, "BLOCK", 1)
+        alone = run(spec, batch)
+    assert torch.equal(whole["loss"], alone["loss"])
+    assert torch.equal(whole["gradient"], alone["gradient"])
+    assert whole["metrics"] == pytest.approx(alone["metrics"], rel=1e-12, abs=1e-12)
+
+
+@property_test
+@given(batches(), objectives)
+def test_each_rows_share_of_the_loss_is_known(batch, spec):
+    result = run(spec, batch)
+    outputs = result["outputs"]
+    assert_close(outputs.loss_B.sum(), result["loss"], rtol=1e-12, atol=1e-12)
+    assert_close(outputs.loss_B, (outputs.token_loss.detach() * outputs.weights).sum(1), rtol=1e-12, atol=1e-12)
+
+
+@property_test
+@given(batches(), objectives)
+def test_counts_that_are_not_given_are_counted(batch, spec):
+    objective = build(spec)
+    step = objective.prepare(**{name: value for name, value in batch.items() if name != "log_probs"})
+    bare: dict[str, Any] = {name: tensor for name, tensor in step.rows().items() if name not in ("lengths", "counts")}
+    (loss, outputs), (expected, known) = (
+        objective.loss(batch["log_probs"], **bare),
+        objective.loss(batch["log_probs"], **step.rows()),
+    )
+    assert torch.equal(loss, expected)
+    assert outputs.metrics.finish() == known.metrics.finish()
 
 
 @property_test

@@ -109,3 +109,50 @@ def test_merging_parts_gives_the_whole(rows, cut):
 
     merged = measure(slice(0, cut)) + measure(slice(cut, None))
     assert merged.finish() == pytest.approx(measure(slice(None)).finish(), rel=1e-12, abs=1e-12)
+
+
+def test_metrics_of_other_rows_cannot_be_split():
+    both = Metrics()
+    both.add("sum", "one", torch.ones(3))
+    assert both.split(torch.tensor([0, 1, 0]), 2) == [{"one": 2}, {"one": 1}]
+    assert Metrics().split(torch.tensor([0, 1, 0]), 2) == [{}, {}]
+    both.add("sum", "two", torch.ones(2))
+    with pytest.raises(ValueError, match=r"metrics of \[2, 3\] rows"):
+        both.split(torch.tensor([0, 1, 0]), 2)
+
+
+def test_a_nonfinite_row_is_seen_in_the_extremes_wherever_it_stands():
+    for rows in ([1.0, float("nan")], [float("nan"), 1.0]):
+        measured = Reductions(torch.ones(2, 1, dtype=torch.bool), torch.float64)
+        measured.extremes("value", torch.tensor(rows, dtype=torch.float64).unsqueeze(1))
+        assert all(value != value for value in measured.metrics.finish().values())
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1e-2, 1.0])
+def test_k3_of_float32_is_good_to_three_digits(scale):
+    difference = scale * torch.randn(64, 4096, generator=torch.Generator().manual_seed(0))
+    measured = Reductions(torch.ones(64, 4096, dtype=torch.bool), torch.float32)
+    measured.kl("kl", difference)
+    exact = difference.double()
+    assert measured.metrics.finish()["kl_k3"] == pytest.approx(float((torch.expm1(-exact) + exact).mean()), rel=1e-3)
+
+
+def test_only_weights_count_whatever_their_precision(example, make_objective):
+    """Log-probs, weights and what is computed in need not be of one type."""
+    objective, found = make_objective("grpo"), []
+    for weights_in, computed_in in (
+        (torch.float64, torch.float64),
+        (torch.float64, torch.float32),
+        (torch.float32, torch.float64),
+    ):
+        old = example["old_log_probs"].to(computed_in)
+        step = objective.prepare(
+            **{name: example[name] for name in ("response_mask", "advantages")},
+            old_log_probs=old,
+            ref_log_probs=old - 0.1,
+            dtype=weights_in,
+        )
+        _, outputs = objective.loss(example["log_probs"].to(computed_in), **step.rows())
+        found.append(outputs.metrics.finish())
+    assert found[1] == pytest.approx(found[0], rel=1e-4, abs=1e-6)
+    assert found[2] == pytest.approx(found[0], rel=1e-4, abs=1e-6)

@@ -99,13 +99,63 @@ def test_a_folder_without_a_model_is_named(load, tmp_path):
     assert error.code == "model_not_found" and str(tmp_path) in error.detail
 
 
-def test_pickled_weights_are_not_read(load, tmp_path, family_folder):
+class Evil:
+    """What a pickle may do to who reads it."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+@pytest.fixture
+def no_pickles(monkeypatch):
+    """Reading any pickle fails the test, also one that nobody would notice."""
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("a pickle was read")
+
+    for place in ("torch.load", "pickle.load", "pickle.loads", "pickle.Unpickler", "torch.serialization.load"):
+        monkeypatch.setattr(place, refuse)
+    monkeypatch.setattr("transformers.modeling_utils.torch.load", refuse)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "consolidated.00.pth", "weights.ckpt", "model.pkl"])
+def test_pickled_weights_are_refused_by_name_and_not_read(load, tmp_path, family_folder, no_pickles, name):
     folder = shutil.copytree(family_folder("llama"), tmp_path / "llama")
-    state = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
-    torch.save(state, folder / "pytorch_model.bin")
+    torch.save(Evil(tmp_path / "it ran"), folder / name)
     error = failure(load, ModelSpec(source=str(folder), **FULL))
-    assert error.code == "model_not_found" and "safetensors" in str(error.hint)
+    assert error.code == "model_pickled" and name in error.detail and "convert the weights to safetensors" in error.detail
+    assert not (tmp_path / "it ran").exists()
+
+
+def test_a_pickle_beside_safetensors_is_left_alone(load, tmp_path, family_folder, no_pickles):
+    folder = shutil.copytree(family_folder("llama"), tmp_path / "llama")
+    for name in ("pytorch_model.bin", "adapter_model.bin", "training_args.bin", "optimizer.pt"):
+        torch.save(Evil(tmp_path / "it ran"), folder / name)
+    assert load(ModelSpec(source=str(folder), **FULL)).adapter == "full"
+    assert not (tmp_path / "it ran").exists()
+
+
+def test_a_checkpoint_with_a_pickled_adapter_is_no_checkpoint(load, tmp_path, family_folder, no_pickles):
+    folder = family_folder("llama")
+    trained = load(ModelSpec(source=str(folder), adapter=Lora(rank=2)))
+    trained.save(tmp_path / "saved")
+    weights = tmp_path / "saved" / "model" / "adapter_model.safetensors"
+    weights.unlink()
+    torch.save(Evil(tmp_path / "it ran"), weights.with_suffix(".bin"))
+    with pytest.raises(FileNotFoundError):
+        load(ModelSpec(source=str(folder), adapter=Lora(rank=2)), weights_from=tmp_path / "saved")
+    assert not (tmp_path / "it ran").exists()
+
+
+def test_the_pickles_of_these_tests_would_run(tmp_path):
+    """The negative control."""
+    torch.save(Evil(tmp_path / "it ran"), tmp_path / "evil.bin")
+    torch.load(tmp_path / "evil.bin", weights_only=False)
+    assert (tmp_path / "it ran").exists()
 
 
 def test_code_that_comes_with_a_model_is_not_run(load, tmp_path, family_folder):

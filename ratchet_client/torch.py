@@ -1,0 +1,251 @@
+"""A loss that the service computes and `backward()` goes through: the gradient comes with the answer.
+
+    from ratchet_client.torch import ratchet_loss
+
+    loss = ratchet_loss(log_probs, objective="gspo", old_log_probs=old, advantages=advantages, response_mask=mask)
+    loss.backward()
+
+Tensors may be on any device. They travel as safetensors in the type that they have, padded [B, T] beside a response_mask or
+flat [N] beside cu_seqlens [B + 1]. The loss is computed in the type of log_probs, in float32 at least.
+
+Micro-batches. Whatever an objective derives from more than one row, it derives from the rows that were sent. So ask once for
+the aggregation weights of the whole step (and for its advantages, where they are made from rewards), and send each
+micro-batch with its own rows of them. The losses and gradients of the micro-batches then add up to the step's:
+
+    _, step = ratchet_loss(old, objective=objective, old_log_probs=old, rewards=rewards, group_ids=group_ids,
+                           response_mask=mask, outputs=["weights", "advantages"])
+    for rows in torch.arange(len(mask)).split(8):
+        loss = ratchet_loss(score(rows), objective=objective, old_log_probs=old[rows], response_mask=mask[rows],
+                            advantages=step.tensors["advantages"][rows], weights=step.tensors["weights"][rows])
+        loss.backward()
+"""
+
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Required, TypedDict, Unpack, overload
+
+try:
+    import torch
+    from safetensors.torch import load, save
+except ImportError as missing:
+    raise ImportError(f"{missing}; ratchet_client.torch needs: pip install torch safetensors numpy") from missing
+
+from torch import Tensor
+
+from ratchet_client import discovery
+from ratchet_client.client import Ratchet
+
+WAIT_S = 120.0
+OPTIONS = ("on_nonfinite", "on_singleton", "seed")
+
+
+class Batch(TypedDict, total=False):
+    """What an objective may look at beside log_probs: B sequences, T tokens, R rewards. Per token: [B, T], or flat [N].
+
+    What it needs of this is the service's to say: its refusal names what is missing. None is the same as nothing. All of it is
+    taken as constant, whatever graph a tensor may carry.
+    """
+
+    old_log_probs: Tensor | None  # per token, as are these:
+    rollout_log_probs: Tensor | None
+    ref_log_probs: Tensor | None
+    response_mask: Tensor | None  # 0 or 1; what stands behind the mask may be anything
+    segment_ids: Tensor | None  # integers
+    weights: Tensor | None  # the aggregation weights of the whole step, in place of this batch's own
+    entropy: Tensor | None
+    advantages: Tensor | None  # [B], or per token
+    rewards: Tensor | None  # [B] or [B, R]: the service makes advantages of them
+    group_ids: Tensor | None  # [B], integers
+    truncated: Tensor | None  # [B], 0 or 1
+    reward_weights: Tensor | None  # [R]
+    cu_seqlens: Tensor | None  # [B + 1], integers: where each sequence of a flat batch starts, and where the last one ends
+    on_nonfinite: str | None  # "refuse", or "mask": rows that are not finite count nowhere and are reported
+    on_singleton: str | None  # "refuse", or "zero": an answer alone in its group has the advantage 0
+    seed: int | None  # for clip_cov and kl_cov, which draw tokens
+
+
+class Item(Batch, total=False):
+    """One loss of several."""
+
+    log_probs: Required[Tensor]  # per token; the gradient is with respect to this
+    objective: Required[str | Mapping[str, Any]]  # a preset's name, or an object as in a job's spec
+    outputs: (
+        Sequence[str] | None
+    )  # wanted beside the loss: ratio, log_importance_ratio, token_loss, clipped, advantages, weights
+
+
+NAMES = frozenset(Item.__annotations__)
+
+
+@dataclass(frozen=True)
+class LossAnswer:
+    """`loss` is a scalar with a graph to log_probs; `tensors` are the outputs that were named, in the layout that was sent."""
+
+    loss: Tensor
+    metrics: dict[str, float]
+    warnings: list[str]
+    nonfinite_rows: list[int]
+    tensors: dict[str, Tensor]
+
+
+@overload
+def ratchet_loss(
+    log_probs: Tensor,
+    *,
+    objective: str | Mapping[str, Any],
+    outputs: None = None,
+    dtype: torch.dtype | None = None,
+    client: Ratchet | None = None,
+    wait_s: float = WAIT_S,
+    **batch: Unpack[Batch],
+) -> Tensor: ...
+
+
+@overload
+def ratchet_loss(
+    log_probs: Tensor,
+    *,
+    objective: str | Mapping[str, Any],
+    outputs: Sequence[str],
+    dtype: torch.dtype | None = None,
+    client: Ratchet | None = None,
+    wait_s: float = WAIT_S,
+    **batch: Unpack[Batch],
+) -> tuple[Tensor, LossAnswer]: ...
+
+
+def ratchet_loss(
+    log_probs: Tensor,
+    *,
+    objective: str | Mapping[str, Any],
+    outputs: Sequence[str] | None = None,
+    dtype: torch.dtype | None = None,
+    client: Ratchet | None = None,
+    wait_s: float = WAIT_S,
+    **batch: Unpack[Batch],
+) -> Tensor | tuple[Tensor, LossAnswer]:
+    """The loss of a batch (see `Batch`), to be minimised: a scalar with a graph to log_probs.
+
+    With `outputs`, which may be empty, also the LossAnswer: metrics, warnings (else they become Python's), and the tensors
+    that `outputs` names. `dtype`: what it is computed in, when not in the type of log_probs. `client`: default, the Ratchet
+    that `Ratchet()` finds. Under torch.no_grad, or when log_probs needs no gradient, none is asked for.
+
+    Raises RatchetApiError for what the service refuses, with pointers to what is wrong, RatchetConnectionError when it cannot
+    be reached, and RatchetLossPending when there is no answer within `wait_s`.
+    """
+    item: Item = {"log_probs": log_probs, "objective": objective, "outputs": outputs, **batch}
+    (answer,) = ratchet_losses([item], dtype=dtype, client=client, wait_s=wait_s)
+    if outputs is not None:
+        return answer.loss, answer
+    for text in answer.warnings:
+        warnings.warn(text, stacklevel=2)
+    return answer.loss
+
+
+def ratchet_losses(
+    items: Sequence[Item], *, dtype: torch.dtype | None = None, client: Ratchet | None = None, wait_s: float = WAIT_S
+) -> list[LossAnswer]:
+    """Several losses by one request. Arguments and errors as of `ratchet_loss`; when one item is refused, all are."""
+    tensors = _packed(items)
+    differentiated = [torch.is_grad_enabled() and item["log_probs"].requires_grad for item in items]
+    request: dict[str, Any] = {
+        "items": [_asked(item, gradient) for item, gradient in zip(items, differentiated, strict=True)],
+        "all_or_nothing": True,
+    }
+    if dtype is not None:
+        request["dtype"] = str(dtype).removeprefix("torch.")
+    body = save(tensors, {"request": json.dumps(request)})
+    answer = (client or _found(*discovery.find())).losses_safetensors(body, wait_s=wait_s)
+    received = load(answer)
+    header = json.loads(answer[8 : 8 + int.from_bytes(answer[:8], "little")])
+    data = json.loads(header["__metadata__"]["response"])["data"]
+    return [
+        _answer(item["log_probs"], data[index], _of(received, index), gradient, dtype)
+        for index, (item, gradient) in enumerate(zip(items, differentiated, strict=True))
+    ]
+
+
+@lru_cache(maxsize=4)
+def _found(base_url: str, api_key: str) -> Ratchet:
+    return Ratchet(base_url, api_key)
+
+
+# ---------------------------------------------------------------- to the wire, and from it
+
+
+def _asked(item: Item, gradient: bool) -> dict[str, Any]:
+    """What of an item is no tensor."""
+    wanted = {*(item.get("outputs") or ()), *(["gradients"] if gradient else [])}
+    options = {name: value for name in OPTIONS if (value := item.get(name)) is not None}
+    return {"objective": item["objective"], "return": sorted(wanted), **options}
+
+
+def _packed(items: Sequence[Item]) -> dict[str, Tensor]:
+    """Tensors by their names on the wire. Each has memory of its own: one that is sent under two names would be refused."""
+    tensors: dict[str, Tensor] = {}
+    taken: set[int] = set()
+    for index, item in enumerate(items):
+        if unknown := item.keys() - NAMES:
+            raise TypeError(f"unknown: {', '.join(sorted(unknown))}; known are {', '.join(sorted(NAMES))}")
+        for name in sorted(item.keys() - {"objective", "outputs", *OPTIONS}):
+            value = item[name]
+            if value is None:
+                continue
+            if not isinstance(value, Tensor):
+                raise TypeError(f"{name} must be a tensor, got a {type(value).__name__}")
+            value = value.detach().to("cpu", torch.float32 if value.dtype == torch.float16 else value.dtype).contiguous()
+            storage = value.untyped_storage().data_ptr()
+            tensors[f"{index}/{name}"] = value.clone() if storage in taken else value
+            taken.add(storage)
+    return tensors
+
+
+def _of(tensors: Mapping[str, Tensor], index: int) -> dict[str, Tensor]:
+    """One item's tensors, under their own names."""
+    start = f"{index}/"
+    return {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
+
+
+def _answer(
+    log_probs: Tensor, item: Mapping[str, Any], tensors: dict[str, Tensor], gradient: bool, dtype: torch.dtype | None
+) -> LossAnswer:
+    tensors = {name: tensor.to(log_probs.device) for name, tensor in tensors.items() if name != "cu_seqlens"}
+    value = float(item["loss"])  # of "NaN" and "Infinity", too
+    if gradient:
+        loss = _Loss.apply(log_probs, tensors["gradients/log_probs"], value)
+    else:
+        loss = torch.tensor(value, dtype=torch.promote_types(dtype or log_probs.dtype, torch.float32), device=log_probs.device)
+    metrics = {name: float(measured) for name, measured in item["metrics"].items()}
+    return LossAnswer(loss, metrics, item.get("warnings", []), item.get("nonfinite_rows", []), tensors)
+
+
+# ---------------------------------------------------------------- autograd
+
+
+class _Loss(torch.autograd.Function):
+    """A value, and its gradient with respect to log_probs; the gradient is cast to their type after it was scaled."""
+
+    @staticmethod
+    def forward(ctx: Any, log_probs: Tensor, gradient: Tensor, value: float) -> Tensor:
+        ctx.save_for_backward(log_probs, gradient)
+        return gradient.new_tensor(value)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        log_probs, gradient = ctx.saved_tensors
+        return (grads[0] * _OnlyOnce.apply(gradient, log_probs)).to(log_probs.dtype), None, None
+
+
+class _OnlyOnce(torch.autograd.Function):
+    """The gradient as it is, with a graph to log_probs that says what it cannot do. Else it would count as a constant."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, log_probs: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None]:
+        raise RuntimeError("ratchet_loss has a first derivative only: the second does not come over the wire")

@@ -1,0 +1,73 @@
+"""JSON bodies whose bulk is arrays of numbers, of many megabytes.
+
+The parsers that are written in C let nobody else run until they are done. So the document is walked in Python down to its
+innermost arrays, and only these are read in C, one by one: other requests get their turn in between. NaN and Infinity are
+taken, as Python writes them.
+"""
+
+from json.decoder import JSONArray, JSONDecoder  # pyright: ignore[reportAttributeAccessIssue]
+from json.scanner import py_make_scanner  # pyright: ignore[reportAttributeAccessIssue]
+from typing import Any
+
+import orjson
+
+from service.api.documents import no_key_twice, read_json
+from service.errors import BodyTooLarge, Malformed
+
+MAX_PARTS = 2**18  # arrays, objects and texts: a few bytes of each take a hundred in memory
+
+
+def parse_arrays(raw: bytes) -> Any:
+    """Raises Malformed with line and column, BodyTooLarge."""
+    return read_json(raw, lambda text: _Decoder().decode(text))
+
+
+class _Decoder(JSONDecoder):
+    """For one document."""
+
+    def __init__(self) -> None:
+        super().__init__(object_pairs_hook=self._object)
+        self._in_c = self.scan_once
+        self._string = self.parse_string
+        self.parse_array, self.parse_string = self._array, self._text
+        self.scan_once = py_make_scanner(self)
+        self._parts = 0
+
+    def _array(self, state: tuple[str, int], scan_once: Any) -> tuple[list[Any], int]:
+        self._count()
+        text, begin = state
+        below = text.find("[", begin)
+        end = text.find("]", begin, len(text) if below < 0 else below)
+        if end < 0 or text.find('"', begin, end) >= 0 or text.find("{", begin, end) >= 0:
+            return JSONArray(state, scan_once)
+        try:
+            return orjson.loads(text[begin - 1 : end + 1]), end + 1
+        except orjson.JSONDecodeError:  # NaN, or something that is wrong: then this says where
+            return self._in_c(text, begin - 1)
+
+    def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        self._count()
+        for key, _ in pairs:
+            _whole(key)
+        return no_key_twice(pairs)
+
+    def _text(self, *state: Any) -> tuple[str, int]:
+        self._count()
+        found, end = self._string(*state)
+        _whole(found)
+        return found, end
+
+    def _count(self) -> None:
+        self._parts += 1
+        if self._parts > MAX_PARTS:
+            raise BodyTooLarge(
+                f"the body holds more than {MAX_PARTS} arrays, objects and texts; send tensors: application/vnd.safetensors"
+            )
+
+
+def _whole(text: str) -> None:
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise Malformed("the body holds half of a character (a lone surrogate)", code="not_storable") from None

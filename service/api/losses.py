@@ -1,0 +1,203 @@
+"""Loss requests: read and checked here, computed by a worker without memory, answered as soon as that is done."""
+
+import re
+from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
+from functools import partial
+from math import ceil
+from time import monotonic, time
+from typing import Annotated, Any
+
+from anyio import CapacityLimiter, to_thread
+from fastapi import APIRouter, Header, Request, Response
+from starlette.concurrency import run_in_threadpool
+
+from service.api.arrays import parse_arrays
+from service.api.auth import CallerDep
+from service.api.bodies import limited, media_type
+from service.api.context import Context, ContextDep
+from service.api.documents import parse_json
+from service.api.loss_views import ANSWERED, JSON, SENT, TENSORS, LossTicket
+from service.api.negotiation import MAX_WAIT_S, accepted, wait_s
+from service.api.problems import BODY, responses
+from service.doorbell import Watch
+from service.errors import FieldError, InvalidRequest, Malformed, NotFound, Unavailable, UnsupportedMedia
+from service.ids import new_id
+from service.losses import request as requests
+from service.losses.answers import as_json
+from service.losses.orders import Answer, Order
+from service.losses.queue import RING_AGAIN_S, Standing
+from service.validation import invalid
+
+router = APIRouter(prefix="/v1/losses", tags=["losses"])
+
+SMALL_BYTES = 2**16
+LOSS_ID = re.compile(r"loss_[0-9a-z]{26}")
+
+
+Prefer = Annotated[
+    str | None,
+    Header(description=f"`wait=S`: hold the answer until it is there, for at most S seconds (and {MAX_WAIT_S})"),
+]
+
+
+# ---------------------------------------------------------------- routes
+
+
+@router.post("", response_class=Response, responses=ANSWERED | responses(406, 429, *BODY), openapi_extra=SENT)
+async def compute_losses(request: Request, context: ContextDep, caller: CallerDep, prefer: Prefer = None) -> Response:
+    """Compute losses, and what else is wanted, of batches of log-probs. Items that are wrong are refused in their place.
+
+    The answer comes in the format of the body, or the one that Accept names. Nothing is stored: an answer that was waited for
+    is gone when it was sent, another one after some minutes.
+    """
+    sent_as = _sent_as(request)
+    answer_as = accepted(request, (sent_as, TENSORS if sent_as == JSON else JSON))
+    loss_id = new_id("loss")
+    raw = await limited(request, context.settings.max_loss_body_bytes, "a loss request").body()
+    deadline = time() + context.settings.loss_time_limit_s  # the caller's line may be slow
+    make = partial(_order, raw, sent_as, loss_id, caller.project, deadline)
+    order = await to_thread.run_sync(make, limiter=_limiter(context, raw))
+    del raw, make  # both may be large, and the wait long
+    with context.signals.watch(loss_id) as bell:  # before it is sent: no answer is missed
+        must_ring = await context.losses.push(caller.project, loss_id, order, deadline)
+        del order
+        if must_ring:
+            await run_in_threadpool(context.doorbell.ring_losses)
+        seconds = wait_s(request)
+        look = partial(context.losses.collect, caller.project, loss_id)
+        answer = await _answer(context, look, deadline, bell, seconds) if seconds else None
+    if answer is None:
+        return _ticket(context, loss_id, deadline)
+    response = await _response(context, answer, answer_as)
+    response.headers["Preference-Applied"] = "wait"
+    return response
+
+
+@router.get("/{loss_id}", response_class=Response, responses=ANSWERED | responses(404, 406))
+async def get_losses(request: Request, context: ContextDep, caller: CallerDep, loss_id: str, prefer: Prefer = None) -> Response:
+    """The answer of a request that was not waited for, as often as wanted until it expires: JSON, or what Accept names."""
+    answer_as = accepted(request, (JSON, TENSORS))
+    if not LOSS_ID.fullmatch(loss_id):
+        raise _unknown(loss_id)
+    look = partial(context.losses.standing, caller.project, loss_id)
+    with context.signals.watch(loss_id) as bell:
+        raw, deadline = await look()
+        if deadline is None:
+            raise _unknown(loss_id)
+        seconds = wait_s(request)
+        if raw is None:
+            raw = await _answer(context, look, deadline, bell, seconds)
+    if raw is None:
+        return _ticket(context, loss_id, deadline)
+    response = await _response(context, raw, answer_as)
+    if seconds:
+        response.headers["Preference-Applied"] = "wait"
+    return response
+
+
+def _unknown(loss_id: str) -> NotFound:
+    return NotFound(f"no loss request {loss_id[:40]} in this project, or its answer has expired")
+
+
+def _ticket(context: Context, loss_id: str, deadline: float) -> Response:
+    url = f"/v1/losses/{loss_id}"
+    expires = datetime.fromtimestamp(ceil(deadline + context.settings.loss_result_ttl_s), UTC)
+    ticket = LossTicket(id=loss_id, url=url, expires_at=expires)
+    return Response(ticket.model_dump_json(), 202, {"Location": url, "Retry-After": "1"}, JSON)
+
+
+# ---------------------------------------------------------------- reading
+
+
+def _sent_as(request: Request) -> str:
+    kind = media_type(request) or JSON
+    if kind not in (JSON, TENSORS):
+        raise UnsupportedMedia(
+            f"the body's Content-Type is {kind}; taken are {JSON} and {TENSORS}",
+            hint="with curl: -H 'Content-Type: application/json' --data-binary @request.json",
+        )
+    return kind
+
+
+def _limiter(context: Context, raw: bytes) -> CapacityLimiter | None:
+    """Few large ones at once; small ones do not wait for them."""
+    return context.conversions if len(raw) > SMALL_BYTES else None
+
+
+def _order(raw: bytes, sent_as: str, loss_id: str, project: str, deadline: float) -> bytes:
+    """The work order that a body asks for. Raises InvalidRequest when no item of it can be computed."""
+    if sent_as == TENSORS:
+        tensors, text = requests.decoded(raw)
+        try:
+            checked = requests.check(parse_json(text.encode()), tensors)
+        except Malformed as error:
+            raise Malformed(f"in the header's metadata `request`: {error.detail}", code=error.code) from None
+    else:
+        checked = requests.check(parse_arrays(raw))
+    if checked.is_hopeless:
+        raise _none_answered(checked.items, checked.errors)
+    return Order(loss_id, project, deadline, checked.all_or_nothing, checked.items, checked.tensors).encode()
+
+
+# ---------------------------------------------------------------- waiting
+
+
+async def _answer(
+    context: Context, look: Callable[[], Awaitable[Standing]], deadline: float, bell: Watch, seconds: float
+) -> bytes | None:
+    """The worker's answer, as soon as it is there; None when the caller waits no longer.
+
+    Raises Unavailable when it will not come: Redis is away or was emptied, or the request's own time is over.
+    """
+    until = monotonic() + seconds
+    while True:
+        if time() > deadline:
+            raise await _timed_out(context)
+        left = min(until - monotonic(), deadline - time())
+        if left <= 0 or context.stopping.is_set():
+            return None
+        rung = await bell.wait(min(left, RING_AGAIN_S))
+        raw, found = await look()
+        if raw is not None:
+            return raw
+        if found is None:
+            raise Unavailable("this request was lost: the queue was emptied; send it again", code="loss_lost")
+        if not rung and await context.losses.must_ring():
+            await run_in_threadpool(context.doorbell.ring_losses)
+
+
+async def _timed_out(context: Context) -> Unavailable:
+    within = f"within {context.settings.loss_time_limit_s:g} s"
+    if await context.losses.worker_was_seen():
+        return Unavailable(f"no worker had the time to compute it {within}; send it again", code="loss_timed_out")
+    return Unavailable(
+        f"nobody computed it {within}: no loss worker was seen lately", code="loss_timed_out", hint="start a worker"
+    )
+
+
+# ---------------------------------------------------------------- answering
+
+
+async def _response(context: Context, raw: bytes, answer_as: str) -> Response:
+    """Raises InvalidRequest and Unavailable as the worker says."""
+    answer = Answer.decode(raw)
+    if answer.problem is not None:
+        raise Unavailable(answer.problem["detail"], code=answer.problem["code"])
+    if answer.outcome == "invalid":
+        raise _none_answered(answer.data, _errors_of(answer.data))
+    if answer_as == TENSORS:
+        return Response(raw, media_type=TENSORS)
+    if len(raw) <= SMALL_BYTES:  # a fraction of a millisecond
+        return Response(as_json(answer), media_type=JSON)
+    return Response(await to_thread.run_sync(as_json, answer, limiter=_limiter(context, raw)), media_type=JSON)
+
+
+def _errors_of(data: list[dict[str, Any]]) -> list[FieldError]:
+    said = [error for item in data if "error" in item for error in item.get("errors", [item["error"]])]
+    return [FieldError(**{name: one.get(name) for name in ("pointer", "detail", "code", "got", "allowed")}) for one in said]
+
+
+def _none_answered(items: list[dict[str, Any]], errors: list[FieldError]) -> InvalidRequest:
+    error = invalid(errors)
+    return InvalidRequest(error.detail, error.errors, code=errors[0].code, data=requests.withheld(items))

@@ -1,0 +1,41 @@
+"""What a caller would rather have: the format of the answer (Accept), and whether it waits for it (Prefer, RFC 7240)."""
+
+import re
+from collections.abc import Sequence
+
+from fastapi import Request
+
+from service.errors import NotAcceptable
+
+MAX_WAIT_S = 60
+_WAIT = re.compile(r'(?:^|[,;])\s*wait\s*=\s*"?(\d{1,9})"?\s*(?=[,;]|$)', re.IGNORECASE)
+
+
+def accepted(request: Request, offered: Sequence[str]) -> str:
+    """The media type to answer in; the first one where the caller does not mind. Raises NotAcceptable."""
+    wanted = ",".join(request.headers.getlist("accept"))
+    if not wanted.strip():
+        return offered[0]
+    ranges = [_range(one) for one in wanted.split(",")]
+    best = max(offered, key=lambda one: _quality(one, ranges))
+    if _quality(best, ranges) <= 0:
+        raise NotAcceptable(f"Accept is {wanted[:200]!r}; answers come as {' or '.join(offered)}")
+    return best
+
+
+def _range(text: str) -> tuple[str, float]:
+    name, *parameters = (part.strip().lower() for part in text.split(";"))
+    quality = next((part[2:] for part in parameters if part.startswith("q=")), "1")
+    return name, float(quality) if re.fullmatch(r"[01](\.\d{0,3})?", quality) else 0.0
+
+
+def _quality(offer: str, ranges: list[tuple[str, float]]) -> float:
+    """Of the range that names it most closely; 0: not wanted."""
+    found = dict(ranges)
+    return next((found[one] for one in (offer, f"{offer.partition('/')[0]}/*", "*/*") if one in found), 0.0)
+
+
+def wait_s(request: Request) -> float:
+    """For how long the caller would like the answer to be held; 0: not at all. What cannot be read is no preference."""
+    found = _WAIT.search(",".join(request.headers.getlist("prefer")))
+    return float(min(int(found[1]), MAX_WAIT_S)) if found else 0.0

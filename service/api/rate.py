@@ -1,0 +1,131 @@
+"""How often a key may ask: a token bucket for each key, in Redis, where all API processes see it.
+
+While Redis is away each process keeps buckets of its own: no request waits for Redis or is lost with it, and the worst that
+happens is that a key gets the rate once from each process.
+"""
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import ceil
+from threading import Lock
+from time import monotonic
+
+import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from service.doorbell import redis_py_url
+from service.settings import Settings
+
+log = logging.getLogger(__name__)
+
+TIMEOUT_S = 0.25  # for a connection, and for an answer
+ASK_AGAIN_S = 5.0  # after Redis did not answer
+MAX_LOCAL = 10_000  # buckets that a process keeps
+
+# Redis' own clock, so that those of the API's machines need not agree. A bucket that is full again is forgotten.
+TAKE = """
+local rate, burst = tonumber(ARGV[1]), tonumber(ARGV[2])
+local time = redis.call('TIME')
+local now = time[1] + time[2] / 1e6
+local kept = redis.call('HMGET', KEYS[1], 'tokens', 'at')
+local passed = math.max(0, now - (tonumber(kept[2]) or now))
+local tokens = math.min(burst, (tonumber(kept[1]) or burst) + passed * rate)
+local taken = tokens >= 1 and 1 or 0
+redis.call('HSET', KEYS[1], 'tokens', string.format('%.9f', tokens - taken), 'at', string.format('%.6f', now))
+redis.call('PEXPIRE', KEYS[1], math.ceil(burst / rate * 1000) + 1000)
+return {taken, string.format('%.9f', tokens - taken)}
+"""
+
+
+@dataclass(frozen=True)
+class Rate:
+    """`burst` requests at once, and `requests_per_s` in the long run."""
+
+    requests_per_s: float
+    burst: int
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What one request got: whether it may go on, and how many tokens are left."""
+
+    allowed: bool
+    tokens: float
+    rate: Rate
+
+    @property
+    def retry_after_s(self) -> int:
+        """Whole seconds until there is a token."""
+        return max(1, ceil((1 - self.tokens) / self.rate.requests_per_s))
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """As draft-ietf-httpapi-ratelimit-headers has them: q and r are requests, w and t seconds."""
+        full_s = ceil(self.rate.burst / self.rate.requests_per_s)
+        t = self.retry_after_s if not self.allowed else ceil((self.rate.burst - self.tokens) / self.rate.requests_per_s)
+        return {"RateLimit-Policy": f'"key";q={self.rate.burst};w={full_s}', "RateLimit": f'"key";r={int(self.tokens)};t={t}'}
+
+
+class Limiter:
+    """Safe to share between threads."""
+
+    def __init__(self, settings: Settings, clock: Callable[[], float] = monotonic) -> None:
+        self._default = Rate(settings.key_requests_per_s, settings.key_burst) if settings.key_requests_per_s else None
+        url = redis_py_url(settings.redis_url.get_secret_value())
+        self._redis = redis.Redis.from_url(
+            url, socket_timeout=TIMEOUT_S, socket_connect_timeout=TIMEOUT_S, retry=Retry(NoBackoff(), 0)
+        )
+        self._take = self._redis.register_script(TAKE)
+        self._clock, self._lock = clock, Lock()
+        self._ask_again_at = 0.0
+        self._local: OrderedDict[str, tuple[float, float]] = OrderedDict()  # key id -> tokens, when
+
+    def rate(self, requests_per_s: float | None, burst: int | None) -> Rate | None:
+        """A key's own rate, else the operator's; None is no limit."""
+        return self._default if requests_per_s is None or burst is None else Rate(requests_per_s, burst)
+
+    def take(self, key_id: str, rate: Rate) -> Turn:
+        """One token, if there is one. Never raises."""
+        if self._may_ask():
+            try:
+                taken, tokens = self._take(keys=[f"ratchet:rate:{key_id}"], args=[rate.requests_per_s, rate.burst])  # pyright: ignore[reportGeneralTypeIssues]
+                self._ask_again_at = 0.0
+                return Turn(bool(taken), float(tokens), rate)
+            except (redis.RedisError, OSError) as error:
+                log.warning("Redis does not count requests (%s); this process counts its own", type(error).__name__)
+                self._ask_again_at = self._clock() + ASK_AGAIN_S
+        return self._take_here(key_id, rate)
+
+    def _may_ask(self) -> bool:
+        """After a failure one request in ASK_AGAIN_S tries, and the others do not wait for it."""
+        if self._ask_again_at == 0.0:
+            return True
+        with self._lock:
+            now = self._clock()
+            if now < self._ask_again_at:
+                return False
+            self._ask_again_at = now + ASK_AGAIN_S
+            return True
+
+    def _take_here(self, key_id: str, rate: Rate) -> Turn:
+        with self._lock:
+            now = self._clock()
+            tokens, at = self._local.pop(key_id, (float(rate.burst), now))
+            tokens = min(rate.burst, tokens + (now - at) * rate.requests_per_s)
+            allowed = tokens >= 1
+            tokens -= allowed
+            self._local[key_id] = tokens, now
+            if len(self._local) > MAX_LOCAL:
+                self._local.popitem(last=False)
+        return Turn(allowed, tokens, rate)
+
+    def close(self) -> None:
+        self._redis.close()
+
+
+def default_burst(requests_per_s: float) -> int:
+    """Two seconds' worth."""
+    return max(1, ceil(2 * requests_per_s))

@@ -1,0 +1,163 @@
+"""Every way in which a job, or one attempt at it, can fail: one registry, from which docs/failures.md has its table.
+
+`python -m service.failures` prints the table. A failure whose code does not stand here cannot be raised.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal
+
+Category = Literal["user", "infra", "internal"]
+
+
+@dataclass(frozen=True)
+class Code:
+    """What a failure code stands for. `remedy` is its hint, where the failure has none that says more."""
+
+    category: Category  # who can mend it: the job's owner, the operator, or we
+    means: str
+    remedy: str
+    retryable: bool = False  # the attempt is made again, after a pause, up to limits.max_attempts times
+    pauses: bool = False  # the job pauses instead of failing: once mended, a resume goes on
+
+
+CODES: Mapping[str, Code] = MappingProxyType(
+    {
+        "invalid_request": Code(
+            "user",
+            "the worker cannot open what the spec names, though the API could",
+            "see `pointer`; fork the job with that part changed",
+        ),
+        "missing_extra": Code(
+            "user",
+            "the worker lacks an optional package that the spec needs",
+            "let the operator install it on the workers, then fork the job",
+        ),
+        "model_not_found": Code("user", "the model cannot be loaded", "fork the job with another model.source"),
+        "model_pickled": Code(
+            "user", "the model has pickled weights only, which are never read", "save it as safetensors, and name that folder"
+        ),
+        "model_unsupported": Code("user", "the model cannot be trained here", "fork the job with another model.source"),
+        "lora_target_modules": Code(
+            "user", "the adapter cannot be put on these layers", "fork the job with other model.adapter.target_modules"
+        ),
+        "no_chat_template": Code(
+            "user", "data.chat was given, and the tokenizer has no chat template", "use data.prompt, or another model"
+        ),
+        "no_eos_token": Code("user", "the tokenizer cannot close an answer", "use another model, or give its tokenizer one"),
+        "checkpoint_not_found": Code(
+            "user", "the checkpoint to start from is gone", "fork the job with another model.from_checkpoint"
+        ),
+        "checkpoint_broken": Code(
+            "infra",
+            "the checkpoint to start from was torn or altered on the disk",
+            "look at the disk; fork the job with another model.from_checkpoint",
+        ),
+        "checkpoint_mismatch": Code(
+            "user", "the checkpoint does not fit the model or the adapter", "fork the job with a model section that fits"
+        ),
+        "prompt_too_long": Code(
+            "user", "a row's prompt leaves no room for an answer", "shorten the row or the template, or take the row out"
+        ),
+        "prompt_empty": Code("user", "a row's prompt has no tokens", "mend the row or the template, or take the row out"),
+        "sequence_too_long": Code(
+            "user", "a row's prompt and answer do not fit the context", "shorten the row, or take it out of the data"
+        ),
+        "grader_unhealthy": Code(
+            "user",
+            "too many samples could not be graded, or the reward service cannot be used",
+            "mend the grader, then resume the job",
+            pauses=True,
+        ),
+        "grader_address_refused": Code(
+            "user",
+            "the reward service has an address that this service does not reach",
+            "give the service another address, or let the operator allow its network in RATCHET_GRADER_NETWORKS; then resume",
+            pauses=True,
+        ),
+        "sample_not_graded": Code(
+            "user",
+            "a sample could not be graded, and reward.on_error is fail",
+            "mend the grader, then fork the job; on_error: mask leaves such samples out",
+        ),
+        "grader_unavailable": Code(
+            "infra", "a grader's process does not start on the worker", "look at the worker's installation, then fork the job"
+        ),
+        "non_finite_logits": Code(
+            "user", "the model gave logits that are not finite while sampling", "use model.dtype: float32, or a sound model"
+        ),
+        "non_finite_loss": Code(
+            "user",
+            "too many optimizer steps in a row had a loss or gradient that is not finite",
+            "lower optimizer.learning_rate or use model.dtype: float32; the last good checkpoint is kept",
+        ),
+        "out_of_memory": Code(
+            "user",
+            "the worker's memory did not suffice",
+            "lower update.microbatch_tokens, rollout.prompts_per_step or max_completion_tokens",
+        ),
+        "max_runtime": Code(
+            "user",
+            "the job ran longer than limits.max_runtime_s, over all attempts",
+            "fork the job from its last checkpoint with a larger limit",
+        ),
+        "deadline": Code(
+            "user",
+            "the job was not done limits.deadline_s after it was submitted",
+            "fork the job from its last checkpoint with a later deadline",
+        ),
+        "stalled": Code(
+            "infra",
+            "the attempt made no progress for limits.stall_timeout_s",
+            "see `phase`: a grader that hangs, a batch that is too large for the machine, or a limit that is too short",
+            retryable=True,
+        ),
+        "unresponsive": Code(
+            "infra",
+            "the training process did not obey a pause or cancel within its grace, and was killed",
+            "nothing is left to do: the job went where it was sent, at its last checkpoint",
+        ),
+        "worker_lost": Code(
+            "infra",
+            "the training process died: killed, out of memory, or a crash in native code",
+            "see the worker's log; memory is the usual cause",
+            retryable=True,
+        ),
+        "lease_lost": Code(
+            "infra",
+            "the worker was not heard of for longer than its lease: it died, was frozen, or lost the database",
+            "see that the worker runs and reaches the database",
+            retryable=True,
+        ),
+        "crash_loop": Code(
+            "infra",
+            "the worker was lost limits.max_attempts times without a new checkpoint",
+            "see the worker's log: memory is the usual cause; try smaller batches, or checkpoints.every_steps: 1",
+        ),
+        "store_unavailable": Code(
+            "infra", "the database did not answer", "see that it runs and that the worker reaches it", retryable=True
+        ),
+        "io_error": Code(
+            "infra", "reading or writing a file failed", "look at the worker's disk: is it full, is it there?", retryable=True
+        ),
+        "internal_error": Code(
+            "internal",
+            "a fault of Ratchet; the worker's log has the trace",
+            "report it; fork the job to go on from its last checkpoint",
+        ),
+    }
+)
+
+
+def table() -> str:
+    """The registry as Markdown."""
+    lines = ["| code | who can mend it | what follows | what it means | what to do |", "|---|---|---|---|---|"]
+    for name, code in sorted(CODES.items()):
+        follows = "pauses" if code.pauses else "tried again" if code.retryable else "fails"
+        lines.append(f"| `{name}` | {code.category} | {follows} | {code.means} | {code.remedy} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(table(), end="")

@@ -1,0 +1,278 @@
+"""Loss requests on their way: from the API to a worker and back, in Redis only and for a limited time.
+
+    {project}:{id}:request   the work order (bytes), until its deadline
+    {project}:{id}:state     its deadline (unix seconds); without it the request is unknown, expired, or was flushed away
+    {project}:{id}:answer    the worker's answer (bytes), until it expires or was handed over
+    {project}:{id}:handed    the same for the moment in which it is handed over
+    waiting, bytes           entries "id project size deadline" in order of arrival, and the sum of their sizes
+    taken:{worker}           entries that a worker has in hand
+    answers, answer_bytes    answers that are kept: members "size key" scored by their expiry, and the sum of their sizes
+    listening                a worker is in its loop and will look by itself: no ring is needed
+    rung                     somebody rang a moment ago
+    seen                     a loss worker was at work within the last minutes
+    stop:{worker}            this worker should leave its loop
+
+The API's half is asynchronous, the worker's is not. Whatever is lost in here costs the caller a retryable refusal.
+"""
+
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any, NamedTuple, Self
+
+import redis
+import redis.asyncio
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from service.doorbell import TIMEOUT_S, channel_name, redis_py_url
+from service.errors import Busy, Unavailable
+from service.losses import scripts
+from service.losses.orders import unavailable
+from service.settings import Settings
+
+PREFIX = "ratchet:losses:"
+WAITING, BYTES, ANSWERS, ANSWER_BYTES = (PREFIX + name for name in ("waiting", "bytes", "answers", "answer_bytes"))
+LISTENING, RUNG, SEEN = (PREFIX + name for name in ("listening", "rung", "seen"))
+TAKEN, STOP = PREFIX + "taken:", PREFIX + "stop:"
+
+BLOCK_S = 5.0  # the longest that `take` waits
+LISTENS_FOR_S = 10.0  # longer than that, and than most batches take
+SEEN_FOR_S = 600
+STOP_FOR_S = 3600
+RING_AGAIN_S = 2.0
+READ_BYTES = 4 * 2**20  # of one read: redis-py's 64 KiB make a large order several times as dear
+HANDED_MS = 10_000  # for one whose fetching broke off
+TRANSFER_TIMEOUT_S = 5.0  # for one answer of Redis, the largest request in it
+CONNECTIONS = 32  # of one API process
+SIGNAL = "answer"
+
+
+class Keys(NamedTuple):
+    """Of one request."""
+
+    request: str
+    state: str
+    answer: str
+    handed: str
+
+    @classmethod
+    def of(cls, project: str, loss_id: str) -> Self:
+        return cls(*(f"{PREFIX}{project}:{loss_id}:{name}" for name in cls._fields))
+
+
+def _options(settings: Settings, timeout_s: float) -> dict[str, Any]:
+    """For redis-py: nothing is tried again behind our back."""
+    return {
+        "url": redis_py_url(settings.redis_url.get_secret_value()),
+        "socket_timeout": timeout_s,
+        "socket_connect_timeout": TIMEOUT_S,
+        "retry": Retry(NoBackoff(), 0),
+    }
+
+
+# ---------------------------------------------------------------- the API's half
+
+
+class Standing(NamedTuple):
+    """Where a request stands: answered, waiting until its deadline, or (neither) unknown."""
+
+    answer: bytes | None
+    deadline: float | None
+
+
+def _standing(found: list[Any]) -> Standing:
+    answer, deadline = found
+    return Standing(answer, None if deadline is None else float(deadline))
+
+
+class LossQueue:
+    """What the API does. Every method raises Unavailable when Redis does not answer."""
+
+    def __init__(self, settings: Settings) -> None:
+        pool = redis.asyncio.BlockingConnectionPool.from_url(
+            # No bound on the wait for a connection, which is our own: those that have one are bounded.
+            **_options(settings, TRANSFER_TIMEOUT_S),
+            max_connections=CONNECTIONS,
+            timeout=None,
+        )
+        self._redis = redis.asyncio.Redis(connection_pool=pool)
+        self._pool = pool
+        self._limit = settings.max_waiting_loss_bytes
+        self._keep_s = settings.loss_result_ttl_s
+
+    async def push(self, project: str, loss_id: str, raw: bytes, deadline: float) -> bool:
+        """Put a work order in line; answers whether a worker must be rung. Raises Busy when too many bytes wait."""
+        keys, now = Keys.of(project, loss_id), time.time()
+        left_ms = max(1, int((deadline - now) * 1000))
+        names = (WAITING, BYTES, ANSWERS, ANSWER_BYTES, LISTENING, RUNG, keys.request, keys.state)
+        arguments = (
+            f"{loss_id} {project} {len(raw)} {deadline}",
+            len(raw),
+            self._limit,
+            now,
+            left_ms + int(self._keep_s * 1000),
+            deadline,
+            int(RING_AGAIN_S * 1000),
+        )
+        async with _answering(), self._redis.pipeline(transaction=False) as pipe:
+            pipe.set(keys.request, raw, px=left_ms)
+            pipe.eval(scripts.ADMIT, len(names), *names, *arguments)
+            _, (admitted, number) = await pipe.execute()
+        if not admitted:
+            raise Busy(
+                f"{number} bytes of loss requests and answers are held already; at most {self._limit} may be",
+                code="losses_busy",
+                hint="send it again in a moment; a request that holds its answer (Prefer: wait) leaves nothing behind",
+            )
+        return bool(number)
+
+    async def standing(self, project: str, loss_id: str) -> Standing:
+        """Where it stands; nothing changes."""
+        keys = Keys.of(project, loss_id)
+        async with _answering():
+            found: list[Any] = await self._redis.mget(keys.answer, keys.state)
+        return _standing(found)
+
+    async def collect(self, project: str, loss_id: str) -> Standing:
+        """Where it stands; an answer is handed over, and forgotten here."""
+        keys = Keys.of(project, loss_id)
+        names = (ANSWERS, ANSWER_BYTES, keys.answer, keys.state, keys.handed)
+        async with _answering(), self._redis.pipeline(transaction=False) as pipe:
+            pipe.eval(scripts.COLLECT, len(names), *names, HANDED_MS)
+            pipe.getdel(keys.handed)  # not from the script: a large text is slow to go through Lua
+            deadline, answer = await pipe.execute()
+        return _standing([answer, deadline])
+
+    async def must_ring(self) -> bool:
+        """Whether something waits that no worker looks for, and nobody rang a moment ago."""
+        async with _answering():
+            return bool(await self._redis.eval(scripts.RING, 3, WAITING, LISTENING, RUNG, int(RING_AGAIN_S * 1000)))
+
+    async def worker_was_seen(self) -> bool:
+        async with _answering():
+            return bool(await self._redis.exists(SEEN))
+
+    async def close(self) -> None:
+        await self._redis.aclose()
+        await self._pool.aclose()
+
+
+@asynccontextmanager
+async def _answering() -> AsyncIterator[None]:
+    try:
+        yield
+    except (redis.RedisError, OSError, TimeoutError) as error:
+        raise Unavailable(
+            "the queue of loss requests does not answer just now; nothing was computed", code="loss_queue_unavailable"
+        ) from error
+
+
+# ---------------------------------------------------------------- the worker's half
+
+
+class Taken(NamedTuple):
+    """An order in the hands of a worker; `raw` is for `orders.Order.decode`."""
+
+    id: str
+    project: str
+    raw: bytes
+    entry: bytes
+
+
+def _whose(entry: bytes) -> tuple[str, str]:
+    """Id and project."""
+    loss_id, project, _, _ = entry.decode().split(" ")
+    return loss_id, project
+
+
+def _request(entry: bytes) -> str:
+    loss_id, project = _whose(entry)
+    return Keys.of(project, loss_id).request
+
+
+class WorkerQueue:
+    """What a worker does; one thread at a time. Every method raises redis.RedisError when Redis does not answer."""
+
+    def __init__(self, settings: Settings) -> None:
+        options = _options(settings, BLOCK_S + TRANSFER_TIMEOUT_S)
+        self._redis = redis.Redis.from_url(**options, socket_read_size=READ_BYTES)
+        self._keep_s = settings.loss_result_ttl_s
+
+    def take(self, worker_id: str, timeout_s: float, at_most: int) -> list[Taken]:
+        """All that waits, up to so many, as soon as something does; nothing when the time is up (0: only look).
+
+        What this worker had in hand before and did not answer comes first: its connection broke meanwhile. Orders whose
+        deadline is over are dropped. A worker that leaves its loop calls `leave`, then takes once more with timeout 0.
+        """
+        taken = TAKEN + worker_id
+        with self._redis.pipeline(transaction=False) as pipe:
+            pipe.set(SEEN, 1, ex=SEEN_FOR_S)
+            if timeout_s > 0:
+                pipe.set(LISTENING, 1, px=int(LISTENS_FOR_S * 1000))
+            pipe.lrange(taken, 0, -1)
+            entries: list[bytes] = pipe.execute()[-1]
+        if entries:
+            return self._found(taken, entries, self._requests(entries))
+        return self._moved(taken, min(timeout_s, BLOCK_S), at_most)
+
+    def _moved(self, taken: str, timeout_s: float, at_most: int) -> list[Taken]:
+        """Orders that waited and are now in hand."""
+        if timeout_s <= 0:
+            moved: Any = self._redis.eval(scripts.TAKE, 3, WAITING, BYTES, taken, at_most)
+            return self._found(taken, moved, self._requests(moved))
+        first: Any = self._redis.execute_command("BLMOVE", WAITING, taken, "LEFT", "RIGHT", timeout_s)
+        if first is None:
+            return []
+        with self._redis.pipeline(transaction=False) as pipe:  # most often it is the only one
+            pipe.eval(scripts.TAKE, 3, WAITING, BYTES, taken, at_most - 1, first)
+            pipe.get(_request(first))
+            moved, raw = pipe.execute()
+        return self._found(taken, moved, [raw, *self._requests(moved[1:])])
+
+    def _requests(self, entries: list[bytes]) -> list[bytes | None]:
+        found: Any = self._redis.mget([_request(entry) for entry in entries]) if entries else []
+        return found
+
+    def _found(self, taken: str, entries: list[bytes], raws: list[bytes | None]) -> list[Taken]:
+        """Without those whose time is over: they are in nobody's hand any more."""
+        gone = [entry.decode() for entry, raw in zip(entries, raws, strict=True) if raw is None]
+        if gone:
+            with self._redis.pipeline(transaction=False) as pipe:
+                for entry in gone:
+                    pipe.lrem(taken, 1, entry)
+                pipe.execute()
+        return [Taken(*_whose(entry), raw, entry) for entry, raw in zip(entries, raws, strict=True) if raw is not None]
+
+    def answer(self, worker_id: str, order: Taken, raw: bytes) -> None:
+        """Leave the answer (see `orders`), and wake whoever waits for it."""
+        keys = Keys.of(order.project, order.id)
+        with self._redis.pipeline(transaction=True) as pipe:
+            pipe.set(keys.answer, raw, px=int(self._keep_s * 1000))
+            pipe.zadd(ANSWERS, {f"{len(raw)} {keys.answer}": time.time() + self._keep_s})
+            pipe.incrby(ANSWER_BYTES, len(raw))
+            pipe.unlink(keys.request)
+            pipe.lrem(TAKEN + worker_id, 1, order.entry.decode())
+            pipe.publish(channel_name(order.id), SIGNAL)
+            pipe.execute()
+
+    def give_up(self, worker_id: str) -> int:
+        """Answer all that a worker had in hand, which died, with a retryable refusal; how many these were."""
+        entries: Any = self._redis.lrange(TAKEN + worker_id, 0, -1)
+        for entry in entries:
+            refusal = unavailable("loss_worker_died", "the worker that computed this died; send the request again")
+            self.answer(worker_id, Taken(*_whose(entry), b"", entry), refusal)
+        return len(entries)
+
+    def leave(self) -> None:
+        """From now on rings are needed. Another worker that is still in its loop says otherwise at its next `take`."""
+        self._redis.delete(LISTENING, RUNG)
+
+    def ask_to_stop(self, worker_id: str) -> None:
+        self._redis.set(STOP + worker_id, 1, ex=STOP_FOR_S)
+
+    def is_asked_to_stop(self, worker_id: str) -> bool:
+        return bool(self._redis.exists(STOP + worker_id))
+
+    def close(self) -> None:
+        self._redis.close()

@@ -1,0 +1,71 @@
+"""What the queue of loss requests does in one step: Lua, which Redis runs as a whole or not at all.
+
+Whatever leaves the waiting list, and every answer that goes, is taken off its sum. Of an empty list the sum is 0, so that
+what was lost between two commands does not count for ever.
+"""
+
+# Answers {1, whether to ring} or, when too much is held, {0, bytes that are held}; the request was set before.
+ADMIT = """
+local waiting, bytes, answers, answer_bytes, listening, rung, request, state = unpack(KEYS)
+local entry, size, limit, now, keep_ms, deadline, ring_ms = unpack(ARGV)
+while true do
+  local head = redis.call('LINDEX', waiting, 0)
+  if not head then redis.call('DEL', bytes) break end
+  local head_size, head_deadline = string.match(head, '^%S+ %S+ (%d+) (%S+)$')
+  if tonumber(head_deadline) > tonumber(now) then break end
+  redis.call('LPOP', waiting)
+  redis.call('DECRBY', bytes, head_size)
+end
+for _, member in ipairs(redis.call('ZRANGEBYSCORE', answers, '-inf', now)) do
+  redis.call('ZREM', answers, member)
+  redis.call('DECRBY', answer_bytes, string.match(member, '^%d+'))
+end
+if redis.call('ZCARD', answers) == 0 then redis.call('DEL', answer_bytes) end
+local held = tonumber(redis.call('GET', bytes) or 0) + tonumber(redis.call('GET', answer_bytes) or 0)
+if held > 0 and held + tonumber(size) > tonumber(limit) then
+  redis.call('UNLINK', request)
+  return {0, held}
+end
+redis.call('RPUSH', waiting, entry)
+redis.call('INCRBY', bytes, size)
+redis.call('SET', state, deadline, 'PX', keep_ms)
+local ring = redis.call('EXISTS', listening) == 0 and redis.call('SET', rung, 1, 'NX', 'PX', ring_ms)
+return {1, ring and 1 or 0}
+"""
+
+# Whether to ring: something waits, no worker is in its loop, and nobody rang a moment ago.
+RING = """
+local waiting, listening, rung = unpack(KEYS)
+if redis.call('LLEN', waiting) == 0 or redis.call('EXISTS', listening) == 1 then return 0 end
+return redis.call('SET', rung, 1, 'NX', 'PX', ARGV[1]) and 1 or 0
+"""
+
+# ARGV: how many more may be taken, then what was taken already. Answers all of it.
+TAKE = """
+local waiting, bytes, taken = unpack(KEYS)
+local entries = {}
+for place = 2, #ARGV do entries[#entries + 1] = ARGV[place] end
+for _ = 1, tonumber(ARGV[1]) do
+  local entry = redis.call('LMOVE', waiting, taken, 'LEFT', 'RIGHT')
+  if not entry then break end
+  entries[#entries + 1] = entry
+end
+for _, entry in ipairs(entries) do
+  redis.call('DECRBY', bytes, string.match(entry, '^%S+ %S+ (%d+) '))
+end
+if redis.call('LLEN', waiting) == 0 then redis.call('DEL', bytes) end
+return entries
+"""
+
+# The state; an answer is taken off the books and put where it is fetched from.
+COLLECT = """
+local answers, answer_bytes, answer, state, handed = unpack(KEYS)
+local deadline, size = redis.call('GET', state), redis.call('STRLEN', answer)
+if size > 0 then
+  if redis.call('ZREM', answers, size .. ' ' .. answer) == 1 then redis.call('DECRBY', answer_bytes, size) end
+  redis.call('RENAME', answer, handed)
+  redis.call('PEXPIRE', handed, ARGV[1])
+  redis.call('UNLINK', state)
+end
+return deadline
+"""

@@ -1,0 +1,252 @@
+"""Whether the parts of a batch agree in shape and dtype. Their numbers are for the worker to judge.
+
+What comes out is the same for JSON and for tensors: tensors, and where ragged always `cu_seqlens` (int64). Advantages are
+[B], or per token; where there are as many tokens as sequences, every sequence has one.
+"""
+
+from array import array
+from dataclasses import dataclass, field
+from itertools import accumulate, islice
+from operator import sub
+from typing import Any, Literal
+
+from service.errors import FieldError
+from service.losses import numbers
+from service.losses.batch import INTEGERS, PER_SEQUENCE, PER_TOKEN, TAKEN, LossBatch
+from service.losses.numbers import NotThese
+from service.losses.tensors import Tensor, Tensors
+
+MAX_CELLS = 2**24  # sequences times the longest of them: ragged batches are padded to be computed
+MAX_SEQUENCES = 2**20  # they are looked at one by one
+
+
+@dataclass
+class Batch:
+    """Parts that agree, or the errors (their pointers begin at the batch)."""
+
+    layout: Literal["ragged", "padded"]
+    tensors: Tensors = field(default_factory=dict)
+    errors: list[FieldError] = field(default_factory=list)
+    rows: int | None = None  # B; None: log_probs are not what they should be
+    longest: int = 0
+
+    def refuse(self, name: str, detail: str, code: str = "shape_mismatch", **more: Any) -> None:
+        self.errors.append(FieldError(f"/{name}", detail, code, **more))
+
+    def check_size(self) -> None:
+        if self.rows is None:
+            return
+        cells = self.rows * self.longest
+        if self.rows > MAX_SEQUENCES:
+            self.refuse(
+                "log_probs", f"has {self.rows} sequences; at most {MAX_SEQUENCES} are taken: split the batch", "too_large"
+            )
+        elif cells > MAX_CELLS:
+            self.refuse(
+                "log_probs",
+                f"{self.rows} sequences times the longest one's {self.longest} tokens are {cells}, more than {MAX_CELLS}: "
+                "split the batch, and send with each part its `weights` of the whole step",
+                "too_large",
+                got=cells,
+                allowed=MAX_CELLS,
+            )
+
+    def check_per_sequence(self) -> None:
+        for name in PER_SEQUENCE:
+            if (tensor := self.tensors.get(name)) is None:
+                continue
+            dimensions = (1, 2) if name == "rewards" else (1,)
+            rows = tensor.shape[:1] if self.rows is None else (self.rows,)
+            if len(tensor.shape) not in dimensions or tensor.shape[:1] != rows or 0 in tensor.shape[1:]:
+                wanted = f"[{_known(self.rows)}] or [{_known(self.rows)}, R]" if name == "rewards" else f"[{_known(self.rows)}]"
+                self.refuse(name, f"has the shape {_shape(tensor)}; one value a sequence is {wanted}")
+        self._check_reward_weights()
+
+    def _check_reward_weights(self) -> None:
+        weights, rewards = self.tensors.get("reward_weights"), self.tensors.get("rewards")
+        if weights is None:
+            return
+        if rewards is None:
+            self.refuse("reward_weights", "are given, but no rewards", "missing_tensor")
+            return
+        several = rewards.shape[1] if len(rewards.shape) == 2 else 1
+        if weights.shape != (several,):
+            self.refuse("reward_weights", f"has the shape {_shape(weights)}; one weight a reward is [{several}]")
+
+
+def _shape(tensor: Tensor) -> str:
+    return str(list(tensor.shape))
+
+
+def _known(rows: int | None) -> str:
+    return "B" if rows is None else str(rows)
+
+
+def check(sent: LossBatch, floats: str) -> Batch:
+    """`floats`: the typecode of `array` that JSON's numbers become."""
+    parts = {name: value for name, value in sent if value is not None}
+    batch = _of_tensors(parts) if isinstance(sent.log_probs, Tensor) else _of_json(parts, floats)
+    batch.check_per_sequence()
+    batch.check_size()
+    return batch
+
+
+# ---------------------------------------------------------------- of JSON
+
+
+def _of_json(parts: dict[str, Any], floats: str) -> Batch:
+    batch = Batch("ragged")
+    if parts.pop("cu_seqlens", None) is not None:
+        batch.refuse("cu_seqlens", "goes with flat tensors; in JSON write an array for each sequence", "unknown_key")
+    lengths = _rows_of_json(batch, "log_probs", parts.pop("log_probs"), floats, None)
+    if lengths is not None:
+        batch.rows, batch.longest = len(lengths), max(lengths, default=0)
+        batch.tensors["cu_seqlens"] = numbers.tensor(array("q", accumulate(lengths, initial=0)))
+    for name, value in parts.items():
+        if name in PER_TOKEN:
+            _rows_of_json(batch, name, value, floats, lengths)
+        elif name == "advantages" and value and isinstance(value[0], list):
+            _rows_of_json(batch, name, value, floats, lengths)
+            if lengths is not None and sum(lengths) == len(lengths) and batch.longest > 1:
+                batch.refuse(name, AMBIGUOUS)
+        else:
+            _flat_of_json(batch, name, value, floats)
+    return batch
+
+
+def _rows_of_json(batch: Batch, name: str, value: list[Any], floats: str, wanted: "array[int] | None") -> "array[int] | None":
+    """Put the numbers into the batch; their lengths, or None when they are no numbers."""
+    typecode = "q" if name == "segment_ids" else "d" if name == "response_mask" else floats
+    try:
+        found, lengths = numbers.rows(value, f"/{name}", typecode, flags=name == "response_mask")
+    except NotThese as error:
+        batch.errors.append(error.error)
+        return None
+    if wanted is not None and lengths != wanted:
+        _say_lengths(batch, name, lengths, wanted)
+    batch.tensors[name] = numbers.tensor(found)
+    return lengths
+
+
+def _say_lengths(batch: Batch, name: str, lengths: "array[int]", wanted: "array[int]") -> None:
+    if len(lengths) != len(wanted):
+        batch.refuse(name, f"has {len(lengths)} sequences, log_probs has {len(wanted)}", got=len(lengths), allowed=len(wanted))
+        return
+    row = next(row for row, (has, wants) in enumerate(zip(lengths, wanted, strict=True)) if has != wants)
+    batch.refuse(
+        f"{name}/{row}",
+        f"has {lengths[row]} tokens, log_probs has {wanted[row]} in this sequence",
+        got=lengths[row],
+        allowed=wanted[row],
+    )
+
+
+def _flat_of_json(batch: Batch, name: str, value: list[Any], floats: str) -> None:
+    pointer = f"/{name}"
+    try:
+        if name == "group_ids":
+            batch.tensors[name] = numbers.tensor(numbers.labels(value, pointer))
+        elif name == "rewards" and value and isinstance(value[0], list):
+            batch.tensors[name] = _several_rewards(value, pointer, floats)
+        else:
+            flags = name == "truncated"
+            batch.tensors[name] = numbers.tensor(numbers.flat(value, pointer, "d" if flags else floats, flags=flags))
+            if name == "advantages" and batch.rows is not None and len(value) != batch.rows:
+                batch.refuse(
+                    name, f"has {len(value)} values; there are {batch.rows} sequences", got=len(value), allowed=batch.rows
+                )
+    except NotThese as error:
+        batch.errors.append(error.error)
+
+
+def _several_rewards(value: list[Any], pointer: str, floats: str) -> Tensor:
+    found, lengths = numbers.rows(value, pointer, floats)
+    if odd := next((row for row, length in enumerate(lengths) if length != lengths[0]), None):
+        detail = f"has {lengths[odd]} rewards, the sequences before have {lengths[0]}"
+        raise NotThese(FieldError(f"{pointer}/{odd}", detail, "shape_mismatch", lengths[odd], lengths[0]))
+    return numbers.tensor(found, len(lengths), lengths[0])
+
+
+# ---------------------------------------------------------------- of tensors
+
+
+def _of_tensors(parts: Tensors) -> Batch:
+    log_probs = parts["log_probs"]
+    batch = Batch("padded" if len(log_probs.shape) == 2 else "ragged", dict(parts))
+    for name, tensor in parts.items():
+        if tensor.dtype not in TAKEN[name]:
+            taken = ", ".join(TAKEN[name])
+            batch.refuse(
+                name, f"has the dtype {tensor.dtype}; taken are {taken}", "dtype_not_taken", got=tensor.dtype, allowed=taken
+            )
+    if len(log_probs.shape) == 2:
+        batch.rows, batch.longest = log_probs.shape
+        if "cu_seqlens" in parts:
+            batch.refuse(
+                "cu_seqlens", f"goes with flat tensors, but log_probs has the shape {_shape(log_probs)}", "unknown_key"
+            )
+    elif len(log_probs.shape) == 1:
+        _cut(batch)
+    else:
+        batch.refuse("log_probs", f"has the shape {_shape(log_probs)}; flat [N] with cu_seqlens, or padded [B, T]")
+        return batch
+    for name, tensor in parts.items():
+        if name in PER_TOKEN and tensor.shape != log_probs.shape:
+            batch.refuse(name, f"has the shape {_shape(tensor)}, log_probs has {_shape(log_probs)}")
+    if "advantages" in parts:
+        _check_advantages(batch)
+    return batch
+
+
+def _cut(batch: Batch) -> None:
+    """Check where the sequences begin and end."""
+    tensor, tokens = batch.tensors.get("cu_seqlens"), len(batch.tensors["log_probs"])
+    if tensor is None:
+        batch.refuse(
+            "cu_seqlens",
+            "is needed, because log_probs is flat: int64 [B + 1], where each sequence begins, and the end; or send [B, T]",
+            "missing_tensor",
+        )
+        return
+    if tensor.dtype not in INTEGERS:
+        return  # said already
+    if len(tensor.shape) != 1 or not len(tensor):
+        batch.refuse("cu_seqlens", f"has the shape {_shape(tensor)}; it is [B + 1]")
+        return
+    if len(tensor) > MAX_SEQUENCES:
+        batch.refuse(
+            "cu_seqlens", f"has {len(tensor)} numbers; at most {MAX_SEQUENCES} are taken: split the batch", "too_large"
+        )
+        return
+    at = numbers.integers(tensor)
+    lengths = list(map(sub, islice(at, 1, None), at))
+    if min(lengths, default=0) < 0:
+        fall = next(number for number, length in enumerate(lengths, 1) if length < 0)
+        detail = f"is {at[fall]}, less than {at[fall - 1]} before it: it may never fall"
+        batch.refuse(f"cu_seqlens/{fall}", detail, got=at[fall])
+    elif at[0] != 0:
+        batch.refuse("cu_seqlens/0", f"must be 0, got {at[0]}", got=at[0], allowed=0)
+    elif at[-1] != tokens:
+        detail = f"must be {tokens}, the tokens of log_probs, got {at[-1]}"
+        batch.refuse(f"cu_seqlens/{len(at) - 1}", detail, got=at[-1], allowed=tokens)
+    else:
+        batch.rows, batch.longest = len(lengths), max(lengths, default=0)
+        batch.tensors["cu_seqlens"] = numbers.tensor(at)
+
+
+AMBIGUOUS = (
+    "are as many as there are sequences, and as there are tokens, and some sequences are empty: it cannot be told which is "
+    "meant; leave the empty sequences out"
+)
+
+
+def _check_advantages(batch: Batch) -> None:
+    """One a sequence, or per token."""
+    shape, tokens = batch.tensors["advantages"].shape, batch.tensors["log_probs"].shape
+    if batch.rows is None:
+        return  # what is wrong with log_probs was said
+    if shape not in ((batch.rows,), tokens):
+        wanted = f"[{batch.rows}], one a sequence, or {list(tokens)}, as log_probs"
+        batch.refuse("advantages", f"has the shape {list(shape)}; it is {wanted}")
+    elif shape == tokens == (batch.rows,) and batch.longest > 1:
+        batch.refuse("advantages", AMBIGUOUS)

@@ -1,0 +1,188 @@
+"""The ledger: what each attempt at each job spent, by day and API key. It outlives the jobs.
+
+One row a (job, attempt, day), added to in the transactions that commit steps and checkpoints and that end attempts. What an
+attempt spent since its last checkpoint is `unsaved`; a checkpoint makes it useful, and the attempt's end makes it wasted,
+because whoever goes on starts from the checkpoint and does it again.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, Literal
+
+from sqlalchemy import ColumnElement, cast, func, literal, select, update
+from sqlalchemy.orm import Session
+
+from service.store.dialect import insert
+from service.store.tables import Budget, Checkpoint, Job, Metric, Usage
+
+PHASES = ("loading", "sampling", "grading", "updating", "evaluating", "saving")
+TOKENS = ("sampled_tokens", "trained_tokens")
+SECONDS = tuple(f"{phase}_s" for phase in PHASES)
+AMOUNTS = (*TOKENS, "s")  # each stands as unsaved_... and wasted_... too
+
+
+@dataclass(frozen=True)
+class Spent:
+    """What a piece of work cost: tokens, and the worker's seconds by phase."""
+
+    sampled_tokens: int = 0
+    trained_tokens: int = 0
+    phase_s: Mapping[str, float] = field(default_factory=dict)
+
+
+NOTHING = Spent()
+
+
+def add(session: Session, job: Job, spent: Spent, now: datetime) -> None:
+    """Put it on the present attempt's account, as not saved yet."""
+    if not (spent.sampled_tokens or spent.trained_tokens or spent.phase_s):
+        return
+    seconds = {f"{phase}_s": spent.phase_s.get(phase, 0.0) for phase in PHASES}
+    tokens = {"sampled_tokens": spent.sampled_tokens, "trained_tokens": spent.trained_tokens}
+    amounts = {**tokens, **seconds, "unsaved_s": sum(spent.phase_s.values())}
+    amounts |= {f"unsaved_{name}": count for name, count in tokens.items()}
+    zero = dict.fromkeys((f"wasted_{name}" for name in AMOUNTS), 0)
+    place = {"job_id": job.id, "attempt": job.attempt, "day": f"{now:%Y-%m-%d}"}
+    statement = insert(session, Usage).values(**place, project=job.project, key_id=job.key_id, **amounts, **zero)
+    more = {name: getattr(Usage, name) + statement.excluded[name] for name in amounts}
+    session.execute(statement.on_conflict_do_update(index_elements=list(place), set_=more))
+
+
+def save(session: Session, job: Job) -> None:
+    """A checkpoint covers what the present attempt spent so far."""
+    session.execute(_of_attempt(job).values({f"unsaved_{name}": 0 for name in AMOUNTS}))
+
+
+def close(session: Session, job: Job, ran_s: float, now: datetime, *, wasted: bool) -> None:
+    """The present attempt ends after `ran_s`. What was not accounted for goes to the phase that it ended in."""
+    accounted = sum((getattr(Usage, name) for name in SECONDS), start=literal(0.0))
+    query = select(func.coalesce(func.sum(accounted), 0.0)).where(Usage.job_id == job.id, Usage.attempt == job.attempt)
+    rest_s = ran_s - float(session.scalar(query) or 0.0)
+    if rest_s > 0:
+        add(session, job, Spent(phase_s={job.phase or "loading": rest_s}), now)
+    if wasted:
+        moved = {f"wasted_{name}": getattr(Usage, f"wasted_{name}") + getattr(Usage, f"unsaved_{name}") for name in AMOUNTS}
+        session.execute(_of_attempt(job).values(moved))
+    save(session, job)
+
+
+def _of_attempt(job: Job) -> Any:
+    where = (Usage.job_id == job.id, Usage.attempt == job.attempt)
+    return update(Usage).where(*where).execution_options(synchronize_session=False)
+
+
+def revoke(session: Session, job: Job, step: int) -> None:
+    """The job goes on from `step`, though a checkpoint covers more: that one is broken. What it covered was wasted, after all.
+
+    How much that was, step by step, is in the metrics; called before those are taken back.
+    """
+    broken = None if job.checkpoint_id is None else session.get(Checkpoint, job.checkpoint_id)
+    if broken is None or broken.step <= step:
+        return
+    names = {"tokens/sampled": "wasted_sampled_tokens", "tokens/trained": "wasted_trained_tokens", "perf/step_s": "wasted_s"}
+    query = select(Metric.attempt, Metric.name, func.sum(Metric.value)).group_by(Metric.attempt, Metric.name)
+    covered = (Metric.step > step, Metric.step <= broken.step, Metric.attempt <= broken.attempt)
+    for attempt, name, value in session.execute(query.where(Metric.job_id == job.id, Metric.name.in_(names), *covered)):
+        last = select(func.max(Usage.day)).where(Usage.job_id == job.id, Usage.attempt == attempt).scalar_subquery()
+        row = update(Usage).where(Usage.job_id == job.id, Usage.attempt == attempt, Usage.day == last)
+        column = getattr(Usage, names[name])
+        amount = float(value or 0) if name == "perf/step_s" else int(value or 0)
+        session.execute(row.values({names[name]: column + amount}).execution_options(synchronize_session=False))
+
+
+# ---------------------------------------------------------------- reading
+
+GroupBy = Literal["day", "job", "key"]
+GROUPS: Mapping[str, Any] = {"day": Usage.day, "job": Usage.job_id, "key": Usage.key_id}
+SUMS = (*TOKENS, *SECONDS, *(f"wasted_{name}" for name in AMOUNTS))
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Sums over some rows of the ledger; `wasted_` parts are contained in the others."""
+
+    group: str | None
+    attempts: int
+    sampled_tokens: int
+    trained_tokens: int
+    phase_s: dict[str, float]
+    wasted_sampled_tokens: int
+    wasted_trained_tokens: int
+    wasted_s: float
+
+    @property
+    def tokens(self) -> int:
+        return self.sampled_tokens + self.trained_tokens
+
+    @property
+    def worker_s(self) -> float:
+        return sum(self.phase_s.values())
+
+
+def of_job(session: Session, job_id: str) -> Totals:
+    return _totals(session, None, [Usage.job_id == job_id])[0]
+
+
+def report(
+    session: Session,
+    project: str,
+    *,
+    group_by: GroupBy | None = None,
+    first_day: str | None = None,
+    last_day: str | None = None,
+    job_id: str | None = None,
+    key_id: str | None = None,
+) -> list[Totals]:
+    """Sums of a project, one for each group that has any, or one in all. Days (YYYY-MM-DD, UTC) are inclusive."""
+    where: list[ColumnElement[bool]] = [Usage.project == project]
+    if first_day is not None:
+        where.append(Usage.day >= first_day)
+    if last_day is not None:
+        where.append(Usage.day <= last_day)
+    if job_id is not None:
+        where.append(Usage.job_id == job_id)
+    if key_id is not None:
+        where.append(Usage.key_id == key_id)
+    return _totals(session, group_by, where)
+
+
+def _totals(session: Session, group_by: GroupBy | None, where: list[ColumnElement[bool]]) -> list[Totals]:
+    group = literal(None) if group_by is None else GROUPS[group_by]
+    attempts = func.count(func.distinct(Usage.job_id + ":" + cast(Usage.attempt, Usage.job_id.type)))
+    query = select(group, attempts, *(func.coalesce(func.sum(getattr(Usage, name)), 0) for name in SUMS)).where(*where)
+    if group_by is not None:
+        query = query.group_by(group).order_by(group)
+    found = []
+    rows: Any = session.execute(query)
+    for name, count, *sums in rows:
+        values = dict(zip(SUMS, sums, strict=True))
+        phase_s = {phase: float(values[f"{phase}_s"]) for phase in PHASES}
+        tokens = {name: int(values[name]) for name in SUMS if name.endswith("tokens")}
+        found.append(Totals(name, count, **tokens, phase_s=phase_s, wasted_s=float(values["wasted_s"])))
+    return found
+
+
+# ---------------------------------------------------------------- budgets
+
+
+def is_spent(session: Session, job: Job) -> bool:
+    """Whether the job's own budget, or its project's, is used up."""
+    bounded = job.budget_tokens is not None or job.budget_worker_s is not None
+    if bounded and _exceeds(of_job(session, job.id), job.budget_tokens, job.budget_worker_s):
+        return True
+    budget = session.get(Budget, job.project)
+    if budget is None or (budget.tokens is None and budget.worker_s is None):
+        return False
+    return _exceeds(report(session, job.project, first_day=budget.since)[0], budget.tokens, budget.worker_s)
+
+
+def _exceeds(totals: Totals, tokens: int | None, worker_s: float | None) -> bool:
+    return (tokens is not None and totals.tokens >= tokens) or (worker_s is not None and totals.worker_s >= worker_s)
+
+
+def set_budget(
+    session: Session, project: str, *, tokens: int | None, worker_s: float | None, since: str, now: datetime
+) -> Budget:
+    """Replace the project's budget; with neither tokens nor seconds there is none."""
+    return session.merge(Budget(project=project, tokens=tokens, worker_s=worker_s, since=since, updated_at=now))

@@ -1,0 +1,132 @@
+"""How often a key may ask: over HTTP with a real Redis, with a dead one and with one that hangs; and the bucket itself."""
+
+from concurrent.futures import ThreadPoolExecutor
+from time import monotonic, sleep
+
+import pytest
+from pydantic import SecretStr
+
+from service.api.rate import ASK_AGAIN_S, Limiter, Rate
+
+ONE_STORE = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+
+
+def limited_client(api, client, requests_per_s, burst):
+    rate = {"requests_per_s": requests_per_s, "burst": burst}
+    made = client.post("/v1/keys", json={"name": "x", "rate": rate}).json()
+    return api.anonymous(**{"X-API-Key": made["key"]})
+
+
+def test_who_asks_too_often_is_told_when_to_come_back(api, client):
+    with limited_client(api, client, 0.5, 3) as eager, limited_client(api, client, 0.5, 3) as calm:
+        for left in (2, 1, 0):
+            answer = eager.get("/v1/jobs")
+            assert answer.status_code == 200
+            assert answer.headers["RateLimit-Policy"] == '"key";q=3;w=6'
+            assert answer.headers["RateLimit"].startswith(f'"key";r={left};t=')
+        refused = eager.get("/v1/jobs")
+        problem = refused.json()
+        assert (refused.status_code, problem["code"], problem["retryable"]) == (429, "rate_limited", True)
+        assert refused.headers["Retry-After"] == "2" == str(problem["retry_after_s"])
+        assert refused.headers["RateLimit"] == '"key";r=0;t=2'
+        assert problem["error"]["type"] == "rate_limit_error"
+        assert calm.get("/v1/jobs").status_code == 200  # another key has a bucket of its own
+
+
+def test_a_refusal_of_another_kind_says_how_much_is_left_too(api, client):
+    with limited_client(api, client, 0.5, 3) as eager:
+        answer = eager.get("/v1/jobs/job_absent")
+        assert (answer.status_code, answer.headers["RateLimit"][:10]) == (404, '"key";r=2;')
+
+
+def test_tokens_come_back(api, client):
+    with limited_client(api, client, 0.7, 1) as eager:
+        assert [eager.get("/v1/jobs").status_code for _ in range(2)] == [200, 429]
+        sleep(1.5)
+        assert eager.get("/v1/jobs").status_code == 200
+
+
+def test_the_operator_s_rate_holds_where_a_key_has_none(api, client, serve):
+    """Two processes share a bucket by Redis: here two servers."""
+    settings = api.settings.model_copy(update={"key_requests_per_s": 0.001, "key_burst": 4})
+    made = client.post("/v1/keys", json={"name": "x"}).json()["key"]
+    own = client.post("/v1/keys", json={"name": "y", "rate": {"requests_per_s": 1000}}).json()["key"]
+    with serve(settings) as one, serve(settings) as two:
+        with one.anonymous(**{"X-API-Key": made}) as first, two.anonymous(**{"X-API-Key": made}) as second:
+            got = [client.get("/v1/jobs").status_code for client in (first, second) * 3]
+        assert got == [200] * 4 + [429] * 2
+        with one.anonymous(**{"X-API-Key": own}) as free:
+            assert {free.get("/v1/jobs").status_code for _ in range(10)} == {200}
+
+
+@ONE_STORE
+@pytest.mark.parametrize("ends", ["kill", "freeze"])
+def test_without_redis_each_process_counts_and_nobody_waits(serve, settings, own_redis, ends, caplog):
+    with serve(settings.model_copy(update={"redis_url": SecretStr(own_redis.url)})) as api, api.client() as client:
+        with limited_client(api, client, 0.01, 30) as eager:
+            assert eager.get("/v1/jobs").status_code == 200
+            getattr(own_redis, ends)()
+            began = monotonic()
+            got = [eager.get("/v1/jobs").status_code for _ in range(32)]
+            took = monotonic() - began
+        own_redis.thaw() if ends == "freeze" else None
+    assert got == [200] * 30 + [429] * 2  # a bucket of this process' own, full at first
+    tried = [record for record in caplog.records if record.name == "service.api.rate"]
+    assert 1 <= len(tried) <= 1 + took / ASK_AGAIN_S  # one waits, and the others go on
+
+
+# ---------------------------------------------------------------- the bucket
+
+
+@pytest.fixture
+def limiter(own_redis, settings):
+    limiter = Limiter(settings.model_copy(update={"redis_url": SecretStr(own_redis.url)}))
+    yield limiter
+    limiter.close()
+
+
+@ONE_STORE
+def test_many_at_once_get_exactly_the_burst(limiter):
+    rate = Rate(0.001, 25)
+    with ThreadPoolExecutor(8) as pool:
+        turns = list(pool.map(lambda _: limiter.take("key_a", rate), range(60)))
+    assert sum(turn.allowed for turn in turns) == 25
+
+
+@ONE_STORE
+def test_in_redis_a_bucket_is_forgotten_when_it_is_full_again(limiter, own_redis):
+    limiter.take("key_a", Rate(10, 5))
+    assert 500 < own_redis.client().pttl("ratchet:rate:key_a") <= 1500
+
+
+@ONE_STORE
+def test_after_a_failure_redis_is_left_alone_for_a_while_and_then_asked_again(own_redis, settings):
+    now = [100.0]
+    limiter = Limiter(settings.model_copy(update={"redis_url": SecretStr(own_redis.url)}), clock=lambda: now[0])
+    rate = Rate(1, 2)
+    try:
+        assert limiter.take("key_a", rate).tokens == 1
+        own_redis.kill()
+        assert [limiter.take("key_a", rate).allowed for _ in range(3)] == [True, True, False]  # its own, full bucket
+        own_redis.start()
+        now[0] += ASK_AGAIN_S - 1
+        limiter.take("key_b", rate)
+        assert own_redis.client().keys("*") == []
+        now[0] += 1
+        limiter.take("key_b", rate)
+        assert own_redis.client().keys("*") == [b"ratchet:rate:key_b"]
+    finally:
+        limiter.close()
+
+
+@ONE_STORE
+def test_a_process_s_own_bucket_fills_at_its_rate(settings):
+    now = [0.0]
+    limiter = Limiter(settings, clock=lambda: now[0])
+    rate = Rate(2, 4)
+    assert [limiter._take_here("k", rate).allowed for _ in range(5)] == [True] * 4 + [False]
+    now[0] = 0.5
+    assert [limiter._take_here("k", rate).allowed for _ in range(2)] == [True, False]
+    now[0] = 1000
+    assert limiter._take_here("k", rate).tokens == 3  # never more than the burst
+    limiter.close()

@@ -1,0 +1,194 @@
+"""Named points in the processes under test at which something can be made to happen, without a hook in the product.
+
+The rig *arms* a folder with files, one an order: which point, at which pass, and what then. A process that comes by a point
+looks; the one that takes the file (an unlink succeeds once) obeys. What the rig does not arm costs one look at the folder.
+"""
+
+import errno
+import functools
+import json
+import os
+import signal
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+FOLDER = "RATCHET_CHAOS_POINTS"
+RINGS = "rings"  # a file in the folder: how many messages each ring sends; 0 drops it
+FENCING = "RATCHET_CHAOS_FENCING"  # `off`: a worker does not ask whether it still holds its job
+DIGESTS = "RATCHET_CHAOS_DIGESTS"  # `off`: checkpoints are not compared with their manifests
+
+# In the order in which a job comes by.
+WORKER_POINTS = (
+    "after claim",
+    "loading",
+    "while sampling",
+    "mid update",
+    "inside a transaction",
+    "after step row",
+    "while writing",
+    "before fsync",
+    "after fsync",
+    "between rename and row",
+    "between row and ring",
+    "between row and delete",
+    "before the end",
+    "after the end",
+)
+DRAIN_POINT = "between release and ring"
+API_POINTS = ("between commit and ring", "between file and row")
+
+_passes: Counter[str] = Counter()
+
+
+def arm(folder: Path, point: str, *, at_pass: int = 1, do: str = "kill") -> Path:
+    """The next process that comes by `point` for the `at_pass`-th time does it. The file that is answered vanishes then.
+
+    do: kill (kill -9 itself), stop (SIGSTOP itself), full (the disk is full there), slow (five seconds pass there)
+    """
+    folder.mkdir(exist_ok=True)
+    order = folder / f"{time.time_ns()}.json"
+    temporary = order.with_suffix(".new")
+    temporary.write_text(json.dumps({"point": point, "pass": at_pass, "do": do}))
+    temporary.rename(order)
+    return order
+
+
+def done_by(order: Path) -> int:
+    """The process that took an order."""
+    return json.loads(order.with_suffix(".done").read_text())["pid"]
+
+
+def reach(point: str) -> None:
+    """Called by the code under test, through the wrappers below."""
+    folder = os.environ.get(FOLDER)
+    if folder is None:
+        return
+    for path in sorted(Path(folder).glob("*.json")):
+        try:
+            order = json.loads(path.read_text())
+        except FileNotFoundError:
+            continue  # another process took it
+        if order["point"] != point:
+            continue
+        _passes[path.name] += 1
+        if _passes[path.name] < order["pass"]:
+            continue
+        try:
+            path.unlink()
+        except FileNotFoundError:
+            continue
+        _obey(order["do"], path)
+
+
+def _obey(do: str, order: Path) -> None:
+    order.with_suffix(".done").write_text(json.dumps({"pid": os.getpid(), "at": time.time()}))
+    if do == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif do == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    elif do == "full":
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    elif do == "slow":
+        time.sleep(5)
+
+
+# ---------------------------------------------------------------- the wrappers
+
+
+def _around(owner: Any, name: str, *, before: str | None = None, after: str | None = None) -> None:
+    """Put points before and behind every call of owner.name."""
+    inner = getattr(owner, name)
+
+    @functools.wraps(inner)
+    def outer(*args: Any, **kwargs: Any) -> Any:
+        if before is not None:
+            reach(before)
+        result = inner(*args, **kwargs)
+        if after is not None and result is not False:
+            reach(after)
+        return result
+
+    setattr(owner, name, outer)
+
+
+def install_in_worker() -> None:
+    """In a worker's child, once it has loaded everything."""
+    import torch
+
+    import workers.runner
+    from service.jobs import lease
+    from service.store import blobs
+    from workers.loops import attempt
+    from workers.policy.policy import Policy
+    from workers.policy.sampler import Sampler
+
+    _around(workers.runner.leases, "rewind", before="loading")
+    _around(Sampler, "_forward", before="while sampling")
+    _around(torch.optim.AdamW, "step", after="mid update")
+    _around(lease.metrics, "write", before="inside a transaction")  # the job's row is locked
+    _around(lease, "commit_step", after="after step row")
+    _around(Policy, "save", after="while writing")  # the weights lie there, progress and manifest do not
+    _around(blobs, "_fsync", before="before fsync")
+    _around(blobs.Blobs, "_rename", before="after fsync", after="between rename and row")
+    _around(lease, "commit_checkpoint", after="between row and ring")
+    _around(lease, "retain", after="between row and delete")
+    _around(lease, "succeed", before="before the end", after="after the end")
+    _around(lease, "release", after=DRAIN_POINT)
+    inner = lease.claim
+
+    def claim(*args: Any, **kwargs: Any) -> Any:
+        claimed = inner(*args, **kwargs)
+        if claimed is not None:
+            reach("after claim")
+        return claimed
+
+    lease.claim = claim
+    if os.environ.get(FENCING) == "off":
+        _switch_fencing_off()
+    if os.environ.get(DIGESTS) == "off":
+        workers.runner.verify = lambda folder, manifest_sha256=None: None
+    assert attempt.leases is lease is workers.runner.leases, "the wrappers must be what the product calls"
+
+
+def _switch_fencing_off() -> None:
+    """What the product would be without its guard: every write of a worker is taken, whoever holds the job now."""
+    from contextlib import contextmanager
+
+    from service.jobs import lease
+    from service.store import jobs
+
+    @contextmanager
+    def holding(store: Any, held: Any) -> Any:
+        with store.begin() as session:
+            yield session, jobs.find(session, held.job_id, lock=True, light=True)
+
+    lease._holding = holding
+    lease.renew = lambda store, settings, held: None  # nor does it learn from its heartbeat
+
+
+def install_rings() -> None:
+    """In every process that rings."""
+    from service.doorbell import Doorbell
+
+    once = Doorbell.ring
+
+    def ring(self: Doorbell, job_id: str, resource_class: str) -> bool:
+        return all(once(self, job_id, resource_class) for _ in range(_messages_a_ring()))
+
+    Doorbell.ring = ring
+
+
+def _messages_a_ring() -> int:
+    try:
+        return int((Path(os.environ[FOLDER]) / RINGS).read_text())
+    except (KeyError, FileNotFoundError, ValueError):
+        return 1
+
+
+def install_in_api() -> None:
+    from service.jobs import datasets, lifecycle
+
+    _around(lifecycle, "_ring", before="between commit and ring")
+    _around(datasets, "_insert", before="between file and row")

@@ -1,0 +1,70 @@
+"""Where a caller's URL may lead."""
+
+import socket
+from ipaddress import ip_address, ip_network
+
+import pytest
+from pydantic import ValidationError
+
+from service.jobs.addresses import literal, may_reach
+from service.settings import Settings
+
+NOT_PUBLIC = """
+0.0.0.0 0.1.2.3 10.0.0.1 10.255.255.255 100.64.0.1 100.127.255.254 127.0.0.1 127.255.0.1 169.254.169.254 172.16.0.1
+172.31.255.255 192.0.0.1 192.0.2.1 192.168.1.1 198.18.0.1 198.51.100.7 203.0.113.7 224.0.0.1 239.255.255.250 240.0.0.1
+255.255.255.255 :: ::1 fe80::1 fec0::1 fc00::1 fd12:3456::1 ff02::1 2001:db8::1 100::1 ::127.0.0.1
+::ffff:127.0.0.1 ::ffff:10.0.0.1 ::ffff:169.254.169.254 64:ff9b::7f00:1 64:ff9b::a9fe:a9fe 64:ff9b:1::a00:1
+2002:7f00:1:: 2002:a00:1:: 2001:0:4136:e378:8000:63bf:f5ff:fffe
+"""
+PUBLIC = "1.1.1.1 8.8.8.8 93.184.216.34 172.32.0.1 100.128.0.1 2606:4700::1111 ::ffff:8.8.8.8 64:ff9b::808:808"
+HERE = """
+127.0.0.1 127.1 127.0.1 2130706433 0x7f000001 0x7f.0.0.1 0177.0.0.1 017700000001 0x7F.1 127.0.0.1. localhost LOCALHOST
+localhost. a.localhost
+"""
+NAMES = ["example.org", "1.example.org", "0x7f.example", "999.1.1.1", "1.2.3.4.5", "", "localhost.example.org"]
+
+
+@pytest.mark.parametrize("text", NOT_PUBLIC.split())
+def test_what_is_not_public_is_not_reached_unless_it_is_allowed(text: str) -> None:
+    address = ip_address(text)
+    assert not may_reach(address, ())
+    assert not may_reach(address, (ip_network("10.99.0.0/16"), ip_network("fd99::/16")))
+    assert may_reach(address, (ip_network(f"{text}/{address.max_prefixlen}"),))
+
+
+@pytest.mark.parametrize("text", PUBLIC.split())
+def test_what_is_public_is(text: str) -> None:
+    assert may_reach(ip_address(text), ())
+
+
+def test_an_allowed_ipv4_network_is_so_in_its_ipv6_forms() -> None:
+    allowed = (ip_network("10.1.0.0/16"),)
+    assert may_reach(ip_address("::ffff:10.1.2.3"), allowed)
+    assert not may_reach(ip_address("::ffff:10.2.2.3"), allowed)
+
+
+@pytest.mark.parametrize("host", HERE.split())
+def test_every_form_of_this_machine_is_known(host: str) -> None:
+    assert str(literal(host)) == "127.0.0.1"
+
+
+def test_forms_are_those_of_the_resolver() -> None:
+    """The negative control: what is read here as an address is what the machine's resolver makes of it."""
+    for host in ("127.1", "2130706433", "0x7f.1", "0177.0.0.1", "0251.0376.0251.0376"):
+        (found, *_) = socket.getaddrinfo(host, 80, type=socket.SOCK_STREAM)
+        assert found[4][0] == str(literal(host))
+
+
+@pytest.mark.parametrize("host", NAMES)
+def test_names_are_looked_up_by_who_connects(host: str) -> None:
+    assert literal(host) is None
+
+
+def test_the_setting_is_a_list_of_networks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RATCHET_GRADER_NETWORKS", "10.1.0.0/16, fd00::/8")
+    assert Settings().grader_networks == (ip_network("10.1.0.0/16"), ip_network("fd00::/8"))
+    monkeypatch.setenv("RATCHET_GRADER_NETWORKS", "10.1.0.1/16")
+    with pytest.raises(ValidationError):
+        Settings()
+    monkeypatch.setenv("RATCHET_GRADER_NETWORKS", "")
+    assert Settings().grader_networks == ()

@@ -1,0 +1,169 @@
+"""A copy of a live system goes on where it was, and ends with the same weights."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import SecretStr
+from sqlalchemy import func, select
+
+from service.ids import new_id
+from service.jobs import lease as leases
+from service.jobs.lease import CheckpointRow, Lease
+from service.jobs.spec import CheckpointsSpec
+from service.local import backup as backups
+from service.local.backup import BackupFailed, backup, restore
+from service.settings import Settings
+from service.store.session import Store, open_store
+from service.store.tables import Checkpoint, Event, Worker
+from workers import runner
+from workers.policy.checkpoint import verify
+
+
+@pytest.fixture
+def elsewhere(settings: Settings, request: pytest.FixtureRequest, tmp_path: Path) -> Settings:
+    """Another place of the same kind, with nothing in it."""
+    url = None
+    if settings.sql_url.startswith("postgresql"):
+        if shutil.which("pg_dump") is None:
+            pytest.skip("pg_dump is not on the PATH")
+        new: Callable[[], str] = request.getfixturevalue("new_postgres_database")
+        url = SecretStr(new())
+    return settings.model_copy(update={"data_dir": tmp_path / "elsewhere", "database_url": url})
+
+
+def rows(settings: Settings, query: Any) -> list[Any]:
+    store = open_store(settings)
+    with store.begin(readonly=True) as session:
+        found = list(session.scalars(query))
+    store.close()
+    return found
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)  # PostgreSQL: not seen to pass yet, see docs/backup.md
+def test_a_live_job_goes_on_from_the_copy_and_ends_with_the_same_weights(
+    stack: Any, specs: Any, elsewhere: Settings, tmp_path: Path
+) -> None:
+    stack.start_worker()
+    # Each checkpoint is removed as soon as there is another.
+    job_id = stack.submit(specs.rl(limits={"max_steps": 20}, checkpoints={"every_steps": 1, "keep_last": 1})).id
+    stack.until(job_id, lambda job: job.step >= 3)
+    facts = backup(stack.settings, tmp_path / "copy")
+    assert stack.job(job_id).status == "running"
+    assert facts["blobs"] >= 1 and facts["lost"] == []
+    undisturbed = stack.succeeded(job_id)
+
+    assert restore(elsewhere, tmp_path / "copy")["queued"] == [job_id]
+    for row in rows(elsewhere, select(Checkpoint).where(Checkpoint.deleted_at.is_(None))):
+        verify(elsewhere.blobs_dir / row.path, row.manifest_sha256)
+    here = elsewhere.model_copy(update={"redis_url": stack.settings.redis_url, "device": "cpu"})
+    copied = type(stack)(here, tmp_path / "elsewhere")
+    try:
+        resting = copied.job(job_id)
+        assert (resting.status, resting.status_reason, resting.crashes) == ("queued", "restored", 0)
+        assert resting.checkpoint_id is not None and 0 < resting.step < 20
+        claimed = leases.claim(copied.store, here, "w", {"any"})
+        assert claimed is not None
+        runner.run(copied.store, here, copied.doorbell, *claimed)  # as a worker's training process does
+        job = copied.job(job_id)
+        assert job.status == "succeeded", job.error
+        ours, theirs = copied.weights(job), stack.weights(undisturbed)
+        assert ours.keys() == theirs.keys() and [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+        with copied.store.begin(readonly=True) as session:
+            seqs = list(session.scalars(select(Event.seq).where(Event.job_id == job_id).order_by(Event.seq)))
+        assert seqs == list(range(1, job.last_event + 1))
+    finally:
+        copied.stop()
+
+
+# ---------------------------------------------------------------- without a worker
+
+
+def save(store: Store, lease: Lease, step: int) -> str:
+    path = f"checkpoints/{lease.job_id}/{new_id('ckpt')}"
+    folder = store.blobs.temporary_dir()
+    (folder / "model").mkdir()
+    (folder / "model" / "weights").write_text(str(step))
+    store.blobs.commit_dir(folder, path)
+    row = CheckpointRow(path.rsplit("/", 1)[1], step, "full", {"source": "tiny"}, path, 2, "0" * 64, {}, True, False)
+    leases.commit_checkpoint(store, lease, row)
+    return path
+
+
+@pytest.fixture
+def held(stack: Any, specs: Any) -> Lease:
+    stack.submit(specs.supervised())
+    claimed = leases.claim(stack.store, stack.settings, "w", {"any"})
+    assert claimed is not None
+    return claimed[0]
+
+
+def test_what_retention_removes_while_it_is_copied_costs_another_round(
+    stack: Any, held: Lease, elsewhere: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, copy_blobs, removed = stack.store, backups._copy_blobs, []
+    save(store, held, 1)
+
+    def step_on(source: Any, copy: Any, paths: set[str]) -> None:
+        """Twice, right before blobs are copied, the job saves, and its retention takes away the one before."""
+        if len(removed) < 2:
+            save(store, held, len(removed) + 2)
+            removed.extend(leases.retain(store, held, CheckpointsSpec(keep_last=1)))
+            for path in removed:
+                store.blobs.delete(path)
+        copy_blobs(source, copy, paths)
+
+    monkeypatch.setattr(backups, "_copy_blobs", step_on)
+    facts = backup(stack.settings, tmp_path / "copy")
+    assert (facts["rounds"], facts["blobs"], facts["lost"], len(removed)) == (2, 1, [], 2)
+    restore(elsewhere, tmp_path / "copy")
+    [row] = rows(elsewhere, select(Checkpoint).where(Checkpoint.deleted_at.is_(None)))
+    assert (elsewhere.blobs_dir / row.path / "model" / "weights").read_text() == "3"
+    assert [path.name for path in (tmp_path / "copy" / "blobs" / "checkpoints" / held.job_id).iterdir()] == [row.id]
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+def test_a_blob_that_was_lost_before_is_named_and_the_rest_is_copied(stack: Any, held: Lease, tmp_path: Path) -> None:
+    lost, kept = save(stack.store, held, 1), save(stack.store, held, 2)
+    stack.store.blobs.delete(lost)
+    assert backup(stack.settings, tmp_path / "copy")["lost"] == [lost]
+    assert (tmp_path / "copy" / "blobs" / kept / "model" / "weights").read_text() == "2"
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+def test_nothing_is_overwritten_and_half_a_backup_is_none(stack: Any, held: Lease, elsewhere: Settings, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    save(stack.store, held, 1)
+    backup(stack.settings, copy)
+    for target, folder, why in (
+        (stack.settings, copy, "not empty"),  # the data directory
+        (stack.settings.model_copy(update={"data_dir": tmp_path / "new"}), copy, "exists"),  # the database
+    ):
+        with pytest.raises(BackupFailed, match=why):
+            restore(target, folder)
+    with pytest.raises(BackupFailed, match="not empty"):
+        backup(stack.settings, copy)
+    assert json.loads((copy / "backup.json").read_text())["blobs"] == 1
+    (copy / "backup.json").unlink()
+    with pytest.raises(BackupFailed, match="no finished backup"):
+        restore(elsewhere, copy)
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+def test_time_between_backup_and_restore_is_nobody_s(stack: Any, held: Lease, elsewhere: Settings, tmp_path: Path) -> None:
+    """An attempt that ran when the copy was made ended then, and not weeks later when somebody needs it."""
+    facts = backup(stack.settings, tmp_path / "copy")
+    made_at = facts["made_at"].replace("2", "3", 1)  # a thousand years on: a mark that nothing else could leave
+    (tmp_path / "copy" / "backup.json").write_text(json.dumps({**facts, "made_at": made_at}))
+    restore(elsewhere, tmp_path / "copy")
+    store = open_store(elsewhere)
+    with store.begin(readonly=True) as session:
+        job = backups.jobs.get(session, "default", held.job_id)
+        assert session.scalar(select(func.count()).select_from(Worker)) == 0
+    store.close()
+    assert job.run_s > 900 * 365 * 86400

@@ -1,0 +1,38 @@
+"""Which rows made an optimizer step's loss or gradient not finite: named, so that somebody can look at them."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from workers.loops.attempt import Event
+
+NAMED = 64  # rows in one event
+
+
+@dataclass
+class Suspects:
+    """Watches the micro-batches of one optimizer step. Nothing is read back from the device unless the step is skipped."""
+
+    _seen: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
+
+    def watch(self, share: Tensor, log_probs: Tensor, index: Tensor) -> Tensor:
+        """`share` (a scalar) is the loss of the rows `index` [b] with these log_probs [b, T]; returned as it is."""
+        self._seen.append((share.detach(), torch.isfinite(log_probs.detach()).all(1), index))
+        return share
+
+    def name(self) -> tuple[str, list[int]]:
+        """`loss` or `gradient`, and the rows: those whose log_probs are not finite, else all of a micro-batch whose loss is
+        not finite, else (only the gradient was not) all."""
+        poisoned = [(finite, index) for share, finite, index in self._seen if not torch.isfinite(share)]
+        rows = [row for finite, index in poisoned for row in index[~finite].tolist()]
+        rows = rows or [row for _, index in poisoned for row in index.tolist()]
+        if rows:
+            return "loss", sorted(rows)
+        return "gradient", sorted(row for _, _, index in self._seen for row in index.tolist())
+
+
+def step_skipped(step: int, minibatch: int, cause: str, rows: list[dict[str, Any]]) -> Event:
+    """The event of an optimizer step that was skipped. `rows` say where they came from."""
+    return "step_skipped", {"step": step, "minibatch": minibatch, "cause": cause, "rows": rows[:NAMED], "count": len(rows)}

@@ -1,0 +1,259 @@
+"""One item: from checked tensors to loss, gradient and whatever else was asked for.
+
+`prepare` does what looks at the whole batch (advantages, selection, aggregation and correction weights), which is the
+item's alone; `outcome` is what `merge` makes of its rows. The item is an optimizer step of its own, unless it brings the
+step's `weights`.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from service.errors import FieldError
+from workers.losses.batch import Item
+from workers.losses.checks import Findings, check
+from workers.objectives import LossOutputs, Objective
+from workers.objectives.advantage import BASELINES
+from workers.objectives.metrics import Metrics
+from workers.objectives.surrogate import PICKS
+
+GROUP_SCALES = ("group_std", "group_mean")  # of the advantage axis: statistics of the group
+MEASURED = ("old_log_probs", "rollout_log_probs", "ref_log_probs", "entropy")  # where given, needed or not
+
+
+class ItemRefused(Exception):
+    """The item cannot be computed as it was sent."""
+
+    def __init__(self, errors: list[FieldError]) -> None:
+        super().__init__(errors[0].detail)
+        self.errors = errors
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An item of the answer: JSON, and its tensors in the layout that was sent."""
+
+    body: dict[str, Any]
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def ok(self) -> bool:
+        return self.body["status"] == "ok"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """An item up to the point where only its rows are looked at, each alone."""
+
+    item: Item
+    objective: Objective
+    log_probs: Tensor
+    tensors: dict[str, Any]  # keyword arguments of Objective.loss, [B, ...]
+    metrics: Metrics
+    warnings: list[str]
+    nonfinite: list[int]  # rows that were left out because of what came in
+
+    @property
+    def wants_gradient(self) -> bool:
+        return "gradients" in self.item.wanted
+
+    @property
+    def kind(self) -> str:
+        """Items of one kind can be computed as one batch: the same axes, dtype, tensors and metrics."""
+        shapes = {name: tensor.dim() for name, tensor in self.tensors.items() if tensor is not None}
+        measured = [part[:2] for part in self.metrics.parts]
+        return json.dumps([self.item.axes, str(self.item.dtype), shapes, measured, self.wants_gradient], sort_keys=True)
+
+
+def prepare(item: Item) -> Prepared:
+    """Raises ItemRefused when the content of a tensor cannot be taken, or one is missing."""
+    objective, facts = Objective(item.axes), _facts(item)
+    found = check(item, used=facts.used, in_groups=facts.in_groups, in_segments=facts.in_segments)
+    if found.errors:
+        raise ItemRefused(found.errors)
+    try:
+        return _prepared(item, objective, facts, found)
+    except ValueError as error:  # what an axis needs and did not get, in its words
+        raise ItemRefused([FieldError(f"/items/{item.index}/batch", str(error), "missing_tensor")]) from None
+
+
+@dataclass(frozen=True)
+class _Facts:
+    used: frozenset[str]
+    makes_advantages: bool
+    in_groups: bool
+    in_segments: bool
+
+
+def _facts(item: Item) -> _Facts:
+    """What the axes do with this item's tensors."""
+    axes, tensors = item.axes, item.tensors
+    makes = "advantages" not in tensors and "rewards" in tensors
+    ratio, correct, advantage = axes["ratio"], axes["correct"], axes["advantage"]
+    used = {"log_probs", "weights", "advantages", *MEASURED}
+    used |= {"rewards", "reward_weights"} if makes else set()
+    used |= {"rewards"} if axes["select"]["zero_variance"] and "weights" not in tensors else set()
+    return _Facts(
+        used=frozenset(used),
+        makes_advantages=makes,
+        in_groups=makes and (advantage["centre"] in BASELINES or advantage["scale"] in GROUP_SCALES),
+        in_segments=(ratio["kind"] == "segment" and ratio["chunk"] is None)
+        or (correct["action"] != "none" and correct["level"] == "segment" and correct["chunk"] is None),
+    )
+
+
+@torch.no_grad()
+def _prepared(item: Item, objective: Objective, facts: _Facts, found: Findings) -> Prepared:
+    layout, sent, warnings = item.layout, item.tensors, [*item.warnings, *found.warnings]
+    valid_B = None if found.nonfinite_B is None else ~found.nonfinite_B
+    mask = _mask(item, found.mask, valid_B)
+    known: dict[str, Any] = {name: layout.pad(sent[name]) if name in sent else None for name in MEASURED}
+    rewards, group_ids, weights = sent.get("rewards"), sent.get("group_ids"), sent.get("weights")
+
+    advantages = _advantages(item, objective, facts, mask, valid_B, known)
+    if weights is None:
+        kept, selected = _selected(item, objective, facts, mask, valid_B, known["entropy"])
+    else:  # of the whole step: what it selected is in them
+        weights = torch.where(mask, layout.pad(weights), 0.0)
+        kept, selected = mask, weights != 0
+        warnings += _sees_less(item.axes)
+    step = objective.prepare(
+        response_mask=kept,
+        selected=selected,
+        advantages=advantages,
+        segment_ids=_dense(layout.pad(sent["segment_ids"]), kept) if facts.in_segments else None,
+        group_ids=_one_group(layout.rows) if group_ids is None and weights is not None else group_ids,
+        dtype=item.dtype,
+        seed=item.seed,
+        **known,
+    )
+    tensors, metrics, log_probs = step.rows(), step.metrics, layout.pad(sent["log_probs"])
+    if weights is not None:
+        tensors["weights"] = weights
+    if rewards is not None and group_ids is not None:
+        metrics = metrics + objective.group_metrics(rewards, group_ids, valid_B)
+    if objective.surrogate_kind in PICKS:
+        tensors["picked"] = _picked(objective, log_probs, tensors, item.seed)
+    left_out = [] if found.nonfinite_B is None else found.nonfinite_B.nonzero().flatten().tolist()
+    if left_out:
+        warnings.append(f"{len(left_out)} of {layout.rows} rows hold NaN or infinite numbers and were left out")
+    return Prepared(item, objective, log_probs, tensors, metrics, warnings, left_out)
+
+
+def _mask(item: Item, sent: Tensor | None, valid_B: Tensor | None) -> Tensor:
+    """Tokens that count, [B, T]."""
+    mask = item.layout.inside_B_T if sent is None else item.layout.pad(sent)
+    if mask is None:
+        mask = torch.ones(item.layout.rows, item.layout.longest, dtype=torch.bool)
+    return mask if valid_B is None else mask & valid_B.unsqueeze(1)
+
+
+def _one_group(rows: int) -> Tensor:
+    return torch.zeros(rows, dtype=torch.long)
+
+
+def _selected(
+    item: Item, objective: Objective, facts: _Facts, mask: Tensor, valid_B: Tensor | None, entropy: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """The mask without the answers that the select axis leaves out, which count nowhere; and without the tokens that it
+    leaves out, which take part in their sequence's ratio (None: there are none)."""
+    looks = "rewards" in facts.used
+    selected = objective.select(
+        mask,
+        rewards=item.tensors.get("rewards") if looks else None,
+        group_ids=item.tensors.get("group_ids") if looks else None,
+        truncated=item.tensors.get("truncated"),
+        valid=valid_B,
+        entropy=entropy,
+    )
+    return (mask, None) if selected is mask else (mask & selected.any(dim=1, keepdim=True), selected)
+
+
+def _advantages(
+    item: Item,
+    objective: Objective,
+    facts: _Facts,
+    mask: Tensor,
+    valid_B: Tensor | None,
+    known: Mapping[str, Tensor | None],
+) -> Tensor:
+    """As given, [B] or [B, T]; else from the rewards, [B]; else 1 (plain -log p)."""
+    sent, layout = item.tensors, item.layout
+    if "advantages" in sent:
+        given = sent["advantages"]
+        return layout.pad(given) if layout.is_per_token(given) else given
+    if not facts.makes_advantages:
+        return torch.ones(layout.rows, dtype=item.dtype)
+    rewards, weights_R = sent["rewards"], sent.get("reward_weights")
+    if item.axes["kl"]["place"] == "reward":
+        if rewards.dim() == 2:  # there is one KL, so the rewards become one first
+            rewards, weights_R = rewards @ (rewards.new_ones(rewards.shape[1]) if weights_R is None else weights_R), None
+        if known["old_log_probs"] is None:
+            raise ValueError("a KL in the reward needs old_log_probs [B, T]")
+        rewards = objective.with_kl(
+            rewards,
+            old_log_probs=known["old_log_probs"],
+            response_mask=mask,
+            ref_log_probs=known["ref_log_probs"],
+            rollout_log_probs=known["rollout_log_probs"],
+        )
+    group_ids = sent.get("group_ids")
+    if group_ids is None:
+        group_ids = _one_group(layout.rows)
+    return objective.advantages(rewards, group_ids, lengths=mask.sum(1), valid=valid_B, reward_weights=weights_R)
+
+
+def _sees_less(axes: Mapping[str, Any]) -> list[str]:
+    """With the step's weights an item is a part of a step; what else looks at the whole step sees this part only."""
+    seen = []
+    if axes["correct"]["action"] != "none" and axes["correct"]["normalize"]:
+        seen.append("correct.normalize")
+    if axes["surrogate"]["kind"] in PICKS:
+        seen.append(f"surrogate {axes['surrogate']['kind']}")
+    return [f"{name} looks at this item alone, not at the step that its weights belong to" for name in seen]
+
+
+def _dense(ids_B_T: Tensor | None, mask: Tensor) -> Tensor | None:
+    """Ids that are any numbers as 0, 1, 2 ... within each row, so that nothing grows with how many there are in all."""
+    if ids_B_T is None or not ids_B_T.numel():
+        return ids_B_T
+    ordered, order = torch.where(mask, ids_B_T, 0).sort(dim=1)
+    starts = torch.zeros_like(order)
+    starts[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+    return torch.zeros_like(order).scatter_(1, order, starts.cumsum(dim=1))
+
+
+def _picked(objective: Objective, log_probs: Tensor, tensors: Mapping[str, Any], seed: int) -> Tensor:
+    """The tokens that clip_cov or kl_cov picks, by the log-probs of the policy that is trained: here they are known."""
+    counted = tensors["weights"] != 0
+    _, outputs = objective.loss(log_probs, **{**tensors, "picked": torch.zeros_like(counted)})
+    bounded, policy = outputs.clipped_low | outputs.clipped_high, torch.where(counted, log_probs, 0.0)
+    pick = PICKS[objective.surrogate_kind]
+    return pick(policy, outputs.advantages, counted, seed, clipped_B_T=bounded, **objective.surrogate_parameters)
+
+
+# ---------------------------------------------------------------- after the loss
+
+
+# What may be asked for in `return`, beside the gradients.
+RETURNED = {
+    "token_loss": lambda outputs: outputs.token_loss,
+    "log_importance_ratio": lambda outputs: outputs.log_importance_ratio,
+    "ratio": lambda outputs: outputs.ratio,
+    "clipped": lambda outputs: outputs.clipped_low | outputs.clipped_high | outputs.clipped_dual,
+    "clipped_low": lambda outputs: outputs.clipped_low,
+    "clipped_high": lambda outputs: outputs.clipped_high,
+    "clipped_dual": lambda outputs: outputs.clipped_dual,
+    "advantages": lambda outputs: outputs.advantages,
+    "weights": lambda outputs: outputs.weights,
+}
+
+
+@torch.no_grad()
+def returned(wanted: frozenset[str], outputs: LossOutputs) -> dict[str, Tensor]:
+    """What is asked for beside the gradients, [B, T], of all rows that `outputs` has."""
+    return {name: tensor_of(outputs).detach() for name, tensor_of in RETURNED.items() if name in wanted}

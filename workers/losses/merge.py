@@ -1,0 +1,146 @@
+"""Items that agree on objective, dtype and tensors, computed as one batch: a small one costs a hundred calls into torch
+whose price does not depend on its size.
+
+What looks at a whole batch was done an item at a time (`compute.prepare`); the loss looks at each row alone, so the rows of
+many items can stand in one batch, and every item gets its own rows back: losses, gradients, metrics.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import isfinite
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from workers.losses.compute import Answer, Prepared, returned
+from workers.objectives import LossOutputs
+from workers.objectives.metrics import Metrics
+
+SMALL_CELLS = 2**16  # a larger item gains nothing from company
+MERGED_CELLS = 2**20
+PADDING = 2  # a merged batch has at most so many times the cells of its items
+
+
+def groups(prepared: Sequence[Prepared]) -> list[list[int]]:
+    """Which of them to compute together, by their places; each stands in one group."""
+    kinds: dict[str, list[int]] = {}
+    alone: list[list[int]] = []
+    for place, one in enumerate(prepared):
+        if one.item.layout.cells > SMALL_CELLS:
+            alone.append([place])
+        else:
+            kinds.setdefault(one.kind, []).append(place)
+    return alone + [group for places in kinds.values() for group in _of_like_length(prepared, places)]
+
+
+def _of_like_length(prepared: Sequence[Prepared], places: list[int]) -> Iterable[list[int]]:
+    """Cut into groups whose padding stays within bounds."""
+    group, rows, cells = list[int](), 0, 0
+    for place in sorted(places, key=lambda place: prepared[place].item.layout.longest):
+        layout = prepared[place].item.layout
+        padded = (rows + layout.rows) * layout.longest
+        if group and (padded > MERGED_CELLS or padded > PADDING * (cells + layout.cells)):
+            yield group
+            group, rows, cells = [], 0, 0
+        group, rows, cells = [*group, place], rows + layout.rows, cells + layout.cells
+    if group:
+        yield group
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The rows of one or many items, padded to one length."""
+
+    log_probs: Tensor
+    tensors: dict[str, Any]
+    metrics: Metrics
+
+
+def batch_of(prepared: Sequence[Prepared]) -> Batch:
+    if len(prepared) == 1:
+        (one,) = prepared
+        return Batch(one.log_probs, one.tensors, one.metrics)
+    longest = max(one.item.layout.longest for one in prepared)
+
+    def together(parts: Sequence[Tensor | None]) -> Tensor | None:
+        present = [part for part in parts if part is not None]
+        return _stacked(present, longest) if present else None
+
+    parts = zip(*(one.metrics.parts for one in prepared), strict=True)
+    return Batch(
+        log_probs=_stacked([one.log_probs for one in prepared], longest),
+        tensors={name: together([one.tensors[name] for one in prepared]) for name in prepared[0].tensors},
+        metrics=Metrics([(*same[0][:2], tuple(map(torch.cat, zip(*(p[2] for p in same), strict=True)))) for same in parts]),
+    )
+
+
+def _stacked(parts: Sequence[Tensor], longest: int) -> Tensor:
+    """[b, ...] of many items as [B, ...], tokens padded to `longest`."""
+    if parts[0].dim() == 1:
+        return torch.cat(tuple(parts))
+    stacked = parts[0].new_zeros(sum(len(part) for part in parts), longest)
+    for part, rows in zip(parts, stacked.split([len(part) for part in parts]), strict=True):
+        rows[:, : part.shape[1]] = part
+    return stacked
+
+
+def compute(prepared: Sequence[Prepared]) -> list[Answer]:
+    """The answers of items of one kind. Raises whatever torch raises; then none of them has an answer."""
+    batch, objective = batch_of(prepared), prepared[0].objective
+    with torch.set_grad_enabled(prepared[0].wants_gradient):
+        log_probs = batch.log_probs.detach().requires_grad_(prepared[0].wants_gradient)
+        loss, outputs = objective.loss(log_probs, **batch.tensors)
+        gradient = torch.autograd.grad(loss, log_probs)[0] if prepared[0].wants_gradient else None
+    return _shared_out(prepared, outputs, gradient, batch.metrics)
+
+
+@torch.no_grad()
+def _shared_out(prepared: Sequence[Prepared], outputs: LossOutputs, gradient: Tensor | None, metrics: Metrics) -> list[Answer]:
+    sizes = [one.item.layout.rows for one in prepared]
+    item_of_row_B = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    losses = torch.zeros(len(sizes), dtype=outputs.loss_B.dtype).index_add_(0, item_of_row_B, outputs.loss_B).tolist()
+    measured = (metrics + outputs.metrics).split(item_of_row_B, len(sizes))
+    wrong_B = outputs.nonfinite_rows.split(sizes) if bool(outputs.nonfinite_rows.any()) else None
+    wanted = frozenset().union(*(one.item.wanted for one in prepared))
+    tensors = {name: values.split(sizes) for name, values in returned(wanted, outputs).items()}
+    if gradient is not None:
+        tensors["gradients"] = gradient.split(sizes)
+    return [
+        _answer(
+            one,
+            losses[i],
+            measured[i],
+            [] if wrong_B is None else wrong_B[i].nonzero().flatten().tolist(),
+            {name: parts[i] for name, parts in tensors.items() if name in one.item.wanted},
+        )
+        for i, one in enumerate(prepared)
+    ]
+
+
+def _answer(
+    one: Prepared, loss: float, metrics: Mapping[str, float], wrong: list[int], tensors: Mapping[str, Tensor]
+) -> Answer:
+    layout, warnings = one.item.layout, list(one.warnings)
+    if wrong:
+        warnings.append(f"the loss of {len(wrong)} of {layout.rows} rows is not finite, though what came in was")
+    elif not isfinite(loss):
+        warnings.append("the loss is not finite, though that of every row is")
+    sent = {name: layout.as_sent(values[:, : layout.longest]) for name, values in tensors.items()}
+    if "gradients" in sent:
+        sent["gradients/log_probs"] = sent.pop("gradients")
+        if not wrong and not _finite(sent["gradients/log_probs"]):
+            warnings.append("the gradient is not finite, though the loss is")
+    if layout.offsets is not None and sent:
+        sent["cu_seqlens"] = layout.offsets
+    body = {"index": one.item.index, "status": "ok", "loss": loss, "metrics": dict(metrics)}
+    if warnings:
+        body["warnings"] = warnings
+    if rows := sorted({*one.nonfinite, *wrong}):
+        body["nonfinite_rows"] = rows
+    return Answer(body, sent)
+
+
+def _finite(values: Tensor) -> bool:
+    """A finite sum has finite terms, and costs a twentieth of looking at each."""
+    return bool(values.sum().isfinite()) or bool(values.isfinite().all())

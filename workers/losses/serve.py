@@ -1,0 +1,223 @@
+"""The loss worker's loop: take all orders that wait, compute them together, answer each as soon as it is done.
+
+Nothing that is wrong with one order reaches another. One that cannot be read, or whose computation raises, is answered as
+unavailable, so that its caller may try again; the log says which it was and where it stopped, and none of its numbers.
+"""
+
+import logging
+import os
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from math import isfinite
+from typing import Any, NamedTuple
+
+import redis
+import torch
+
+from service.losses.orders import Order, answered, unavailable
+from service.losses.queue import Taken, WorkerQueue
+from service.losses.tensors import Tensors
+from service.memory import keep_freed_memory
+from service.settings import get_settings
+from workers.identity import WORKER_ID
+from workers.losses import merge
+from workers.losses.batch import Item, bytes_of, read, viewed
+from workers.losses.compute import Answer, ItemRefused, Prepared, prepare
+
+log = logging.getLogger(__name__)
+
+AT_MOST = 64  # orders taken at once: what may be merged, and what another worker will not get
+TOGETHER = 512  # small items that are prepared at once
+WAIT_S = 1.0  # between two looks at the stop flag
+SHARED_FOR_S = 5.0  # then a job has its turn on a worker that also trains
+
+
+def run() -> None:
+    """What a ring starts."""
+    settings = get_settings()
+    keep_freed_memory()
+    torch.set_num_threads(settings.torch_threads)
+    queue = WorkerQueue(settings)
+    try:
+        serve(queue, os.environ[WORKER_ID], linger=settings.serves == "losses")
+    finally:
+        queue.close()
+
+
+def serve(queue: WorkerQueue, worker_id: str, *, linger: bool, merging: bool = True) -> None:
+    """Answer what waits. `linger`: until told to stop, or Redis is away; else until nothing waits. `merging` false: to measure
+    what it is worth."""
+    until = float("inf") if linger else time.monotonic() + SHARED_FOR_S
+
+    def work(taken: list[Taken]) -> None:
+        Round(taken, lambda order, raw: queue.answer(worker_id, order, raw), merging=merging).run()
+
+    try:
+        while time.monotonic() < until and not queue.is_asked_to_stop(worker_id):
+            taken = queue.take(worker_id, WAIT_S if linger else 0.0, AT_MOST)
+            if not taken and not linger:
+                break
+            work(taken)
+        queue.leave()
+        work(queue.take(worker_id, 0.0, AT_MOST))  # who came before that did not ring
+    except redis.RedisError as error:  # the next ring begins anew, and callers hear of it from the API
+        log.warning("no loss requests for now, Redis does not answer: %s", error)
+
+
+class _Open(NamedTuple):
+    """An order that is not answered yet."""
+
+    taken: Taken
+    order: Order
+    items: dict[int, Item]  # what is to be computed, by its place among the order's items
+    done: dict[int, Answer]
+
+
+class _Work(NamedTuple):
+    opened: _Open
+    place: int
+    item: Item
+
+
+class Round:
+    """Orders that were taken together. `answer` gets each with its answer; what it raises ends the round."""
+
+    def __init__(self, taken: Sequence[Taken], answer: Callable[[Taken, bytes], None], *, merging: bool = True) -> None:
+        self._taken, self._answer, self._merging = list(taken), answer, merging
+        self._answered = set[str]()
+
+    def run(self) -> None:
+        """Small items first and together, then large ones, one after the other."""
+        small, large = list[_Work](), list[_Work]()
+        for taken in self._taken:
+            for work in self._opened(taken):
+                (small if work.item.layout.cells <= merge.SMALL_CELLS else large).append(work)
+        for start in range(0, len(small), TOGETHER):
+            self._compute(small[start : start + TOGETHER])
+        for work in large:
+            self._compute([work])
+
+    def _opened(self, taken: Taken) -> list[_Work]:
+        try:
+            opened = open_order(taken)
+        except Exception as error:
+            self._fail(taken, error)
+            return []
+        self._settle(opened)
+        return [_Work(opened, place, item) for place, item in opened.items.items()]
+
+    def _compute(self, works: Sequence[_Work]) -> None:
+        ready = list[tuple[_Work, Prepared]]()
+        for work in works:
+            taken = work.opened.taken
+            if taken.id in self._answered:
+                continue
+            if time.time() > work.opened.order.deadline:
+                self._finish(taken, unavailable("loss_timed_out", "its time was over before its turn came"))
+                continue
+            try:
+                ready.append((work, prepare(work.item)))
+            except ItemRefused as refused:
+                work.opened.done[work.place] = refused_answer(work.item, refused)
+                self._settle(work.opened)
+            except Exception as error:
+                self._fail(taken, error)
+        alone = [[place] for place in range(len(ready))]
+        for group in merge.groups([prepared for _, prepared in ready]) if self._merging else alone:
+            self._compute_merged([ready[place] for place in group])
+
+    def _compute_merged(self, group: Sequence[tuple[_Work, Prepared]]) -> None:
+        try:
+            computed = merge.compute([prepared for _, prepared in group])
+        except Exception as error:
+            if len(group) == 1:
+                self._fail(group[0][0].opened.taken, error)
+                return
+            computed = None
+        if computed is None:  # whoever fails, fails alone; not in the handler, which holds on to the tensors of the batch
+            for one in group:
+                self._compute_merged([one])
+            return
+        for (work, _), answer in zip(group, computed, strict=True):
+            work.opened.done[work.place] = answer
+            self._settle(work.opened)
+
+    def _settle(self, opened: _Open) -> None:
+        """Answer the order if all its items are done."""
+        if len(opened.done) < len(opened.order.items):
+            return
+        try:
+            raw = finished(opened.order, [opened.done[place] for place in range(len(opened.done))])
+        except Exception as error:
+            self._fail(opened.taken, error)
+            return
+        self._finish(opened.taken, raw)
+
+    def _fail(self, taken: Taken, error: Exception) -> None:
+        if taken.id not in self._answered:
+            self._finish(taken, refusal(taken.id, error))
+
+    def _finish(self, taken: Taken, raw: bytes) -> None:
+        self._answered.add(taken.id)
+        self._answer(taken, raw)
+
+
+# ---------------------------------------------------------------- orders to items, answers to bytes
+
+
+def open_order(taken: Taken) -> _Open:
+    """Raises whatever the bytes make it raise: they were written by the API, so none of it is expected."""
+    order = Order.decode(taken.raw)
+    sent: dict[int, dict[str, torch.Tensor]] = {}
+    for name, raw in order.tensors.items():
+        index, _, name_in_batch = name.partition("/")
+        sent.setdefault(int(index), {})[name_in_batch] = viewed(raw)
+    opened = _Open(taken, order, {}, {})
+    for place, entry in enumerate(order.items):
+        if "error" in entry:
+            opened.done[place] = Answer({"status": "error", **entry})
+        else:
+            opened.items[place] = read(entry, sent[entry["index"]])
+    return opened
+
+
+def refused_answer(item: Item, refused: ItemRefused) -> Answer:
+    errors = [error.as_dict() for error in refused.errors]
+    several = {"errors": errors} if len(errors) > 1 else {}
+    return Answer({"index": item.index, "status": "error", "error": errors[0], **several})
+
+
+def finished(order: Order, items: Sequence[Answer]) -> bytes:
+    """The answer of an order. Where nothing, or not all that was wanted, could be computed it holds no tensors."""
+    data, ok = [item.body for item in items], [item.ok for item in items]
+    tensors: Tensors = {}
+    refused = not any(ok) or (order.all_or_nothing and not all(ok))
+    if not refused:
+        for item in items:
+            tensors |= {f"{item.body['index']}/{name}": bytes_of(values) for name, values in item.tensors.items()}
+    outcome = "invalid" if refused else "ok"
+    try:
+        return answered(outcome, data, tensors)
+    except ValueError:  # a number that is not finite, which is rare
+        return answered(outcome, _in_json(data), tensors)
+
+
+def _in_json(value: Any) -> Any:
+    """JSON has no word for a number that is not finite; the answers of this service write it as a string."""
+    if isinstance(value, float) and not isfinite(value):
+        return "NaN" if value != value else "Infinity" if value > 0 else "-Infinity"
+    if isinstance(value, Mapping):
+        return {key: _in_json(entry) for key, entry in value.items()}
+    return [_in_json(entry) for entry in value] if isinstance(value, list) else value
+
+
+def refusal(order_id: str, error: Exception) -> bytes:
+    """What its caller gets, and a line in the log."""
+    where = "".join(traceback.format_tb(error.__traceback__))  # without the message: it may quote numbers
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
+        log.error("loss request %s: out of memory\n%s", order_id, where)
+        detail = "the worker has not enough memory for it; send fewer or smaller items, with the weights of the whole step"
+        return unavailable("loss_out_of_memory", detail)
+    log.error("loss request %s: %s\n%s", order_id, type(error).__name__, where)
+    return unavailable("loss_internal", "it could not be computed, by a fault of this service; the worker's log has the trace")

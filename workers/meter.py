@@ -1,0 +1,33 @@
+"""What an attempt spends: tokens, and seconds by phase. Read out when something is committed; used by the main thread only."""
+
+from collections import defaultdict
+from time import monotonic
+
+from service.store.usage import Spent
+
+
+class Meter:
+    def __init__(self, phase: str) -> None:
+        self._phase, self._since = phase, monotonic()
+        self._seconds = defaultdict[str, float](float)
+        self._sampled = self._trained = 0
+
+    def enter(self, phase: str) -> None:
+        """The seconds from here on belong to this phase."""
+        now = monotonic()
+        self._seconds[self._phase] += now - self._since
+        self._phase, self._since = phase, now
+
+    def sampled(self, tokens: int) -> None:
+        self._sampled += tokens
+
+    def trained(self, tokens: int) -> None:
+        self._trained += tokens
+
+    def take(self) -> Spent:
+        """What was spent since the last time."""
+        self.enter(self._phase)
+        spent = Spent(self._sampled, self._trained, dict(self._seconds))
+        self._seconds.clear()
+        self._sampled = self._trained = 0
+        return spent
