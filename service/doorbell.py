@@ -228,11 +228,10 @@ class Signals:
         self._task = asyncio.create_task(self._run(), name="signals")
 
     async def stop(self) -> None:
-        if self._task is not None:
-            self._task.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._task
-            self._task = None
+        while self._task is not None and not self._task.done():
+            self._task.cancel()  # again, if need be: Python 3.11's wait_for may swallow one
+            await asyncio.wait([self._task], timeout=1.0)
+        self._task = None
 
     @contextmanager
     def watch(self, job_id: str) -> Iterator[Watch]:

@@ -18,6 +18,7 @@ from typing import Any
 import redis
 from celery import signals
 from kombu.entity import Queue
+from sqlalchemy.exc import SQLAlchemyError
 
 from service.doorbell import LOSSES_QUEUE, LOSSES_TASK, RING_TASK, Doorbell, celery_app, queue_name
 from service.ids import new_id, utcnow
@@ -76,14 +77,10 @@ class Parent:
 
         The bound is ours: Celery's soft shutdown has one, but always sleeps for the whole of it.
         """
-        Thread(target=self._give_up_later, name="drain", daemon=True).start()
-        Thread(target=self._stop_losses, name="stop-losses", daemon=True).start()  # a job need not wait for a frozen Redis
         self._draining = True
-        lease.draining(self.store, self.id)
-        with self.store.begin(readonly=True) as session:
-            held = jobs.held(session, owner=self.id)
-        for job_id in held:
-            self.doorbell.signal(job_id, "wish")
+        # In threads: this is a signal handler, and whatever it interrupts may hold what it would wait for.
+        for work in (self._give_up_later, self._stop_losses, self._ask_for_job):
+            Thread(target=work, name=work.__name__, daemon=True).start()
 
     def child_died(self) -> None:
         """Its job goes back into the queue, and who waits for a loss that it had in hand is told so at once."""
@@ -107,6 +104,21 @@ class Parent:
         self._reconciler.stop()
         self._thread.join(timeout=10)
         lease.goodbye(self.store, self.id)
+
+    def _ask_for_job(self) -> None:
+        """Tell the child to save and release its job; again and again while the store is away."""
+        while True:
+            try:
+                lease.draining(self.store, self.id)
+                with self.store.begin(readonly=True) as session:
+                    held = jobs.held(session, owner=self.id)
+                break
+            except SQLAlchemyError as error:
+                log.warning("could not ask the child for its job: %s", type(error).__name__)
+                if self._stop.wait(1.0):
+                    return
+        for job_id in held:
+            self.doorbell.signal(job_id, "wish")
 
     def _stop_losses(self) -> None:
         with suppress(redis.RedisError):  # without Redis it leaves its loop, too

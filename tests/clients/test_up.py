@@ -44,7 +44,10 @@ class Up:
         self.log = data_dir.parent / f"up-{time.monotonic_ns()}.log"
         up = [*RATCHET, "up", "--data-dir", str(data_dir), "--port", "0"]
         with self.log.open("wb") as log:
-            self.process = subprocess.Popen(up, stdout=log, stderr=log, cwd=data_dir.parent, start_new_session=True)
+            environment = {**os.environ, "PYTHONFAULTHANDLER": "1"}
+            self.process = subprocess.Popen(
+                up, stdout=log, stderr=log, cwd=data_dir.parent, env=environment, start_new_session=True
+            )
         self.until(lambda: "is ready at" in self.said())
 
     def said(self) -> str:
@@ -66,6 +69,18 @@ class Up:
     def child(self, command: str) -> int:
         (pid,) = [pid for pid in _children(self.process.pid) if command in _command(pid)]
         return pid
+
+    def stop(self, within_s: float) -> None:
+        """Ctrl-C, and a good end in time; else every process tells where it stands."""
+        os.kill(self.process.pid, signal.SIGINT)
+        try:
+            assert self.process.wait(within_s) == 0, self.said()
+        except subprocess.TimeoutExpired:
+            for pid in (*self.family(), self.process.pid):
+                os.kill(pid, signal.SIGABRT)  # PYTHONFAULTHANDLER: the stacks of its threads go to its log
+            time.sleep(1)
+            logs = [f"--- {log}\n{log.read_text()[-10_000:]}" for log in sorted(self.data_dir.rglob("*.log"))]
+            raise AssertionError("\n".join([f"still there after {within_s:.0f} s\n{self.said()}", *logs])) from None
 
     def kill(self) -> None:
         if self.process.poll() is None:
@@ -145,8 +160,7 @@ def test_up_serves_restarts_what_dies_and_stops_without_a_trace(folder: Path, st
     assert losses.status_code == 200 and losses.json()["data"][0]["loss"] == 1.5, losses.text + up.said()
 
     family = up.family()
-    os.kill(up.process.pid, signal.SIGINT)
-    assert up.process.wait(60) == 0, up.said()
+    up.stop(within_s=60)
     assert_all_gone(family)
     assert [name for name in ("url", "key") if (up.data_dir / name).exists()] == ["key"]
 
