@@ -109,7 +109,7 @@ def test_nothing_that_is_sent_brings_what_is_not_documented(fuzz: Fuzz, option: 
 
 
 @pytest.mark.skipif(not FOR_S, reason="make fuzz")
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 def test_nothing_that_is_sent_for_losses_is_an_error_of_ours(fuzz: Fuzz) -> None:
     """Some ten thousand cases; bodies that are no JSON, and tensors, are damaged in test_losses.py."""
