@@ -27,7 +27,7 @@ chaos: $(VENV)/.for-developing ## break everything that can break, and look whet
 soak: $(VENV)/.for-developing ## random kills over everything (KILLS=1000 SEED=1 MINUTES=30)
 	cd tests && ../$(BIN)/python -m chaos.soak --kills $(or $(KILLS),1000) --seed $(or $(SEED),1) --minutes $(or $(MINUTES),30)
 
-fuzz: $(VENV)/.for-developing ## schemathesis over the whole API for ten minutes (FUZZ_S=600)
+fuzz: $(VENV)/.for-developing ## schemathesis over the whole API for ten minutes (FUZZ_S=600), and over the losses until 12,000 cases
 	RATCHET_TEST_FUZZ_S=$(or $(FUZZ_S),600) $(BIN)/python -m pytest tests/api/test_fuzz.py
 
 check: $(VENV)/.for-developing ## lint, types, layers, migrations, openapi.json, Dockerfile, compose file

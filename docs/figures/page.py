@@ -16,6 +16,7 @@ from pydantic.fields import FieldInfo
 from service.jobs import axes
 from service.jobs.objective import ObjectiveSpec
 from service.jobs.presets import BASE, PRESETS
+from service.jobs.section import Section
 
 PAGE = Path(__file__).parents[1] / "objectives.md"
 BLOCK = re.compile(r"(<!-- (\w+): written by docs/figures/page.py -->\n\n).*?(\n\n<!-- end -->)", re.DOTALL)
@@ -56,7 +57,7 @@ def flow(value: Any) -> str:
 
 # ---------------------------------------------------------------- parameters
 
-ELSEWHERE: dict[str, tuple[type[axes.Axis], ...]] = {
+ELSEWHERE: dict[str, tuple[type[Section], ...]] = {
     "ratio": get_args(axes.AnyRatio),
     "aggregate": get_args(axes.AnyAggregate),
     "advantage": (axes.Advantage,),

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, Self
 
 from fastapi import APIRouter, Query, Response
 from fastapi.responses import StreamingResponse
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 
 from service.api.archive import archive_of
 from service.api.auth import CallerDep
@@ -14,6 +14,7 @@ from service.api.context import ContextDep
 from service.api.pages import Page, PageQuery
 from service.api.problems import BODY, files_missing, responses
 from service.ids import utcnow
+from service.jobs.section import Section
 from service.store import checkpoints, jobs
 from service.store.tables import Checkpoint, Job
 from service.validation import below, parse
@@ -51,10 +52,8 @@ class CheckpointPage(Page[CheckpointView]):
     pass
 
 
-class DeleteRequest(BaseModel):
+class DeleteRequest(Section):
     """Which checkpoints shall go. At least one of `ids`, `job_id` and `older_than_s`; all that are given must hold."""
-
-    model_config = ConfigDict(extra="forbid")
 
     ids: Annotated[
         list[Annotated[str, Field(max_length=40)]] | None, Field(min_length=1, max_length=1000, description="these")

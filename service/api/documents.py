@@ -68,7 +68,7 @@ def _check(data: Any) -> Any:
     return data
 
 
-def _check_depth(value: Any, depth: int = 0) -> None:
+def _check_depth(value: Any, depth: int = 1) -> None:
     if depth > MAX_DEPTH:
         raise _too_deep()
     for below in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():

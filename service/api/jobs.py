@@ -20,6 +20,7 @@ from service.jobs import lifecycle
 from service.jobs.fork import forked_spec
 from service.jobs.lifecycle import CANCEL_GRACE_S
 from service.jobs.resolve import resolve
+from service.jobs.section import Section
 from service.jobs.spec import Budget, CheckpointRef, JobSpec
 from service.jobs.state import FINAL, Status
 from service.store import jobs
@@ -49,18 +50,14 @@ class WaitQuery(BaseModel):
 Grace = Annotated[float, Field(ge=0, le=86_400, description="a worker that has not obeyed after so long is killed")]
 
 
-class PauseRequest(BaseModel):
+class PauseRequest(Section):
     """How long the job may take to rest."""
-
-    model_config = ConfigDict(extra="forbid")
 
     grace_seconds: Annotated[Grace | None, Field(description="default: as long as its step takes")] = None
 
 
-class CancelRequest(BaseModel):
+class CancelRequest(Section):
     """What is kept of a running job, and how long it may take to end."""
-
-    model_config = ConfigDict(extra="forbid")
 
     final_checkpoint: Annotated[
         Literal["save", "none"], Field(description="none: what was learnt since its last checkpoint is lost")
@@ -68,18 +65,14 @@ class CancelRequest(BaseModel):
     grace_seconds: Grace = CANCEL_GRACE_S
 
 
-class ResumeRequest(BaseModel):
+class ResumeRequest(Section):
     """What the job may spend from now on, with what it has spent already."""
-
-    model_config = ConfigDict(extra="forbid")
 
     budget: Annotated[Budget | None, Field(description="replaces the parts that it names; null in one: without bound")] = None
 
 
-class ForkRequest(BaseModel):
+class ForkRequest(Section):
     """What shall be different in the new job."""
-
-    model_config = ConfigDict(extra="forbid")
 
     from_checkpoint: Annotated[
         str | CheckpointRef | None, Field(description="where it starts; default: the parent's newest checkpoint")

@@ -15,6 +15,7 @@ from service.api.problems import BODY, responses
 from service.api.rate import default_burst
 from service.errors import Conflict, FieldError, Forbidden
 from service.ids import utcnow
+from service.jobs.section import Section
 from service.store import keys
 from service.store.tables import ApiKey
 from service.validation import invalid, parse
@@ -28,19 +29,15 @@ Scope = Literal["read", "write", "admin"]
 MAX_EXPIRES_IN_S = 10 * 366 * 86_400
 
 
-class KeyRate(BaseModel):
+class KeyRate(Section):
     """How often a key may ask: a bucket of `burst` requests that fills by `requests_per_s`."""
-
-    model_config = ConfigDict(extra="forbid")
 
     requests_per_s: Annotated[float, Field(gt=0, le=1_000_000, description="requests a second in the long run")]
     burst: Annotated[int | None, Field(ge=1, le=1_000_000, description="requests at once; default: two seconds' worth")] = None
 
 
-class KeyRequest(BaseModel):
+class KeyRequest(Section):
     """A key that shall be made."""
-
-    model_config = ConfigDict(extra="forbid")
 
     name: Annotated[str, Field(min_length=1, max_length=200, description="for people: whose key it is, or what for")]
     project: Annotated[
@@ -49,7 +46,7 @@ class KeyRequest(BaseModel):
     scopes: Annotated[
         list[Scope],
         Field(min_length=1, max_length=3, description="read: GET; write: all of the project but its keys; admin: keys too"),
-    ] = ["admin"]
+    ] = ["admin"]  # noqa: RUF012 (pydantic copies it)
     expires_in_s: Annotated[
         float | None, Field(ge=1, le=MAX_EXPIRES_IN_S, description="seconds until it is no key any more; default: never")
     ] = None

@@ -9,10 +9,12 @@ from pydantic import BaseModel, ConfigDict, Field
 from service.api.auth import ADMIN_PROJECT, AdminDep, Caller, CallerDep
 from service.api.bodies import DocumentDep, documented
 from service.api.context import ContextDep
+from service.api.days import Day
 from service.api.keys import Project
 from service.api.problems import BODY, responses
 from service.errors import Forbidden
 from service.ids import utcnow
+from service.jobs.section import Section
 from service.store import usage
 from service.store.tables import Budget
 from service.store.usage import Totals
@@ -81,23 +83,21 @@ class UsageView(BaseModel):
 class UsageQuery(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
-    from_: Annotated[date | None, Field(alias="from", description="the first day (UTC)")] = None
-    to: Annotated[date | None, Field(description="the last day (UTC)")] = None
+    from_: Annotated[Day | None, Field(alias="from", description="the first day (UTC)")] = None
+    to: Annotated[Day | None, Field(description="the last day (UTC)")] = None
     job_id: Annotated[str | None, Field(max_length=40, description="only this job, also one that was deleted")] = None
     key_id: Annotated[str | None, Field(max_length=40, description="only jobs that were submitted with this key")] = None
     group_by: Literal["day", "job", "key"] = "day"
     project: Annotated[Project | None, Field(description=f"another project, for keys of `{ADMIN_PROJECT}`")] = None
 
 
-class BudgetRequest(BaseModel):
+class BudgetRequest(Section):
     """What a project may spend from now on; jobs pause when it is spent."""
-
-    model_config = ConfigDict(extra="forbid")
 
     project: Project
     tokens: Annotated[int | None, Field(ge=0, lt=2**62, description="sampled and trained; null: no bound")] = None
     worker_s: Annotated[float | None, Field(ge=0, description="seconds of workers; null: no bound")] = None
-    since: Annotated[date, Field(description="the day (UTC) from which on it is counted; default: all time")] = EVER
+    since: Annotated[Day, Field(description="the day (UTC) from which on it is counted; default: all time")] = EVER
 
 
 class BudgetView(BaseModel):

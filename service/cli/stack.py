@@ -91,8 +91,8 @@ def backup(directory: BackupDir, data_dir: DataDir = DEFAULT_DATA_DIR) -> None:
 
     $ ratchet backup /backups/2026-11-22
 
-    Runs where the data directory is, with the RATCHET_* settings of the system; with PostgreSQL it needs pg_dump. Nothing
-    is stopped. docs/backup.md has the rest.
+    Runs where the data directory is, with the RATCHET_* settings of the system. Nothing is stopped. docs/backup.md has the
+    rest.
     """
     from service.local import backup as backups
 

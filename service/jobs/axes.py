@@ -3,12 +3,10 @@
 
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 from pydantic.types import JsonValue
 
-
-class Axis(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+from service.jobs.section import Section
 
 
 def _offset(value: float, info: ValidationInfo) -> float:
@@ -32,7 +30,7 @@ NotNegative = Annotated[float, Field(ge=0)]
 # ---------------------------------------------------------------- ratio
 
 
-class Ratio(Axis):
+class Ratio(Section):
     """token: each token its own · sequence: their geometric mean (GSPO) · sequence_token: the same value, gradients a token
     (GSPO-token) · product: of the whole answer · one: no ratio (REINFORCE)."""
 
@@ -54,7 +52,7 @@ class Ratio(Axis):
         return self.kind == "product"
 
 
-class SegmentRatio(Axis):
+class SegmentRatio(Section):
     """The geometric mean within a segment: between token (chunk 1) and sequence (one chunk)."""
 
     constant: ClassVar[bool] = False
@@ -69,7 +67,7 @@ class SegmentRatio(Axis):
 # ---------------------------------------------------------------- surrogate
 
 
-class Surrogate(Axis):
+class Surrogate(Section):
     through_ratio: ClassVar[bool] = True  # the gradient needs a ratio that depends on the policy
     through_anchor: ClassVar[bool] = False  # it looks at the anchor's log-probs even where the ratio is constant
 
@@ -144,7 +142,8 @@ class Dro(Surrogate):
 
 
 Pair = Annotated[
-    tuple[NotNegative, NotNegative], Field(description="for positive and for negative advantages; one number: both")
+    tuple[NotNegative, NotNegative],
+    Field(strict=False, description="for positive and for negative advantages; one number: both"),
 ]
 
 
@@ -193,7 +192,7 @@ AnySurrogate = Ppo | TwoSided | Cispo | Sapo | Gmpo | TrustRegion | Dro | Vespo 
 # ---------------------------------------------------------------- aggregate
 
 
-class Aggregate(Axis):
+class Aggregate(Section):
     """token: mean over tokens · seq: mean over sequences of their token means · prompt: mean over groups of their token
     means · seq_sum: mean over sequences of their token sums · sum."""
 
@@ -203,7 +202,7 @@ class Aggregate(Axis):
     ] = 0.0
 
 
-class ConstantAggregate(Axis):
+class ConstantAggregate(Section):
     """Token sums over sequences times a constant (Dr. GRPO)."""
 
     kind: Literal["constant"] = "constant"
@@ -219,7 +218,7 @@ AnyAggregate = Aggregate | ConstantAggregate
 # ---------------------------------------------------------------- advantage, kl, correct, select
 
 
-class Advantage(Axis):
+class Advantage(Section):
     """How rewards become advantages."""
 
     centre: Annotated[
@@ -237,7 +236,7 @@ class Advantage(Axis):
     ] = "sum_then_normalize"
 
 
-class Kl(Axis):
+class Kl(Section):
     """A penalty for leaving a reference policy."""
 
     place: Annotated[Literal["none", "reward", "loss"], Field(description="subtracted from the reward, or added to the loss")]
@@ -260,7 +259,7 @@ class Kl(Axis):
         return self.place == "reward"
 
 
-class Correct(Axis):
+class Correct(Section):
     """A detached weight exp(old - rollout), for samplers that do not agree with the trainer."""
 
     level: Annotated[
@@ -287,7 +286,7 @@ class Correct(Axis):
         return self.weighs and self.level == "segment" and self.chunk is None
 
 
-class Select(Axis):
+class Select(Section):
     """What is left out before the aggregation weights are computed."""
 
     truncated: Annotated[bool, Field(description="leave out answers that were cut at the token limit")] = False

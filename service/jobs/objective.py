@@ -13,13 +13,14 @@ from pydantic_core import CoreSchema
 
 from service.jobs import axes
 from service.jobs.presets import BASE, PRESETS
+from service.jobs.section import Section
 from service.validation import did_you_mean, quoted, shown
 
 
 class _OrKind:
     """In the JSON schema: an axis may also be written as its kind alone, that is the value of `key`."""
 
-    def __init__(self, key: str, *models: type[axes.Axis]) -> None:
+    def __init__(self, key: str, *models: type[Section]) -> None:
         kinds = [kind for model in models for kind in get_args(model.model_fields[key].annotation)]
         self.schema = {"type": "string", "enum": kinds, "description": f"short for an object with this `{key}`"}
 
@@ -65,7 +66,7 @@ def _laid_over(axis: str, base: Any, override: Any) -> Any:
     return {**base, **override}
 
 
-class ObjectiveSpec(axes.Axis):
+class ObjectiveSpec(Section):
     """The loss: a preset, and any of its axes overridden beside it."""
 
     preset: Annotated[

@@ -189,7 +189,7 @@ class OptimizerSpec(Section):
 
     kind: Literal["adamw"] = "adamw"
     learning_rate: Annotated[float, Field(gt=0, le=1, description="the full rate")] = 1e-5
-    betas: Annotated[tuple[float, float], Field(description="decay of the two moments")] = (0.9, 0.95)
+    betas: Annotated[tuple[float, float], Field(strict=False, description="decay of the two moments")] = (0.9, 0.95)
     eps: Annotated[float, Field(gt=0, description="added to the root of the second moment")] = 1e-8
     weight_decay: Annotated[float, Field(ge=0, description="decoupled")] = 0.0
     max_grad_norm: Annotated[float, Field(gt=0, description="gradients are scaled down to this norm")] = 1.0

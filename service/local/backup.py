@@ -11,14 +11,20 @@ import logging
 import os
 import shutil
 import sqlite3
-import subprocess
+import zlib
 from collections.abc import Callable
 from contextlib import closing
 from datetime import datetime
 from pathlib import Path
 from typing import Any
+from zipfile import ZIP_DEFLATED, BadZipFile, ZipFile
 
-from sqlalchemy import inspect, make_url, text
+import psycopg
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from alembic.util import CommandError
+from psycopg import sql
+from sqlalchemy import Connection, Table, inspect, make_url, text
 from sqlalchemy.exc import OperationalError
 
 from service.errors import RatchetError
@@ -28,11 +34,14 @@ from service.jobs.state import HELD, Status
 from service.settings import Settings
 from service.store import checkpoints, datasets, jobs, workers
 from service.store.blobs import Blobs
-from service.store.session import Store, make_engine, open_store, upgrade
+from service.store.session import Store, alembic_config, make_engine, open_store, upgrade
+from service.store.tables import Base
 
 log = logging.getLogger(__name__)
 
-FACTS, BLOBS, SQLITE, POSTGRESQL = "backup.json", "blobs", "ratchet.db", "ratchet.dump"
+FACTS, BLOBS, SQLITE, POSTGRESQL = "backup.json", "blobs", "ratchet.db", "ratchet.zip"
+REVISION, CSV = "revision", ".csv"  # in ratchet.zip
+CHUNK_BYTES = 2**20
 ROUNDS = 20
 NAMED = "SELECT path FROM checkpoints WHERE deleted_at IS NULL UNION SELECT path FROM datasets WHERE deleted_at IS NULL"
 
@@ -115,33 +124,71 @@ def _snapshot_sqlite(url: str, folder: Path) -> set[str]:
 
 
 def _snapshot_postgresql(url: str, folder: Path) -> set[str]:
-    """pg_dump, in the same snapshot in which the names are read."""
+    """COPY every table in one REPEATABLE READ transaction: one moment, without stopping writers."""
+    target = folder / f"{POSTGRESQL}.tmp"
     engine = make_engine(url)
+    options = {"isolation_level": "REPEATABLE READ", "postgresql_readonly": True}
     try:
-        with engine.connect().execution_options(isolation_level="REPEATABLE READ") as connection, connection.begin():
-            snapshot = connection.scalar(text("SELECT pg_export_snapshot()"))
+        with (
+            engine.connect().execution_options(**options) as connection,
+            connection.begin(),
+            ZipFile(target, "w", ZIP_DEFLATED, compresslevel=1) as archive,
+        ):
+            archive.writestr(REVISION, _revision(connection, url))
+            _speak_plainly(connection)
+            for table in Base.metadata.sorted_tables:
+                _copy_out(connection, table, archive)
             named = set(connection.scalars(text(NAMED)))
-            target = folder / f"{POSTGRESQL}.tmp"
-            _run("pg_dump", url, "--format=custom", "--no-owner", f"--snapshot={snapshot}", f"--file={target}")
     finally:
         engine.dispose()
     target.rename(folder / POSTGRESQL)
     return named
 
 
-def _run(program: str, url: str, *arguments: str) -> None:
-    """A client program of PostgreSQL. The password goes through the environment, where other users do not see it."""
-    parsed = make_url(url)
-    plain = parsed.set(drivername="postgresql", password=None).render_as_string(hide_password=False)
-    environment = {**os.environ, **({"PGPASSWORD": str(parsed.password)} if parsed.password is not None else {})}
-    try:
-        done = subprocess.run(
-            [program, *arguments, f"--dbname={plain}"], env=environment, capture_output=True, text=True, check=False
-        )
-    except FileNotFoundError:
-        raise BackupFailed(f"{program} is not on the PATH; it comes with PostgreSQL's client tools") from None
-    if done.returncode:
-        raise BackupFailed(f"{program} failed: {done.stderr.strip()[-1000:]}")
+def _revision(connection: Connection, url: str) -> str:
+    """The version of the tables. Raises BackupFailed when it is not this program's, which would copy other columns."""
+    found = MigrationContext.configure(connection).get_current_revision()
+    ours = ScriptDirectory.from_config(alembic_config(url)).get_current_head()
+    if found is None or found != ours:
+        raise BackupFailed(f"the tables are at version {found}, this program's at {ours}; take the ratchet that runs on them")
+    return found
+
+
+def _speak_plainly(connection: Connection) -> None:
+    """Texts that every server reads back as what they were, whatever the database is set to."""
+    for line in ("client_encoding = UTF8", "datestyle = ISO", "timezone = UTC", "extra_float_digits = 1"):
+        connection.exec_driver_sql(f"SET LOCAL {line}")
+
+
+def _copy_out(connection: Connection, table: Table, archive: ZipFile) -> None:
+    columns = sql.SQL(", ").join(sql.Identifier(column.name) for column in table.columns)
+    statement = sql.SQL("COPY {} ({}) TO STDOUT (FORMAT csv, HEADER)").format(sql.Identifier(table.name), columns)
+    with (
+        _cursor(connection) as cursor,
+        cursor.copy(statement) as rows,
+        archive.open(f"{table.name}{CSV}", "w", force_zip64=True) as file,
+    ):
+        for row in rows:
+            file.write(row)
+
+
+def _copy_in(connection: Connection, archive: ZipFile, name: str) -> None:
+    with archive.open(name) as file:
+        header = file.readline()  # the names of the columns: PostgreSQL would skip them unread
+        columns = sql.SQL(", ").join(sql.Identifier(column) for column in header.decode().strip().split(","))
+        table = sql.Identifier(name.removesuffix(CSV))
+        with (
+            _cursor(connection) as cursor,
+            cursor.copy(sql.SQL("COPY {} ({}) FROM STDIN (FORMAT csv)").format(table, columns)) as rows,
+        ):
+            while chunk := file.read(CHUNK_BYTES):
+                rows.write(chunk)
+
+
+def _cursor(connection: Connection) -> psycopg.Cursor[Any]:
+    """psycopg's own: SQLAlchemy has no COPY."""
+    driver: Any = connection.connection.driver_connection
+    return driver.cursor()
 
 
 def _write(path: Path, content: bytes) -> None:
@@ -196,17 +243,30 @@ def _restore_sqlite(url: str, folder: Path) -> None:
 
 def _restore_postgresql(url: str, folder: Path) -> None:
     if not (folder / POSTGRESQL).exists():
-        raise BackupFailed(f"{folder} holds no PostgreSQL dump; it restores into SQLite (no RATCHET_DATABASE_URL)")
+        raise BackupFailed(f"{folder} holds no PostgreSQL tables; it restores into SQLite (no RATCHET_DATABASE_URL)")
     engine = make_engine(url)
     try:
-        tables = inspect(engine).get_table_names()
+        if inspect(engine).get_table_names():
+            raise BackupFailed("the database is not empty; a restore takes a new one")
+        with ZipFile(folder / POSTGRESQL) as archive:
+            if damaged := archive.testzip():  # before anything is written
+                raise BadZipFile(damaged)
+            upgrade(url, archive.read(REVISION).decode())
+            with engine.begin() as connection:
+                _speak_plainly(connection)
+                for name in archive.namelist():  # as they were written: what is referred to comes first
+                    if name.endswith(CSV):
+                        _copy_in(connection, archive, name)
+    except (BadZipFile, zlib.error) as error:
+        raise BackupFailed(f"{folder / POSTGRESQL} is damaged: {error}") from error
+    except CommandError as error:  # Alembic does not know the version
+        raise BackupFailed(f"the backup was made by another version of ratchet, take that one: {error}") from error
     except OperationalError as error:
         raise BackupFailed(f"the database cannot be used ({error.orig}); make an empty one first") from error
+    except psycopg.Error as error:
+        raise BackupFailed(f"the tables could not be written ({error}); make another empty database and try again") from error
     finally:
         engine.dispose()
-    if tables:
-        raise BackupFailed("the database is not empty; a restore takes a new one")
-    _run("pg_restore", url, "--no-owner", "--exit-on-error", "--single-transaction", str(folder / POSTGRESQL))
 
 
 def _settle(store: Store, made_at: datetime) -> list[str]:

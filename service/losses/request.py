@@ -46,7 +46,12 @@ class LossItem(Section):
     batch: Annotated[LossBatch, Field(description="in safetensors: the tensors `i/NAME`")]
     returns: Annotated[
         tuple[Returned, ...],
-        Field(alias="return", max_length=50, description="what is wanted beside loss and metrics; per token, as it was sent"),
+        Field(
+            alias="return",
+            strict=False,
+            max_length=50,
+            description="what is wanted beside loss and metrics; per token, as it was sent",
+        ),
     ] = ()
     on_nonfinite: Annotated[
         OnNonfinite | None, Field(description="of NaN and infinities where the mask is 1; null: as the request says")

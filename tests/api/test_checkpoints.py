@@ -40,6 +40,16 @@ def save(api):
     return save
 
 
+@pytest.mark.parametrize(
+    ("key", "value"), [("dry_run", 0), ("dry_run", "no"), ("older_than_s", "1"), ("older_than_s", True), ("keep_last", False)]
+)
+def test_a_filter_of_another_type_is_not_guessed_at(client, key, value):
+    """A `dry_run` that is taken for false would delete."""
+    refused = client.post("/v1/checkpoints:delete", json={"older_than_s": 0, key: value})
+    assert refused.status_code == 422
+    assert refused.json()["errors"][0]["pointer"] == f"/{key}"
+
+
 def test_checkpoints_are_listed_and_read(api, client, submit, save):
     job, another = submit(), submit()
     lease, _ = api.claim(job["id"])

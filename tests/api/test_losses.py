@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from pydantic import SecretStr
 from redis.client import Pipeline
 
+from chaos.standin import WORKER, echo, worker
 from service.api.arrays import parse_arrays
 from service.api.examples import LOSS_REQUEST
 from service.losses.orders import Order, answered, unavailable
@@ -30,7 +31,6 @@ from service.losses.tensors import Tensor, decode, encode
 from service.settings import Settings
 
 JSON, TENSORS, PROBLEM = "application/json", "application/vnd.safetensors", "application/problem+json"
-WORKER = "wrk_standin"
 EXAMPLES = os.environ.get("RATCHET_TEST_FUZZ_EXAMPLES")  # for long runs, each with other examples
 ITEM = LOSS_REQUEST["items"][0]
 
@@ -40,49 +40,6 @@ def database_url(sqlite_template: Path, tmp_path: Path) -> str:
     """Nothing in here is stored: one kind of database is enough."""
     shutil.copyfile(sqlite_template, tmp_path / "ratchet.db")
     return f"sqlite:///{tmp_path / 'ratchet.db'}"
-
-
-# ---------------------------------------------------------------- a stand-in for the worker
-
-
-def echo(order: Order) -> bytes:
-    """The log-probs as if they were the gradients; their sum is no loss, but a number that can be checked."""
-    data, tensors = [], {}
-    for entry in order.items:
-        index = entry["index"]
-        if "error" in entry:
-            data.append(entry)
-            continue
-        data.append({"index": index, "status": "ok", "loss": 0.5, "metrics": {"policy/loss": 0.5}})
-        tensors[f"{index}/gradients/log_probs"] = order.tensors[f"{index}/log_probs"]
-        if entry["layout"] == "ragged":
-            tensors[f"{index}/cu_seqlens"] = order.tensors[f"{index}/cu_seqlens"]
-    return answered("ok", data, tensors)
-
-
-@contextmanager
-def worker(settings: Settings, reply: Callable[[Order], bytes | None] = echo) -> Iterator[list[Order]]:
-    """Answers what comes; the orders that it saw. None: takes the order and never answers."""
-    queue, seen, stop = WorkerQueue(settings), list[Order](), threading.Event()
-
-    def work() -> None:
-        while not stop.is_set():
-            for taken in queue.take(WORKER, 0.1, 64):
-                order = Order.decode(taken.raw)
-                seen.append(order)
-                raw = reply(order)
-                if raw is not None:
-                    queue.answer(WORKER, taken, raw)
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    try:
-        yield seen
-    finally:
-        stop.set()
-        thread.join(timeout=10)
-        queue.leave()
-        queue.close()
 
 
 @pytest.fixture

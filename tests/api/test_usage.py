@@ -2,6 +2,8 @@
 
 from datetime import UTC, datetime
 
+import pytest
+
 from service.jobs import lease as leases
 from service.store.usage import Spent
 
@@ -43,6 +45,19 @@ def test_another_project_s_usage_is_for_administrators(api, client, other):
         assert admin.get("/v1/usage", params={"project": project}).json()["project"] == project
     assert client.get("/v1/usage", params={"from": "yesterday"}).status_code == 422
     assert client.get("/v1/usage", params={"group_by": "month"}).status_code == 422
+
+
+@pytest.mark.parametrize(
+    "day", ["0", "20000", "1e3", "2026-11-01T00:00:00Z", "2026-02-30", "2026-1-1", "20261101", "0000-01-01", ""]
+)
+def test_a_day_is_written_in_one_way(api, client, day):
+    for name in ("from", "to"):
+        refused = client.get("/v1/usage", params={name: day})
+        assert refused.status_code == 422 and f"/query/{name}: must be a day" in refused.json()["detail"]
+    with api.client("default") as admin:
+        for since in (day, 20000, None):
+            refused = admin.put("/v1/budget", json={"project": "p", "since": since})
+            assert refused.status_code == 422 and refused.json()["errors"][0]["pointer"] == "/since"
 
 
 def test_a_job_rests_when_its_budget_is_spent_and_goes_on_with_a_larger_one(api, client, submit):

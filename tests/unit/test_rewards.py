@@ -17,7 +17,7 @@ def sample(completion: str, *, tokens: int | None = None, **row: Any) -> Sample:
 
 
 def grade(*graders: dict[str, Any], of: list[Sample]) -> list[Graded]:
-    with Rewards(RewardSpec.model_validate({"graders": graders}), job_id="job_test", secrets={}) as rewards:
+    with Rewards(RewardSpec.model_validate({"graders": list(graders)}), job_id="job_test", secrets={}) as rewards:
         return rewards.grade(of)
 
 
