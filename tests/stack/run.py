@@ -46,7 +46,7 @@ def main() -> None:
         scratch = Path(stack.enter_context(TemporaryDirectory(prefix="ratchet-stack-")))
         engine = stack.enter_context(engines.find(PROJECT, scratch))
         images = pulled_images(engine, scratch)
-        for target in ("api", "worker", "losses"):
+        for target in ("api", "worker"):
             say(f"building the image {target}")
             image = f"localhost/{PROJECT}/{target}"
             engine.build(ROOT, image, target=target, arguments={"BASE_IMAGE": images["BASE_IMAGE"]})
