@@ -6,7 +6,7 @@ from datetime import datetime
 from math import isfinite
 from typing import Any
 
-from sqlalchemy import ColumnElement, Row, delete, func, select
+from sqlalchemy import ColumnElement, delete, func, select
 from sqlalchemy.orm import Session
 
 from service.store.dialect import upsert
@@ -96,7 +96,7 @@ def _put_together(session: Session, where: list[ColumnElement[bool]], points: in
     return Series(*columns) if sum(counts) > points else None
 
 
-def _columns(rows: Sequence[Row[Any]], count: int) -> list[list[Any]]:
+def _columns(rows: Sequence[Any], count: int) -> list[list[Any]]:
     return [list(column) for column in zip(*rows, strict=True)] or [[] for _ in range(count)]
 
 
