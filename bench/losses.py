@@ -14,22 +14,14 @@ import argparse
 import json
 import os
 import platform
-import secrets
-import signal
-import socket
-import subprocess
-import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from statistics import median
 from typing import Any
 
-import httpx
 import torch
+from loopback import Stack, cpu_s, started
 from safetensors.torch import load, save
 from torch import Tensor
 
@@ -37,15 +29,12 @@ from ratchet_client import Ratchet
 from ratchet_client.losses import JSON, TENSORS
 from ratchet_client.torch import ratchet_loss
 from service.jobs.objective import ObjectiveSpec
-from service.local.redis_server import redis_binary
-from service.store.session import upgrade
 from workers.objectives import Objective
 
 ROWS, TOKENS = 64, 4096
 OBJECTIVE = "gspo"
 MOST_TIMES_THE_TIME, LEAST_TIMES_THE_CPU = 3.0, 10.0
 JSON_ROUNDS = 5  # they take a second or more each
-READY_WITHIN_S = 60.0
 
 Batch = dict[str, Tensor]
 
@@ -90,90 +79,7 @@ def over_http(ratchet: Ratchet, sent: Batch) -> Tensor:
     return policy.grad
 
 
-# ---------------------------------------------------------------- the stack
-
-
-@dataclass(frozen=True)
-class Stack:
-    ratchet: Ratchet
-    processes: dict[str, int]  # the id of each by its name
-
-
-@contextmanager
-def started() -> Iterator[Stack]:
-    """Redis, the API and a loss worker, each a process of its own."""
-    children: list[subprocess.Popen[bytes]] = []
-    with tempfile.TemporaryDirectory(prefix="ratchet-bench-") as folder:
-        data_dir, key = Path(folder), "tml-" + secrets.token_urlsafe(32)
-        redis_port, api_port = free_port(), free_port()
-        environment = {
-            **{name: value for name, value in os.environ.items() if not name.startswith("RATCHET_")},
-            "RATCHET_ENVIRONMENT": "development",
-            "RATCHET_DATA_DIR": folder,
-            "RATCHET_DATABASE_URL": f"sqlite:///{data_dir / 'ratchet.db'}",
-            "RATCHET_REDIS_URL": f"redis://127.0.0.1:{redis_port}/0",
-            "RATCHET_BOOTSTRAP_KEY": key,
-            "RATCHET_PORT": str(api_port),
-            "RATCHET_SERVES": "losses",
-            "RATCHET_DEVICE": "cpu",
-        }
-
-        def start(name: str, *argv: str) -> int:
-            with (data_dir / f"{name}.log").open("wb") as log:
-                children.append(subprocess.Popen(argv, env=environment, stdout=log, stderr=log, cwd=folder))
-            return children[-1].pid
-
-        upgrade(environment["RATCHET_DATABASE_URL"])
-        try:
-            redis = start("redis", redis_binary(), "--port", str(redis_port), "--bind", "127.0.0.1", "--save", "")
-            api = start("api", sys.executable, "-P", "-m", "service")
-            celery = ["celery", "-A", "workers.app", "worker", "--without-gossip", "--without-mingle"]
-            worker = start("worker", sys.executable, "-P", "-m", *celery)
-            with Ratchet(f"http://127.0.0.1:{api_port}", key) as ratchet:
-                wait_until_ready(ratchet.base_url, children)
-                yield Stack(ratchet, {"API": api, "Redis": redis, "worker": worker})
-        except BaseException:
-            for log in sorted(data_dir.glob("*.log")):
-                print(f"--- {log.name}\n{log.read_text(errors='replace')[-2000:]}", file=sys.stderr)
-            raise
-        finally:
-            for child in reversed(children):
-                child.send_signal(signal.SIGTERM)
-            for child in children:
-                try:
-                    child.wait(15)
-                except subprocess.TimeoutExpired:
-                    child.kill()
-                    child.wait()
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return listener.getsockname()[1]
-
-
-def wait_until_ready(url: str, children: list[subprocess.Popen[bytes]]) -> None:
-    deadline = time.monotonic() + READY_WITHIN_S
-    while True:
-        try:
-            if httpx.get(f"{url}/readyz", trust_env=False).is_success:
-                return
-        except httpx.TransportError:
-            pass
-        if time.monotonic() > deadline or any(child.poll() is not None for child in children):
-            raise RuntimeError("the stack did not start")
-        time.sleep(0.1)
-
-
 # ---------------------------------------------------------------- measuring
-
-
-def cpu_s(pid: int) -> float:
-    """User and system time of a process and its children, those too that are no more. From /proc, to 10 ms."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    spent = sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
-    tasks = Path(f"/proc/{pid}/task").iterdir()
-    return spent + sum(cpu_s(int(child)) for task in tasks for child in (task / "children").read_text().split())
 
 
 def timed(call: Callable[[], Any]) -> float:
@@ -235,7 +141,7 @@ def measure(rounds: int) -> Findings:
     padded = batch(ROWS, TOKENS)
     sent, small = flat(padded), flat(batch(2, 16))
     found = Findings()
-    with started() as stack:
+    with started(worker=True) as stack:
         for _ in range(5):  # caches, connections
             within, over = in_process(objective, padded), over_http(stack.ratchet, sent)
             assert torch.equal(over.view_as(within), within), "both ways give the same gradient"

@@ -29,6 +29,7 @@ from service.api.middleware import Frame
 from service.api.rate import Limiter
 from service.api.shutdown import on_stop_signal
 from service.api.startup import check_secrets, ensure_bootstrap_key
+from service.api.tails import Tails
 from service.doorbell import Doorbell, Signals
 from service.jobs.reconciler import Reconciler
 from service.losses.queue import LossQueue
@@ -65,7 +66,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
             reconciler.start()
             open_parts.push_async_callback(run_in_threadpool, reconciler.stop)
             app.state.context = context = Context(
-                settings, store, doorbell, signals, queue, limiter, OpenAnswers(settings.key_open_streams)
+                settings, store, doorbell, signals, queue, limiter, OpenAnswers(settings.key_open_streams), Tails(signals)
             )
             loop = asyncio.get_running_loop()
             with on_stop_signal(lambda: loop.call_soon_threadsafe(context.stop)):

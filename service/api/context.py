@@ -9,6 +9,7 @@ from fastapi import Depends, Request
 
 from service.api.limits import OpenAnswers
 from service.api.rate import Limiter
+from service.api.tails import Tails
 from service.doorbell import Doorbell, Signals
 from service.losses.queue import LossQueue
 from service.settings import Settings
@@ -27,6 +28,7 @@ class Context:
     losses: LossQueue
     limiter: Limiter
     open_answers: OpenAnswers
+    tails: Tails
     stopping: Event = field(default_factory=Event)  # the server was told to stop: streams and long polls end
     previews: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(PREVIEWS_AT_ONCE))
     conversions: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(CONVERSIONS_AT_ONCE))
@@ -34,6 +36,7 @@ class Context:
     def stop(self) -> None:
         self.stopping.set()
         self.signals.wake_all()
+        self.tails.stop()
 
 
 async def _context(request: Request) -> Context:

@@ -2,7 +2,7 @@
 
 from collections.abc import AsyncIterator
 from datetime import datetime
-from time import monotonic
+from functools import partial
 from typing import Annotated, Any, Literal, Self
 
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
@@ -14,7 +14,8 @@ from starlette.concurrency import run_in_threadpool
 from service.api.auth import Caller, CallerDep
 from service.api.context import Context, ContextDep
 from service.api.problems import responses
-from service.errors import Malformed, NotFound, Unauthorized
+from service.api.tails import Line, Look
+from service.errors import Malformed, NotFound
 from service.ids import utcnow
 from service.jobs.state import FINAL, Status
 from service.store import events, jobs, keys
@@ -22,7 +23,6 @@ from service.store.tables import Event
 
 router = APIRouter(prefix="/v1/jobs/{job_id}/events", tags=["jobs"])
 
-POLL_S = 2.0  # how soon an event is seen whose signal was lost
 KEEP_ALIVE_S = 15.0
 BATCH = 500
 RETRY_MS = 1000
@@ -99,44 +99,59 @@ async def list_events(
         after = query.after if last_event_id is None else last_event_id
         stream = _stream(context, caller, job_id, after)
         return EventSourceResponse(stream, headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
-    found, _ = await run_in_threadpool(_read, context, caller, job_id, query.after, query.limit + 1)
+    found = await run_in_threadpool(_read, context, caller, job_id, query.after, query.limit + 1)
     data, more = found[: query.limit], len(found) > query.limit
     seqs = [event.seq for event in data]
     page = EventPage(data=data, has_more=more, first_id=seqs[0] if seqs else None, last_id=seqs[-1] if seqs else None)
     return JSONResponse(page.model_dump(mode="json"))
 
 
-def _read(context: Context, caller: Caller, job_id: str, after: int, limit: int) -> tuple[list[EventView], bool]:
-    """Events behind `after`, and whether these are the last ones that will ever be. One short transaction."""
+def _read(context: Context, caller: Caller, job_id: str, after: int, limit: int) -> list[EventView]:
+    """Events behind `after`, in one short transaction; NotFound where the job is not this project's."""
     with context.store.begin(readonly=True) as session:
-        if not keys.is_in_force(session, caller.key_id, utcnow()):  # revoked, or expired, while it streamed
-            raise Unauthorized("this API key was revoked or has expired", code="invalid_api_key")
-        status, _ = jobs.standing(session, caller.project, job_id)
-        has_ended = Status(status) in FINAL  # looked at first: a final status comes with its event or after it
+        jobs.standing(session, caller.project, job_id)
         rows = events.after(session, job_id, after, limit)
-    return [EventView.of(row) for row in rows], has_ended and len(rows) < limit
+    return [EventView.of(row) for row in rows]
+
+
+def _look(context: Context, project: str, job_id: str, after: int | None, key_ids: frozenset[str]) -> Look:
+    """What is new, for all who follow the job with these keys. One short transaction."""
+    with context.store.begin(readonly=True) as session:
+        in_force = keys.in_force(session, key_ids, utcnow())
+        status, last = jobs.standing(session, project, job_id)  # before the events: a final status comes with its event
+        rows = [] if after is None or last <= after else events.after(session, job_id, after, BATCH)
+    lines = [_line(EventView.of(row)) for row in rows]
+    told = lines[-1].seq if lines else last if after is None else after
+    has_more = len(lines) == BATCH
+    return Look(lines, told, has_more, Status(status) in FINAL and not has_more, key_ids - in_force)
+
+
+def _line(event: EventView) -> Line:
+    return Line(event.seq, format_sse_event(id=str(event.seq), event=event.type, data_str=event.model_dump_json()))
 
 
 async def _stream(context: Context, caller: Caller, job_id: str, after: int) -> AsyncIterator[bytes]:
-    """Woken by signals; between two looks it holds neither a thread nor a connection."""
-    # The watch comes before the first look: nothing is missed between look and wait.
-    with context.open_answers.hold(caller.key_id), context.signals.watch(job_id) as bell:
+    """Between two events it holds neither a thread nor a connection, and asks nothing."""
+    look = partial(_look, context, caller.project, job_id)
+    with context.open_answers.hold(caller.key_id), context.tails.follow(job_id, caller.key_id, look) as tail:
         yield format_sse_event(retry=RETRY_MS, comment=f"events of {job_id}")
-        told_at = monotonic()
-        while not context.stopping.is_set():
-            try:
-                found, is_last = await run_in_threadpool(_read, context, caller, job_id, after, BATCH)
-            except (NotFound, Unauthorized):  # deleted, revoked or expired meanwhile
+        while not context.stopping.is_set() and caller.key_id not in tail.revoked:
+            lines = tail.behind(after)
+            if lines is None:  # further back than what is kept for all
+                try:
+                    lines = await run_in_threadpool(_lines, context, caller, job_id, after)
+                except NotFound:  # deleted meanwhile
+                    return
+            if lines:
+                after = lines[-1].seq
+                yield b"".join(line.text for line in lines)
+            elif tail.error is not None:
+                raise tail.error
+            elif tail.ended:
                 return
-            for event in found:
-                after = event.seq
-                yield format_sse_event(id=str(event.seq), event=event.type, data_str=event.model_dump_json())
-            if is_last:
-                return
-            if found:
-                told_at = monotonic()
-            elif monotonic() - told_at > KEEP_ALIVE_S:
-                told_at = monotonic()
+            elif not await tail.wait(KEEP_ALIVE_S):
                 yield b": still here\n\n"
-            if len(found) < BATCH:
-                await bell.wait(POLL_S)
+
+
+def _lines(context: Context, caller: Caller, job_id: str, after: int) -> list[Line]:
+    return [_line(event) for event in _read(context, caller, job_id, after, BATCH)]

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal, Self
 
-from fastapi import APIRouter, Query
+from fastapi import APIRouter, Query, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from service.api.auth import CallerDep
@@ -45,12 +45,13 @@ class MetricsQuery(BaseModel):
     points: Annotated[int, Field(ge=1, le=10_000, description="at most so many of each curve")] = 1000
 
 
-@router.get("", response_model_exclude_none=True, responses=responses(404))
-def read_metrics(context: ContextDep, caller: CallerDep, job_id: str, query: Annotated[MetricsQuery, Query()]) -> MetricsView:
+@router.get("", response_model=MetricsView, response_model_exclude_none=True, responses=responses(404))
+def read_metrics(context: ContextDep, caller: CallerDep, job_id: str, query: Annotated[MetricsQuery, Query()]) -> Response:
     """Curves by name and range of steps. One of more than `points` points is downsampled; spikes stay in `min` and `max`."""
     with context.store.begin(readonly=True) as session:
         jobs.standing(session, caller.project, job_id)
         found = metrics.series(
             session, job_id, query.name, from_step=query.from_step, to_step=query.to_step, points=query.points
         )
-    return MetricsView(job_id=job_id, series={name: SeriesView.of(series) for name, series in found.items()})
+    view = MetricsView(job_id=job_id, series={name: SeriesView.of(series) for name, series in found.items()})
+    return Response(view.model_dump_json(exclude_none=True), media_type="application/json")

@@ -4,16 +4,16 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from datetime import datetime, timedelta
+from itertools import takewhile
 from pathlib import Path
 from random import uniform
 from threading import Event, Thread
 from time import monotonic
 
-from sqlalchemy import update
 from sqlalchemy.orm import Session
 
 from service import telemetry
-from service.doorbell import Doorbell
+from service.doorbell import CLASSES, Doorbell
 from service.errors import Failure
 from service.ids import utcnow
 from service.jobs import moves
@@ -21,7 +21,7 @@ from service.jobs.state import FINAL, HELD, Status
 from service.settings import Settings
 from service.store import checkpoints, datasets, idempotency, jobs, workers
 from service.store.blobs import TEMPORARY, Blobs
-from service.store.jobs import Runtime, Unheard
+from service.store.jobs import Runtime
 from service.store.session import Store
 from service.store.tables import Job
 
@@ -31,6 +31,7 @@ PARENT_KILLS_WITHIN = timedelta(seconds=15)  # a training process that does not 
 ORPHAN_AFTER = timedelta(hours=1)  # from the rename of a blob to the commit of its row
 TEMPORARY_AFTER = timedelta(days=1)  # the longest upload
 SWEEP_EVERY_S = 600.0
+RINGS_AT_ONCE = 500  # of a class in one look: after Redis has lost thousands, dead workers must not wait until all are rung
 
 
 @dataclass
@@ -122,28 +123,18 @@ def _ring_again(store: Store, settings: Settings, doorbell: Doorbell, report: Re
     """Ring for queued jobs that nobody claimed, but never have more rings waiting than jobs: a busy worker reads them all."""
     rung_before = now - timedelta(seconds=settings.ring_again_s)
     with store.begin(readonly=True) as session:
-        silent = jobs.unheard(session, now, rung_before)
-        missing: dict[str, int] = {}
-        for class_ in {job.resource_class for job in silent}:
-            missing[class_] = jobs.count_queued(session, class_, now) - (doorbell.waiting(class_) or 0)
-    for job in silent:
-        if missing[job.resource_class] <= 0 or not _swap_rung_at(store, job, now):
+        missing = {class_: jobs.count_queued(session, class_, now) - (doorbell.waiting(class_) or 0) for class_ in CLASSES}
+    for class_, count in missing.items():
+        if count <= 0:
             continue
-        missing[job.resource_class] -= 1
-        if doorbell.ring(job.id, job.resource_class):
-            report.rung.append(job.id)
-        else:
-            _swap_rung_at(store, job, None, was=now)
+        with store.begin() as session:
+            silent = jobs.take_unheard(session, class_, now, rung_before, min(count, RINGS_AT_ONCE))
+        rung = list(takewhile(lambda job_id, class_=class_: doorbell.ring(job_id, class_), silent))
+        report.rung += rung
+        if len(rung) < len(silent):
+            with store.begin() as session:
+                jobs.unring(session, silent[len(rung) :])
             return  # the doorbell is out of order: the next look tries again
-
-
-def _swap_rung_at(store: Store, job: Unheard, value: datetime | None, *, was: datetime | None = None) -> bool:
-    """Of several reconcilers one rings."""
-    before = was or job.rung_at
-    unchanged = Job.rung_at.is_(None) if before is None else Job.rung_at == before
-    swap = update(Job).where(Job.id == job.id, Job.status == Status.QUEUED.value, unchanged).values(rung_at=value)
-    with store.begin() as session:
-        return session.scalar(swap.returning(Job.id), execution_options={"synchronize_session": False}) is not None
 
 
 # ---------------------------------------------------------------- files

@@ -4,7 +4,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import datetime
 
-from sqlalchemy import ColumnElement, Text, and_, delete, func, or_, select, type_coerce
+from sqlalchemy import ColumnElement, Text, and_, delete, func, or_, select, type_coerce, update
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import Session, defer
 
@@ -83,20 +83,27 @@ def next_queued(session: Session, classes: Collection[str], now: datetime) -> Jo
     )
 
 
-@dataclass(frozen=True)
-class Unheard:
-    """A queued job for which the bell was not rung yet, or in vain."""
+def take_unheard(session: Session, resource_class: str, now: datetime, rung_before: datetime, limit: int) -> list[str]:
+    """Queued jobs of this class that may start now, and for whom nobody rang since `rung_before`: from now on somebody has.
 
-    id: str
-    resource_class: str
-    rung_at: datetime | None
-
-
-def unheard(session: Session, now: datetime, rung_before: datetime) -> list[Unheard]:
-    """Queued jobs that may start now, and for whom nobody rang since `rung_before`; the next to be taken first."""
+    Their ids, the next to be taken first. Of several who ask at once each gets others.
+    """
     silent = or_(Job.rung_at.is_(None), Job.rung_at < rung_before)
-    query = select(Job.id, Job.resource_class, Job.rung_at).where(Job.status == "queued", _is_due(now), silent)
-    return [Unheard(*row) for row in session.execute(query.order_by(Job.priority.desc(), Job.queued_at, Job.id))]
+    query = select(Job.id).where(Job.status == "queued", Job.resource_class == resource_class, _is_due(now), silent)
+    query = query.order_by(Job.priority.desc(), Job.queued_at, Job.id).limit(limit)
+    found = list(session.scalars(query.with_for_update(key_share=True, skip_locked=True)))
+    _note_ring(session, found, now)
+    return found
+
+
+def unring(session: Session, job_ids: Collection[str]) -> None:
+    """The bell was not rung for these, after all."""
+    _note_ring(session, job_ids, None)
+
+
+def _note_ring(session: Session, job_ids: Collection[str], rung_at: datetime | None) -> None:
+    noted = update(Job).where(Job.id.in_(job_ids), Job.status == "queued").values(rung_at=rung_at)
+    session.execute(noted, execution_options={"synchronize_session": False})
 
 
 def count_queued(session: Session, resource_class: str, now: datetime) -> int:
@@ -130,7 +137,7 @@ def disobeyed(session: Session, now: datetime, *, owner: str | None = None) -> l
 def past_deadline(session: Session, now: datetime) -> list[str]:
     """Ids of jobs that have not ended and should have."""
     query = select(Job.id).where(Job.deadline_at < now, Job.status.not_in(FINAL))
-    return list(session.scalars(query.order_by(Job.id)))
+    return sorted(session.scalars(query))  # sorted by SQLite, it would read the whole table in that order
 
 
 def owners(session: Session) -> dict[str, Worker | None]:

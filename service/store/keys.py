@@ -91,9 +91,9 @@ def find(session: Session, text: str) -> Known | None:
     return known(session.connection(), text)
 
 
-def is_in_force(session: Session, key_id: str, now: datetime) -> bool:
-    """Whether the key has neither been revoked nor expired."""
-    return session.scalar(select(ApiKey.id).where(ApiKey.id == key_id, _lasts(now))) is not None
+def in_force(session: Session, key_ids: Collection[str], now: datetime) -> set[str]:
+    """Those of these keys that have neither been revoked nor expired."""
+    return set(session.scalars(select(ApiKey.id).where(ApiKey.id.in_(key_ids), _lasts(now))))
 
 
 def _lasts(now: datetime) -> ColumnElement[bool]:

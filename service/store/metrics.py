@@ -4,8 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from math import isfinite
+from typing import Any
 
-from sqlalchemy import delete, func, select
+from sqlalchemy import ColumnElement, delete, func, select
 from sqlalchemy.orm import Session
 
 from service.store.dialect import upsert
@@ -45,7 +46,12 @@ def written(session: Session, job_id: str, step: int, *, attempt: int) -> bool:
 
 
 def names(session: Session, job_id: str) -> list[str]:
-    return list(session.scalars(select(Metric.name).where(Metric.job_id == job_id).distinct().order_by(Metric.name)))
+    """In order, a seek in the index for each: SELECT DISTINCT would read every point."""
+    first = select(func.min(Metric.name).label("name")).where(Metric.job_id == job_id)
+    found = first.cte(recursive=True)
+    following = select(func.min(Metric.name)).where(Metric.job_id == job_id, Metric.name > found.c.name).scalar_subquery()
+    found = found.union_all(select(following).where(found.c.name.is_not(None)))
+    return list(session.scalars(select(found.c.name).where(found.c.name.is_not(None))))
 
 
 def series(
@@ -62,30 +68,36 @@ def series(
     Steps are inclusive. A curve of more than `points` points is cut into that many stretches of equal width: each gives its
     last step, its mean, and its min and max, so that no spike is lost.
     """
-    chosen = list(wanted) or names(session, job_id)
-    where = [Metric.job_id == job_id, Metric.name.in_(chosen), Metric.step >= from_step]
-    if to_step is not None:
-        where.append(Metric.step <= to_step)
-    curves = {name: Series() for name in chosen}
-    extent = select(Metric.name, func.count(), func.min(Metric.step), func.max(Metric.step)).where(*where).group_by(Metric.name)
-    long: dict[str, tuple[int, int]] = {}
-    for name, count, first, last in session.execute(extent):
-        if points is not None and count > points:
-            long[name] = (first, last)
-    short = [name for name in chosen if name not in long]
-    rows = select(Metric.name, Metric.step, Metric.value).where(*where, Metric.name.in_(short))
-    rows = rows.order_by(Metric.name, Metric.step)
-    for name, step, value in session.execute(rows):
-        curves[name].step.append(step)
-        curves[name].value.append(value)
-    for name, (first, last) in long.items():
-        assert points is not None
-        stretch = (Metric.step - first) * points // (last - first + 1)
-        rows = select(func.max(Metric.step), func.avg(Metric.value), func.min(Metric.value), func.max(Metric.value))
-        rows = rows.where(*where, Metric.name == name).group_by(stretch).order_by(stretch)
-        columns = list(zip(*session.execute(rows), strict=True))
-        curves[name] = Series(*(list(column) for column in columns))
+    curves = {}
+    for name in wanted or names(session, job_id):
+        where = [Metric.job_id == job_id, Metric.name == name, Metric.step >= from_step]
+        if to_step is not None:
+            where.append(Metric.step <= to_step)
+        together = None if points is None else _put_together(session, where, points)
+        curves[name] = together or _as_it_is(session, where)
     return curves
+
+
+def _as_it_is(session: Session, where: list[ColumnElement[bool]]) -> Series:
+    rows = session.execute(select(Metric.step, Metric.value).where(*where).order_by(Metric.step)).all()
+    return Series(*_columns(rows, 2))
+
+
+def _put_together(session: Session, where: list[ColumnElement[bool]], points: int) -> Series | None:
+    """None for a curve that has not so many points."""
+    first, last = (session.scalar(select(end(Metric.step)).where(*where)) for end in (func.min, func.max))
+    if first is None or last is None or last - first < points:
+        return None
+    stretch = (Metric.step - first) * points // (last - first + 1)
+    rows = select(
+        func.max(Metric.step), func.avg(Metric.value), func.min(Metric.value), func.max(Metric.value), func.count()
+    ).where(*where)
+    *columns, counts = _columns(session.execute(rows.group_by(stretch).order_by(stretch)).all(), 5)
+    return Series(*columns) if sum(counts) > points else None
+
+
+def _columns(rows: Sequence[Any], count: int) -> list[list[Any]]:
+    return [list(column) for column in zip(*rows, strict=True)] or [[] for _ in range(count)]
 
 
 def forget_after(session: Session, job_id: str, step: int) -> None:

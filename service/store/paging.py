@@ -2,7 +2,7 @@
 
 from typing import Any, TypeVar
 
-from sqlalchemy import Select, and_, or_, select
+from sqlalchemy import Select, select, tuple_
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from service.errors import FieldError, InvalidRequest
@@ -26,6 +26,6 @@ def newest_first(
         if last is None:
             error = FieldError("/after", f"no object {after}", "unknown_cursor", got=after)
             raise InvalidRequest(f"`after` must be the id of an object of this list, got {after!r}", [error])
-        query = query.where(or_(created_at < last, and_(created_at == last, id_ < after)))
+        query = query.where(tuple_(created_at, id_) < (last, after))  # of the index, unlike an OR, a range
     rows = list(session.scalars(query.order_by(created_at.desc(), id_.desc()).limit(limit + 1)))
     return rows[:limit], len(rows) > limit

@@ -3,7 +3,20 @@
 from datetime import UTC, datetime
 from typing import Any, ClassVar
 
-from sqlalchemy import JSON, BigInteger, DateTime, Float, ForeignKey, Index, Integer, MetaData, String, Text, TypeDecorator
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    DateTime,
+    Float,
+    ForeignKey,
+    Index,
+    Integer,
+    MetaData,
+    PrimaryKeyConstraint,
+    String,
+    Text,
+    TypeDecorator,
+)
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.engine import Dialect
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
@@ -75,7 +88,7 @@ class Job(Base):
     __tablename__ = "jobs"
     __table_args__ = (
         Index("ix_jobs_project_created", "project", "created_at", "id"),
-        Index("ix_jobs_status_queue", "status", "priority", "queued_at"),
+        Index("ix_jobs_project_status_created", "project", "status", "created_at", "id"),
     )
 
     id: Mapped[str] = mapped_column(Id, primary_key=True)
@@ -128,6 +141,19 @@ class Job(Base):
     key_id: Mapped[str | None] = mapped_column(Id)  # the API key that submitted it
     budget_tokens: Mapped[int | None]
     budget_worker_s: Mapped[float | None] = mapped_column(Float)
+
+
+# The queue in its order; the columns at the end are what workers and the reconciler choose by.
+Index(
+    "ix_jobs_status_queue",
+    Job.status,
+    Job.priority.desc(),
+    Job.queued_at,
+    Job.id,
+    Job.resource_class,
+    Job.not_before,
+    Job.run_s,
+)
 
 
 class Usage(Base):
@@ -186,10 +212,16 @@ class Metric(Base):
     """One point of one curve. The later attempt wins, so a resumed run has one clean line."""
 
     __tablename__ = "metrics"
+    # A curve is read from one place, not from where each step was written: SQLite keeps the rows in the order of the key,
+    # and PostgreSQL finds the values in its index.
+    __table_args__ = (
+        PrimaryKeyConstraint("job_id", "name", "step", postgresql_include=["value"]),
+        {"sqlite_with_rowid": False},
+    )
 
-    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
-    name: Mapped[str] = mapped_column(String(128), primary_key=True)
-    step: Mapped[int] = mapped_column(primary_key=True)
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"))
+    name: Mapped[str] = mapped_column(String(128))
+    step: Mapped[int]
     value: Mapped[float | None] = mapped_column(Float)  # null where it was not finite
     attempt: Mapped[int]
     created_at: Mapped[datetime]
@@ -265,7 +297,7 @@ class IdempotencyKey(Base):
     body_sha256: Mapped[str] = mapped_column(String(64))
     status: Mapped[int | None]
     answer: Mapped[dict[str, Any] | None]
-    created_at: Mapped[datetime]
+    created_at: Mapped[datetime] = mapped_column(index=True)
 
 
 class Worker(Base):

@@ -3,10 +3,13 @@
 import json
 import socket
 import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from time import monotonic, sleep
 
 import pytest
 
+from service.api.events import _look as look
 from service.jobs import lease as leases
 
 
@@ -86,7 +89,7 @@ def test_a_stream_of_a_job_that_has_ended_ends(api, client, submit):
 
 
 def test_a_stream_sees_what_is_signalled_at_once(api, client, submit, monkeypatch):
-    monkeypatch.setattr("service.api.events.POLL_S", 60.0)
+    monkeypatch.setattr("service.api.tails.POLL_S", 60.0)
     job = submit()
     lease, _ = api.claim(job["id"])
     with stream(client, job["id"]) as response:
@@ -105,7 +108,7 @@ def test_a_stream_sees_what_is_signalled_at_once(api, client, submit, monkeypatc
 
 
 def test_a_quiet_stream_is_kept_alive(api, client, submit, monkeypatch):
-    monkeypatch.setattr("service.api.events.POLL_S", 0.05)
+    monkeypatch.setattr("service.api.tails.POLL_S", 0.05)
     monkeypatch.setattr("service.api.events.KEEP_ALIVE_S", 0.2)
     job = submit()
     with stream(client, job["id"]) as response:
@@ -115,7 +118,7 @@ def test_a_quiet_stream_is_kept_alive(api, client, submit, monkeypatch):
 
 
 def test_a_stream_ends_when_its_job_is_deleted(api, client, submit, monkeypatch):
-    monkeypatch.setattr("service.api.events.POLL_S", 0.1)
+    monkeypatch.setattr("service.api.tails.POLL_S", 0.1)
     job = submit()
     client.post(f"/v1/jobs/{job['id']}/pause")
     with stream(client, job["id"]) as response:
@@ -127,7 +130,7 @@ def test_a_stream_ends_when_its_job_is_deleted(api, client, submit, monkeypatch)
 
 
 def test_a_stream_ends_when_its_key_is_revoked(api, client, submit, monkeypatch):
-    monkeypatch.setattr("service.api.events.POLL_S", 0.1)
+    monkeypatch.setattr("service.api.tails.POLL_S", 0.1)
     job = submit()
     second = client.post("/v1/keys", json={"name": "second"}).json()
     with api.anonymous(Authorization=f"Bearer {second['key']}") as follower, stream(follower, job["id"]) as response:
@@ -135,6 +138,41 @@ def test_a_stream_ends_when_its_key_is_revoked(api, client, submit, monkeypatch)
         next(told)
         client.delete(f"/v1/keys/{second['id']}")
         list(told)
+
+
+def test_followers_share_one_look_at_the_log(api, client, submit, monkeypatch):
+    monkeypatch.setattr("service.api.tails.POLL_S", 60.0)
+    looks = []
+    monkeypatch.setattr("service.api.events._look", lambda *arguments: looks.append(arguments) or look(*arguments))
+    job = submit()
+    with ThreadPoolExecutor(20) as pool, ExitStack() as streams:
+        responses = [streams.enter_context(stream(client, job["id"])) for _ in range(20)]
+        told = [parse(response.iter_lines()) for response in responses]
+        assert [next(one)[0] for one in told] == [1] * 20  # all of them follow
+        finish(api, job["id"], steps=10)
+        rest = list(pool.map(list, told))
+    last = client.get(f"/v1/jobs/{job['id']}").json()["last_event"]
+    assert all([seq for seq, _, _ in one] == list(range(2, last + 1)) for one in rest)
+    assert 2 <= len(looks) <= 15
+
+
+def test_a_follower_far_behind_gets_what_is_not_kept_for_all(api, client, submit, monkeypatch):
+    monkeypatch.setattr("service.api.tails.KEPT", 3)
+    job = submit()
+    with stream(client, job["id"]) as ahead:
+        first = parse(ahead.iter_lines())
+        assert [next(first)[0], next(first)[0]] == [1, 2]
+        lease, _ = api.claim(job["id"])
+        for step in range(1, 11):
+            leases.commit_step(api.store, lease, step, {}, [])
+        api.doorbell.signal(job["id"], "events")
+        assert next(first)[0] == 3
+        with stream(client, job["id"]) as behind:
+            second = parse(behind.iter_lines())
+            leases.succeed(api.store, lease, {}, "max_steps")
+            api.doorbell.signal(job["id"], "events")
+            assert [seq for seq, _, _ in second] == list(range(1, 15))
+        assert [seq for seq, _, _ in first] == list(range(4, 15))
 
 
 @pytest.mark.parametrize("last_event_id", ["x", "-1", "99999999999999999999", "1.5"])

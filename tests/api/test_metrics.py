@@ -51,6 +51,19 @@ def test_curves_come_by_column(run):
     assert reward["min"][spike] == pytest.approx(71 / 200)
 
 
+def test_a_curve_of_few_points_is_given_as_it_is_however_far_apart_they_are(each_api, run):
+    client, job_id = run
+    with each_api.store.begin() as session:
+        for step in (50, 100, 150, 200):
+            metrics.write(session, job_id, step, {"eval/reward/mean": step / 100}, attempt=1, now=utcnow())
+
+    def read(points):
+        return client.get(f"/v1/jobs/{job_id}/metrics", params={"name": "eval/reward/mean", "points": points}).json()["series"]
+
+    assert read(4) == {"eval/reward/mean": {"step": [50, 100, 150, 200], "value": [0.5, 1.0, 1.5, 2.0]}}
+    assert read(3)["eval/reward/mean"]["min"] == [0.5, 1.5, 2.0]
+
+
 def test_rollouts_are_listed_newest_first(run):
     client, job_id = run
     path = f"/v1/jobs/{job_id}/rollouts"

@@ -228,6 +228,17 @@ def test_many_reconcilers_ring_once(store: Store, settings: Settings, doorbell: 
     assert sorted(id_ for report in reports for id_ in report.rung) == made
 
 
+def test_thousands_of_lost_rings_are_repeated_a_part_at_a_time(
+    store: Store, settings: Settings, doorbell: Doorbell, new_job: NewJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.jobs.reconciler.RINGS_AT_ONCE", 2)
+    made = [new_job().id for _ in range(5)]
+    doorbell._redis.flushdb()
+    later = utcnow() + timedelta(minutes=1)
+    assert [reconcile(store, settings, doorbell, later).rung for _ in range(4)] == [made[:2], made[2:4], made[4:], []]
+    assert doorbell.waiting("any") == 5
+
+
 def test_doubled_rings_are_harmless(store: Store, settings: Settings, doorbell: Doorbell, new_job: NewJob) -> None:
     """Each ring makes a worker look; the second finds nothing to take."""
     job = new_job()

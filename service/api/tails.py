@@ -1,0 +1,139 @@
+"""Followers of one job share one look at its log: however many there are in this process, an event is read and put into
+bytes once. What they need beyond the newest events each of them reads for itself."""
+
+import asyncio
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+
+from starlette.concurrency import run_in_threadpool
+
+from service.doorbell import Signals, Watch
+from service.errors import NotFound
+
+POLL_S = 2.0  # how soon an event is seen whose signal was lost
+KEPT = 1000  # events of a job, for followers that are a little behind
+
+
+@dataclass(frozen=True)
+class Line:
+    """An event as it is sent."""
+
+    seq: int
+    text: bytes
+
+
+@dataclass(frozen=True)
+class Look:
+    """What one look at the log found."""
+
+    lines: list[Line]
+    last: int  # number of the newest event that was looked for
+    has_more: bool
+    is_over: bool  # these are the last ones that will ever be
+    revoked: frozenset[str] = field(default_factory=frozenset)  # keys that were asked about and are no longer in force
+
+
+Looking = Callable[[int | None, frozenset[str]], Look]  # behind this event (None: only where the log ends), for these keys
+
+
+class Tail:
+    """The newest events of one job, while somebody follows it."""
+
+    def __init__(self, signals: Signals, job_id: str, look: Looking) -> None:
+        self._signals, self._job_id, self._look = signals, job_id, look
+        self._lines: deque[Line] = deque(maxlen=KEPT)
+        self._changed = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+        self.followers: Counter[str] = Counter()  # by the id of their key
+        self.revoked: frozenset[str] = frozenset()
+        self.last: int | None = None  # number of the newest event; None before the first look
+        self.ended = False  # nobody looks any more: the job has ended, or is gone, or the server stops
+        self.error: Exception | None = None
+
+    def start(self) -> None:
+        # The watch comes before the first look: nothing is missed between look and wait.
+        watching = ExitStack()
+        bell = watching.enter_context(self._signals.watch(self._job_id))
+        self._task = asyncio.create_task(self._run(bell), name=f"tail-{self._job_id}")
+        self._task.add_done_callback(lambda _: watching.close())
+
+    def stop(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+
+    def behind(self, seq: int) -> list[Line] | None:
+        """The events that follow number `seq`; None where one of them is not kept here."""
+        if self.last is None or seq >= self.last:
+            return []
+        count = self.last - seq  # they are numbered without gaps
+        return [self._lines[i] for i in range(-count, 0)] if count <= len(self._lines) else None
+
+    async def wait(self, timeout_s: float) -> bool:
+        """Until there is something new. False when the time is up."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                return await self._changed.wait()
+        return False
+
+    async def _run(self, bell: Watch) -> None:
+        try:
+            while not self.ended:
+                found = await run_in_threadpool(self._look, self.last, frozenset(self.followers))
+                self._take(found)
+                if not found.has_more and not self.ended:
+                    await bell.wait(POLL_S)
+        except NotFound:  # deleted meanwhile
+            self.end()
+        except Exception as error:  # the store is away: the streams break, and their clients come again
+            self.error = error
+            self.end()
+
+    def _take(self, found: Look) -> None:
+        news = found.lines or found.is_over or self.last is None or found.revoked - self.revoked
+        self._lines.extend(found.lines)
+        self.last, self.revoked = found.last, found.revoked
+        if found.is_over:
+            self.end()
+        elif news:
+            self._wake()
+
+    def end(self) -> None:
+        self.ended = True
+        self._wake()
+
+    def _wake(self) -> None:
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
+
+
+class Tails:
+    """Of all jobs that somebody follows in this process. For the event loop's thread only."""
+
+    def __init__(self, signals: Signals) -> None:
+        self._signals = signals
+        self._tails: dict[str, Tail] = {}
+
+    @contextmanager
+    def follow(self, job_id: str, key_id: str, look: Looking) -> Iterator[Tail]:
+        """The job's tail, which stays as long as anybody follows it."""
+        tail = self._tails.get(job_id)
+        if tail is None or tail.ended:
+            tail = self._tails[job_id] = Tail(self._signals, job_id, look)
+            tail.start()
+        tail.followers[key_id] += 1
+        try:
+            yield tail
+        finally:
+            tail.followers[key_id] -= 1
+            tail.followers += Counter()  # drops what is zero
+            if not tail.followers:
+                if self._tails.get(job_id) is tail:
+                    del self._tails[job_id]
+                tail.stop()
+
+    def stop(self) -> None:
+        """The server stops: followers go."""
+        for tail in self._tails.values():
+            tail.end()
