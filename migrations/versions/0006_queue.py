@@ -1,6 +1,6 @@
 """The queue's index in the order in which jobs are taken, and those for lists by status and for old keys.
 
-Revises: 0004_retention
+Revises: 0005_retention
 """
 
 from collections.abc import Sequence
@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import sqlalchemy as sa
 from alembic import op
 
-revision: str = "0005_queue"
-down_revision: str | None = "0004_retention"
+revision: str = "0006_queue"
+down_revision: str | None = "0005_retention"
 branch_labels: str | Sequence[str] | None = None
 depends_on: str | Sequence[str] | None = None
 

@@ -1,6 +1,6 @@
 """The points of a curve stand together: in SQLite the rows, in PostgreSQL the values in the key's index.
 
-Revises: 0005_queue
+Revises: 0006_queue
 """
 
 from collections.abc import Sequence
@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import sqlalchemy as sa
 from alembic import op
 
-revision: str = "0006_curves"
-down_revision: str | None = "0005_queue"
+revision: str = "0007_curves"
+down_revision: str | None = "0006_queue"
 branch_labels: str | Sequence[str] | None = None
 depends_on: str | Sequence[str] | None = None
 

@@ -1,6 +1,6 @@
 """Pins and expiry of checkpoints.
 
-Revises: 0003_usage
+Revises: 0004_usage
 """
 
 from collections.abc import Sequence
@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import sqlalchemy as sa
 from alembic import op
 
-revision: str = "0004_retention"
-down_revision: str | None = "0003_usage"
+revision: str = "0005_retention"
+down_revision: str | None = "0004_usage"
 branch_labels: str | Sequence[str] | None = None
 depends_on: str | Sequence[str] | None = None
 

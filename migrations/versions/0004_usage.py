@@ -1,6 +1,6 @@
 """The ledger of what was spent, and budgets.
 
-Revises: 0002_control
+Revises: 0003_control
 """
 
 from collections.abc import Sequence
@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import sqlalchemy as sa
 from alembic import op
 
-revision: str = "0003_usage"
-down_revision: str | None = "0002_control"
+revision: str = "0004_usage"
+down_revision: str | None = "0003_control"
 branch_labels: str | Sequence[str] | None = None
 depends_on: str | Sequence[str] | None = None
 
