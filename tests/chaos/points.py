@@ -97,8 +97,8 @@ def _obey(do: str, order: Path) -> None:
 # ---------------------------------------------------------------- the wrappers
 
 
-def _around(owner: Any, name: str, *, before: str | None = None, after: str | None = None) -> None:
-    """Put points before and behind every call of owner.name."""
+def _around(owner: Any, name: str, *, before: str | None = None, after: str | None = None, false_is_done: bool = False) -> None:
+    """Put points before and behind every call of owner.name; behind one whose False says that it did nothing, none."""
     inner = getattr(owner, name)
 
     @functools.wraps(inner)
@@ -106,7 +106,7 @@ def _around(owner: Any, name: str, *, before: str | None = None, after: str | No
         if before is not None:
             reach(before)
         result = inner(*args, **kwargs)
-        if after is not None and result is not False:
+        if after is not None and (result is not False or false_is_done):
             reach(after)
         return result
 
@@ -128,7 +128,7 @@ def install_in_worker() -> None:
     _around(Sampler, "_forward", before="while sampling")
     _around(torch.optim.AdamW, "step", after="mid update")
     _around(lease.metrics, "write", before="inside a transaction")  # the job's row is locked
-    _around(lease, "commit_step", after="after step row")
+    _around(lease, "commit_step", after="after step row", false_is_done=True)
     _around(Policy, "save", after="while writing")  # the weights lie there, progress and manifest do not
     _around(blobs, "_fsync", before="before fsync")
     _around(blobs.Blobs, "_rename", before="after fsync", after="between rename and row")
