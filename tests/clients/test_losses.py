@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -130,7 +129,7 @@ def stack() -> Iterator[Path]:
                 time.sleep(0.05)
             yield data_dir
         finally:
-            process.send_signal(signal.SIGINT)
+            process.terminate()
             try:
                 process.wait(30)
             except subprocess.TimeoutExpired:

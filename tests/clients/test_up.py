@@ -33,6 +33,9 @@ JOB: dict[str, Any] = {
 }
 LOSS = {"items": [{"objective": "cross_entropy", "batch": {"log_probs": [[-1.5]]}}]}
 
+# A shell that starts these tests in the background has them ignore SIGINT, and what they start with them.
+CTRL_C = signal.SIGTERM if signal.getsignal(signal.SIGINT) is signal.SIG_IGN else signal.SIGINT
+
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 
@@ -72,7 +75,7 @@ class Up:
 
     def stop(self, within_s: float) -> None:
         """Ctrl-C, and a good end in time; else every process tells where it stands."""
-        os.kill(self.process.pid, signal.SIGINT)
+        os.kill(self.process.pid, CTRL_C)
         try:
             assert self.process.wait(within_s) == 0, self.said()
         except subprocess.TimeoutExpired:
