@@ -3,8 +3,11 @@
 import os
 import signal
 import socket
+import sqlite3
 import time
 from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -44,6 +47,21 @@ def is_gone(pid: int) -> bool:
     return True
 
 
+def freeze(pid: int, database: Path) -> None:
+    """Not in the middle of a write, with which it would hold up everybody who has the same SQLite file."""
+    deadline = time.monotonic() + 10
+    while True:
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            with closing(sqlite3.connect(database, timeout=0.2, isolation_level=None)) as connection:
+                connection.execute("BEGIN IMMEDIATE")
+                return
+        except sqlite3.OperationalError:
+            assert time.monotonic() < deadline
+            os.kill(pid, signal.SIGCONT)
+            time.sleep(0.01)
+
+
 @pytest.mark.parametrize(("action", "status"), [("cancel", "cancelled"), ("pause", "paused")])
 def test_a_training_process_that_does_not_obey_is_killed_and_its_job_settled(
     shared: Any, specs: Any, deaf: dict[str, Any], action: str, status: str
@@ -65,7 +83,7 @@ def test_a_training_process_that_does_not_obey_is_killed_and_its_job_settled(
 def test_a_frozen_training_process_is_killed_and_what_was_saved_is_kept(shared: Any, specs: Any) -> None:
     job_id = shared.submit(specs.rl(limits={"max_steps": 5000})).id
     child = shared.until(job_id, lambda job: job.step >= 3).resolved["process"]["pid"]
-    os.kill(child, signal.SIGSTOP)
+    freeze(child, shared.settings.data_dir / "ratchet.db")
     lifecycle.pause(shared.store, shared.doorbell, "default", job_id, grace_s=60.0)
     lifecycle.pause(shared.store, shared.doorbell, "default", job_id, grace_s=0.5)  # asked again with less patience
     paused = shared.until(job_id, lambda job: job.status == "paused", timeout_s=30)
