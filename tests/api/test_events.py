@@ -195,7 +195,8 @@ def test_an_absent_job_is_a_404_and_no_stream(client):
 def test_a_follower_that_goes_away_is_forgotten(api, client, submit):
     job = submit()
     with stream(client, job["id"]) as response:
-        next(response.iter_lines())
+        lines = response.iter_lines()  # kept: without its reader httpx closes the connection
+        next(lines)
         watched = api.app.state.context.signals
         assert job["id"] in watched._watches
     deadline = monotonic() + 10
