@@ -46,9 +46,14 @@ class Caller:
                 missing_scope=scope,
             )
 
-    def may_manage(self, project: str) -> bool:
-        """Whether this caller may make, list and revoke keys of the project."""
-        return project == self.project or self.project == ADMIN_PROJECT
+    def managed(self, project: str | None, refusal: str) -> str:
+        """The project that is asked about, by default this caller's own. Raises Forbidden with `refusal` for one of others."""
+        project = project or self.project
+        if project != self.project and self.project != ADMIN_PROJECT:
+            raise Forbidden(
+                f"this key belongs to project {self.project}; {refusal}", hint=f"use a key of the project `{ADMIN_PROJECT}`"
+            )
+        return project
 
 
 def _known(

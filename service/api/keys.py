@@ -13,7 +13,7 @@ from service.api.idempotency import IdempotencyKeyDep, once
 from service.api.pages import Page
 from service.api.problems import BODY, responses
 from service.api.rate import default_burst
-from service.errors import Conflict, FieldError, Forbidden
+from service.errors import Conflict, FieldError
 from service.ids import utcnow
 from service.jobs.section import Section
 from service.store import keys
@@ -26,6 +26,7 @@ Project = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
 
 
 Scope = Literal["read", "write", "admin"]
+NOT_OURS = "it cannot manage keys of another one"
 MAX_EXPIRES_IN_S = 10 * 366 * 86_400
 
 
@@ -103,7 +104,7 @@ class KeysQuery(BaseModel):
 def create_key(context: ContextDep, caller: AdminDep, document: DocumentDep, idempotency_key: IdempotencyKeyDep) -> NewKeyView:
     """Make a key. A repetition with the same Idempotency-Key makes no second one, and is a 409: no text is kept."""
     request = parse(KeyRequest, document.data)
-    project = _allowed_project(caller, request.project)
+    project = caller.managed(request.project, NOT_OURS)
     rate, expires_at = request.rate, _expires_at(caller, request)
     with once(context.store, caller, idempotency_key, route="POST /v1/keys", body_sha256=document.sha256) as turn:
         if turn.replay is not None:
@@ -129,7 +130,7 @@ def create_key(context: ContextDep, caller: AdminDep, document: DocumentDep, ide
 @router.get("", responses=responses(403))
 def list_keys(context: ContextDep, caller: AdminDep, query: Annotated[KeysQuery, Query()]) -> KeyPage:
     """All keys of the project that were not revoked, newest first."""
-    project = _allowed_project(caller, query.project)
+    project = caller.managed(query.project, NOT_OURS)
     with context.store.begin(readonly=True) as session:
         rows = keys.page(session, project)
     return KeyPage.of([KeyView.of(row) for row in rows], [row.id for row in rows])
@@ -138,7 +139,7 @@ def list_keys(context: ContextDep, caller: AdminDep, query: Annotated[KeysQuery,
 @router.delete("/{key_id}", status_code=204, response_class=Response, responses=responses(403, 404, 409))
 def revoke_key(context: ContextDep, caller: AdminDep, key_id: str, query: Annotated[KeysQuery, Query()]) -> None:
     """Revoke a key, at once and for good. No key revokes itself, so that nobody locks himself out."""
-    project = _allowed_project(caller, query.project)
+    project = caller.managed(query.project, NOT_OURS)
     if key_id == caller.key_id:
         raise Conflict("a key cannot revoke itself", code="own_key", hint="make another key and revoke this one with it")
     with context.store.begin() as session:
@@ -152,13 +153,3 @@ def _expires_at(caller: Caller, request: KeyRequest) -> datetime | None:
         detail = f"the key that asks expires at {caller.expires_at:%Y-%m-%dT%H:%M:%SZ}; it makes no key that lasts longer"
         raise invalid([FieldError("/expires_in_s", detail, "too_long", request.expires_in_s)])
     return expires_at
-
-
-def _allowed_project(caller: Caller, project: str | None) -> str:
-    project = project or caller.project
-    if not caller.may_manage(project):
-        raise Forbidden(
-            f"this key belongs to project {caller.project}; it cannot manage keys of another one",
-            hint=f"use a key of the project `{ADMIN_PROJECT}`",
-        )
-    return project

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 from fastapi import APIRouter, Query
 from pydantic import BaseModel, ConfigDict, Field
 
-from service.api.auth import ADMIN_PROJECT, AdminDep, Caller, CallerDep
+from service.api.auth import ADMIN_PROJECT, AdminDep, CallerDep
 from service.api.bodies import DocumentDep, documented
 from service.api.context import ContextDep
 from service.api.days import Day
@@ -22,6 +22,7 @@ from service.validation import parse
 
 router = APIRouter(prefix="/v1", tags=["usage"])
 
+NOT_OURS = "another one's usage is not shown"
 EVER = date(1970, 1, 1)
 
 
@@ -119,7 +120,7 @@ class BudgetQuery(BaseModel):
 @router.get("/usage", responses=responses(403))
 def read_usage(context: ContextDep, caller: CallerDep, query: Annotated[UsageQuery, Query()]) -> UsageView:
     """What the project spent: as of the last commit of each running job."""
-    project = _allowed(caller, query.project)
+    project = caller.managed(query.project, NOT_OURS)
     filters: dict[str, Any] = {
         "first_day": None if query.from_ is None else query.from_.isoformat(),
         "last_day": None if query.to is None else query.to.isoformat(),
@@ -136,7 +137,7 @@ def read_usage(context: ContextDep, caller: CallerDep, query: Annotated[UsageQue
 @router.get("/budget", responses=responses(403))
 def read_budget(context: ContextDep, caller: CallerDep, query: Annotated[BudgetQuery, Query()]) -> BudgetView:
     """What the project may spend, and what it has spent of it."""
-    return _budget(context, _allowed(caller, query.project))
+    return _budget(context, caller.managed(query.project, NOT_OURS))
 
 
 @router.put("/budget", responses=responses(403, *BODY), openapi_extra=documented("BudgetRequest"))
@@ -163,13 +164,3 @@ def _budget(context: ContextDep, project: str) -> BudgetView:
         updated_at=row.updated_at,
         spent=UsageTotals.of(spent),
     )
-
-
-def _allowed(caller: Caller, project: str | None) -> str:
-    project = project or caller.project
-    if not caller.may_manage(project):
-        raise Forbidden(
-            f"this key belongs to project {caller.project}; another one's usage is not shown",
-            hint=f"use a key of the project `{ADMIN_PROJECT}`",
-        )
-    return project
