@@ -3,10 +3,11 @@
     python bench/objectives.py [--seconds 60] [--best]
 
 TRL's and verl's formulas (arXiv 2402.03300, 2503.14476, 2507.18071 as those libraries have them) stand below in plain torch:
-with the metrics that each of them computes along with its loss, with none, and with those that ours measures. All get the same
-tensors, the mask in the type that each is fastest with, and values and gradients must agree before anything is timed. Ours
-collects its metrics and reads them; what it computes once an optimizer step (`prepare`: the aggregation weights) is a column
-of its own.
+with no metrics, with those that ours measures, and with the few that each of them computes along with its loss (TRL's are of
+its ratio alone, which for gspo is one number a sequence; ours hold the KL to the old policy, an exponential a token). All get
+the same tensors, the mask in the type that each is fastest with, and values and gradients must agree before anything is timed.
+With metrics, they are read. What ours computes once an optimizer step (`prepare`: the aggregation weights) is a column of its
+own. As in a loss worker, freed memory stays in the process, for all of them.
 
 Time: every formula has its turn in every round, and medians are compared, for other work on the machine disturbs all of them
 (on a machine that is never idle, --best compares the shortest times).
@@ -29,6 +30,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from service.jobs.objective import ObjectiveSpec
+from service.memory import keep_freed_memory
 from workers.objectives import Objective
 
 ROWS, TOKENS = 64, 4096
@@ -96,8 +98,8 @@ CASES = {
 # ---------------------------------------------------------------- the formulas
 
 
-def ours(case: Case, b: Batch) -> tuple[Loss, Callable[[], object]]:
-    """The loss with its metrics read, and what precedes it once an optimizer step."""
+def ours(case: Case, b: Batch) -> tuple[Loss, Loss, Callable[[], object]]:
+    """The loss with its metrics read, without them, and what precedes both once an optimizer step."""
     objective = Objective(ObjectiveSpec.model_validate(case.spec).resolve())
     given = {"old_log_probs": b.old, "ref_log_probs": b.ref if case.beta else None}
 
@@ -106,12 +108,15 @@ def ours(case: Case, b: Batch) -> tuple[Loss, Callable[[], object]]:
 
     step = prepare()
 
-    def loss(log_probs: Tensor) -> Tensor:
+    def bare(log_probs: Tensor) -> Tensor:
+        return objective.loss(log_probs, **step.rows())[0]
+
+    def measured(log_probs: Tensor) -> Tensor:
         value, outputs = objective.loss(log_probs, **step.rows())
         outputs.metrics.finish()
         return value
 
-    return loss, prepare
+    return measured, bare, prepare
 
 
 def measured_by_us(ratio: Tensor, moved: Tensor, b: Batch, case: Case, log_probs: Tensor) -> list[Tensor]:
@@ -211,9 +216,17 @@ def verl(case: Case, b: Batch, metrics: str) -> Loss:
     return loss
 
 
+BARE, MEASURED, OWN = ", no metrics", ", our metrics", ", their metrics"
+# What is compared with which of ours.
+AGAINST = {BARE: f"ours{BARE}", MEASURED: f"ours{MEASURED}", OWN: f"ours{MEASURED}"}
+
+
 def formulas(case: Case, b: Batch) -> dict[str, Loss]:
-    found = {"ours": ours(case, b)[0]}
-    for metrics, suffix in (("own", ""), ("ours", ", our metrics"), ("none", ", no metrics")):
+    measured, bare, _ = ours(case, b)
+    found: dict[str, Loss] = {}
+    for suffix, metrics in ((BARE, "none"), (MEASURED, "ours"), (OWN, "own")):
+        if suffix != OWN:
+            found[AGAINST[suffix]] = bare if suffix == BARE else measured
         found |= {f"TRL{suffix}": trl(case, b, metrics), f"verl{suffix}": verl(case, b, metrics)}
     return found
 
@@ -231,7 +244,7 @@ def check(case: Case) -> None:
             value = loss(log_probs)
             (gradient,) = torch.autograd.grad(value, log_probs)
             found[name] = value.detach(), gradient
-        value, gradient = found.pop("ours")
+        value, gradient = found.pop(f"ours{MEASURED}")
         for name, (their_value, their_gradient) in found.items():
             off = max(abs(float(value - their_value)), float((gradient - their_gradient).abs().max() / gradient.abs().max()))
             if not off <= tolerance:
@@ -256,10 +269,10 @@ def times(case: Case, b: Batch, budget_s: float, typical: Callable[[list[float]]
         return run
 
     work: dict[str, Callable[[], object]] = {name: step(loss) for name, loss in formulas(case, b).items()}
-    work["prepare"] = ours(case, b)[1]
+    work["prepare"] = ours(case, b)[2]
     taken: dict[str, list[float]] = {name: [] for name in work}
     end = time.perf_counter() + budget_s
-    while len(taken["ours"]) < TURNS or time.perf_counter() < end:
+    while len(taken["prepare"]) < TURNS or time.perf_counter() < end:
         for name, run in work.items():
             taken[name].append(seconds_of(run))
     return {name: typical(each[1:]) for name, each in taken.items()}  # the first turn warms up
@@ -287,10 +300,12 @@ def main() -> None:
     parser.add_argument("--best", action="store_true", help="compare the shortest times instead of the medians")
     options = parser.parse_args()
     typical = min if options.best else median
+    keep_freed_memory()
     b = batch_of(torch.float32)
     print(f"{ROWS} x {TOKENS} tokens, float32; torch {torch.__version__}, {os.cpu_count()} cores, {platform.machine()}")
     print(
-        f"ms: {'shortest' if options.best else 'median'} of forward and backward, metrics read; in brackets how many times ours. MiB: peak beyond the inputs.\n"  # noqa: E501
+        f"ms: {'shortest' if options.best else 'median'} of forward and backward; in brackets how many times ours.\n"
+        "MiB: peak beyond the inputs, with our metrics.\n"
     )
     names = list(formulas(CASES["gspo"], b))
     print(f"| threads | objective | {' | '.join(names)} | prepare | MiB ours | MiB TRL | MiB verl |")
@@ -302,11 +317,18 @@ def main() -> None:
         for name, case in CASES.items():
             took = times(case, b, options.seconds / 2 / len(CASES), typical)
             all_formulas = formulas(case, b)
-            peaks = [peak_bytes(all_formulas[key], b) / 2**20 for key in ("ours", "TRL", "verl")]
-            cells = [f"{took['ours'] * 1e3:.2f}"]
-            cells += [f"{took[key] * 1e3:.2f} ({took[key] / took['ours']:.2f})" for key in names[1:]]
+            peaks = [peak_bytes(all_formulas[f"{whose}{MEASURED}"], b) / 2**20 for whose in ("ours", "TRL", "verl")]
+            cells = [cell(took, key) for key in names]
             cells += [f"{took['prepare'] * 1e3:.2f}", *(f"{peak:.1f}" for peak in peaks)]
             print(f"| {threads} | {name} | " + " | ".join(cells) + " |", flush=True)
+
+
+def cell(took: Mapping[str, float], name: str) -> str:
+    """Milliseconds; of theirs also how many times ours."""
+    shown = f"{took[name] * 1e3:.2f}"
+    if name.startswith("ours"):
+        return shown
+    return f"{shown} ({took[name] / took[AGAINST[name[name.index(',') :]]]:.2f})"
 
 
 if __name__ == "__main__":

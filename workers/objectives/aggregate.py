@@ -94,4 +94,4 @@ def weights(
     weights_B = AGGREGATES[kind](counts, **parameters)
     if length_power:
         weights_B = weights_B * tokens_B.clamp(min=1).pow(length_power)
-    return ones_of(mask_B_T, dtype).mul_(weights_B.to(dtype).unsqueeze(1))
+    return torch.mul(ones_of(mask_B_T), weights_B.to(dtype).unsqueeze(1))

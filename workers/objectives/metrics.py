@@ -13,7 +13,7 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
-from workers.objectives.tensors import MAX_LOG_RATIO, blocks, cleared, keeps_of, tokens_of
+from workers.objectives.tensors import MAX_LOG_RATIO, blocks, INTEGERS, cleared, ones_of, tokens_of
 
 
 def _mean(total: float, count: float) -> float | None:
@@ -91,13 +91,14 @@ class Metrics:
         found: _Columns = {}
         if not self.parts:
             return found
-        columns = [column for *_, columns in self.parts for column in columns]
-        numbers, start = torch.cat(columns).double().tolist(), 0  # one transfer
-        for how, name, parts in self.parts:
-            into = found.setdefault((how, name), [[] for _ in parts])
-            for column, part in zip(into, parts, strict=True):
-                column += numbers[start : start + len(part)]
-                start += len(part)
+        different = {id(column): column for *_, columns in self.parts for column in columns}  # counts stand in many parts
+        numbers = torch.cat([*different.values()]).double().tolist()  # one transfer
+        ends = accumulate((column.shape[0] for column in different.values()), initial=0)
+        read = {name: numbers[start:end] for name, (start, end) in zip(different, pairwise(ends), strict=True)}
+        for how, name, columns in self.parts:
+            into = found.setdefault((how, name), [[] for _ in columns])
+            for numbers_of, column in zip(into, columns, strict=True):
+                numbers_of += read[id(column)]
         return found
 
 
@@ -137,8 +138,8 @@ class Reductions:
         self.all_counted = on_host and lengths_B is not None and torch.equal(lengths_B, counts_B)
 
     @cached_property
-    def keeps(self) -> Tensor:
-        return keeps_of(self.mask, self.dtype)
+    def ones(self) -> Tensor:
+        return ones_of(self.mask)
 
     def mean(self, name: str, values: Tensor) -> None:
         """Over tokens."""
@@ -153,7 +154,7 @@ class Reductions:
         if not self.mask.numel():
             return
         if values.shape == self.mask.shape:
-            least_B, greatest_B = self._by_block(_extremes, values.to(self.dtype), self.keeps).unbind(1)
+            least_B, greatest_B = self._by_block(_extremes, values.to(self.dtype), self.ones).unbind(1)
         else:
             least_B, greatest_B = (torch.where(self.counted_B, values.squeeze(1), end) for end in (torch.inf, -torch.inf))
         self.metrics.add("min", f"{name}_min", least_B)
@@ -172,8 +173,8 @@ class Reductions:
 
     def kl(self, name: str, difference_B_T: Tensor, sign: int = 1) -> None:
         """NAME (k1) and NAME_k3 from `sign` times log-probs under the sampled policy less those under the other."""
-        keeps = () if self.all_counted else (self.keeps,)
-        k1_B, k3_B = self._by_block(partial(_kl, sign=sign), difference_B_T.to(self.dtype), *keeps).unbind(1)
+        ones = () if self.all_counted else (self.ones,)
+        k1_B, k3_B = self._by_block(partial(_kl, sign=sign), difference_B_T.to(self.dtype), *ones).unbind(1)
         self.metrics.add("mean", name, k1_B, self.tokens_B)
         self.metrics.add("mean", f"{name}_k3", k3_B, self.tokens_B)
 
@@ -183,27 +184,27 @@ class Reductions:
 
     def _sum(self, values_B_T: Tensor) -> Tensor:
         """Over the counted tokens of each row."""
-        return self._by_block(lambda values, keeps: cleared(values, keeps).sum(dim=1), values_B_T.to(self.dtype), self.keeps)
+        return self._by_block(lambda values, ones: cleared(values, ones).sum(dim=1), values_B_T.to(self.dtype), self.ones)
 
     def _by_block(self, reduce: Callable[..., Tensor], *tensors_B_T: Tensor) -> Tensor:
         return torch.cat([reduce(*(tensor[rows] for tensor in tensors_B_T)) for rows in blocks(self.mask)])
 
 
-def _extremes(values: Tensor, keeps: Tensor) -> Tensor:
+def _extremes(values: Tensor, ones: Tensor) -> Tensor:
     """[B, 2]"""
-    values = cleared(values, keeps)
-    beyond = (keeps - 1).bitwise_and_(_INFINITE[values.dtype]).view(values.dtype)  # inf where not counted
+    values = cleared(values, ones)
+    beyond = (ones.to(INTEGERS[values.dtype]) - 1).bitwise_and_(_INFINITE[values.dtype]).view(values.dtype)  # inf where not counted
     least_B = (values + beyond).amin(dim=1)
     return torch.stack([least_B, values.sub_(beyond).amax(dim=1)], dim=1)
 
 
-def _kl(difference: Tensor, keeps: Tensor | None = None, *, sign: int) -> Tensor:
+def _kl(difference: Tensor, ones: Tensor | None = None, *, sign: int) -> Tensor:
     """k1 and k3 of sign * difference, [B, 2].
 
     As a metric k3 may be off by 6e-8 a token, which averages out: exp2 takes a quarter of the time that expm1 does.
     """
-    if keeps is not None:
-        difference = cleared(difference, keeps)
+    if ones is not None:
+        difference = cleared(difference, ones)
     k1_B = sign * difference.sum(dim=1)
     growth = difference.mul(-sign * LOG2_E).clamp_(max=MAX_LOG_RATIO * LOG2_E).exp2_().sub_(1)
     return torch.stack([k1_B, (growth.sum(dim=1) + k1_B).clamp_(min=0)], dim=1)

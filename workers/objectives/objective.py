@@ -262,8 +262,9 @@ class Objective:
         # one value a sequence is weighed by the sum of its tokens' weights: the same, without a [B, T] of products
         shares = weights if bounded.loss.shape == weights.shape else weights.sum(dim=1, keepdim=True)
         loss_B = (bounded.loss * shares).sum(dim=1)
-        outputs = LossOutputs(bounded, terms, log_ratio, moved.mask, loss_B)
-        outputs.measure(moved, answers.lengths_B, counts_B, entropy)
+        outputs = LossOutputs(
+            bounded, terms, log_ratio, loss_B, moved=moved, lengths_B=answers.lengths_B, counts_B=counts_B, entropy=entropy
+        )
         return loss_B.sum(), outputs
 
     def _terms(

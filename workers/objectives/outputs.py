@@ -1,4 +1,6 @@
-"""What a loss was made of, filled in to [B, T] only when it is asked for, and the metrics that are always on."""
+"""What a loss was made of, filled in to [B, T] only when it is asked for, and the metrics, measured when they are read."""
+
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -16,17 +18,30 @@ class LossOutputs:
     the rows whose share is not finite, `metrics` those of the rows.
     """
 
-    def __init__(self, tokens: TokenLoss, terms: Terms, log_ratio: Tensor, mask: Tensor, loss_B: Tensor) -> None:
+    def __init__(
+        self,
+        tokens: TokenLoss,
+        terms: Terms,
+        log_ratio: Tensor,
+        loss_B: Tensor,
+        *,
+        moved: Moved,
+        lengths_B: Tensor,
+        counts_B: Tensor,
+        entropy: Tensor | None,
+    ) -> None:
         self._token_loss = tokens.loss
         self._ratio = terms.ratio.detach()
         self._log_ratio = log_ratio
         self._advantages = terms.advantages
         self._low, self._high, self._dual = tokens.low, tokens.high, tokens.dual
-        self._mask = mask
+        self._moved, self._lengths_B, self._counts_B, self._entropy = moved, lengths_B, counts_B, entropy
         self.weights = terms.weights
         self.loss_B = loss_B.detach()
-        self.nonfinite_rows = ~self.loss_B.isfinite()
-        self.metrics = Metrics()
+
+    @cached_property
+    def nonfinite_rows(self) -> Tensor:
+        return ~self.loss_B.isfinite()
 
     @property
     def token_loss(self) -> Tensor:
@@ -40,7 +55,7 @@ class LossOutputs:
     @property
     def log_importance_ratio(self) -> Tensor:
         """Its logarithm, before the bound that keeps exp finite; 0 where masked only."""
-        return neutral(self._log_ratio, self._mask)
+        return neutral(self._log_ratio, self._moved.mask)
 
     @property
     def advantages(self) -> Tensor:
@@ -63,18 +78,20 @@ class LossOutputs:
         return self.weights != 0
 
     def _flag(self, flags: Tensor | None) -> Tensor:
-        return torch.zeros_like(self._mask) if flags is None else flags.bool() & self._counted
+        return torch.zeros_like(self._moved.mask) if flags is None else flags.bool() & self._counted
 
+    @cached_property
     @torch.no_grad()
-    def measure(self, moved: Moved, lengths_B: Tensor, counts_B: Tensor, entropy: Tensor | None) -> None:
-        """Fill `metrics`. approx_kl is the KL of the old policy to the trained one (tokens come from the old one), kl/ref that
-        of the trained one to the reference."""
-        measured = Reductions(self.weights, moved.dtype, counts_B=counts_B, lengths_B=lengths_B)
-        self.metrics = measured.metrics
-        self.metrics.add("sum", "policy/loss", self.loss_B)
-        self.metrics.add("sum", "batch/tokens", measured.tokens_B)
-        self.metrics.add("sum", "batch/sequences", measured.counted_B)
-        self.metrics.add("sum", "batch/nonfinite_rows", self.nonfinite_rows)
+    def metrics(self) -> Metrics:
+        """approx_kl is the KL of the old policy to the trained one (tokens come from the old one), kl/ref that of the trained
+        one to the reference."""
+        moved = self._moved
+        measured = Reductions(self.weights, moved.dtype, counts_B=self._counts_B, lengths_B=self._lengths_B)
+        metrics = measured.metrics
+        metrics.add("sum", "policy/loss", self.loss_B)
+        metrics.add("sum", "batch/tokens", measured.tokens_B)
+        metrics.add("sum", "batch/sequences", measured.counted_B)
+        metrics.add("sum", "batch/nonfinite_rows", self.nonfinite_rows)
         measured.mean("policy/ratio_mean", self._ratio)
         measured.extremes("policy/ratio", self._ratio)
         measured.fraction("policy/clip_fraction_low", self._low)
@@ -84,5 +101,6 @@ class LossOutputs:
             measured.kl("policy/approx_kl", moved.value("old_log_probs"), sign=-1)
         if moved.knows("ref_log_probs"):
             measured.kl("kl/ref", moved.value("ref_log_probs"))
-        if entropy is not None:
-            measured.mean("policy/entropy", entropy)
+        if self._entropy is not None:
+            measured.mean("policy/entropy", self._entropy)
+        return metrics

@@ -179,7 +179,7 @@ SURROGATES: dict[str, Callable[..., TokenLoss]] = {
 
 def _by_sign(condition: Tensor, then: float, otherwise: float, like: Tensor) -> Tensor:
     """torch.where of two numbers in the dtype of `like`; of bare numbers it would be float32."""
-    return torch.where(condition, like.new_full((), then), like.new_full((), otherwise))
+    return like.new_full(condition.shape, otherwise).masked_fill_(condition, then)
 
 
 def _pick_drawn(

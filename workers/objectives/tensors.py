@@ -25,27 +25,22 @@ def blocks(like_B_T: Tensor) -> list[slice]:
 # ---------------------------------------------------------------- masks
 
 
-def ones_of(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """1 where a boolean mask is set, 0 elsewhere, in `dtype`."""
-    return mask.view(torch.uint8).to(dtype)
-
-
-def keeps_of(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """1 where the mask is set (or where a weight is not 0), 0 elsewhere, in integers as wide as `dtype`."""
-    ones = flag(torch.ne, mask, 0.0) if mask.is_floating_point() else mask.view(torch.uint8)
-    return ones.to(_INTEGERS[dtype])
+def ones_of(mask: Tensor) -> Tensor:
+    """1 where a boolean mask is set (or where a weight is not 0), 0 elsewhere, in integers of some width."""
+    return flag(torch.ne, mask, 0.0).to(torch.int32) if mask.is_floating_point() else mask.view(torch.uint8)
 
 
 def neutral(values: Tensor, mask: Tensor) -> Tensor:
     """`values` where the mask is set, 0 elsewhere: what stands behind the mask, NaN too, has no effect. Without a graph."""
-    if values.shape != mask.shape or values.dtype not in _INTEGERS:
+    if values.shape != mask.shape or values.dtype not in INTEGERS:
         return torch.where(mask, values.detach(), 0.0)
-    return cleared(values, keeps_of(mask, values.dtype))
+    return cleared(values, ones_of(mask))
 
 
-def cleared(values: Tensor, keeps: Tensor) -> Tensor:
-    """As `neutral`, with the mask as `keeps_of` gives it."""
-    return (values.detach().view(keeps.dtype) * keeps).view(values.dtype)
+def cleared(values: Tensor, ones: Tensor) -> Tensor:
+    """As `neutral`, with the mask as `ones_of` gives it."""
+    values = values.detach()
+    return (values.view(INTEGERS[values.dtype]) * ones).view(values.dtype)
 
 
 def less(values_B_T: Tensor, other_B_T: Tensor | None, mask_B_T: Tensor, dtype: torch.dtype) -> Tensor:
@@ -53,40 +48,29 @@ def less(values_B_T: Tensor, other_B_T: Tensor | None, mask_B_T: Tensor, dtype: 
     return _Less.apply(values_B_T, other_B_T, mask_B_T, dtype)  # pyright: ignore[reportReturnType]
 
 
-_INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64}
+INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64}  # of the same width
 
 
 class _Less(torch.autograd.Function):
-    """A difference of two tensors under a mask, a block of rows at a time; nothing but the mask is kept for the gradient."""
+    """A difference of two tensors under a mask; nothing but the mask is kept for the gradient."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, other: Tensor | None, mask: Tensor, dtype: torch.dtype) -> Tensor:
         ctx.save_for_backward(mask)
         ctx.dtype = values.dtype
-        result = torch.empty(mask.shape, dtype=dtype, device=values.device)
-        words = result.view(_INTEGERS[dtype])
-        for rows in blocks(mask):
-            if other is None:
-                result[rows] = values[rows]
-            else:
-                torch.sub(values[rows].to(dtype), other[rows].to(dtype), out=result[rows])
-            words[rows].mul_(keeps_of(mask[rows], dtype))
+        result = values.to(dtype, copy=True) if other is None else torch.sub(values.to(dtype), other.to(dtype))
+        result.view(INTEGERS[dtype]).mul_(ones_of(mask))
         return result
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         (mask,) = ctx.saved_tensors
-        result = torch.empty(mask.shape, dtype=grads[0].dtype, device=mask.device)
-        words, words_of_grad = (tensor.view(_INTEGERS[result.dtype]) for tensor in (result, grads[0]))
-        for rows in blocks(mask):
-            torch.mul(words_of_grad[rows], keeps_of(mask[rows], result.dtype), out=words[rows])
-        return result.to(ctx.dtype), None, None, None
+        return cleared(grads[0], ones_of(mask)).to(ctx.dtype), None, None, None
 
 
 def tokens_of(mask_B_T: Tensor) -> Tensor:
     """Tokens a row. [B]"""
-    ones_B_T = mask_B_T.view(torch.uint8)
-    return torch.cat([ones_B_T[rows].sum(dim=1, dtype=torch.int32) for rows in blocks(mask_B_T)])
+    return mask_B_T.view(torch.uint8).sum(dim=1, dtype=torch.int32)
 
 
 # ---------------------------------------------------------------- bounds
