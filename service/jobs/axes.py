@@ -3,26 +3,39 @@
 
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
-from pydantic.types import JsonValue
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from service.jobs.section import Section
 
 
-def _offset(value: float, info: ValidationInfo) -> float:
+def _low_offset(value: float) -> float:
     if not 0 <= value < 1:
-        absolute = info.field_name == "clip_high" and 1 < value < 2
-        hint = f" (for an absolute bound of {value:g} write {value - 1:g})" if absolute else ""
-        raise ValueError(
-            f"must be at least 0 and below 1: the ratio stays in [1 - clip_low, 1 + clip_high], got {value:g}{hint}"
-        )
+        raise ValueError(f"must be at least 0 and below 1: {_OFFSETS}, got {value:g}")
     return value
 
 
-_OFFSET_SCHEMA: dict[str, JsonValue] = {"minimum": 0, "exclusiveMaximum": 1}
-Offset = Annotated[float, AfterValidator(_offset)]
-ClipLow = Annotated[Offset, Field(json_schema_extra=_OFFSET_SCHEMA, description="offset: the ratio stays above 1 - clip_low")]
-ClipHigh = Annotated[Offset, Field(json_schema_extra=_OFFSET_SCHEMA, description="offset: the ratio stays below 1 + clip_high")]
+def _high_offset(value: float) -> float:
+    """An upper bound is far away or it is close: between 1 and 2 it is an absolute one that was written by mistake."""
+    if not (0 <= value <= 1 or value >= 2):
+        hint = f" (for an absolute bound of {value:g} write {value - 1:g})" if value > 1 else ""
+        raise ValueError(f"must be at least 0 and at most 1, or 2 and more: {_OFFSETS}, got {value:g}{hint}")
+    return value
+
+
+_OFFSETS = "the ratio stays in [1 - clip_low, 1 + clip_high]"
+ClipLow = Annotated[
+    float,
+    AfterValidator(_low_offset),
+    Field(json_schema_extra={"minimum": 0, "exclusiveMaximum": 1}, description="offset: the ratio stays above 1 - clip_low"),
+]
+ClipHigh = Annotated[
+    float,
+    AfterValidator(_high_offset),
+    Field(
+        json_schema_extra={"anyOf": [{"minimum": 0, "maximum": 1}, {"minimum": 2}]},
+        description="offset: the ratio stays below 1 + clip_high",
+    ),
+]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 
@@ -32,9 +45,9 @@ NotNegative = Annotated[float, Field(ge=0)]
 
 class Ratio(Section):
     """token: each token its own · sequence: their geometric mean (GSPO) · sequence_token: the same value, gradients a token
-    (GSPO-token) · product: of the whole answer · one: no ratio (REINFORCE)."""
+    (GSPO-token) · product: of the whole answer · product_token: its value, gradients a token · one: no ratio (REINFORCE)."""
 
-    kind: Literal["token", "sequence", "sequence_token", "product", "one"] = "token"
+    kind: Literal["token", "sequence", "sequence_token", "product", "product_token", "one"] = "token"
 
     @property
     def constant(self) -> bool:
@@ -49,7 +62,7 @@ class Ratio(Section):
     @property
     def multiplies(self) -> bool:
         """Over all tokens of an answer."""
-        return self.kind == "product"
+        return self.kind in ("product", "product_token")
 
 
 class SegmentRatio(Section):
@@ -242,33 +255,49 @@ class Kl(Section):
     place: Annotated[Literal["none", "reward", "loss"], Field(description="subtracted from the reward, or added to the loss")]
     estimator: Annotated[Literal["k1", "k2", "k3", "abs"], Field(description="of the KL of a token")] = "k3"
     gradient: Annotated[
-        Literal["plain", "straight_through", "ratio_weighted"],
-        Field(description="straight_through: the estimator's value, k2's gradient; ratio_weighted: unbiased off policy"),
+        Literal["plain", "straight_through", "ratio_weighted", "token_ratio_weighted", "score"],
+        Field(
+            description="straight_through: the estimator's value, k2's gradient; ratio_weighted: times the ratio, unbiased off "
+            "policy; token_ratio_weighted: times the token's own ratio, whatever the ratio axis; score: unbiased on policy"
+        ),
     ] = "plain"
     reference: Annotated[Literal["ref", "rollout"], Field(description="the starting weights, or the policy that sampled")] = (
         "ref"
     )
-    coef: Annotated[NotNegative, Field(description="strength")] = 0.04
+    coef: Annotated[NotNegative, Field(description="strength; 0: none")] = 0.04
 
     def acts(self, *, rewards: bool) -> bool:
         """Whether it changes anything; in the reward only where there are rewards."""
-        return self.place == "loss" or (self.in_reward and rewards)
+        return self.coef > 0 and (self.in_loss or (self.in_reward and rewards))
+
+    @property
+    def in_loss(self) -> bool:
+        return self.place == "loss"
 
     @property
     def in_reward(self) -> bool:
         return self.place == "reward"
 
 
+CorrectionLevel = Literal["token", "geometric", "product", "segment"]
+
+
 class Correct(Section):
     """A detached weight exp(old - rollout), for samplers that do not agree with the trainer."""
 
-    level: Annotated[
-        Literal["token", "geometric", "product", "segment"], Field(description="one weight a token, sequence or segment")
-    ] = "token"
-    action: Annotated[Literal["none", "truncate", "mask"], Field(description="at most cap; or 0 outside of [low, high]")]
-    cap: Annotated[Positive, Field(description="of truncate")] = 2.0
-    low: Annotated[NotNegative, Field(description="of mask")] = 0.5
-    high: Annotated[Positive, Field(description="of mask")] = 2.0
+    level: Annotated[CorrectionLevel, Field(description="one weight a token, sequence or segment")] = "token"
+    action: Annotated[
+        Literal["none", "truncate", "mask"],
+        Field(description="truncate: at most cap; mask: 0 outside of [low, high]; none: no weight, sequence_delta may act"),
+    ]
+    cap: Annotated[Positive, Field(description="of truncate: larger weights become this")] = 2.0
+    floor: Annotated[NotNegative, Field(description="of truncate: smaller weights become this")] = 0.0
+    low: Annotated[NotNegative, Field(description="of mask: smallest weight that is kept")] = 0.5
+    high: Annotated[Positive, Field(description="of mask: largest weight that is kept")] = 2.0
+    mask_level: Annotated[
+        CorrectionLevel | None,
+        Field(description="drop what is outside of [low, high] by the weight at this level; null: only mask does, at `level`"),
+    ] = None
     weigh: Annotated[bool, Field(description="false: mask only, what is kept counts 1")] = True
     chunk: Annotated[int | None, Field(ge=1, description="answer tokens in a segment, for level segment")] = None
     normalize: Annotated[bool, Field(description="divide the weights by their mean over the optimizer step")] = False
@@ -277,13 +306,20 @@ class Correct(Section):
         Field(description="drop sequences with a negative advantage whose mean of old - new log-probs exceeds this"),
     ] = None
 
+    @model_validator(mode="after")
+    def ordered(self) -> Self:
+        for least, most in (("floor", "cap"), ("low", "high")):
+            if getattr(self, least) > getattr(self, most):
+                raise ValueError(f"{least} must not exceed {most}, got {getattr(self, least):g} > {getattr(self, most):g}")
+        return self
+
     @property
     def weighs(self) -> bool:
         return self.action != "none"
 
     @property
     def wants_segments(self) -> bool:
-        return self.weighs and self.level == "segment" and self.chunk is None
+        return self.weighs and "segment" in (self.level, self.mask_level) and self.chunk is None
 
 
 class Select(Section):

@@ -14,7 +14,7 @@ GROUP_SCALES = ("group_std", "group_mean")
 def missing(objective: ObjectiveSpec, has: Collection[str]) -> list[FieldError]:
     """A FieldError for each tensor that the objective cannot do without; their pointers begin at the batch."""
     from_rewards = "advantages" not in has and "rewards" in has
-    wanted = dict.fromkeys(sorted(objective.needs(rewards=from_rewards)), "this objective needs it")
+    wanted = dict(sorted(objective.needs(rewards=from_rewards).items()))
     if "weights" in has:  # they say which tokens count, and by how much
         wanted.pop("entropy", None)
     elif objective.aggregate.kind == "prompt":
@@ -22,7 +22,7 @@ def missing(objective: ObjectiveSpec, has: Collection[str]) -> list[FieldError]:
     if from_rewards and _looks_at_groups(objective):
         wanted["group_ids"] = "advantages are made of rewards within their group"
     if "advantages" not in has and not from_rewards and not _is_plain(objective):
-        wanted["advantages"] = "or send rewards, with group_ids, of which they are made"
+        wanted["advantages"] = "send them, or rewards (with group_ids) of which they are made"
     return [FieldError(f"/{name}", f"is missing: {why}", "missing_tensor") for name, why in wanted.items() if name not in has]
 
 
@@ -43,6 +43,13 @@ def resolved(objective: ObjectiveSpec, has: Collection[str]) -> tuple[dict[str, 
     """
     axes, warnings = objective.resolve(), objective.warnings()
     select = axes["select"]
+    if objective.kl.in_reward and objective.kl.coef > 0 and "advantages" in has:
+        warnings.append("kl.place reward changes nothing here: `advantages` came, not the rewards that it would be taken off")
+    if axes["aggregate"].get("constant", 0) is None and "weights" not in has:
+        warnings.append(
+            "aggregate constant divides by the longest sequence that came, padding included: "
+            "give the longest possible answer as aggregate.constant"
+        )
     if "weights" in has:
         axes["select"] = {"truncated": False, "zero_variance": False, "top_entropy": None}
         return axes, warnings

@@ -60,15 +60,18 @@ def walk(annotation: Any, loc: tuple[int | str, ...], pointer: str = "") -> Plac
 
 
 def legal_elsewhere(root: Any, key: str) -> str | None:
-    """The pointer of the shallowest place below `root` where a key of this name is legal."""
+    """The shallowest place below `root` where a key of this name is legal: its pointer, and in a union beside which kind."""
     queue: list[tuple[str, Any]] = [("", root)]
     for pointer, annotation in queue:
+        _, discriminator = _members(annotation)
         for model in _models(annotation):
             fields = _fields(model)
             if key in fields:
-                return f"{pointer}/{escape(key)}"
+                tags = _tags(model, discriminator) if discriminator else ()
+                beside = f" of {discriminator} {' or '.join(map(str, tags))}" if tags else ""
+                return f"{pointer}/{escape(key)}{beside}"
             if len(queue) < MAX_SEARCHED:
-                queue += [(f"{pointer}/{escape(name)}", field.annotation) for name, field in fields.items()]
+                queue += [(f"{pointer}/{escape(name)}", _annotation(field)) for name, field in fields.items()]
     return None
 
 

@@ -31,7 +31,7 @@ def figures(entry: dict[str, Any], case: dict[str, Tensor], bound: Callable[[Ten
     log_probs = case["log_probs"].clone().requires_grad_()
     x = log_probs - case[f"{entry['reference']}_log_probs"]
     ratio = (log_probs - case["old_log_probs"]).exp()
-    value = kl.penalty(x, ratio, estimator=estimator, gradient=gradient)
+    value = kl.penalty(x, kl.Ratios(ratio, lambda: ratio), estimator=estimator, gradient=gradient)
     value = value if bound is None else bound(value)
     return value.detach(), torch.autograd.grad(value.sum(), log_probs)[0]
 

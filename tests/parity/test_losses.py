@@ -178,7 +178,7 @@ def tinker(entry: Entry, case: Case) -> dict[str, Any]:
     low, high = config.get("clip_low_threshold", 1), config.get("clip_high_threshold", 1)  # absolute, not offsets
     surrogate = {
         "importance_sampling": "none",
-        "ppo": {"kind": "ppo", "clip_low": 1 - low, "clip_high": min(high - 1, 0.99)},
+        "ppo": {"kind": "ppo", "clip_low": 1 - low, "clip_high": high - 1},
         "cispo": {"kind": "cispo", "weight_min": low, "weight_max": high},
         "dro": {"kind": "dro", **config},
     }[entry["loss_fn"]]

@@ -93,13 +93,14 @@ def test_yaml_snippets_are_objectives_of_a_job():
         "limits": {"max_steps": 1},
     }
     specs = [job | yaml.safe_load(text) for _, text in blocks("yaml") if text.startswith("objective:")]
-    assert len(specs) == 4
-    gspo, changed, ppo, segment = (parse(JobSpec, spec).objective.resolve() for spec in specs)
+    assert len(specs) == 5
+    gspo, changed, ppo, segment, corrected = (parse(JobSpec, spec).objective.resolve() for spec in specs)
     assert gspo == ObjectiveSpec.model_validate("gspo").resolve()
     assert changed["surrogate"] == gspo["surrogate"] | {"clip_high": 5e-4}
     assert changed["aggregate"]["kind"] == "token" and changed["kl"]["coef"] == 0.01
     assert ppo["preset"] == "ppo"
     assert segment["ratio"] == {"kind": "segment", "chunk": 64}
+    assert corrected["correct"]["mask_level"] == "geometric"
 
 
 def test_the_loss_request_is_answered_as_the_page_says():

@@ -456,6 +456,19 @@ def test_missing_tensors_are_named():
     assert missing(top, log_probs=ROWS, old_log_probs=ROWS, advantages=[1, 2], weights=ROWS) == []
 
 
+def test_what_a_missing_tensor_is_for_is_said():
+    entry = check({"objective": "grpo", "batch": {"log_probs": ROWS, "advantages": [1, 2]}}).items[0]
+    assert [one["detail"] for one in entry["errors"]] == [
+        "is missing: anchor old: the ratio's denominator",
+        "is missing: kl.place loss compares with it (kl: none switches that off)",
+    ]
+
+
+def test_a_key_of_another_surrogate_is_said_to_be_its():
+    entry = check({"objective": {"preset": "grpo", "surrogate": {"weight_max": 5}}, "batch": {"log_probs": ROWS}}).items[0]
+    assert "belongs to /objective/surrogate/weight_max of kind cispo" in entry["error"]["detail"]
+
+
 def test_advantages_may_be_made_of_rewards():
     assert missing("gspo", log_probs=ROWS, old_log_probs=ROWS, rewards=[1, 0]) == ["group_ids"]
     assert missing("gspo", log_probs=ROWS, old_log_probs=ROWS, rewards=[1, 0], group_ids=[0, 0]) == []
@@ -492,6 +505,18 @@ def test_a_selection_without_its_facts_is_switched_off_with_a_warning():
 def test_what_is_legal_and_not_meant_is_said_in_the_answer():
     wide = {**item(), "objective": {"preset": "gspo", "surrogate": {"clip_low": 0.2, "clip_high": 0.2}}}
     assert any("hardly ever acts" in text for text in check(wide).items[0]["warnings"])
+
+
+def test_a_divisor_that_depends_on_the_batch_and_a_kl_without_effect_are_warned_of():
+    batch = {"log_probs": ROWS, "old_log_probs": ROWS, "advantages": [1, 2]}
+    (text,) = check({"objective": "dr_grpo", "batch": batch}).items[0]["warnings"]
+    assert "aggregate.constant" in text
+    fixed = {"preset": "dr_grpo", "aggregate": {"constant": 1024}}
+    assert check({"objective": fixed, "batch": batch}).items[0]["warnings"] == []
+    assert check({"objective": "dr_grpo", "batch": batch | {"weights": ROWS}}).items[0]["warnings"] == []
+    (text,) = check({"objective": "ppo", "batch": batch}).items[0]["warnings"]
+    assert "kl.place reward changes nothing here" in text
+    assert check({"objective": {"preset": "ppo", "kl": "none"}, "batch": batch}).items[0]["warnings"] == []
 
 
 # ---------------------------------------------------------------- long JSON

@@ -78,7 +78,7 @@ def test_the_defaults_of_the_kinds() -> None:
         ("/data/prompt", None, "/data", "exactly one of `prompt`"),
         ("/data/chat", "messages", "/data", "exactly one of `prompt`"),
         ("/objective/preset", "gsop", "/objective/preset", "did you mean 'gspo'"),
-        ("/objective/surrogate", {"clip_high": 1.2}, "/objective/surrogate", "below 1"),
+        ("/objective/surrogate", {"clip_high": 1.2}, "/objective/surrogate", "for an absolute bound of 1.2 write 0.2"),
         ("/objective", {"preset": "ppo"}, "/objective/advantage/centre", "a job has no advantages beside its rewards"),
         ("/objective/ratio", "segment", "/objective/ratio", "a job has no segment_ids"),
         ("/objective/select", {"top_entropy": 0.2}, "/objective/select/top_entropy", "top_entropy is not offered in a job"),

@@ -94,6 +94,7 @@ def _facts(item: Item) -> _Facts:
     axes, tensors = item.axes, item.tensors
     makes = "advantages" not in tensors and "rewards" in tensors
     ratio, correct, advantage = axes["ratio"], axes["correct"], axes["advantage"]
+    correct_in_segments = correct["action"] != "none" and "segment" in (correct["level"], correct["mask_level"])
     used = {"log_probs", "weights", "advantages", *MEASURED}
     used |= {"rewards", "reward_weights"} if makes else set()
     used |= {"rewards"} if axes["select"]["zero_variance"] and "weights" not in tensors else set()
@@ -102,7 +103,7 @@ def _facts(item: Item) -> _Facts:
         makes_advantages=makes,
         in_groups=makes and (advantage["centre"] in BASELINES or advantage["scale"] in GROUP_SCALES),
         in_segments=(ratio["kind"] == "segment" and ratio["chunk"] is None)
-        or (correct["action"] != "none" and correct["level"] == "segment" and correct["chunk"] is None),
+        or (correct_in_segments and correct["chunk"] is None),
     )
 
 

@@ -51,15 +51,19 @@ class Correction:
     masked: Tensor
 
 
-def truncate(raw: Tensor, *, cap: float, low: float, high: float) -> tuple[Tensor, Tensor, Tensor]:
-    """min(w, cap)."""
-    return raw.clamp(max=cap), raw > cap, torch.zeros_like(raw, dtype=torch.bool)
+def truncate(raw: Tensor, *, floor: float, cap: float, low: float, high: float) -> tuple[Tensor, Tensor, Tensor]:
+    """max(min(w, cap), floor)."""
+    return raw.clamp(floor, cap), (raw > cap) | (raw < floor), torch.zeros_like(raw, dtype=torch.bool)
 
 
-def mask(raw: Tensor, *, cap: float, low: float, high: float) -> tuple[Tensor, Tensor, Tensor]:
+def mask(raw: Tensor, *, floor: float, cap: float, low: float, high: float) -> tuple[Tensor, Tensor, Tensor]:
     """w inside of [low, high], 0 outside."""
-    outside = (raw < low) | (raw > high)
-    return raw.masked_fill(outside, 0.0), torch.zeros_like(outside), outside
+    masked = outside(raw, low, high)
+    return raw.masked_fill(masked, 0.0), torch.zeros_like(masked), masked
+
+
+def outside(raw: Tensor, low: float, high: float) -> Tensor:
+    return (raw < low) | (raw > high)
 
 
 # The action none has no function: without a correction there is nothing to compute.
@@ -79,19 +83,31 @@ def correction(
     high: float,
     weigh: bool,
     normalize: bool,
+    floor: float = 0.0,
+    mask_level: str | None = None,
 ) -> Correction:
     """The correction of a whole optimizer step from log p_old - log p_rollout (0 where masked).
 
     `weigh` false keeps the mask and sets what is left to 1; `normalize` divides by the step's mean weight, over tokens or
-    over sequences as the level has it.
+    over sequences as the level has it. With `mask_level` what is dropped is judged by the raw weight at that level, and not at
+    `level`, whose weights are made (and normalised) as if nothing were.
     """
-    raw = bounded_exp(LEVELS[level].pool(difference_B_T, ratio.Answers.of(mask_B_T, segments_B_T))).expand_as(mask_B_T)
-    weights, truncated, masked = ACTIONS[action](raw, cap=cap, low=low, high=high)
+    answers = ratio.Answers.of(mask_B_T, segments_B_T)
+
+    def raw_at(level: str) -> Tensor:
+        return bounded_exp(LEVELS[level].pool(difference_B_T, answers)).expand_as(mask_B_T)
+
+    raw = raw_at(level)
+    low_here, high_here = (low, high) if mask_level is None else (0.0, torch.inf)
+    weights, truncated, masked = ACTIONS[action](raw, floor=floor, cap=cap, low=low_here, high=high_here)
     if not weigh:
         weights = (~masked).to(raw.dtype)
     if normalize:
         mean = LEVELS[level].mean(weights, mask_B_T)
         weights = weights / mean if mean > 0 else weights
+    if mask_level is not None:
+        masked = outside(raw_at(mask_level), low, high)
+        weights = weights.masked_fill(masked, 0.0)
     return Correction(neutral(weights, mask_B_T), neutral(raw, mask_B_T), truncated & mask_B_T, masked & mask_B_T)
 
 

@@ -4,7 +4,7 @@ x = log p - log p_ref [B, T], 0 where masked. The estimators are Schulman's (htt
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,32 +52,51 @@ def absolute(x: Tensor) -> Tensor:
 ESTIMATORS: dict[str, Callable[[Tensor], Tensor]] = {"k1": k1, "k2": k2, "k3": k3, "abs": absolute}
 
 
-def plain(value: Tensor, x: Tensor, ratio: Tensor) -> Tensor:
+class Ratios(NamedTuple):
+    """How much likelier the trained policy makes what was sampled, differentiable."""
+
+    pooled: Tensor  # as the ratio axis has it, [B, T] or [B, 1]
+    of_token: Callable[[], Tensor]  # [B, T]
+
+
+def plain(value: Tensor, x: Tensor, ratios: Ratios) -> Tensor:
     """The estimator differentiated as it stands."""
     return value
 
 
-def straight_through(value: Tensor, x: Tensor, ratio: Tensor) -> Tensor:
+def straight_through(value: Tensor, x: Tensor, ratios: Ratios) -> Tensor:
     """The estimator's value with k2's gradient."""
     with_gradient = k2(x)
     return value.detach() + (with_gradient - with_gradient.detach())
 
 
-def ratio_weighted(value: Tensor, x: Tensor, ratio: Tensor) -> Tensor:
+def ratio_weighted(value: Tensor, x: Tensor, ratios: Ratios) -> Tensor:
     """r times the estimator, r differentiated too: unbiased when the tokens were sampled by an older policy."""
-    return ratio * value
+    return ratios.pooled * value
 
 
-GRADIENTS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+def token_ratio_weighted(value: Tensor, x: Tensor, ratios: Ratios) -> Tensor:
+    """The same with the token's own ratio, where the surrogate's is of something larger."""
+    return ratios.of_token() * value
+
+
+def score(value: Tensor, x: Tensor, ratios: Ratios) -> Tensor:
+    """exp(l - sg l) times the estimator: its value, and the score function's share of the gradient, KL grad l."""
+    return torch.exp(x - x.detach()) * value
+
+
+GRADIENTS: dict[str, Callable[[Tensor, Tensor, Ratios], Tensor]] = {
     "plain": plain,
     "straight_through": straight_through,
     "ratio_weighted": ratio_weighted,
+    "token_ratio_weighted": token_ratio_weighted,
+    "score": score,
 }
 
 
-def penalty(x_B_T: Tensor, ratio_B_T: Tensor, *, estimator: str, gradient: str) -> Tensor:
+def penalty(x_B_T: Tensor, ratios: Ratios, *, estimator: str, gradient: str) -> Tensor:
     """The KL a token, [B, T]."""
-    return GRADIENTS[gradient](ESTIMATORS[estimator](x_B_T), x_B_T, ratio_B_T)
+    return GRADIENTS[gradient](ESTIMATORS[estimator](x_B_T), x_B_T, ratios)
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
-from workers.objectives.tensors import MAX_LOG_RATIO, blocks, INTEGERS, cleared, ones_of, tokens_of
+from workers.objectives.tensors import INTEGERS, MAX_LOG_RATIO, blocks, cleared, ones_of, tokens_of
 
 
 def _mean(total: float, count: float) -> float | None:
@@ -193,7 +193,8 @@ class Reductions:
 def _extremes(values: Tensor, ones: Tensor) -> Tensor:
     """[B, 2]"""
     values = cleared(values, ones)
-    beyond = (ones.to(INTEGERS[values.dtype]) - 1).bitwise_and_(_INFINITE[values.dtype]).view(values.dtype)  # inf where not counted
+    infinite = _INFINITE[values.dtype]
+    beyond = (ones.to(INTEGERS[values.dtype]) - 1).bitwise_and_(infinite).view(values.dtype)  # inf where not counted
     least_B = (values + beyond).amin(dim=1)
     return torch.stack([least_B, values.sub_(beyond).amax(dim=1)], dim=1)
 

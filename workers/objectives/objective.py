@@ -83,7 +83,7 @@ class Objective:
         rollout_log_probs: Tensor | None = None,
     ) -> Tensor:
         """The rewards [B] less coef times the answer's KL, where the KL is placed in the reward; else as they are."""
-        if self.kl_axis["place"] != "reward":
+        if self.kl_axis["place"] != "reward" or not self.kl_axis["coef"]:
             return rewards_B
         reference = needed({"ref_log_probs": ref_log_probs, "rollout_log_probs": rollout_log_probs}, self.kl_reference)
         x = neutral(old_log_probs.double() - reference.double(), response_mask.bool())
@@ -308,8 +308,9 @@ class Objective:
     def _token_loss(self, surrogate: Tensor, correction: Tensor | None, terms: Terms, moved: Moved, answers: Answers) -> Tensor:
         """The surrogate under the correct axis, and the KL where it is placed in the loss."""
         token_loss = self._corrected(surrogate, correction, terms, moved, answers)
-        if self.kl_axis["place"] != "loss":
+        if self.kl_axis["place"] != "loss" or not self.kl_axis["coef"]:
             return token_loss
         x = moved.less(self.kl_reference)
-        penalty = kl.penalty(x, terms.ratio, estimator=self.kl_axis["estimator"], gradient=self.kl_axis["gradient"])
+        ratios = kl.Ratios(terms.ratio, lambda: bounded_exp(moved.less(self.anchor)))
+        penalty = kl.penalty(x, ratios, estimator=self.kl_axis["estimator"], gradient=self.kl_axis["gradient"])
         return torch.add(token_loss, penalty, alpha=self.kl_axis["coef"])

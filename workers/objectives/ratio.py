@@ -66,6 +66,11 @@ def product(delta_B_T: Tensor, answers: Answers) -> Tensor:
     return delta_B_T.sum(dim=1, keepdim=True)
 
 
+def product_token(delta_B_T: Tensor, answers: Answers) -> Tensor:
+    """sg(sum_t d) + (d - sg d): the product's value, each token's own gradient."""
+    return product(delta_B_T.detach(), answers) + (delta_B_T - delta_B_T.detach())
+
+
 def segment(delta_B_T: Tensor, answers: Answers) -> Tensor:
     """The mean of d inside a token's segment; the derivation stands above."""
     mask_B_T, segments_B_T = answers.mask_B_T, answers.segments_B_T
@@ -96,6 +101,7 @@ RATIOS: dict[str, Ratio] = {
     "sequence": Ratio(sequence),
     "sequence_token": Ratio(sequence_token),
     "product": Ratio(product),
+    "product_token": Ratio(product_token),
     "segment": Ratio(segment),
     "one": Ratio(one, constant=True),
 }

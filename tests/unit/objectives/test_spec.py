@@ -79,7 +79,7 @@ def test_nothing_said_means_a_clipped_token_ratio_and_nothing_else():
     spec = ObjectiveSpec()
     assert spec == ObjectiveSpec.model_validate({})
     assert spec.kl.place == "none"
-    assert spec.needs() == {"old_log_probs"}
+    assert spec.needs().keys() == {"old_log_probs"}
     assert ObjectiveSpec.model_validate("gspo") == ObjectiveSpec(preset="gspo")
 
 
@@ -134,14 +134,15 @@ def test_schema_and_mathematics_know_the_same_names():
 
 
 def test_what_each_objective_needs():
-    assert ObjectiveSpec(preset="grpo").needs() == {"old_log_probs", "ref_log_probs"}
-    assert ObjectiveSpec(preset="dppo").needs() == {"rollout_log_probs"}
-    assert ObjectiveSpec(preset="cross_entropy").needs() == frozenset()
-    assert ObjectiveSpec(preset="ppo").needs(rewards=False) == {"old_log_probs"}  # a KL in rewards that are not there
-    assert ObjectiveSpec(preset="rloo").needs() == {"old_log_probs", "ref_log_probs"}
+    assert ObjectiveSpec(preset="grpo").needs().keys() == {"old_log_probs", "ref_log_probs"}
+    assert ObjectiveSpec(preset="dppo").needs().keys() == {"rollout_log_probs"}
+    assert not ObjectiveSpec(preset="cross_entropy").needs()
+    assert ObjectiveSpec(preset="ppo").needs(rewards=False).keys() == {"old_log_probs"}  # a KL in rewards that are not there
+    assert ObjectiveSpec(preset="rloo").needs().keys() == {"old_log_probs", "ref_log_probs"}
     assert "segment_ids" in ObjectiveSpec.model_validate({"ratio": "segment"}).needs()
     assert "segment_ids" not in ObjectiveSpec.model_validate({"ratio": {"kind": "segment", "chunk": 8}}).needs()
-    assert ObjectiveSpec.model_validate({"correct": "truncate"}).needs() == {"old_log_probs", "rollout_log_probs"}
+    assert "ref_log_probs" not in ObjectiveSpec.model_validate({"preset": "grpo", "kl": {"coef": 0}}).needs()
+    assert ObjectiveSpec.model_validate({"correct": "truncate"}).needs().keys() == {"old_log_probs", "rollout_log_probs"}
 
 
 # ---------------------------------------------------------------- what is refused
@@ -151,8 +152,9 @@ def test_what_each_objective_needs():
 def test_a_clip_of_1_2_is_refused_with_what_is_allowed(bound):
     errors = refused({"preset": "gspo", "surrogate": {bound: 1.2}})
     assert list(errors) == [f"/objective/surrogate/{bound}"]
-    assert "at least 0 and below 1" in errors[f"/objective/surrogate/{bound}"]
-    assert "1.2" in errors[f"/objective/surrogate/{bound}"]
+    allowed = {"clip_low": "at least 0 and below 1", "clip_high": "at least 0 and at most 1, or 2 and more"}[bound]
+    assert allowed in errors[f"/objective/surrogate/{bound}"]
+    assert "got 1.2" in errors[f"/objective/surrogate/{bound}"]
 
 
 @pytest.mark.parametrize(
@@ -177,6 +179,13 @@ def test_a_clip_of_1_2_is_refused_with_what_is_allowed(bound):
         ({"preset": "gspo", "ratio": "one"}, "/objective/ratio/kind", "surrogate none"),
         ({"preset": "gdpo", "kl": "reward"}, "/objective/kl/place", "normalize_then_sum"),
         ({"kl": {"place": "reward", "gradient": "straight_through"}}, "/objective/kl/gradient", "plain"),
+        (
+            {"ratio": "one", "surrogate": "none", "kl": {"place": "loss", "gradient": "ratio_weighted"}},
+            "/objective/kl/gradient",
+            "token_ratio_weighted",
+        ),
+        ({"correct": {"action": "mask", "low": 3}}, "/objective/correct/low", "low must not exceed high, got 3 > 2"),
+        ({"correct": {"action": "truncate", "floor": 2.5}}, "/objective/correct/floor", "floor must not exceed cap"),
         ({"anchor": "new"}, "/objective/anchor", "old, rollout"),
         (7, "/objective", "object"),
     ],
@@ -212,9 +221,10 @@ def test_any_json_is_taken_or_refused_and_never_breaks(sent):
 
 def test_the_schema_documents_every_parameter_and_the_short_forms():
     schema = ObjectiveSpec.model_json_schema()
-    assert {"type": "string", "enum": ["token", "sequence", "sequence_token", "product", "one", "segment"]}.items() <= (
-        schema["properties"]["ratio"]["anyOf"][1].items()
-    )
+    assert {
+        "type": "string",
+        "enum": ["token", "sequence", "sequence_token", "product", "product_token", "one", "segment"],
+    }.items() <= (schema["properties"]["ratio"]["anyOf"][1].items())
     assert set(schema["properties"]["preset"]["enum"]) == {*PRESETS, None}
     undocumented = [
         f"{model}.{name}"
