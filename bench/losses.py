@@ -3,7 +3,10 @@
     python bench/losses.py [--rounds 30]
 
 Time: a trainer's call (loss, metrics, backward) through the client, to a real API process, Redis on loopback and a real loss
-worker, in safetensors, against the same objective on the same tensors in this process. At most 3 times as long.
+worker, in safetensors, against
+- the same call in this process: the client's function, the API's checks, the worker's computation and its answer, without HTTP,
+  Redis and other processes in between. At most 3 times as long;
+- the bare objective on the same tensors in this process: nothing checked, nothing encoded.
 CPU: what the API process spends on a request in JSON, against the same request in safetensors. At least 10 times as much.
 
 Each way takes its turn in every round and the medians are compared, for other work on the machine disturbs both. The same
@@ -28,7 +31,10 @@ from torch import Tensor
 from ratchet_client import Ratchet
 from ratchet_client.losses import JSON, TENSORS
 from ratchet_client.torch import ratchet_loss
+from service.api.losses import _order
 from service.jobs.objective import ObjectiveSpec
+from service.losses.queue import Taken
+from workers.losses.serve import Round
 from workers.objectives import Objective
 
 ROWS, TOKENS = 64, 4096
@@ -58,7 +64,7 @@ def flat(padded: Batch) -> Batch:
     return {**per_token, "advantages": padded["advantages"], "cu_seqlens": tokens * torch.arange(rows + 1)}
 
 
-def in_process(objective: Objective, padded: Batch) -> Tensor:
+def bare(objective: Objective, padded: Batch) -> Tensor:
     """The gradient; beside it the metrics, which a request brings too."""
     policy = padded["log_probs"].detach().requires_grad_()
     known: Any = {name: values for name, values in padded.items() if name != "log_probs"}
@@ -70,7 +76,21 @@ def in_process(objective: Objective, padded: Batch) -> Tensor:
     return policy.grad
 
 
-def over_http(ratchet: Ratchet, sent: Batch) -> Tensor:
+class InProcess(Ratchet):
+    """Answers loss requests as the API and a loss worker do, by calling what these call."""
+
+    def __init__(self) -> None:
+        pass
+
+    def losses_safetensors(self, body: bytes, *, wait_s: float = 30.0) -> bytes:
+        order = _order(body, TENSORS, "loss_here", "default", time.time() + wait_s)
+        answers: list[bytes] = []
+        Round([Taken("loss_here", "default", order, b"")], lambda taken, raw: answers.append(raw)).run()
+        return answers[0]
+
+
+def through(ratchet: Ratchet, sent: Batch) -> Tensor:
+    """The gradient of a trainer's call."""
     policy = sent["log_probs"].detach().requires_grad_()
     known: Any = {name: values for name, values in sent.items() if name != "log_probs"}
     loss, _ = ratchet_loss(policy, objective=OBJECTIVE, client=ratchet, outputs=(), **known)
@@ -123,6 +143,7 @@ def bodies(padded: Batch) -> tuple[bytes, bytes]:
 class Findings:
     """Seconds, the median of all rounds or the mean; bodies in bytes."""
 
+    bare: float = 0.0
     within: float = 0.0
     over: float = 0.0
     small: float = 0.0
@@ -140,21 +161,22 @@ def measure(rounds: int) -> Findings:
     objective = Objective(ObjectiveSpec.model_validate(OBJECTIVE).resolve())
     padded = batch(ROWS, TOKENS)
     sent, small = flat(padded), flat(batch(2, 16))
-    found = Findings()
+    found, here = Findings(), InProcess()
     with started(worker=True) as stack:
         for _ in range(5):  # caches, connections
-            within, over = in_process(objective, padded), over_http(stack.ratchet, sent)
-            assert torch.equal(over.view_as(within), within), "both ways give the same gradient"
+            ways = through(stack.ratchet, sent), through(here, sent), bare(objective, padded).view(-1)
+            assert torch.equal(ways[0], ways[1]) and torch.equal(ways[0], ways[2]), "all ways give the same gradient"
         times = [
             (
-                timed(lambda: over_http(stack.ratchet, sent)),
-                timed(lambda: in_process(objective, padded)),
-                timed(lambda: over_http(stack.ratchet, small)),
+                timed(lambda: through(stack.ratchet, sent)),
+                timed(lambda: through(here, sent)),
+                timed(lambda: bare(objective, padded)),
+                timed(lambda: through(stack.ratchet, small)),
             )
             for _ in range(rounds)
         ]
-        found.over, found.within, found.small = (median(column) for column in zip(*times, strict=True))
-        found.spent = spent_by(stack, rounds, lambda: over_http(stack.ratchet, sent))
+        found.over, found.within, found.bare, found.small = (median(column) for column in zip(*times, strict=True))
+        found.spent = spent_by(stack, rounds, lambda: through(stack.ratchet, sent))
         tensors, text = bodies(padded)
         found.api_tensors = spent_by(stack, rounds, lambda: request(stack, tensors, TENSORS))["API"]
         found.api_json = spent_by(stack, JSON_ROUNDS, lambda: request(stack, text, JSON))["API"]
@@ -173,8 +195,10 @@ def main() -> None:
     print(f"{ROWS} x {TOKENS} tokens, float32, {OBJECTIVE} with gradients; medians of {rounds} rounds")
     print(f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__} with one thread\n")
     slower, dearer = found.over / found.within, found.api_json / found.api_tensors
-    print(f"in this process                 {ms(found.within)}")
+    print(f"the bare objective, here        {ms(found.bare)}")
+    print(f"the same call, here             {ms(found.within)}")
     print(f"over HTTP, safetensors          {ms(found.over)}   {slower:.2f} times as long; at most {MOST_TIMES_THE_TIME:g}")
+    print(f"                                              {found.over / found.bare:.2f} times the bare objective")
     print(f"  of it: the same, 2 x 16 tokens{ms(found.small)}")
     print(f"  of it: encoding               {ms(found.encoding)}   {found.tensors_bytes / 2**20:.1f} MiB")
     print(f"  of it: decoding               {ms(found.decoding)}")

@@ -53,7 +53,8 @@ def limited(request: Request, limit: int, what: str) -> Request:
         nonlocal size
         left_s = started + GRACE_S + size / MIN_BYTES_PER_S - monotonic()
         try:
-            message = await asyncio.wait_for(request.receive(), max(left_s, 0.001))
+            async with asyncio.timeout(max(left_s, 0.001)):  # wait_for would make a task of each piece
+                message = await request.receive()
         except TimeoutError:
             raise BodyTooSlow(
                 f"{size} bytes of {what} came in {monotonic() - started:.0f} s; "

@@ -27,11 +27,14 @@ from service.losses import request as requests
 from service.losses.answers import as_json
 from service.losses.orders import Answer, Order
 from service.losses.queue import RING_AGAIN_S, Standing
+from service.losses.tensors import LENGTH_BYTES
 from service.validation import invalid
 
 router = APIRouter(prefix="/v1/losses", tags=["losses"])
 
 SMALL_BYTES = 2**16
+QUICK_JSON_BYTES = 2**13  # what costs less than a thread's wake-up
+QUICK_TENSOR_BYTES, QUICK_HEADER_BYTES = 2**22, 2**13  # of tensors only the header is looked at
 LOSS_ID = re.compile(r"loss_[0-9a-z]{26}")
 
 
@@ -57,7 +60,7 @@ async def compute_losses(request: Request, context: ContextDep, caller: CallerDe
     raw = await limited(request, context.settings.max_loss_body_bytes, "a loss request").body()
     deadline = time() + context.settings.loss_time_limit_s  # the caller's line may be slow
     make = partial(_order, raw, sent_as, loss_id, caller.project, deadline)
-    order = await to_thread.run_sync(make, limiter=_limiter(context, raw))
+    order = make() if _is_quick(raw, sent_as) else await to_thread.run_sync(make, limiter=_limiter(context, raw))
     del raw, make  # both may be large, and the wait long
     with context.signals.watch(loss_id) as bell:  # before it is sent: no answer is missed
         must_ring = await context.losses.push(caller.project, loss_id, order, deadline)
@@ -118,6 +121,13 @@ def _sent_as(request: Request) -> str:
             hint="with curl: -H 'Content-Type: application/json' --data-binary @request.json",
         )
     return kind
+
+
+def _is_quick(raw: bytes, sent_as: str) -> bool:
+    """Whether to make the order on the spot."""
+    if sent_as == JSON:
+        return len(raw) <= QUICK_JSON_BYTES
+    return len(raw) <= QUICK_TENSOR_BYTES and int.from_bytes(raw[:LENGTH_BYTES], "little") <= QUICK_HEADER_BYTES
 
 
 def _limiter(context: Context, raw: bytes) -> CapacityLimiter | None:
