@@ -187,6 +187,7 @@ class Objective:
             "weights": weights,
             "lengths": lengths_B,
             "counts": lengths_B if selected is None else tokens_of(counted),
+            "row_weights": weights.sum(dim=1),
             "segment_ids": segment_ids,
             "entropy": entropy,
             "correction": self._correction(given, mask, segment_ids, weights, metrics),
@@ -244,12 +245,14 @@ class Objective:
         entropy: Tensor | None = None,
         lengths: Tensor | None = None,
         counts: Tensor | None = None,
+        row_weights: Tensor | None = None,
     ) -> tuple[Tensor, LossOutputs]:
         """The rows' share of the step's loss (a scalar with a graph, to be minimised) and what it was made of.
 
         Raises ValueError when a tensor is missing that an axis needs. Of an empty or fully masked batch the loss is 0, with a
         graph. Where `weights` is 0 a token only takes part in its sequence's ratio. `lengths` [B] are the tokens of each row
-        under the mask, `counts` [B] those with a weight; who does not know them need not give them.
+        under the mask, `counts` [B] those with a weight, `row_weights` [B] the sums of the weights; who does not know them need not
+        give them.
         """
         others = {"old_log_probs": old_log_probs, "rollout_log_probs": rollout_log_probs, "ref_log_probs": ref_log_probs}
         moved = Moved(log_probs, others, response_mask.bool())
@@ -259,13 +262,17 @@ class Objective:
         terms, log_ratio = self._terms(moved, answers, advantages, weights, counts_B, picked)
         bounded = self.surrogate(terms, **self.surrogate_parameters)
         bounded = replace(bounded, loss=self._token_loss(bounded.loss, correction, terms, moved, answers))
-        # one value a sequence is weighed by the sum of its tokens' weights: the same, without a [B, T] of products
-        shares = weights if bounded.loss.shape == weights.shape else weights.sum(dim=1, keepdim=True)
-        loss_B = (bounded.loss * shares).sum(dim=1)
+        loss_B = self._weighed(bounded.loss, weights, row_weights)
         outputs = LossOutputs(
             bounded, terms, log_ratio, loss_B, moved=moved, lengths_B=answers.lengths_B, counts_B=counts_B, entropy=entropy
         )
         return loss_B.sum(), outputs
+
+    def _weighed(self, token_loss: Tensor, weights: Tensor, row_weights: Tensor | None) -> Tensor:
+        """[B]. One loss a sequence is weighed by the sum of its tokens' weights: the same, without a [B, T] of products."""
+        if token_loss.shape == weights.shape:
+            return (token_loss * weights).sum(dim=1)
+        return token_loss.squeeze(1) * (weights.sum(dim=1) if row_weights is None else row_weights)
 
     def _terms(
         self,
