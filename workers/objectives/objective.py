@@ -251,8 +251,8 @@ class Objective:
 
         Raises ValueError when a tensor is missing that an axis needs. Of an empty or fully masked batch the loss is 0, with a
         graph. Where `weights` is 0 a token only takes part in its sequence's ratio. `lengths` [B] are the tokens of each row
-        under the mask, `counts` [B] those with a weight, `row_weights` [B] the sums of the weights; who does not know them need not
-        give them.
+        under the mask, `counts` [B] those with a weight, `row_weights` [B] the sums of the weights; who does not know them
+        need not give them.
         """
         others = {"old_log_probs": old_log_probs, "rollout_log_probs": rollout_log_probs, "ref_log_probs": ref_log_probs}
         moved = Moved(log_probs, others, response_mask.bool())
