@@ -25,7 +25,7 @@ from service.errors import FieldError, InvalidRequest, Malformed, NotFound, Unav
 from service.ids import new_id
 from service.losses import request as requests
 from service.losses.answers import as_json
-from service.losses.orders import Answer, Order
+from service.losses.orders import Answer, Order, Parcel
 from service.losses.queue import RING_AGAIN_S, Standing
 from service.losses.tensors import LENGTH_BYTES
 from service.validation import invalid
@@ -33,8 +33,7 @@ from service.validation import invalid
 router = APIRouter(prefix="/v1/losses", tags=["losses"])
 
 SMALL_BYTES = 2**16
-QUICK_JSON_BYTES = 2**13  # what costs less than a thread's wake-up
-QUICK_TENSOR_BYTES, QUICK_HEADER_BYTES = 2**22, 2**13  # of tensors only the header is looked at
+QUICK_BYTES = 2**10  # mistakes on so little are explained within 10 ms; what is right takes less than to wake a thread
 LOSS_ID = re.compile(r"loss_[0-9a-z]{26}")
 
 
@@ -124,10 +123,8 @@ def _sent_as(request: Request) -> str:
 
 
 def _is_quick(raw: bytes, sent_as: str) -> bool:
-    """Whether to make the order on the spot."""
-    if sent_as == JSON:
-        return len(raw) <= QUICK_JSON_BYTES
-    return len(raw) <= QUICK_TENSOR_BYTES and int.from_bytes(raw[:LENGTH_BYTES], "little") <= QUICK_HEADER_BYTES
+    """Whether to read it on the spot. Of safetensors only the header is read."""
+    return (len(raw) if sent_as == JSON else int.from_bytes(raw[:LENGTH_BYTES], "little")) <= QUICK_BYTES
 
 
 def _limiter(context: Context, raw: bytes) -> CapacityLimiter | None:
@@ -135,7 +132,7 @@ def _limiter(context: Context, raw: bytes) -> CapacityLimiter | None:
     return context.conversions if len(raw) > SMALL_BYTES else None
 
 
-def _order(raw: bytes, sent_as: str, loss_id: str, project: str, deadline: float) -> bytes:
+def _order(raw: bytes, sent_as: str, loss_id: str, project: str, deadline: float) -> Parcel:
     """The work order that a body asks for. Raises InvalidRequest when no item of it can be computed."""
     if sent_as == TENSORS:
         tensors, text = requests.decoded(raw)
@@ -147,7 +144,8 @@ def _order(raw: bytes, sent_as: str, loss_id: str, project: str, deadline: float
         checked = requests.check(parse_arrays(raw))
     if checked.is_hopeless:
         raise _none_answered(checked.items, checked.errors)
-    return Order(loss_id, project, deadline, checked.all_or_nothing, checked.items, checked.tensors).encode()
+    order = Order(loss_id, project, deadline, checked.all_or_nothing, checked.items, checked.tensors)
+    return order.encode(raw if sent_as == TENSORS else None)
 
 
 # ---------------------------------------------------------------- waiting

@@ -1,13 +1,14 @@
-"""What travels between the API and a worker: the work order, and its answer. Both are safetensors files.
+"""What travels between the API and a worker: the work order, and its answer.
 
-An order has the metadata `order`, JSON:
+An order has two parts, so that a body that came as safetensors goes on as it is. The head, JSON:
 
     {"id", "project", "deadline": unix seconds, "all_or_nothing": bool, "items": [
         {"index", "objective": every axis in full, "dtype": "float64" | "float32" | "bfloat16", "layout": "ragged" | "padded",
          "return": [names], "on_nonfinite": "refuse" | "mask", "on_singleton": "refuse" | "zero", "seed", "warnings": [texts]}
         | {"index", "error": {...}, "errors": [...]}]}            refused already; goes into the answer as it is
 
-and tensors `i/NAME`: flat with `i/cu_seqlens` (int64) where ragged, [B, T] where padded. An answer has the metadata
+and a safetensors file with the tensors `i/NAME`: flat with `i/cu_seqlens` where ragged, [B, T] where padded. In it there may be
+more: metadata, and tensors of items that were refused. An answer is one safetensors file with the metadata
 
     "outcome"    ok: items were computed · invalid: nothing can be answered but what is wrong · unavailable: try again
     "response"   {"object": "list", "data": [an item's answer, in order]}      of ok and invalid
@@ -19,11 +20,22 @@ and tensors `i/NAME` in the layout that was sent; in JSON they are members of th
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from service.losses.tensors import Tensor, Tensors, decode, encode
 
 Outcome = Literal["ok", "invalid", "unavailable"]
+
+
+class Parcel(NamedTuple):
+    """An order as it travels."""
+
+    head: bytes
+    tensors: bytes
+
+    @property
+    def size(self) -> int:
+        return len(self.head) + len(self.tensors)
 
 
 @dataclass(frozen=True)
@@ -37,7 +49,8 @@ class Order:
     items: list[dict[str, Any]]
     tensors: Tensors
 
-    def encode(self) -> bytes:
+    def encode(self, body: bytes | None = None) -> Parcel:
+        """`body`: a safetensors file that holds the tensors already."""
         head = {
             "id": self.id,
             "project": self.project,
@@ -45,12 +58,12 @@ class Order:
             "all_or_nothing": self.all_or_nothing,
             "items": self.items,
         }
-        return encode(self.tensors, {"order": _json(head)})
+        return Parcel(_json(head).encode(), encode(self.tensors, {}) if body is None else body)
 
     @classmethod
-    def decode(cls, raw: bytes | memoryview) -> "Order":
-        tensors, metadata = decode(raw)
-        return cls(**json.loads(metadata["order"]), tensors=tensors)
+    def decode(cls, parcel: Parcel) -> "Order":
+        tensors, _ = decode(parcel.tensors)
+        return cls(**json.loads(parcel.head), tensors=tensors)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Loss requests on their way: from the API to a worker and back, in Redis only and for a limited time.
 
-    {project}:{id}:request   the work order (bytes), until its deadline
+    {project}:{id}:head      the work order (see `orders`), until its deadline
+    {project}:{id}:tensors   its other part
     {project}:{id}:state     its deadline (unix seconds); without it the request is unknown, expired, or was flushed away
     {project}:{id}:answer    the worker's answer (bytes), until it expires or was handed over
     {project}:{id}:handed    the same for the moment in which it is handed over
@@ -28,7 +29,7 @@ from redis.retry import Retry
 from service.doorbell import TIMEOUT_S, channel_name, redis_py_url
 from service.errors import Busy, Unavailable
 from service.losses import scripts
-from service.losses.orders import unavailable
+from service.losses.orders import Parcel, unavailable
 from service.settings import Settings
 
 PREFIX = "ratchet:losses:"
@@ -51,7 +52,8 @@ SIGNAL = "answer"
 class Keys(NamedTuple):
     """Of one request."""
 
-    request: str
+    head: str
+    tensors: str
     state: str
     answer: str
     handed: str
@@ -101,14 +103,14 @@ class LossQueue:
         self._limit = settings.max_waiting_loss_bytes
         self._keep_s = settings.loss_result_ttl_s
 
-    async def push(self, project: str, loss_id: str, raw: bytes, deadline: float) -> bool:
+    async def push(self, project: str, loss_id: str, parcel: Parcel, deadline: float) -> bool:
         """Put a work order in line; answers whether a worker must be rung. Raises Busy when too many bytes wait."""
         keys, now = Keys.of(project, loss_id), time.time()
         left_ms = max(1, int((deadline - now) * 1000))
-        names = (WAITING, BYTES, ANSWERS, ANSWER_BYTES, LISTENING, RUNG, keys.request, keys.state)
+        names = (WAITING, BYTES, ANSWERS, ANSWER_BYTES, LISTENING, RUNG, keys.head, keys.tensors, keys.state)
         arguments = (
-            f"{loss_id} {project} {len(raw)} {deadline}",
-            len(raw),
+            f"{loss_id} {project} {parcel.size} {deadline}",
+            parcel.size,
             self._limit,
             now,
             left_ms + int(self._keep_s * 1000),
@@ -116,9 +118,10 @@ class LossQueue:
             int(RING_AGAIN_S * 1000),
         )
         async with _answering(), self._redis.pipeline(transaction=False) as pipe:
-            pipe.set(keys.request, raw, px=left_ms)
+            pipe.set(keys.tensors, parcel.tensors, px=left_ms)
+            pipe.set(keys.head, parcel.head, px=left_ms)
             pipe.eval(scripts.ADMIT, len(names), *names, *arguments)
-            _, (admitted, number) = await pipe.execute()
+            *_, (admitted, number) = await pipe.execute()
         if not admitted:
             raise Busy(
                 f"{number} bytes of loss requests and answers are held already; at most {self._limit} may be",
@@ -172,11 +175,11 @@ async def _answering() -> AsyncIterator[None]:
 
 
 class Taken(NamedTuple):
-    """An order in the hands of a worker; `raw` is for `orders.Order.decode`."""
+    """An order in the hands of a worker."""
 
     id: str
     project: str
-    raw: bytes
+    parcel: Parcel
     entry: bytes
 
 
@@ -186,9 +189,11 @@ def _whose(entry: bytes) -> tuple[str, str]:
     return loss_id, project
 
 
-def _request(entry: bytes) -> str:
+def _parts(entry: bytes) -> tuple[str, str]:
+    """The keys of its two parts."""
     loss_id, project = _whose(entry)
-    return Keys.of(project, loss_id).request
+    keys = Keys.of(project, loss_id)
+    return keys.head, keys.tensors
 
 
 class WorkerQueue:
@@ -213,36 +218,42 @@ class WorkerQueue:
             pipe.lrange(taken, 0, -1)
             entries: list[bytes] = pipe.execute()[-1]
         if entries:
-            return self._found(taken, entries, self._requests(entries))
+            return self._found(taken, entries, self._fetched(entries))
         return self._moved(taken, min(timeout_s, BLOCK_S), at_most)
 
     def _moved(self, taken: str, timeout_s: float, at_most: int) -> list[Taken]:
         """Orders that waited and are now in hand."""
         if timeout_s <= 0:
             moved: Any = self._redis.eval(scripts.TAKE, 3, WAITING, BYTES, taken, at_most)
-            return self._found(taken, moved, self._requests(moved))
+            return self._found(taken, moved, self._fetched(moved))
         first: Any = self._redis.execute_command("BLMOVE", WAITING, taken, "LEFT", "RIGHT", timeout_s)
         if first is None:
             return []
         with self._redis.pipeline(transaction=False) as pipe:  # most often it is the only one
             pipe.eval(scripts.TAKE, 3, WAITING, BYTES, taken, at_most - 1, first)
-            pipe.get(_request(first))
-            moved, raw = pipe.execute()
-        return self._found(taken, moved, [raw, *self._requests(moved[1:])])
+            pipe.mget(_parts(first))
+            moved, parts = pipe.execute()
+        return self._found(taken, moved, [*parts, *self._fetched(moved[1:])])
 
-    def _requests(self, entries: list[bytes]) -> list[bytes | None]:
-        found: Any = self._redis.mget([_request(entry) for entry in entries]) if entries else []
+    def _fetched(self, entries: list[bytes]) -> list[bytes | None]:
+        """The two parts of each, one behind the other."""
+        found: Any = self._redis.mget([key for entry in entries for key in _parts(entry)]) if entries else []
         return found
 
-    def _found(self, taken: str, entries: list[bytes], raws: list[bytes | None]) -> list[Taken]:
+    def _found(self, taken: str, entries: list[bytes], parts: list[bytes | None]) -> list[Taken]:
         """Without those whose time is over: they are in nobody's hand any more."""
-        gone = [entry.decode() for entry, raw in zip(entries, raws, strict=True) if raw is None]
+        parcels = [
+            None if head is None or tensors is None else Parcel(head, tensors)
+            for head, tensors in zip(parts[::2], parts[1::2], strict=True)
+        ]
+        gone = [entry.decode() for entry, parcel in zip(entries, parcels, strict=True) if parcel is None]
         if gone:
             with self._redis.pipeline(transaction=False) as pipe:
                 for entry in gone:
                     pipe.lrem(taken, 1, entry)
                 pipe.execute()
-        return [Taken(*_whose(entry), raw, entry) for entry, raw in zip(entries, raws, strict=True) if raw is not None]
+        pairs = zip(entries, parcels, strict=True)
+        return [Taken(*_whose(entry), parcel, entry) for entry, parcel in pairs if parcel is not None]
 
     def answer(self, worker_id: str, order: Taken, raw: bytes) -> None:
         """Leave the answer (see `orders`), and wake whoever waits for it."""
@@ -251,7 +262,7 @@ class WorkerQueue:
             pipe.set(keys.answer, raw, px=int(self._keep_s * 1000))
             pipe.zadd(ANSWERS, {f"{len(raw)} {keys.answer}": time.time() + self._keep_s})
             pipe.incrby(ANSWER_BYTES, len(raw))
-            pipe.unlink(keys.request)
+            pipe.unlink(keys.head, keys.tensors)
             pipe.lrem(TAKEN + worker_id, 1, order.entry.decode())
             pipe.publish(channel_name(order.id), SIGNAL)
             pipe.execute()
@@ -261,7 +272,7 @@ class WorkerQueue:
         entries: Any = self._redis.lrange(TAKEN + worker_id, 0, -1)
         for entry in entries:
             refusal = unavailable("loss_worker_died", "the worker that computed this died; send the request again")
-            self.answer(worker_id, Taken(*_whose(entry), b"", entry), refusal)
+            self.answer(worker_id, Taken(*_whose(entry), Parcel(b"", b""), entry), refusal)
         return len(entries)
 
     def leave(self) -> None:

@@ -4,17 +4,17 @@ Whatever leaves the waiting list, and every answer that goes, is taken off its s
 what was lost between two commands does not count for ever.
 """
 
-# Answers {1, whether to ring} or, when too much is held, {0, bytes that are held}; the request was set before.
+# Answers {1, whether to ring} or, when too much is held, {0, bytes that are held}; the order's parts were set before.
 ADMIT = """
-local waiting, bytes, answers, answer_bytes, listening, rung, request, state = unpack(KEYS)
+local waiting, bytes, answers, answer_bytes, listening, rung, head, tensors, state = unpack(KEYS)
 local entry, size, limit, now, keep_ms, deadline, ring_ms = unpack(ARGV)
 while true do
-  local head = redis.call('LINDEX', waiting, 0)
-  if not head then redis.call('DEL', bytes) break end
-  local head_size, head_deadline = string.match(head, '^%S+ %S+ (%d+) (%S+)$')
-  if tonumber(head_deadline) > tonumber(now) then break end
+  local first = redis.call('LINDEX', waiting, 0)
+  if not first then redis.call('DEL', bytes) break end
+  local first_size, first_deadline = string.match(first, '^%S+ %S+ (%d+) (%S+)$')
+  if tonumber(first_deadline) > tonumber(now) then break end
   redis.call('LPOP', waiting)
-  redis.call('DECRBY', bytes, head_size)
+  redis.call('DECRBY', bytes, first_size)
 end
 for _, member in ipairs(redis.call('ZRANGEBYSCORE', answers, '-inf', now)) do
   redis.call('ZREM', answers, member)
@@ -23,7 +23,7 @@ end
 if redis.call('ZCARD', answers) == 0 then redis.call('DEL', answer_bytes) end
 local held = tonumber(redis.call('GET', bytes) or 0) + tonumber(redis.call('GET', answer_bytes) or 0)
 if held > 0 and held + tonumber(size) > tonumber(limit) then
-  redis.call('UNLINK', request)
+  redis.call('UNLINK', head, tensors)
   return {0, held}
 end
 redis.call('RPUSH', waiting, entry)

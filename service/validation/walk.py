@@ -7,6 +7,7 @@ tells them from keys.
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -61,18 +62,25 @@ def walk(annotation: Any, loc: tuple[int | str, ...], pointer: str = "") -> Plac
 
 def legal_elsewhere(root: Any, key: str) -> str | None:
     """The shallowest place below `root` where a key of this name is legal: its pointer, and in a union beside which kind."""
+    return _legal_places(root).get(key)
+
+
+@cache
+def _legal_places(root: Any) -> dict[str, str]:
+    """Every name that is a key somewhere below `root`, and its shallowest place."""
+    places: dict[str, str] = {}
     queue: list[tuple[str, Any]] = [("", root)]
     for pointer, annotation in queue:
         _, discriminator = _members(annotation)
         for model in _models(annotation):
             fields = _fields(model)
-            if key in fields:
-                tags = _tags(model, discriminator) if discriminator else ()
-                beside = f" of {discriminator} {' or '.join(map(str, tags))}" if tags else ""
-                return f"{pointer}/{escape(key)}{beside}"
+            tags = _tags(model, discriminator) if discriminator else ()
+            beside = f" of {discriminator} {' or '.join(map(str, tags))}" if tags else ""
+            for name in fields:
+                places.setdefault(name, f"{pointer}/{escape(name)}{beside}")
             if len(queue) < MAX_SEARCHED:
                 queue += [(f"{pointer}/{escape(name)}", _annotation(field)) for name, field in fields.items()]
-    return None
+    return places
 
 
 def pointer_of(annotation: Any, path: str) -> str:

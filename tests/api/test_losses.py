@@ -25,7 +25,7 @@ from redis.client import Pipeline
 from chaos.standin import WORKER, echo, worker
 from service.api.arrays import parse_arrays
 from service.api.examples import LOSS_REQUEST
-from service.losses.orders import Order, answered, unavailable
+from service.losses.orders import Order, Parcel, answered, unavailable
 from service.losses.queue import ANSWER_BYTES, BYTES, LISTENING, PREFIX, RUNG, WAITING, WorkerQueue
 from service.losses.tensors import Tensor, decode, encode
 from service.settings import Settings
@@ -557,8 +557,8 @@ def test_what_a_worker_had_in_hand_comes_again(api, client, store):
     url = post(client, wait=None).headers["location"]
     first = queue.take(WORKER, 5, 64)
     again = queue.take(WORKER, 5, 64)
-    assert [one.raw for one in again] == [one.raw for one in first]
-    queue.answer(WORKER, again[0], echo(Order.decode(again[0].raw)))
+    assert [one.parcel for one in again] == [one.parcel for one in first]
+    queue.answer(WORKER, again[0], echo(Order.decode(again[0].parcel)))
     assert queue.take(WORKER, 0, 64) == []
     assert client.get(url).status_code == 200
     queue.close()
@@ -612,17 +612,34 @@ def test_bodies_are_read_beside_the_event_loop(api, client, standin, monkeypatch
     """A body of a few kilobytes can hold a thousand mistakes, each of which takes a while to explain."""
     threads = []
 
-    def spied(self: Order) -> bytes:
+    def spied(self: Order, body: bytes | None = None) -> Parcel:
         threads.append(threading.current_thread().name)
-        return encode_order(self)
+        return encode_order(self, body)
 
     encode_order = Order.encode
     monkeypatch.setattr(Order, "encode", spied)
-    row = [-0.123456789] * 1000
-    batch = {"log_probs": [row] * 8, "old_log_probs": [row] * 8, "advantages": [1.0] * 8}
-    for body in (LOSS_REQUEST, {"items": [{"objective": "gspo", "batch": batch}]}):
-        assert post(client, body).status_code == 200
-    assert all(name.startswith("AnyIO worker thread") for name in threads), threads
+    row = [-0.123456789] * 100
+    batch = {"log_probs": [row], "old_log_probs": [row], "advantages": [1.0]}
+    assert post(client, {"items": [{"objective": "gspo", "batch": batch}]}).status_code == 200
+    assert post(client, {"items": [{"objective": "gspo", "return": ["ratio"] * 50, "batch": batch}] * 8}).status_code == 200
+    many = {"items": [{"objective": "gspo", "return": ["ratio"] * 50, "seed": n} for n in range(3)]}
+    sound, _ = decode(in_tensors())
+    each = {f"{n}/{name.removeprefix('0/')}": one for n in range(3) for name, one in sound.items()}
+    assert post(client, encode(each, {"request": json.dumps(many)}), **{"Content-Type": TENSORS}).status_code == 200
+    assert len(threads) == 3 and all(name.startswith("AnyIO worker thread") for name in threads), threads
+
+
+def test_a_short_request_wakes_no_thread(api, client, standin, monkeypatch):
+    threads = []
+    encode_order = Order.encode
+
+    def spied(self: Order, body: bytes | None = None) -> Parcel:
+        threads.append(threading.current_thread().name)
+        return encode_order(self, body)
+
+    monkeypatch.setattr(Order, "encode", spied)
+    assert post(client).status_code == post(client, in_tensors(), **{"Content-Type": TENSORS}).status_code == 200
+    assert len(threads) == 2 and not any(name.startswith("AnyIO worker thread") for name in threads), threads
 
 
 def test_a_long_body_of_json_lets_the_others_in_between(monkeypatch):

@@ -34,7 +34,7 @@ def worker(settings: Settings, reply: Callable[[Order], bytes | None] = echo) ->
     def work() -> None:
         while not stop.is_set():
             for taken in queue.take(WORKER, 0.1, 64):
-                order = Order.decode(taken.raw)
+                order = Order.decode(taken.parcel)
                 seen.append(order)
                 raw = reply(order)
                 if raw is not None:

@@ -13,8 +13,10 @@ from torch.testing import assert_close
 
 from service.jobs.objective import ObjectiveSpec
 from service.jobs.presets import PRESETS
-from service.losses.orders import Answer, Order
+from service.losses.orders import Answer, Order, Parcel
 from service.losses.queue import Taken
+from service.losses.tensors import Tensor as RawTensor
+from service.losses.tensors import encode
 from workers.losses import merge
 from workers.losses.batch import bytes_of, viewed
 from workers.losses.compute import RETURNED, Prepared
@@ -72,8 +74,8 @@ def item(batch: dict[str, Any], objective: Any = "gspo", **options: Any) -> tupl
 def order(*items: tuple[dict[str, Any], dict[str, Tensor]], name: str = "loss_1", all_or_nothing: bool = False) -> Taken:
     entries = [{"index": index, **entry} for index, (entry, _) in enumerate(items)]
     tensors = {f"{index}/{name}": bytes_of(values) for index, (_, sent) in enumerate(items) for name, values in sent.items()}
-    raw = Order(name, "default", 2e9, all_or_nothing, entries, tensors).encode()
-    return Taken(name, "default", raw, name.encode())
+    parcel = Order(name, "default", 2e9, all_or_nothing, entries, tensors).encode()
+    return Taken(name, "default", parcel, name.encode())
 
 
 def answers(*orders: Taken) -> list[Answer]:
@@ -328,10 +330,24 @@ def test_only_what_was_asked_for_is_sent() -> None:
 
 def test_bytes_that_lie_askew_are_read_right() -> None:
     entry, batch = item(WORKED)
-    raw = order((entry, batch)).raw
+    head, raw = order((entry, batch)).parcel
     size = int.from_bytes(raw[:8], "little")
     askew = (size + 3).to_bytes(8, "little") + raw[8 : 8 + size] + b"   " + raw[8 + size :]
-    (answer,) = answers(Taken("loss_1", "default", askew, b""))
+    (answer,) = answers(Taken("loss_1", "default", Parcel(head, askew), b""))
+    assert answer.data[0]["loss"] == result(WORKED)["loss"]
+
+
+def test_tensors_of_a_refused_item_travel_along_and_are_not_looked_at() -> None:
+    """A body of safetensors goes on as it came."""
+    head, _ = order(item(WORKED)).parcel
+    sent = Order.decode(order(item(WORKED)).parcel)
+    refused = {"index": 1, "error": {"code": "dtype_not_taken", "pointer": "/items/1/batch/log_probs", "detail": "F16"}}
+    strange = RawTensor("F16", (3,), memoryview(bytes(6)))
+    raw = encode(sent.tensors | {"1/log_probs": strange}, {"request": "{}"})
+    orders = json.loads(head)
+    orders["items"].append(refused)
+    (answer,) = answers(Taken("loss_1", "default", Parcel(json.dumps(orders).encode(), raw), b""))
+    assert [one["status"] for one in answer.data] == ["ok", "error"]
     assert answer.data[0]["loss"] == result(WORKED)["loss"]
 
 
@@ -412,9 +428,10 @@ def test_who_fails_fails_alone(monkeypatch: pytest.MonkeyPatch, caplog: pytest.L
     broken = item(WORKED)
     broken[0]["objective"] = {**broken[0]["objective"], "ratio": {"kind": "nonsense"}}
     refused = item({**WORKED, "old_log_probs": [[math.nan] * 4, [-1.0] * 3]})
+    whole = order(item(WORKED)).parcel
     orders = [
         order(item(WORKED), name="first"),
-        Taken("torn", "default", order(item(WORKED)).raw[:50], b""),
+        Taken("torn", "default", Parcel(whole.head, whole.tensors[:50]), b""),
         order(broken, name="broken"),
         order(item(WORKED, seed=13), item(WORKED), name="raising"),
         order(refused, item(WORKED), name="refused"),
@@ -444,7 +461,7 @@ def test_out_of_memory_is_answered(error: Exception, monkeypatch: pytest.MonkeyP
 
 
 def test_an_order_whose_time_is_over_is_not_computed(batches: list[int]) -> None:
-    late = Order(**{**vars(Order.decode(order(item(WORKED)).raw)), "deadline": 1.0}).encode()
+    late = Order(**{**vars(Order.decode(order(item(WORKED)).parcel)), "deadline": 1.0}).encode()
     (answer,) = answers(Taken("loss_1", "default", late, b""))
     assert answer.outcome == "unavailable" and not batches
 

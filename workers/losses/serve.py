@@ -17,7 +17,7 @@ import torch
 
 from service.losses.orders import Order, answered, unavailable
 from service.losses.queue import Taken, WorkerQueue
-from service.losses.tensors import Tensors
+from service.losses.tensors import Tensor, Tensors
 from service.memory import keep_freed_memory
 from service.settings import get_settings
 from workers.identity import WORKER_ID
@@ -168,17 +168,17 @@ class Round:
 
 def open_order(taken: Taken) -> _Open:
     """Raises whatever the bytes make it raise: they were written by the API, so none of it is expected."""
-    order = Order.decode(taken.raw)
-    sent: dict[int, dict[str, torch.Tensor]] = {}
+    order = Order.decode(taken.parcel)
+    sent: dict[int, dict[str, Tensor]] = {}
     for name, raw in order.tensors.items():
         index, _, name_in_batch = name.partition("/")
-        sent.setdefault(int(index), {})[name_in_batch] = viewed(raw)
+        sent.setdefault(int(index), {})[name_in_batch] = raw
     opened = _Open(taken, order, {}, {})
     for place, entry in enumerate(order.items):
         if "error" in entry:
             opened.done[place] = Answer({"status": "error", **entry})
         else:
-            opened.items[place] = read(entry, sent[entry["index"]])
+            opened.items[place] = read(entry, {name: viewed(raw) for name, raw in sent[entry["index"]].items()})
     return opened
 
 
