@@ -84,9 +84,9 @@ class InProcess(Ratchet):
 
     def losses_safetensors(self, body: bytes, *, wait_s: float = 30.0) -> bytes:
         order = _order(body, TENSORS, "loss_here", "default", time.time() + wait_s)
-        answers: list[bytes] = []
-        Round([Taken("loss_here", "default", order, b"")], lambda taken, raw: answers.append(raw)).run()
-        return answers[0]
+        answers: list[tuple[Taken, bytes]] = []
+        Round([Taken("loss_here", "default", order, b"")], answers.extend).run()
+        return answers[0][1]
 
 
 def through(ratchet: Ratchet, sent: Batch) -> Tensor:

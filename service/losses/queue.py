@@ -17,7 +17,7 @@ The API's half is asynchronous, the worker's is not. Whatever is lost in here co
 """
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, NamedTuple, Self
 
@@ -255,24 +255,24 @@ class WorkerQueue:
         pairs = zip(entries, parcels, strict=True)
         return [Taken(*_whose(entry), parcel, entry) for entry, parcel in pairs if parcel is not None]
 
-    def answer(self, worker_id: str, order: Taken, raw: bytes) -> None:
-        """Leave the answer (see `orders`), and wake whoever waits for it."""
-        keys = Keys.of(order.project, order.id)
+    def answer(self, worker_id: str, answers: Sequence[tuple[Taken, bytes]]) -> None:
+        """Leave the answers (see `orders`), and wake whoever waits for one of them."""
         with self._redis.pipeline(transaction=True) as pipe:
-            pipe.set(keys.answer, raw, px=int(self._keep_s * 1000))
-            pipe.zadd(ANSWERS, {f"{len(raw)} {keys.answer}": time.time() + self._keep_s})
-            pipe.incrby(ANSWER_BYTES, len(raw))
-            pipe.unlink(keys.head, keys.tensors)
-            pipe.lrem(TAKEN + worker_id, 1, order.entry.decode())
-            pipe.publish(channel_name(order.id), SIGNAL)
+            for order, raw in answers:
+                keys = Keys.of(order.project, order.id)
+                pipe.set(keys.answer, raw, px=int(self._keep_s * 1000))
+                pipe.zadd(ANSWERS, {f"{len(raw)} {keys.answer}": time.time() + self._keep_s})
+                pipe.incrby(ANSWER_BYTES, len(raw))
+                pipe.unlink(keys.head, keys.tensors)
+                pipe.lrem(TAKEN + worker_id, 1, order.entry.decode())
+                pipe.publish(channel_name(order.id), SIGNAL)
             pipe.execute()
 
     def give_up(self, worker_id: str) -> int:
         """Answer all that a worker had in hand, which died, with a retryable refusal; how many these were."""
         entries: Any = self._redis.lrange(TAKEN + worker_id, 0, -1)
-        for entry in entries:
-            refusal = unavailable("loss_worker_died", "the worker that computed this died; send the request again")
-            self.answer(worker_id, Taken(*_whose(entry), Parcel(b"", b""), entry), refusal)
+        refusal = unavailable("loss_worker_died", "the worker that computed this died; send the request again")
+        self.answer(worker_id, [(Taken(*_whose(entry), Parcel(b"", b""), entry), refusal) for entry in entries])
         return len(entries)
 
     def leave(self) -> None:

@@ -558,7 +558,7 @@ def test_what_a_worker_had_in_hand_comes_again(api, client, store):
     first = queue.take(WORKER, 5, 64)
     again = queue.take(WORKER, 5, 64)
     assert [one.parcel for one in again] == [one.parcel for one in first]
-    queue.answer(WORKER, again[0], echo(Order.decode(again[0].parcel)))
+    queue.answer(WORKER, [(again[0], echo(Order.decode(again[0].parcel)))])
     assert queue.take(WORKER, 0, 64) == []
     assert client.get(url).status_code == 200
     queue.close()

@@ -38,7 +38,7 @@ def worker(settings: Settings, reply: Callable[[Order], bytes | None] = echo) ->
                 seen.append(order)
                 raw = reply(order)
                 if raw is not None:
-                    queue.answer(WORKER, taken, raw)
+                    queue.answer(WORKER, [(taken, raw)])
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()

@@ -50,7 +50,7 @@ def figures(items: list[tuple[dict[str, Any], dict[str, Tensor]]]) -> list[tuple
     tensors = {f"{i}/{name}": bytes_of(values) for i, (_, batch) in enumerate(items) for name, values in batch.items()}
     raws: list[bytes] = []
     raw = Order("loss_1", "default", 2e9, False, entries, tensors).encode()
-    Round([Taken("loss_1", "default", raw, b"")], lambda _, answer: raws.append(answer)).run()
+    Round([Taken("loss_1", "default", raw, b"")], lambda done: raws.extend(raw for _, raw in done)).run()
     answer = Answer.decode(raws[0])
     assert {entry["status"] for entry in answer.data} == {"ok"}, answer
     gradients = [viewed(answer.tensors[f"{i}/gradients/log_probs"]) for i in range(len(items))]

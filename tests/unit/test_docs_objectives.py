@@ -112,7 +112,7 @@ def test_the_loss_request_is_answered_as_the_page_says():
     sent = check(parse_arrays(body[1].encode()))
     raw = Order("loss_1", "default", 2e9, sent.all_or_nothing, sent.items, sent.tensors).encode()
     raws: list[bytes] = []
-    Round([Taken("loss_1", "default", raw, b"")], lambda _, answer: raws.append(answer)).run()
+    Round([Taken("loss_1", "default", raw, b"")], lambda done: raws.extend(raw for _, raw in done)).run()
     answer = json.loads(answers.as_json(Answer.decode(raws[0])))
     metrics = answer["data"][0].pop("metrics")
     assert {"policy/ratio_mean", "policy/clip_fraction_high"} <= metrics.keys()

@@ -81,9 +81,10 @@ def order(*items: tuple[dict[str, Any], dict[str, Tensor]], name: str = "loss_1"
 def answers(*orders: Taken) -> list[Answer]:
     found: dict[str, bytes] = {}
 
-    def answer(taken: Taken, raw: bytes) -> None:
-        assert taken.id not in found, "answered twice"
-        found[taken.id] = raw
+    def answer(done: Sequence[tuple[Taken, bytes]]) -> None:
+        for taken, raw in done:
+            assert taken.id not in found, "answered twice"
+            found[taken.id] = raw
 
     Round(orders, answer).run()
     return [Answer.decode(found[taken.id]) for taken in orders]
@@ -385,6 +386,14 @@ def test_merged_items_get_what_they_would_get_alone(preset: str, dtype: str, tol
 
 def _tensors(answer: Answer) -> dict[str, Tensor]:
     return {name.removeprefix("0/"): viewed(raw) for name, raw in answer.tensors.items()}
+
+
+def test_what_was_computed_together_is_answered_together() -> None:
+    """And what was refused before anything was computed does not wait for it."""
+    refused, trips = order(item({**WORKED, "old_log_probs": [[math.nan] * 4, [-1.0] * 3]}), name="refused"), []
+    orders = [order(item(WORKED), name="first"), refused, order(item(WORKED), name="second")]
+    Round(orders, lambda done: trips.append([taken.id for taken, _ in done])).run()
+    assert trips == [["refused"], ["first", "second"]]
 
 
 def test_what_differs_is_not_merged(batches: list[int]) -> None:

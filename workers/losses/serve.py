@@ -1,4 +1,4 @@
-"""The loss worker's loop: take all orders that wait, compute them together, answer each as soon as it is done.
+"""The loss worker's loop: take all orders that wait, compute them together, answer them as soon as they are done.
 
 Nothing that is wrong with one order reaches another. One that cannot be read, or whose computation raises, is answered as
 unavailable, so that its caller may try again; the log says which it was and where it stopped, and none of its numbers.
@@ -51,7 +51,7 @@ def serve(queue: WorkerQueue, worker_id: str, *, linger: bool, merging: bool = T
     until = float("inf") if linger else time.monotonic() + SHARED_FOR_S
 
     def work(taken: list[Taken]) -> None:
-        Round(taken, lambda order, raw: queue.answer(worker_id, order, raw), merging=merging).run()
+        Round(taken, lambda answers: queue.answer(worker_id, answers), merging=merging).run()
 
     try:
         while time.monotonic() < until and not queue.is_asked_to_stop(worker_id):
@@ -80,12 +80,16 @@ class _Work(NamedTuple):
     item: Item
 
 
-class Round:
-    """Orders that were taken together. `answer` gets each with its answer; what it raises ends the round."""
+Answers = Sequence[tuple[Taken, bytes]]
 
-    def __init__(self, taken: Sequence[Taken], answer: Callable[[Taken, bytes], None], *, merging: bool = True) -> None:
+
+class Round:
+    """Orders that were taken together. `answer` gets those that were done together with their answers; what it raises ends the
+    round."""
+
+    def __init__(self, taken: Sequence[Taken], answer: Callable[[Answers], None], *, merging: bool = True) -> None:
         self._taken, self._answer, self._merging = list(taken), answer, merging
-        self._answered = set[str]()
+        self._finished, self._answered = list[tuple[Taken, bytes]](), set[str]()
 
     def run(self) -> None:
         """Small items first and together, then large ones, one after the other."""
@@ -93,6 +97,7 @@ class Round:
         for taken in self._taken:
             for work in self._opened(taken):
                 (small if work.item.layout.cells <= merge.SMALL_CELLS else large).append(work)
+        self._send()
         for start in range(0, len(small), TOGETHER):
             self._compute(small[start : start + TOGETHER])
         for work in large:
@@ -123,9 +128,11 @@ class Round:
                 self._settle(work.opened)
             except Exception as error:
                 self._fail(taken, error)
+        self._send()
         alone = [[place] for place in range(len(ready))]
         for group in merge.groups([prepared for _, prepared in ready]) if self._merging else alone:
             self._compute_merged([ready[place] for place in group])
+            self._send()
 
     def _compute_merged(self, group: Sequence[tuple[_Work, Prepared]]) -> None:
         try:
@@ -160,7 +167,13 @@ class Round:
 
     def _finish(self, taken: Taken, raw: bytes) -> None:
         self._answered.add(taken.id)
-        self._answer(taken, raw)
+        self._finished.append((taken, raw))
+
+    def _send(self) -> None:
+        """Answer what was finished since the last time: one trip to Redis for all of it."""
+        if finished := self._finished:
+            self._finished = []
+            self._answer(finished)
 
 
 # ---------------------------------------------------------------- orders to items, answers to bytes
