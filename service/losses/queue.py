@@ -16,6 +16,7 @@
 The API's half is asynchronous, the worker's is not. Whatever is lost in here costs the caller a retryable refusal.
 """
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -100,6 +101,7 @@ class LossQueue:
         )
         self._redis = redis.asyncio.Redis(connection_pool=pool)
         self._pool = pool
+        self._turns = asyncio.Semaphore(CONNECTIONS)  # in order: who waits in the pool is overtaken by whoever comes later
         self._limit = settings.max_waiting_loss_bytes
         self._keep_s = settings.loss_result_ttl_s
 
@@ -117,7 +119,7 @@ class LossQueue:
             deadline,
             int(RING_AGAIN_S * 1000),
         )
-        async with _answering(), self._redis.pipeline(transaction=False) as pipe:
+        async with self._turns, _answering(), self._redis.pipeline(transaction=False) as pipe:
             pipe.set(keys.tensors, parcel.tensors, px=left_ms)
             pipe.set(keys.head, parcel.head, px=left_ms)
             pipe.eval(scripts.ADMIT, len(names), *names, *arguments)
@@ -133,7 +135,7 @@ class LossQueue:
     async def standing(self, project: str, loss_id: str) -> Standing:
         """Where it stands; nothing changes."""
         keys = Keys.of(project, loss_id)
-        async with _answering():
+        async with self._turns, _answering():
             found: list[Any] = await self._redis.mget(keys.answer, keys.state)
         return _standing(found)
 
@@ -141,7 +143,7 @@ class LossQueue:
         """Where it stands; an answer is handed over, and forgotten here."""
         keys = Keys.of(project, loss_id)
         names = (ANSWERS, ANSWER_BYTES, keys.answer, keys.state, keys.handed)
-        async with _answering(), self._redis.pipeline(transaction=False) as pipe:
+        async with self._turns, _answering(), self._redis.pipeline(transaction=False) as pipe:
             pipe.eval(scripts.COLLECT, len(names), *names, HANDED_MS)
             pipe.getdel(keys.handed)  # not from the script: a large text is slow to go through Lua
             deadline, answer = await pipe.execute()
@@ -149,11 +151,11 @@ class LossQueue:
 
     async def must_ring(self) -> bool:
         """Whether something waits that no worker looks for, and nobody rang a moment ago."""
-        async with _answering():
+        async with self._turns, _answering():
             return bool(await self._redis.eval(scripts.RING, 3, WAITING, LISTENING, RUNG, int(RING_AGAIN_S * 1000)))
 
     async def worker_was_seen(self) -> bool:
-        async with _answering():
+        async with self._turns, _answering():
             return bool(await self._redis.exists(SEEN))
 
     async def close(self) -> None:

@@ -1,5 +1,6 @@
 """Loss requests over HTTP, as far as the API decides: a stand-in on the real Redis takes the orders and answers them."""
 
+import asyncio
 import json
 import os
 import shutil
@@ -25,8 +26,9 @@ from redis.client import Pipeline
 from chaos.standin import WORKER, echo, worker
 from service.api.arrays import parse_arrays
 from service.api.examples import LOSS_REQUEST
+from service.losses import queue as queue_of_losses
 from service.losses.orders import Order, Parcel, answered, unavailable
-from service.losses.queue import ANSWER_BYTES, BYTES, LISTENING, PREFIX, RUNG, WAITING, WorkerQueue
+from service.losses.queue import ANSWER_BYTES, BYTES, LISTENING, PREFIX, RUNG, WAITING, LossQueue, WorkerQueue
 from service.losses.tensors import Tensor, decode, encode
 from service.settings import Settings
 
@@ -606,6 +608,25 @@ def test_a_stopping_server_holds_nobody(serve, settings):
 
 
 # ---------------------------------------------------------------- others get their turn
+
+
+def test_whoever_waits_for_redis_is_not_overtaken(api, monkeypatch):
+    """With more requests than connections a pool serves who comes at the right moment, and some wait for ever."""
+    monkeypatch.setattr(queue_of_losses, "CONNECTIONS", 1)
+    served = []
+
+    async def ask(name: str, times: int) -> None:
+        for _ in range(times):
+            await queue.standing("default", "loss_none")
+            served.append(name)
+
+    async def all_at_once() -> None:
+        await asyncio.gather(ask("greedy", 20), *(ask(f"patient {n}", 1) for n in range(10)))
+        await queue.close()
+
+    queue = LossQueue(api.settings)
+    asyncio.run(all_at_once())
+    assert served[:11] == ["greedy", *(f"patient {n}" for n in range(10))]
 
 
 def test_bodies_are_read_beside_the_event_loop(api, client, standin, monkeypatch):
