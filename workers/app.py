@@ -103,6 +103,9 @@ class Parent:
         self._minder.stop()
         self._reconciler.stop()
         self._thread.join(timeout=10)
+        if self.settings.serves != "training":
+            with suppress(redis.RedisError):
+                self._losses.goodbye(self.id)
         lease.goodbye(self.store, self.id)
 
     def _ask_for_job(self) -> None:
@@ -140,7 +143,19 @@ class Parent:
                 lease.seen(self.store, self._row())
             except Exception:  # the store is away: said again in ten seconds
                 log.warning("could not say that this worker lives", exc_info=True)
+            if self.settings.serves != "training":
+                self._say_alive()
             self._stop.wait(SEEN_EVERY_S)
+
+    def _say_alive(self) -> None:
+        """To those who serve losses; what a dead one of them had in hand is computed by whoever is rung."""
+        try:
+            back = self._losses.alive(self.id)
+        except redis.RedisError:
+            return  # nobody can be asked for anything meanwhile
+        if back:
+            log.warning("%d loss requests were in the hands of a worker that died; they are in line again", back)
+            self.doorbell.ring_losses()
 
     def _row(self) -> Worker:
         return Worker(

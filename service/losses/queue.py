@@ -7,6 +7,7 @@
     {project}:{id}:handed    the same for the moment in which it is handed over
     waiting, bytes           entries "id project size deadline" in order of arrival, and the sum of their sizes
     taken:{worker}           entries that a worker has in hand
+    workers                  who works here, scored by when they said so last
     answers, answer_bytes    answers that are kept: members "size key" scored by their expiry, and the sum of their sizes
     listening                a worker is in its loop and will look by itself: no ring is needed
     rung                     somebody rang a moment ago
@@ -35,12 +36,13 @@ from service.settings import Settings
 
 PREFIX = "ratchet:losses:"
 WAITING, BYTES, ANSWERS, ANSWER_BYTES = (PREFIX + name for name in ("waiting", "bytes", "answers", "answer_bytes"))
-LISTENING, RUNG, SEEN = (PREFIX + name for name in ("listening", "rung", "seen"))
+LISTENING, RUNG, SEEN, WORKERS = (PREFIX + name for name in ("listening", "rung", "seen", "workers"))
 TAKEN, STOP = PREFIX + "taken:", PREFIX + "stop:"
 
 BLOCK_S = 5.0  # the longest that `take` waits
 LISTENS_FOR_S = 10.0  # longer than that, and than most batches take
 SEEN_FOR_S = 600
+ALIVE_FOR_S = 25  # without a word for so long, a worker that should say one every ten seconds is dead
 STOP_FOR_S = 3600
 RING_AGAIN_S = 2.0
 READ_BYTES = 4 * 2**20  # of one read: redis-py's 64 KiB make a large order several times as dear
@@ -276,6 +278,17 @@ class WorkerQueue:
         refusal = unavailable("loss_worker_died", "the worker that computed this died; send the request again")
         self.answer(worker_id, [(Taken(*_whose(entry), Parcel(b"", b""), entry), refusal) for entry in entries])
         return len(entries)
+
+    def alive(self, worker_id: str) -> int:
+        """Say so, every ten seconds. Orders in the hands of workers that said nothing for long are put back in line; how many
+        these were. A worker that died with its parent, which would have said it, costs its callers time and no answer.
+        """
+        names = (WAITING, BYTES, WORKERS)
+        return int(self._redis.eval(scripts.ALIVE, len(names), *names, worker_id, ALIVE_FOR_S, TAKEN))  # pyright: ignore[reportArgumentType]
+
+    def goodbye(self, worker_id: str) -> None:
+        """This worker ends; were anything still in its hand, the next word of another one puts it back."""
+        self._redis.zadd(WORKERS, {worker_id: 0})
 
     def leave(self) -> None:
         """From now on rings are needed. Another worker that is still in its loop says otherwise at its next `take`."""

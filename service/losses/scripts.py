@@ -69,3 +69,23 @@ if size > 0 then
 end
 return deadline
 """
+
+# ARGV: a worker that lives, after how many seconds without a word one does not, and what its hand's key begins with. What those
+# who do not live had in hand goes back to the head of the line, in its order. Answers how much.
+ALIVE = """
+local waiting, bytes, workers = unpack(KEYS)
+local worker, patience, prefix = unpack(ARGV)
+local now = tonumber(redis.call('TIME')[1])
+redis.call('ZADD', workers, now, worker)
+local back = 0
+for _, gone in ipairs(redis.call('ZRANGEBYSCORE', workers, '-inf', now - tonumber(patience))) do
+  while true do
+    local entry = redis.call('LMOVE', prefix .. gone, waiting, 'RIGHT', 'LEFT')
+    if not entry then break end
+    redis.call('INCRBY', bytes, string.match(entry, '^%S+ %S+ (%d+) '))
+    back = back + 1
+  end
+  redis.call('ZREM', workers, gone)
+end
+return back
+"""

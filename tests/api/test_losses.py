@@ -28,7 +28,18 @@ from service.api.arrays import parse_arrays
 from service.api.examples import LOSS_REQUEST
 from service.losses import queue as queue_of_losses
 from service.losses.orders import Order, Parcel, answered, unavailable
-from service.losses.queue import ANSWER_BYTES, BYTES, LISTENING, PREFIX, RUNG, WAITING, LossQueue, WorkerQueue
+from service.losses.queue import (
+    ALIVE_FOR_S,
+    ANSWER_BYTES,
+    BYTES,
+    LISTENING,
+    PREFIX,
+    RUNG,
+    WAITING,
+    WORKERS,
+    LossQueue,
+    WorkerQueue,
+)
 from service.losses.tensors import Tensor, decode, encode
 from service.settings import Settings
 
@@ -550,6 +561,36 @@ def test_a_worker_that_died_is_told_of(api, client, store):
         assert queue.give_up(WORKER) == 1
         assert unavailable_now(future.result(timeout=10)) == "loss_worker_died"
     assert queue.give_up(WORKER) == 0
+    queue.close()
+
+
+def test_what_a_dead_worker_had_in_hand_is_put_back_in_line(api, client, store):
+    """It died with its parent, which would have said so."""
+    queue, dead, living = WorkerQueue(api.settings), "wrk_dead", WORKER
+    urls = [post(client, wait=None).headers["location"] for _ in range(3)]
+    assert queue.alive(dead) == 0
+    first = queue.take(dead, 5, 2)
+    assert len(first) == 2 and store.llen(WAITING) == 1
+    assert queue.alive(living) == 0, "it may be at work on them"
+    said = store.zscore(WORKERS, dead)
+    store.zadd(WORKERS, {dead: said - ALIVE_FOR_S - 1})
+    held = int(store.get(BYTES))
+    assert queue.alive(living) == 2 and int(store.get(BYTES)) == held + sum(one.parcel.size for one in first)
+    assert queue.alive(living) == 0 and store.zrange(WORKERS, 0, -1) == [living.encode()]
+    again = queue.take(living, 5, 64)
+    assert [one.id for one in again] == [url.rpartition("/")[2] for url in urls], "in the order in which they came"
+    queue.answer(living, [(one, echo(Order.decode(one.parcel))) for one in again])
+    assert all(client.get(url).status_code == 200 for url in urls)
+    assert not store.exists(BYTES, WAITING)
+    queue.close()
+
+
+def test_what_an_ending_worker_left_in_hand_goes_to_the_next_at_once(api, client, store):
+    queue = WorkerQueue(api.settings)
+    post(client, wait=None)
+    assert queue.alive("wrk_ending") == 0 and len(queue.take("wrk_ending", 5, 64)) == 1
+    queue.goodbye("wrk_ending")
+    assert queue.alive(WORKER) == 1 and len(queue.take(WORKER, 5, 64)) == 1
     queue.close()
 
 
