@@ -22,13 +22,13 @@ import uvicorn
 from pydantic import SecretStr
 
 from service.app import create_app
-from service.losses.queue import TAKEN
+from service.losses.queue import TAKEN, WORKERS
 from service.settings import Settings
 from workers.app import queues
 
 KEY = "tml-0123456789abcdefghijklmnopqrstuvwxyzABCDEFG"
 TENSORS = "application/vnd.safetensors"
-TIME_LIMIT_S = 8.0
+TIME_LIMIT_S = 15.0  # longer than it takes until a worker says again that it lives
 RETURN = ["gradients", "log_importance_ratio", "ratio", "clipped", "token_loss", "weights"]
 WORKED = {
     "objective": {"preset": "gspo", "surrogate": {"clip_low": 3e-4, "clip_high": 4e-4}},
@@ -216,6 +216,21 @@ def test_a_child_that_is_killed_with_requests_in_hand_is_said_to_be_at_once(loss
     losses.until_at_work()
     assert losses.post(WORKED).json()["data"][0]["loss"] == pytest.approx(LOSS)
     assert losses.in_hand() == 0
+
+
+def test_what_a_worker_that_is_gone_had_in_hand_is_computed_by_another(losses: Losses) -> None:
+    """The hand of this worker's child becomes that of one that died with its parent, long ago."""
+    with ThreadPoolExecutor(1) as pool:
+        request = losses.hold(pool)
+        with losses.redis.client() as client:
+            (hand,) = client.scan_iter(f"{TAKEN}*")
+            client.rename(hand, f"{TAKEN}wrk_gone")
+            client.zadd(WORKERS, {"wrk_gone": 0})
+        os.kill(losses.child(), signal.SIGKILL)  # it may have read what it was given
+        answer = request.result(TIME_LIMIT_S + 10)
+    assert answer.status_code == 200, answer.text + losses.stack.logs()
+    assert answer.json()["data"][0]["loss"] == pytest.approx(LOSS)
+    losses.until_at_work()
 
 
 def test_a_stopping_worker_leaves_promptly_and_the_next_one_takes_over(losses: Losses) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from workers.objectives import covariance
-from workers.objectives.tensors import bounded_exp, clamped, flag, number
+from workers.objectives.tensors import bounded_exp, clamped, flag
 
 
 @dataclass(frozen=True)
@@ -178,8 +178,8 @@ SURROGATES: dict[str, Callable[..., TokenLoss]] = {
 
 
 def _by_sign(condition: Tensor, then: float, otherwise: float, like: Tensor) -> Tensor:
-    """torch.where of two numbers in the dtype of `like`."""
-    return torch.where(condition, *(number(value, like.dtype, like.device) for value in (then, otherwise)))
+    """torch.where of two numbers in the dtype of `like`; of bare numbers it would be float32."""
+    return like.new_full(condition.shape, otherwise).masked_fill_(condition, then)
 
 
 def _pick_drawn(

@@ -6,14 +6,12 @@ integers, times 1 or 0, are what they were, or 0, were they NaN.
 """
 
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 MAX_LOG_RATIO = 20.0  # exp(20) is 5e8: far beyond every clip, and its square is still finite in float32
-FEW = 2**12  # numbers: of so few a call into torch costs more than what it does, and fewer calls are faster
 BLOCK = 2**17  # cells: temporaries are half a megabyte, and a call into torch costs little beside the work on them
 
 
@@ -34,8 +32,8 @@ def ones_of(mask: Tensor) -> Tensor:
 
 def neutral(values: Tensor, mask: Tensor) -> Tensor:
     """`values` where the mask is set, 0 elsewhere: what stands behind the mask, NaN too, has no effect. Without a graph."""
-    if values.shape != mask.shape or values.dtype not in INTEGERS or values.numel() <= FEW:
-        return torch.where(mask if mask.dtype == torch.bool else mask != 0, values.detach(), 0.0)
+    if values.shape != mask.shape or values.dtype not in INTEGERS:
+        return torch.where(mask, values.detach(), 0.0)
     return cleared(values, ones_of(mask))
 
 
@@ -90,16 +88,8 @@ def flag(compare: Callable[..., Tensor], a: Tensor, b: Tensor | float) -> Tensor
     return compare(a.detach(), b, out=torch.empty(shape, dtype=a.dtype, device=a.device))
 
 
-@lru_cache(maxsize=64)
-def number(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """As a tensor without dimensions; not to be written to. In torch.where bare numbers would be float32."""
-    return torch.full((), value, dtype=dtype, device=device)
-
-
 def clamped(values: Tensor, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """torch.clamp between tensors that broadcast against `values`, and where it was below and above them (1 and 0)."""
-    if values.numel() <= FEW:
-        return torch.clamp(values, lower, upper), flag(torch.lt, values, lower), flag(torch.gt, values, upper)
     return _Clamped.apply(values, lower, upper)  # pyright: ignore[reportReturnType]
 
 
