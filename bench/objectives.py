@@ -9,14 +9,16 @@ the same tensors, the mask in the type that each is fastest with, and values and
 With metrics, they are read. What ours computes once an optimizer step (`prepare`: the aggregation weights) is a column of its
 own. As in a loss worker, freed memory stays in the process, for all of them.
 
-Time: every formula has its turn in every round, and medians are compared, for other work on the machine disturbs all of them
-(on a machine that is never idle, --best compares the shortest times).
+Time: every formula has its turn in every round, in an order that is drawn anew (who comes after a big one finds cold caches),
+and medians are compared, for other work on the machine disturbs all of them (on a machine that is never idle, --best compares
+the shortest times).
 Memory: the peak of what the allocator had handed out beyond what was there before, as torch.profiler records it.
 """
 
 import argparse
 import os
 import platform
+import random
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -271,9 +273,9 @@ def times(case: Case, b: Batch, budget_s: float, typical: Callable[[list[float]]
     work: dict[str, Callable[[], object]] = {name: step(loss) for name, loss in formulas(case, b).items()}
     work["prepare"] = ours(case, b)[2]
     taken: dict[str, list[float]] = {name: [] for name in work}
-    end = time.perf_counter() + budget_s
+    order, end = random.Random(0), time.perf_counter() + budget_s
     while len(taken["prepare"]) < TURNS or time.perf_counter() < end:
-        for name, run in work.items():
+        for name, run in order.sample(list(work.items()), len(work)):
             taken[name].append(seconds_of(run))
     return {name: typical(each[1:]) for name, each in taken.items()}  # the first turn warms up
 

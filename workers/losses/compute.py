@@ -134,7 +134,7 @@ def _prepared(item: Item, objective: Objective, facts: _Facts, found: Findings) 
     )
     tensors, metrics, log_probs = step.rows(), step.metrics, layout.pad(sent["log_probs"])
     if weights is not None:
-        tensors |= {"weights": weights, "row_weights": None}
+        tensors |= {"weights": weights, "row_weights": weights.sum(dim=1)}
     if rewards is not None and group_ids is not None:
         metrics = metrics + objective.group_metrics(rewards, group_ids, valid_B)
     if objective.surrogate_kind in PICKS:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from workers.objectives.tensors import group_indices, group_sum, ones_of, tokens_of
+from workers.objectives.tensors import cleared, group_indices, group_sum, ones_of, tokens_of
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def weights(
     dtype: torch.dtype = torch.float32,
     **parameters: float | None,
 ) -> Tensor:
-    """The weights [B, T] of a whole optimizer step, 0 where masked; float64 inside.
+    """The weights [B, T] of a whole optimizer step, 0 where masked; float64 inside. The mask is boolean, or ones in integers.
 
     `length_power` multiplies each row's weight by n_i to that power (LUSPO, arXiv 2602.05261: 1). `longest` is the longest
     possible answer, by default T.
@@ -94,4 +94,4 @@ def weights(
     weights_B = AGGREGATES[kind](counts, **parameters)
     if length_power:
         weights_B = weights_B * tokens_B.clamp(min=1).pow(length_power)
-    return torch.mul(ones_of(mask_B_T), weights_B.to(dtype).unsqueeze(1))
+    return cleared(weights_B.to(dtype).unsqueeze(1).expand(mask_B_T.shape), ones_of(mask_B_T, dtype))

@@ -24,7 +24,7 @@ float32 or better. Inside, a quantity that is constant over a sequence stays [B,
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -36,7 +36,7 @@ from workers.objectives.moved import Moved, needed
 from workers.objectives.outputs import LossOutputs
 from workers.objectives.ratio import RATIOS, Answers, chunks
 from workers.objectives.surrogate import PICKS, SURROGATES, Terms
-from workers.objectives.tensors import bounded_exp, by_column, neutral, tokens_of
+from workers.objectives.tensors import bounded_exp, by_column, cleared, neutral, ones_of, tokens_of
 
 
 @dataclass(frozen=True)
@@ -136,17 +136,6 @@ class Objective:
 
     # ------------------------------------------------------------ once an optimizer step
 
-    def weights(
-        self,
-        response_mask: Tensor,
-        group_ids: Tensor | None = None,
-        longest: float | None = None,
-        dtype: torch.dtype = torch.float32,
-    ) -> Tensor:
-        """Aggregation weights [B, T] of a whole optimizer step. `longest`: tokens of the longest possible answer."""
-        mask = response_mask.bool()
-        return aggregate.weights(mask, group_ids_B=group_ids, longest=longest, dtype=dtype, **self.aggregate_axis)
-
     @torch.no_grad()
     def prepare(
         self,
@@ -176,17 +165,21 @@ class Objective:
         if dtype is None:
             first = next((values for values in given.values() if values is not None), advantages)
             dtype = torch.promote_types(first.dtype, torch.float32)
-        counted = mask if selected is None else mask & selected.bool()
-        weights = self.weights(counted, group_ids, longest, dtype)
-        lengths_B = tokens_of(mask)
+        ones = ones_of(mask, dtype)
+        counted = ones if selected is None else ones_of(mask & selected.bool(), dtype)
+        lengths_B = tokens_of(ones).to(dtype)
+        counts_B = lengths_B if selected is None else tokens_of(counted).to(dtype)
+        weights = aggregate.weights(counted, group_ids_B=group_ids, longest=longest, dtype=dtype, **self.aggregate_axis)
+        advantages = self._of_counted(advantages.to(dtype), counted, counts_B)
         metrics.add("sum", "batch/masked_rows", lengths_B == 0)
         tensors: dict[str, Tensor | None] = {
             **given,
             "advantages": advantages,
             "response_mask": mask,
+            "ones": ones,
             "weights": weights,
-            "lengths": lengths_B,
-            "counts": lengths_B if selected is None else tokens_of(counted),
+            "lengths": lengths_B.clamp(min=1),
+            "counts": counts_B,
             "row_weights": weights.sum(dim=1),
             "segment_ids": segment_ids,
             "entropy": entropy,
@@ -194,6 +187,10 @@ class Objective:
             "picked": self._picked(old_log_probs, advantages, weights, seed),
         }
         return Step(tensors, metrics)
+
+    def _of_counted(self, advantages: Tensor, counted_B_T: Tensor, counts_B: Tensor) -> Tensor:
+        """0 where nothing counts."""
+        return torch.where(counts_B > 0, advantages, 0.0) if advantages.dim() == 1 else cleared(advantages, counted_B_T)
 
     def _picked(self, old_log_probs: Tensor | None, advantages: Tensor, weights: Tensor, seed: int) -> Tensor | None:
         """Tokens picked by covariance over the whole step, where the surrogate wants that."""
@@ -234,8 +231,12 @@ class Objective:
         log_probs: Tensor,
         *,
         response_mask: Tensor,
+        ones: Tensor,
+        lengths: Tensor,
+        counts: Tensor,
         advantages: Tensor,
         weights: Tensor,
+        row_weights: Tensor,
         old_log_probs: Tensor | None = None,
         rollout_log_probs: Tensor | None = None,
         ref_log_probs: Tensor | None = None,
@@ -243,51 +244,36 @@ class Objective:
         correction: Tensor | None = None,
         picked: Tensor | None = None,
         entropy: Tensor | None = None,
-        lengths: Tensor | None = None,
-        counts: Tensor | None = None,
-        row_weights: Tensor | None = None,
     ) -> tuple[Tensor, LossOutputs]:
         """The rows' share of the step's loss (a scalar with a graph, to be minimised) and what it was made of.
 
-        Raises ValueError when a tensor is missing that an axis needs. Of an empty or fully masked batch the loss is 0, with a
-        graph. Where `weights` is 0 a token only takes part in its sequence's ratio. `lengths` [B] are the tokens of each row
-        under the mask, `counts` [B] those with a weight, `row_weights` [B] the sums of the weights; who does not know them
-        need not give them.
+        The keyword arguments are what `prepare` made: the mask [B, T] in booleans, and in integers of the log-probs' width;
+        `lengths` [B], the tokens of each row under it (of none: 1), `counts` [B], those that count in the loss, `advantages`
+        [B] or [B, T], 0 where nothing counts, `weights` [B, T] and `row_weights` [B], their sums. Raises ValueError when a
+        tensor is missing that an axis needs. Of an empty or fully masked batch the loss is 0, with a graph. Where `weights` is
+        0 a token only takes part in its sequence's ratio.
         """
         others = {"old_log_probs": old_log_probs, "rollout_log_probs": rollout_log_probs, "ref_log_probs": ref_log_probs}
-        moved = Moved(log_probs, others, response_mask.bool())
+        moved = Moved(log_probs, others, response_mask, ones)
         segments = segment_ids if self.chunk is None else chunks(moved.mask, self.chunk)
-        answers = Answers(moved.mask, tokens_of(moved.mask) if lengths is None else lengths, segments)
-        counts_B = tokens_of(weights != 0) if counts is None else counts
-        terms, log_ratio = self._terms(moved, answers, advantages, weights, counts_B, picked)
+        answers = Answers(response_mask, lengths, segments)
+        terms, log_ratio = self._terms(moved, answers, advantages, weights, picked)
         bounded = self.surrogate(terms, **self.surrogate_parameters)
-        bounded = replace(bounded, loss=self._token_loss(bounded.loss, correction, terms, moved, answers))
-        loss_B = self._weighed(bounded.loss, weights, row_weights)
+        token_loss = self._token_loss(bounded.loss, correction, terms, moved, answers)
+        # one loss a sequence is weighed by the sum of its tokens' weights: the same, without a [B, T] of products
+        narrow = token_loss.shape != weights.shape
+        loss_B = token_loss.squeeze(1) * row_weights if narrow else (token_loss * weights).sum(dim=1)
         outputs = LossOutputs(
-            bounded, terms, log_ratio, loss_B, moved=moved, lengths_B=answers.lengths_B, counts_B=counts_B, entropy=entropy
+            token_loss, bounded, terms, log_ratio, loss_B, moved=moved, lengths_B=lengths, counts_B=counts, entropy=entropy
         )
         return loss_B.sum(), outputs
 
-    def _weighed(self, token_loss: Tensor, weights: Tensor, row_weights: Tensor | None) -> Tensor:
-        """[B]. One loss a sequence is weighed by the sum of its tokens' weights: the same, without a [B, T] of products."""
-        if token_loss.shape == weights.shape:
-            return (token_loss * weights).sum(dim=1)
-        return token_loss.squeeze(1) * (weights.sum(dim=1) if row_weights is None else row_weights)
-
     def _terms(
-        self,
-        moved: Moved,
-        answers: Answers,
-        advantages: Tensor,
-        weights: Tensor,
-        counts_B: Tensor,
-        picked: Tensor | None,
+        self, moved: Moved, answers: Answers, advantages: Tensor, weights: Tensor, picked: Tensor | None
     ) -> tuple[Terms, Tensor]:
         """What the surrogate looks at, and the log importance ratio."""
         anchored = not self.ratio.constant or moved.knows(self.anchor)
         delta = moved.less(self.anchor) if anchored else weights.new_zeros(len(weights), 1)
-        advantages = by_column(advantages).to(delta.dtype)
-        narrow = advantages.shape != weights.shape
         log_ratio = self.ratio.pool(delta, answers)
         terms = Terms(
             policy=lambda: moved.less(None),
@@ -296,7 +282,7 @@ class Objective:
             delta=delta,
             ratio=bounded_exp(log_ratio),
             constant=self.ratio.constant,
-            advantages=neutral(advantages, counts_B.unsqueeze(1) > 0 if narrow else weights),
+            advantages=by_column(advantages).to(delta.dtype),
             pool=lambda values: self.ratio.pool(values, answers),
             picked=picked,
         )

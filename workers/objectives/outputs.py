@@ -7,7 +7,7 @@ from torch import Tensor
 
 from workers.objectives.metrics import Metrics, Reductions
 from workers.objectives.moved import Moved
-from workers.objectives.surrogate import Terms, TokenLoss
+from workers.objectives.surrogate import Flags, Terms, TokenLoss, seen
 from workers.objectives.tensors import neutral
 
 
@@ -20,7 +20,8 @@ class LossOutputs:
 
     def __init__(
         self,
-        tokens: TokenLoss,
+        token_loss: Tensor,
+        bounded: TokenLoss,
         terms: Terms,
         log_ratio: Tensor,
         loss_B: Tensor,
@@ -30,18 +31,18 @@ class LossOutputs:
         counts_B: Tensor,
         entropy: Tensor | None,
     ) -> None:
-        self._token_loss = tokens.loss
+        self._token_loss = token_loss
         self._ratio = terms.ratio.detach()
         self._log_ratio = log_ratio
         self._advantages = terms.advantages
-        self._low, self._high, self._dual = tokens.low, tokens.high, tokens.dual
+        self._low, self._high, self._dual = bounded.low, bounded.high, bounded.dual
         self._moved, self._lengths_B, self._counts_B, self._entropy = moved, lengths_B, counts_B, entropy
         self.weights = terms.weights
         self.loss_B = loss_B.detach()
 
     @cached_property
     def nonfinite_rows(self) -> Tensor:
-        return ~self.loss_B.isfinite()
+        return self.loss_B * 0 != 0
 
     @property
     def token_loss(self) -> Tensor:
@@ -77,8 +78,9 @@ class LossOutputs:
     def _counted(self) -> Tensor:
         return self.weights != 0
 
-    def _flag(self, flags: Tensor | None) -> Tensor:
-        return torch.zeros_like(self._moved.mask) if flags is None else flags.bool() & self._counted
+    def _flag(self, flags: Flags) -> Tensor:
+        found = seen(flags)
+        return torch.zeros_like(self._moved.mask) if found is None else found.bool() & self._counted
 
     @cached_property
     @torch.no_grad()
@@ -94,9 +96,9 @@ class LossOutputs:
         metrics.add("sum", "batch/nonfinite_rows", self.nonfinite_rows)
         measured.mean("policy/ratio_mean", self._ratio)
         measured.extremes("policy/ratio", self._ratio)
-        measured.fraction("policy/clip_fraction_low", self._low)
-        measured.fraction("policy/clip_fraction_high", self._high)
-        measured.fraction("policy/clip_fraction_dual", self._dual)
+        measured.fraction("policy/clip_fraction_low", seen(self._low))
+        measured.fraction("policy/clip_fraction_high", seen(self._high))
+        measured.fraction("policy/clip_fraction_dual", seen(self._dual))
         if moved.knows("old_log_probs"):
             measured.kl("policy/approx_kl", moved.value("old_log_probs"), sign=-1)
         if moved.knows("ref_log_probs"):

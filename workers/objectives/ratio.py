@@ -29,7 +29,7 @@ from workers.objectives.tensors import tokens_of
 
 @dataclass(frozen=True)
 class Answers:
-    """Which tokens are answers, how many of them a row has, and what segment each belongs to."""
+    """Which tokens are answers, how many of them a row has (of none: 1), and what segment each belongs to."""
 
     mask_B_T: Tensor
     lengths_B: Tensor
@@ -37,7 +37,7 @@ class Answers:
 
     @classmethod
     def of(cls, mask_B_T: Tensor, segments_B_T: Tensor | None = None) -> "Answers":
-        return cls(mask_B_T, tokens_of(mask_B_T), segments_B_T)
+        return cls(mask_B_T, tokens_of(mask_B_T).clamp(min=1), segments_B_T)
 
 
 Pool = Callable[[Tensor, Answers], Tensor]
@@ -50,7 +50,7 @@ def token(delta_B_T: Tensor, answers: Answers) -> Tensor:
 
 def sequence(delta_B_T: Tensor, answers: Answers) -> Tensor:
     """mean_t d: the geometric mean of the token ratios (GSPO, arXiv 2507.18071, eq. 7)."""
-    return delta_B_T.sum(dim=1, keepdim=True) / answers.lengths_B.clamp(min=1).unsqueeze(1)
+    return delta_B_T.sum(dim=1, keepdim=True) / answers.lengths_B.unsqueeze(1)
 
 
 def sequence_token(delta_B_T: Tensor, answers: Answers) -> Tensor:

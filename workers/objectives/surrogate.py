@@ -6,7 +6,7 @@ p the policy; sg is stop-gradient. "Through r" and "through log p" say where the
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor
@@ -48,15 +48,22 @@ class Terms:
         return self.weights != 0
 
 
+Flags = Tensor | Callable[[], Tensor] | None
+
+
+def seen(flags: Flags) -> Tensor | None:
+    return flags() if callable(flags) and not isinstance(flags, Tensor) else flags
+
+
 @dataclass(frozen=True)
 class TokenLoss:
     """The loss a token, and where it was bounded from below, from above, or by the bound on negative advantages: flags of any
-    type, 1 and 0 in that of the loss being the fastest."""
+    type, 1 and 0 in that of the loss being the fastest, or functions that give them."""
 
     loss: Tensor
-    low: Tensor | None = None
-    high: Tensor | None = None
-    dual: Tensor | None = None
+    low: Flags = None
+    high: Flags = None
+    dual: Flags = None
 
 
 def ppo(t: Terms, *, clip_low: float, clip_high: float, dual_clip: float | None = None) -> TokenLoss:
@@ -66,13 +73,13 @@ def ppo(t: Terms, *, clip_low: float, clip_high: float, dual_clip: float | None 
     by c from above. PPO (arXiv 1707.06347, eq. 7); dual clip (1912.09729).
     """
     r, a = t.ratio, t.advantages
-    lower = _by_sign(a < 0, 1 - clip_low, -torch.inf, r)
+    negative = a < 0
+    lower = _by_sign(negative, 1 - clip_low, -torch.inf, r)
     upper = _by_sign(a > 0, 1 + clip_high, torch.inf if dual_clip is None else dual_clip, r)
     bounded, below, above = clamped(r, lower, upper)
     if dual_clip is None:
         return TokenLoss(-a * bounded, below, above)
-    negative = (a < 0).to(r.dtype)
-    return TokenLoss(-a * bounded, below, above * (1 - negative), above * negative)
+    return TokenLoss(-a * bounded, below, lambda: above() * ~negative, lambda: above() * negative)
 
 
 def two_sided(t: Terms, *, clip_low: float, clip_high: float, delta: float) -> TokenLoss:
@@ -179,7 +186,14 @@ SURROGATES: dict[str, Callable[..., TokenLoss]] = {
 
 def _by_sign(condition: Tensor, then: float, otherwise: float, like: Tensor) -> Tensor:
     """torch.where of two numbers in the dtype of `like`; of bare numbers it would be float32."""
+    if condition.shape[1] == 1:
+        return torch.where(condition, _constant(then, like.dtype, like.device), _constant(otherwise, like.dtype, like.device))
     return like.new_full(condition.shape, otherwise).masked_fill_(condition, then)
+
+
+@cache
+def _constant(number: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.tensor(number, dtype=dtype, device=device)
 
 
 def _pick_drawn(

@@ -25,9 +25,14 @@ def blocks(like_B_T: Tensor) -> list[slice]:
 # ---------------------------------------------------------------- masks
 
 
-def ones_of(mask: Tensor) -> Tensor:
-    """1 where a boolean mask is set (or where a weight is not 0), 0 elsewhere, in integers of some width."""
-    return flag(torch.ne, mask, 0.0).to(torch.int32) if mask.is_floating_point() else mask.view(torch.uint8)
+def ones_of(mask: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """1 where a mask is set (or where a weight is not 0), 0 elsewhere, in integers: of the width of `dtype`, which are cleared
+    by fastest, or of one that costs nothing here."""
+    if mask.is_floating_point():
+        mask = flag(torch.ne, mask, 0.0).to(torch.int32)
+    elif mask.dtype == torch.bool:
+        mask = mask.view(torch.uint8)
+    return mask if dtype is None else mask.to(INTEGERS[dtype])
 
 
 def neutral(values: Tensor, mask: Tensor) -> Tensor:
@@ -43,9 +48,9 @@ def cleared(values: Tensor, ones: Tensor) -> Tensor:
     return (values.view(INTEGERS[values.dtype]) * ones).view(values.dtype)
 
 
-def less(values_B_T: Tensor, other_B_T: Tensor | None, mask_B_T: Tensor, dtype: torch.dtype) -> Tensor:
-    """values - other (None: nothing) where the mask is set, 0 elsewhere, in `dtype`; so is the gradient of `values`. [B, T]"""
-    return _Less.apply(values_B_T, other_B_T, mask_B_T, dtype)  # pyright: ignore[reportReturnType]
+def less(values_B_T: Tensor, other_B_T: Tensor | None, ones_B_T: Tensor, dtype: torch.dtype) -> Tensor:
+    """values - other (None: nothing) where there is a one, 0 elsewhere, in `dtype`; so is the gradient of `values`. [B, T]"""
+    return _Less.apply(values_B_T, other_B_T, ones_B_T, dtype)  # pyright: ignore[reportReturnType]
 
 
 INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64}  # of the same width
@@ -55,22 +60,22 @@ class _Less(torch.autograd.Function):
     """A difference of two tensors under a mask; nothing but the mask is kept for the gradient."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, other: Tensor | None, mask: Tensor, dtype: torch.dtype) -> Tensor:
-        ctx.save_for_backward(mask)
+    def forward(ctx: Any, values: Tensor, other: Tensor | None, ones: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward(ones)
         ctx.dtype = values.dtype
         result = values.to(dtype, copy=True) if other is None else torch.sub(values.to(dtype), other.to(dtype))
-        result.view(INTEGERS[dtype]).mul_(ones_of(mask))
+        result.view(INTEGERS[dtype]).mul_(ones)
         return result
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        (mask,) = ctx.saved_tensors
-        return cleared(grads[0], ones_of(mask)).to(ctx.dtype), None, None, None
+        (ones,) = ctx.saved_tensors
+        return cleared(grads[0], ones).to(ctx.dtype), None, None, None
 
 
 def tokens_of(mask_B_T: Tensor) -> Tensor:
-    """Tokens a row. [B]"""
-    return mask_B_T.view(torch.uint8).sum(dim=1, dtype=torch.int32)
+    """Tokens a row, of a boolean mask or of its ones. [B]"""
+    return ones_of(mask_B_T).sum(dim=1, dtype=torch.int32)
 
 
 # ---------------------------------------------------------------- bounds
@@ -88,14 +93,22 @@ def flag(compare: Callable[..., Tensor], a: Tensor, b: Tensor | float) -> Tensor
     return compare(a.detach(), b, out=torch.empty(shape, dtype=a.dtype, device=a.device))
 
 
-def clamped(values: Tensor, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """torch.clamp between tensors that broadcast against `values`, and where it was below and above them (1 and 0)."""
-    return _Clamped.apply(values, lower, upper)  # pyright: ignore[reportReturnType]
+Flagged = Callable[[], Tensor]
+
+
+def clamped(values: Tensor, lower: Tensor, upper: Tensor) -> tuple[Tensor, Flagged, Flagged]:
+    """torch.clamp between tensors that broadcast against `values`, and where it was below and above them (flags of any type).
+
+    Of a value outside of the bounds the gradient is 0, at a bound it is 1.
+    """
+    if values.shape == lower.shape == (len(values), 1):  # torch's own looks again for the gradient: of many values, too long
+        seen = values.detach()
+        return torch.clamp(values, lower, upper), lambda: seen < lower, lambda: seen > upper
+    bounded, below, above = _Clamped.apply(values, lower, upper)  # pyright: ignore[reportGeneralTypeIssues]
+    return bounded, lambda: below, lambda: above
 
 
 class _Clamped(torch.autograd.Function):
-    """Of a value outside of the bounds the gradient is 0, at a bound it is 1."""
-
     @staticmethod
     def forward(ctx: Any, values: Tensor, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         below, above = flag(torch.lt, values, lower), flag(torch.gt, values, upper)

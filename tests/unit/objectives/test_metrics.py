@@ -152,7 +152,10 @@ def test_only_weights_count_whatever_their_precision(example, make_objective):
             ref_log_probs=old - 0.1,
             dtype=weights_in,
         )
-        _, outputs = objective.loss(example["log_probs"].to(computed_in), **step.rows())
-        found.append(outputs.metrics.finish())
+        log_probs = example["log_probs"].detach().to(computed_in).requires_grad_()
+        loss, outputs = objective.loss(log_probs, **step.rows())
+        loss.backward()
+        assert log_probs.grad is not None
+        found.append({**outputs.metrics.finish(), **dict(enumerate(log_probs.grad.flatten().tolist()))})
     assert found[1] == pytest.approx(found[0], rel=1e-4, abs=1e-6)
     assert found[2] == pytest.approx(found[0], rel=1e-4, abs=1e-6)

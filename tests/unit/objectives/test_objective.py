@@ -104,7 +104,9 @@ def test_selection_comes_before_the_weights(make_objective):
         truncated=torch.tensor([False, True, False, False]),
     )
     assert mask.tolist() == [[True] * 3, [False] * 3, [False] * 3, [False] * 3]
-    assert_close(objective.weights(mask)[0], torch.full((3,), 1 / 3))
+    weights = objective.prepare(response_mask=mask, advantages=torch.ones(4)).tensors["weights"]
+    assert weights is not None
+    assert_close(weights[0], torch.full((3,), 1 / 3))
 
 
 def test_ungraded_samples_are_never_learned_from(make_objective):
