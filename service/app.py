@@ -56,7 +56,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
             limiter = Limiter(settings)
             open_parts.callback(store.close)
             open_parts.callback(doorbell.close)
-            open_parts.callback(limiter.close)
+            open_parts.push_async_callback(limiter.close)
             await run_in_threadpool(ensure_bootstrap_key, store, settings)
             queue = LossQueue(settings)
             open_parts.push_async_callback(queue.close)

@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from secrets import token_hex
 from threading import local
 from urllib.parse import parse_qs, urlsplit
 
@@ -27,6 +28,7 @@ log = logging.getLogger(__name__)
 RING_TASK = "ratchet.train"
 LOSSES_TASK = "ratchet.losses"
 LOSSES_QUEUE = "losses"
+KEYS_EDITION = "ratchet:keys:edition"  # another one after each revocation of an API key
 CLASSES = ("any", "cpu", "gpu")
 TIMEOUT_S = 1.0  # for a connection, and for an answer
 HUSH_S = 10.0  # no signals for so long after one that Redis did not answer: a frozen Redis must not cost a second each
@@ -149,6 +151,15 @@ class Doorbell:
             if isinstance(error, redis.TimeoutError):
                 self._hushed_until = time.monotonic() + HUSH_S
             log.warning("could not signal %s: %s", job_id, error)
+            return False
+        return True
+
+    def keys_changed(self) -> bool:
+        """Begin a new edition of the API keys: nobody goes by what he remembers of them. False when Redis did not take it."""
+        try:
+            self._redis.set(KEYS_EDITION, token_hex(8))
+        except (redis.RedisError, OSError) as error:
+            log.warning("could not say that a key was revoked: %s", error)
             return False
         return True
 

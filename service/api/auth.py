@@ -9,8 +9,10 @@ from typing import Annotated
 from fastapi import Depends, Request, Security
 from fastapi.security import APIKeyHeader, HTTPAuthorizationCredentials, HTTPBearer
 from sqlalchemy.exc import OperationalError
+from starlette.concurrency import run_in_threadpool
 
 from service.api.context import Context, ContextDep
+from service.api.rate import Taken, Turn
 from service.errors import Forbidden, RateLimited, Unauthorized
 from service.ids import utcnow
 from service.store import keys
@@ -56,7 +58,7 @@ class Caller:
         return project
 
 
-def _known(
+async def _known(
     request: Request,
     context: ContextDep,
     credentials: Annotated[HTTPAuthorizationCredentials | None, Security(bearer)],
@@ -68,35 +70,55 @@ def _known(
         raise Unauthorized("no API key came with the request", code="missing_api_key", hint=HINT)
     if not text.startswith(keys.PREFIX) or len(text) > MAX_KEY_LENGTH:
         raise Unauthorized("what came is not an API key: these begin with tml-", code="invalid_api_key", hint=HINT)
-    with context.store.look() as connection:
+    kept = context.keyring.find(text)
+    taken = None if kept is None else await _take_turn(context, kept.key)
+    if kept is None or taken is None or taken.edition != kept.edition:
+        edition = await context.limiter.edition()  # before the key is read: no revocation in between is missed
+        key = await run_in_threadpool(_looked_up, context.store, text)
+        if edition is not None:
+            context.keyring.keep(text, key, edition)
+        taken = taken or await _take_turn(context, key)
+    else:
+        key = kept.key
+        _check_in_force(key, utcnow())
+    if taken.turn is not None:
+        request.scope[ANSWER_HEADERS] = taken.turn.headers
+        _check_turn(taken.turn)
+    return Caller(key.id, key.project, frozenset(key.scopes), key.expires_at)
+
+
+def _looked_up(store: Store, text: str) -> Known:
+    """In a thread. The use is noted here: keys in use are looked up every few seconds."""
+    with store.look() as connection:
         key = keys.known(connection, text)
     if key is None:
         raise Unauthorized("this API key is not known here, or was revoked", code="invalid_api_key", hint=HINT)
     now = utcnow()
+    _check_in_force(key, now)
+    if key.last_used_at is None or key.last_used_at <= now - keys.TOUCH_EVERY:
+        _note_use(store, key, now)
+    return key
+
+
+def _check_in_force(key: Known, now: datetime) -> None:
     if key.expires_at is not None and key.expires_at <= now:
         raise Unauthorized("this API key has expired", code="expired_api_key", hint="ask for a new one")
-    _take_turn(request, context, key)
-    _note_use(context.store, key, now)
-    return Caller(key.id, key.project, frozenset(key.scopes), key.expires_at)
 
 
-def _take_turn(request: Request, context: Context, key: Known) -> None:
-    rate = context.limiter.rate(key.requests_per_s, key.burst)
-    if rate is None:
-        return
-    turn = context.limiter.take(key.id, rate)
-    request.scope[ANSWER_HEADERS] = turn.headers
+async def _take_turn(context: Context, key: Known) -> Taken:
+    return await context.limiter.take(key.id, context.limiter.rate(key.requests_per_s, key.burst))
+
+
+def _check_turn(turn: Turn) -> None:
     if not turn.allowed:
         raise RateLimited(
-            f"this API key may ask {rate.requests_per_s:g} times a second, and {rate.burst} times at once",
+            f"this API key may ask {turn.rate.requests_per_s:g} times a second, and {turn.rate.burst} times at once",
             hint="wait for the seconds of Retry-After, or have a key made with a higher rate",
             retry_after_s=turn.retry_after_s,
         )
 
 
 def _note_use(store: Store, key: Known, now: datetime) -> None:
-    if key.last_used_at is not None and key.last_used_at > now - keys.TOUCH_EVERY:
-        return
     try:
         with store.begin() as session:
             keys.touch(session, key.id, now)

@@ -7,6 +7,7 @@ from typing import Annotated
 from anyio import CapacityLimiter
 from fastapi import Depends, Request
 
+from service.api.keyring import Keyring
 from service.api.limits import OpenAnswers
 from service.api.rate import Limiter
 from service.api.tails import Tails
@@ -30,6 +31,7 @@ class Context:
     open_answers: OpenAnswers
     tails: Tails
     stopping: Event = field(default_factory=Event)  # the server was told to stop: streams and long polls end
+    keyring: Keyring = field(default_factory=Keyring)
     previews: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(PREVIEWS_AT_ONCE))
     conversions: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(CONVERSIONS_AT_ONCE))
 

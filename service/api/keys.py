@@ -144,6 +144,7 @@ def revoke_key(context: ContextDep, caller: AdminDep, key_id: str, query: Annota
         raise Conflict("a key cannot revoke itself", code="own_key", hint="make another key and revoke this one with it")
     with context.store.begin() as session:
         keys.revoke(session, project, key_id)
+    context.doorbell.keys_changed()
 
 
 def _expires_at(caller: Caller, request: KeyRequest) -> datetime | None:

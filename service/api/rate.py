@@ -2,31 +2,39 @@
 
 While Redis is away each process keeps buckets of its own: no request waits for Redis or is lost with it, and the worst that
 happens is that a key gets the rate once from each process.
+
+With the token comes the edition of the keys, which changes whenever one is revoked: see `service.api.keyring`.
 """
 
+import asyncio
 import logging
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import ceil
-from threading import Lock
+from secrets import token_hex
 from time import monotonic
+from typing import Any, NamedTuple
 
 import redis
+import redis.asyncio
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from service.doorbell import redis_py_url
+from service.doorbell import KEYS_EDITION, redis_py_url
 from service.settings import Settings
 
 log = logging.getLogger(__name__)
 
-TIMEOUT_S = 0.25  # for a connection, and for an answer
+TIMEOUT_S = 1.0  # for a connection, and for an answer; shorter, and a busy event loop would be taken for a dead Redis
+CONNECTIONS = 8  # of one API process: a trip takes a fraction of a millisecond
 ASK_AGAIN_S = 5.0  # after Redis did not answer
 MAX_LOCAL = 10_000  # buckets that a process keeps
 
 # Redis' own clock, so that those of the API's machines need not agree. A bucket that is full again is forgotten.
 TAKE = """
+local edition = redis.call('GET', KEYS[2])
+if ARGV[1] == '' then return {edition, 1, '0'} end
 local rate, burst = tonumber(ARGV[1]), tonumber(ARGV[2])
 local time = redis.call('TIME')
 local now = time[1] + time[2] / 1e6
@@ -36,7 +44,7 @@ local tokens = math.min(burst, (tonumber(kept[1]) or burst) + passed * rate)
 local taken = tokens >= 1 and 1 or 0
 redis.call('HSET', KEYS[1], 'tokens', string.format('%.9f', tokens - taken), 'at', string.format('%.6f', now))
 redis.call('PEXPIRE', KEYS[1], math.ceil(burst / rate * 1000) + 1000)
-return {taken, string.format('%.9f', tokens - taken)}
+return {edition, taken, string.format('%.9f', tokens - taken)}
 """
 
 
@@ -69,17 +77,30 @@ class Turn:
         return {"RateLimit-Policy": f'"key";q={self.rate.burst};w={full_s}', "RateLimit": f'"key";r={int(self.tokens)};t={t}'}
 
 
+class Taken(NamedTuple):
+    """`turn`: None where the key has no limit. `edition`: of the keys; None where Redis did not say."""
+
+    turn: Turn | None
+    edition: bytes | None
+
+
 class Limiter:
-    """Safe to share between threads."""
+    """For the event loop's thread only."""
 
     def __init__(self, settings: Settings, clock: Callable[[], float] = monotonic) -> None:
         self._default = Rate(settings.key_requests_per_s, settings.key_burst) if settings.key_requests_per_s else None
-        url = redis_py_url(settings.redis_url.get_secret_value())
-        self._redis = redis.Redis.from_url(
-            url, socket_timeout=TIMEOUT_S, socket_connect_timeout=TIMEOUT_S, retry=Retry(NoBackoff(), 0)
+        pool = redis.asyncio.BlockingConnectionPool.from_url(
+            redis_py_url(settings.redis_url.get_secret_value()),
+            socket_timeout=TIMEOUT_S,
+            socket_connect_timeout=TIMEOUT_S,
+            retry=Retry(NoBackoff(), 0),
+            max_connections=CONNECTIONS,
+            timeout=None,
         )
+        self._pool, self._redis = pool, redis.asyncio.Redis(connection_pool=pool)
         self._take = self._redis.register_script(TAKE)
-        self._clock, self._lock = clock, Lock()
+        self._turns = asyncio.Semaphore(CONNECTIONS)  # who waits in the pool is overtaken by whoever comes later
+        self._clock = clock
         self._ask_again_at = 0.0
         self._local: OrderedDict[str, tuple[float, float]] = OrderedDict()  # key id -> tokens, when
 
@@ -87,43 +108,65 @@ class Limiter:
         """A key's own rate, else the operator's; None is no limit."""
         return self._default if requests_per_s is None or burst is None else Rate(requests_per_s, burst)
 
-    def take(self, key_id: str, rate: Rate) -> Turn:
+    async def take(self, key_id: str, rate: Rate | None) -> Taken:
         """One token, if there is one. Never raises."""
-        if self._may_ask():
+        arguments = ["", ""] if rate is None else [rate.requests_per_s, rate.burst]
+        found = await self._asked(lambda: self._take(keys=[f"ratchet:rate:{key_id}", KEYS_EDITION], args=arguments))
+        if rate is None:
+            return Taken(None, found and found[0])
+        if found is None:
+            return Taken(self._take_here(key_id, rate), None)
+        edition, allowed, tokens = found
+        return Taken(Turn(bool(allowed), float(tokens), rate), edition)
+
+    async def edition(self) -> bytes | None:
+        """The edition of the keys, which begins here where there is none. Never raises; None while Redis is away."""
+
+        async def ask() -> bytes | None:
+            async with self._redis.pipeline(transaction=False) as pipe:
+                pipe.set(KEYS_EDITION, token_hex(8), nx=True)
+                pipe.get(KEYS_EDITION)
+                return (await pipe.execute())[1]
+
+        return await self._asked(ask)
+
+    async def _asked(self, question: Callable[[], Any]) -> Any:
+        """Redis' answer; None where there is none."""
+        async with self._turns:
+            if not self._may_ask():
+                return None
             try:
-                taken, tokens = self._take(keys=[f"ratchet:rate:{key_id}"], args=[rate.requests_per_s, rate.burst])  # pyright: ignore[reportGeneralTypeIssues]
+                answer = await question()
                 self._ask_again_at = 0.0
-                return Turn(bool(taken), float(tokens), rate)
+                return answer
             except (redis.RedisError, OSError) as error:
                 log.warning("Redis does not count requests (%s); this process counts its own", type(error).__name__)
                 self._ask_again_at = self._clock() + ASK_AGAIN_S
-        return self._take_here(key_id, rate)
+                return None
 
     def _may_ask(self) -> bool:
         """After a failure one request in ASK_AGAIN_S tries, and the others do not wait for it."""
-        if self._ask_again_at == 0.0:
-            return True
-        with self._lock:
-            now = self._clock()
-            if now < self._ask_again_at:
-                return False
+        now = self._clock()
+        if now < self._ask_again_at:
+            return False
+        if self._ask_again_at:
             self._ask_again_at = now + ASK_AGAIN_S
-            return True
+        return True
 
     def _take_here(self, key_id: str, rate: Rate) -> Turn:
-        with self._lock:
-            now = self._clock()
-            tokens, at = self._local.pop(key_id, (float(rate.burst), now))
-            tokens = min(rate.burst, tokens + (now - at) * rate.requests_per_s)
-            allowed = tokens >= 1
-            tokens -= allowed
-            self._local[key_id] = tokens, now
-            if len(self._local) > MAX_LOCAL:
-                self._local.popitem(last=False)
+        now = self._clock()
+        tokens, at = self._local.pop(key_id, (float(rate.burst), now))
+        tokens = min(rate.burst, tokens + (now - at) * rate.requests_per_s)
+        allowed = tokens >= 1
+        tokens -= allowed
+        self._local[key_id] = tokens, now
+        if len(self._local) > MAX_LOCAL:
+            self._local.popitem(last=False)
         return Turn(allowed, tokens, rate)
 
-    def close(self) -> None:
-        self._redis.close()
+    async def close(self) -> None:
+        await self._redis.aclose()
+        await self._pool.aclose()
 
 
 def default_burst(requests_per_s: float) -> int:

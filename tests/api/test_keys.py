@@ -5,9 +5,13 @@ from hashlib import sha256
 from time import monotonic
 
 import pytest
+from pydantic import SecretStr
 from sqlalchemy import select
 
+from service.api import auth
+from service.api.keyring import KEPT_FOR_S
 from service.ids import utcnow
+from service.store.session import Store
 from service.store.tables import ApiKey, IdempotencyKey
 
 
@@ -146,23 +150,67 @@ def test_a_key_is_made_with_all_scopes_unless_it_is_said(client):
     assert client.post("/v1/keys", json={"name": "x"}).json()["scopes"] == ["read", "write", "admin"]
 
 
+# ---------------------------------------------------------------- keys that are remembered
+
+
+@pytest.fixture
+def looks(monkeypatch):
+    """How often a key was looked up in a store."""
+    count = []
+    look = Store.look
+    monkeypatch.setattr(Store, "look", lambda store: count.append(1) or look(store))
+    return count
+
+
+def test_a_key_in_use_is_looked_up_once_in_a_while(api, client, looks):
+    with with_key(api, client) as laptop:
+        looks.clear()
+        for _ in range(5):
+            assert laptop.get("/v1/keys").status_code == 200
+        assert len(looks) == 1
+        api.app.state.context.keyring._clock = lambda: monotonic() + KEPT_FOR_S
+        assert laptop.get("/v1/keys").status_code == 200
+        assert len(looks) == 2
+
+
+def test_a_revoked_key_stops_at_once_where_another_process_remembers_it(serve, settings):
+    with serve(settings) as one, serve(settings) as two, one.client() as client:
+        key = client.post("/v1/keys", json={"name": "x"}).json()
+        with two.anonymous(**{"X-API-Key": key["key"]}) as laptop:
+            assert laptop.get("/v1/jobs").status_code == 200
+            assert client.delete(f"/v1/keys/{key['id']}").status_code == 204
+            assert laptop.get("/v1/jobs").status_code == 401
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+def test_what_redis_does_not_confirm_is_looked_up(serve, settings, own_redis, looks):
+    with serve(settings.model_copy(update={"redis_url": SecretStr(own_redis.url)})) as api, api.client() as client:
+        assert [client.get("/v1/jobs").status_code for _ in range(3)] == [200] * 3
+        assert len(looks) == 1
+        own_redis.client().flushall()
+        assert [client.get("/v1/jobs").status_code for _ in range(3)] == [200] * 3
+        assert len(looks) == 2
+        own_redis.kill()
+        assert [client.get("/v1/jobs").status_code for _ in range(3)] == [200] * 3
+        assert len(looks) == 5
+
+
 # ---------------------------------------------------------------- expiry
 
 
-def test_a_key_that_expired_is_none(each_api):
+def test_a_key_that_expired_is_none(each_api, monkeypatch):
     with each_api.client() as client:
         made = client.post("/v1/keys", json={"name": "x", "expires_in_s": 60}).json()
         left = datetime.fromisoformat(made["expires_at"]) - utcnow()
         assert timedelta(seconds=50) < left <= timedelta(seconds=60)
         with each_api.anonymous(**{"X-API-Key": made["key"]}) as short:
             assert short.get("/v1/jobs").status_code == 200
-            with each_api.store.begin() as session:
-                row = session.get(ApiKey, made["id"])
-                assert row is not None
-                row.expires_at = utcnow()
-            refused = short.get("/v1/jobs")
-            assert (refused.status_code, refused.json()["code"]) == (401, "expired_api_key")
-            assert refused.headers["WWW-Authenticate"].startswith("Bearer")
+            monkeypatch.setattr(auth, "utcnow", lambda: utcnow() + timedelta(seconds=60))
+            for _ in ("remembered", "looked up"):
+                refused = short.get("/v1/jobs")
+                assert (refused.status_code, refused.json()["code"]) == (401, "expired_api_key")
+                assert refused.headers["WWW-Authenticate"].startswith("Bearer")
+                each_api.doorbell.keys_changed()
 
 
 def test_a_stream_ends_with_its_key(api, client, submit):

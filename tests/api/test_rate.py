@@ -1,12 +1,13 @@
 """How often a key may ask: over HTTP with a real Redis, with a dead one and with one that hangs; and the bucket itself."""
 
-from concurrent.futures import ThreadPoolExecutor
+import asyncio
+from contextlib import asynccontextmanager
 from time import monotonic, sleep
 
 import pytest
 from pydantic import SecretStr
 
-from service.api.rate import ASK_AGAIN_S, Limiter, Rate
+from service.api.rate import ASK_AGAIN_S, TIMEOUT_S, Limiter, Rate
 
 ONE_STORE = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 
@@ -78,55 +79,91 @@ def test_without_redis_each_process_counts_and_nobody_waits(serve, settings, own
 # ---------------------------------------------------------------- the bucket
 
 
-@pytest.fixture
-def limiter(own_redis, settings):
-    limiter = Limiter(settings.model_copy(update={"redis_url": SecretStr(own_redis.url)}))
-    yield limiter
-    limiter.close()
+@asynccontextmanager
+async def limiter_on(own_redis, settings, clock=monotonic):
+    limiter = Limiter(settings.model_copy(update={"redis_url": SecretStr(own_redis.url)}), clock=clock)
+    try:
+        yield limiter
+    finally:
+        await limiter.close()
+
+
+async def turn(limiter, key_id, rate):
+    found = (await limiter.take(key_id, rate)).turn
+    assert found is not None
+    return found
 
 
 @ONE_STORE
-def test_many_at_once_get_exactly_the_burst(limiter):
-    rate = Rate(0.001, 25)
-    with ThreadPoolExecutor(8) as pool:
-        turns = list(pool.map(lambda _: limiter.take("key_a", rate), range(60)))
-    assert sum(turn.allowed for turn in turns) == 25
+def test_many_at_once_get_exactly_the_burst(own_redis, settings):
+    async def run():
+        async with limiter_on(own_redis, settings) as one, limiter_on(own_redis, settings) as two:
+            return await asyncio.gather(*(turn(limiter, "key_a", Rate(0.001, 25)) for limiter in (one, two) * 30))
+
+    assert sum(one.allowed for one in asyncio.run(run())) == 25
 
 
 @ONE_STORE
-def test_in_redis_a_bucket_is_forgotten_when_it_is_full_again(limiter, own_redis):
-    limiter.take("key_a", Rate(10, 5))
+def test_in_redis_a_bucket_is_forgotten_when_it_is_full_again(own_redis, settings):
+    async def run():
+        async with limiter_on(own_redis, settings) as limiter:
+            await limiter.take("key_a", Rate(10, 5))
+
+    asyncio.run(run())
     assert 500 < own_redis.client().pttl("ratchet:rate:key_a") <= 1500
 
 
 @ONE_STORE
 def test_after_a_failure_redis_is_left_alone_for_a_while_and_then_asked_again(own_redis, settings):
-    now = [100.0]
-    limiter = Limiter(settings.model_copy(update={"redis_url": SecretStr(own_redis.url)}), clock=lambda: now[0])
-    rate = Rate(1, 2)
-    try:
-        assert limiter.take("key_a", rate).tokens == 1
-        own_redis.kill()
-        assert [limiter.take("key_a", rate).allowed for _ in range(3)] == [True, True, False]  # its own, full bucket
-        own_redis.start()
-        now[0] += ASK_AGAIN_S - 1
-        limiter.take("key_b", rate)
-        assert own_redis.client().keys("*") == []
-        now[0] += 1
-        limiter.take("key_b", rate)
-        assert own_redis.client().keys("*") == [b"ratchet:rate:key_b"]
-    finally:
-        limiter.close()
+    now, rate = [100.0], Rate(1, 2)
+
+    async def run():
+        async with limiter_on(own_redis, settings, clock=lambda: now[0]) as limiter:
+            assert (await turn(limiter, "key_a", rate)).tokens == 1
+            own_redis.kill()
+            turns = [await turn(limiter, "key_a", rate) for _ in range(3)]
+            assert [one.allowed for one in turns] == [True, True, False]  # its own, full bucket
+            own_redis.start()
+            now[0] += ASK_AGAIN_S - 1
+            await limiter.take("key_b", rate)
+            assert own_redis.client().keys("*") == []
+            now[0] += 1
+            await limiter.take("key_b", rate)
+            assert own_redis.client().keys("*") == [b"ratchet:rate:key_b"]
+
+    asyncio.run(run())
 
 
 @ONE_STORE
-def test_a_process_s_own_bucket_fills_at_its_rate(settings):
-    now = [0.0]
-    limiter = Limiter(settings, clock=lambda: now[0])
-    rate = Rate(2, 4)
-    assert [limiter._take_here("k", rate).allowed for _ in range(5)] == [True] * 4 + [False]
-    now[0] = 0.5
-    assert [limiter._take_here("k", rate).allowed for _ in range(2)] == [True, False]
-    now[0] = 1000
-    assert limiter._take_here("k", rate).tokens == 3  # never more than the burst
-    limiter.close()
+def test_many_who_wait_when_redis_freezes_wait_once(own_redis, settings):
+    async def run():
+        async with limiter_on(own_redis, settings) as limiter:
+            own_redis.freeze()
+            began = monotonic()
+            taken = await asyncio.gather(*(turn(limiter, "key_a", Rate(0.001, 40)) for _ in range(50)))
+            own_redis.thaw()
+            return sum(one.allowed for one in taken), monotonic() - began
+
+    allowed, took = asyncio.run(run())
+    assert allowed == 40
+    assert took < 2 * TIMEOUT_S
+
+
+@ONE_STORE
+def test_a_process_s_own_bucket_fills_at_its_rate(own_redis, settings):
+    now, rate = [0.0], Rate(2, 4)
+
+    async def run():
+        async with limiter_on(own_redis, settings, clock=lambda: now[0]) as limiter:
+            own_redis.kill()
+
+            async def turns(count):
+                return [await turn(limiter, "k", rate) for _ in range(count)]
+
+            assert [one.allowed for one in await turns(5)] == [True] * 4 + [False]
+            now[0] = 0.5
+            assert [one.allowed for one in await turns(2)] == [True, False]
+            now[0] = 1000
+            assert (await turns(1))[0].tokens == 3  # never more than the burst
+
+    asyncio.run(run())

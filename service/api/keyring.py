@@ -1,0 +1,39 @@
+"""Keys that were looked up a moment ago: most requests come from a key that came before, and need not ask the store again.
+
+A revoked key stops at once all the same. Redis holds an edition of the keys, which is another one after each revocation, and
+every request learns it with the token that counts it (`service.api.rate`): a key that was looked up under another edition is
+looked up anew, and so is every key while Redis is away. Only where a revocation could not be told to Redis, because one of
+the two died in between, can a key that another process remembers last for KEPT_FOR_S.
+"""
+
+from collections.abc import Callable
+from time import monotonic
+from typing import NamedTuple
+
+from service.store.keys import Known, digest
+
+KEPT_FOR_S = 2.0
+MAX_KEPT = 10_000
+
+
+class Kept(NamedTuple):
+    key: Known
+    edition: bytes  # that was read before the key was
+    until: float
+
+
+class Keyring:
+    """By the digest of their text. Keys that are not known are not kept, nor is any text."""
+
+    def __init__(self, clock: Callable[[], float] = monotonic) -> None:
+        self._kept: dict[str, Kept] = {}
+        self._clock = clock
+
+    def find(self, text: str) -> Kept | None:
+        kept = self._kept.get(digest(text))
+        return None if kept is None or kept.until < self._clock() else kept
+
+    def keep(self, text: str, key: Known, edition: bytes) -> None:
+        if len(self._kept) >= MAX_KEPT:
+            self._kept.clear()
+        self._kept[digest(text)] = Kept(key, edition, self._clock() + KEPT_FOR_S)
