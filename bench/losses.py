@@ -9,8 +9,10 @@ worker, in safetensors, against
 - the bare objective on the same tensors in this process: nothing checked, nothing encoded.
 CPU: what the API process spends on a request in JSON, against the same request in safetensors. At least 10 times as much.
 
-Each way takes its turn in every round and the medians are compared, for other work on the machine disturbs both. The same
-call with 2 x 16 tokens shows how much of the time does not depend on the size.
+Each way takes its turn in every round and the medians are compared, for other work on the machine disturbs both; and every
+call finds the processor's caches full of something else, as it does in a trainer. Each in a loop of its own is a second figure:
+there the call in this process finds its own tensors in the caches, which no call over HTTP can. The same call with 2 x 16
+tokens shows how much of the time does not depend on the size.
 """
 
 import argparse
@@ -146,6 +148,8 @@ class Findings:
     bare: float = 0.0
     within: float = 0.0
     over: float = 0.0
+    within_alone: float = 0.0
+    over_alone: float = 0.0
     small: float = 0.0
     encoding: float = 0.0
     decoding: float = 0.0
@@ -176,6 +180,8 @@ def measure(rounds: int) -> Findings:
             for _ in range(rounds)
         ]
         found.over, found.within, found.bare, found.small = (median(column) for column in zip(*times, strict=True))
+        found.over_alone = median(timed(lambda: through(stack.ratchet, sent)) for _ in range(rounds))
+        found.within_alone = median(timed(lambda: through(here, sent)) for _ in range(rounds))
         found.spent = spent_by(stack, rounds, lambda: through(stack.ratchet, sent))
         tensors, text = bodies(padded)
         found.api_tensors = spent_by(stack, rounds, lambda: request(stack, tensors, TENSORS))["API"]
@@ -204,6 +210,10 @@ def main() -> None:
     print(f"  of it: decoding               {ms(found.decoding)}")
     for name, seconds in found.spent.items():
         print(f"  CPU: {name:25}{ms(seconds)}")
+    alone = found.over_alone / found.within_alone
+    print(
+        f"\neach in a loop of its own: over HTTP{ms(found.over_alone)}, here{ms(found.within_alone)}: {alone:.2f} times as long"
+    )
     print(f"\nthe API's CPU, safetensors      {ms(found.api_tensors)}")
     print(
         f"the API's CPU, JSON             {ms(found.api_json)}   {dearer:.1f} times as much; at least {LEAST_TIMES_THE_CPU:g}"

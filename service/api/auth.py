@@ -73,10 +73,12 @@ async def _known(
     kept = context.keyring.find(text)
     taken = None if kept is None else await _take_turn(context, kept.key)
     if kept is None or taken is None or taken.edition != kept.edition:
+        context.keyring.forget(text)
+        looked_at = context.keyring.now()
         edition = await context.limiter.edition()  # before the key is read: no revocation in between is missed
         key = await run_in_threadpool(_looked_up, context.store, text)
         if edition is not None:
-            context.keyring.keep(text, key, edition)
+            context.keyring.keep(text, key, edition, looked_at)
         taken = taken or await _take_turn(context, key)
     else:
         key = kept.key

@@ -2,8 +2,8 @@
 
 A revoked key stops at once all the same. Redis holds an edition of the keys, which is another one after each revocation, and
 every request learns it with the token that counts it (`service.api.rate`): a key that was looked up under another edition is
-looked up anew, and so is every key while Redis is away. Only where a revocation could not be told to Redis, because one of
-the two died in between, can a key that another process remembers last for KEPT_FOR_S.
+looked up anew, and so is every key while Redis is away. Where a revocation cannot be told to Redis, it takes KEPT_FOR_S longer:
+by then nobody remembers the key. Only if the process dies in between may a key be taken for so long after it was revoked.
 """
 
 from collections.abc import Callable
@@ -27,13 +27,17 @@ class Keyring:
 
     def __init__(self, clock: Callable[[], float] = monotonic) -> None:
         self._kept: dict[str, Kept] = {}
-        self._clock = clock
+        self.now = clock
 
     def find(self, text: str) -> Kept | None:
         kept = self._kept.get(digest(text))
-        return None if kept is None or kept.until < self._clock() else kept
+        return None if kept is None or kept.until < self.now() else kept
 
-    def keep(self, text: str, key: Known, edition: bytes) -> None:
+    def keep(self, text: str, key: Known, edition: bytes, looked_at: float) -> None:
+        """`looked_at`: when, of `now`, the looking began."""
         if len(self._kept) >= MAX_KEPT:
             self._kept.clear()
-        self._kept[digest(text)] = Kept(key, edition, self._clock() + KEPT_FOR_S)
+        self._kept[digest(text)] = Kept(key, edition, looked_at + KEPT_FOR_S)
+
+    def forget(self, text: str) -> None:
+        self._kept.pop(digest(text), None)

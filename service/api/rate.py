@@ -1,7 +1,7 @@
 """How often a key may ask: a token bucket for each key, in Redis, where all API processes see it.
 
-While Redis is away each process keeps buckets of its own: no request waits for Redis or is lost with it, and the worst that
-happens is that a key gets the rate once from each process.
+While Redis is away, or slow, each process keeps buckets of its own: no request waits for Redis for more than a second, or is
+lost with it, and the worst that happens is that a key gets the rate once from each process.
 
 With the token comes the edition of the keys, which changes whenever one is revoked: see `service.api.keyring`.
 """
@@ -26,8 +26,8 @@ from service.settings import Settings
 
 log = logging.getLogger(__name__)
 
-TIMEOUT_S = 1.0  # for a connection, and for an answer; shorter, and a busy event loop would be taken for a dead Redis
-CONNECTIONS = 8  # of one API process: a trip takes a fraction of a millisecond
+TIMEOUT_S = 1.0  # for an answer, and all that comes before it; shorter, and a busy event loop would be taken for a dead Redis
+CONNECTIONS = 32  # of one API process
 ASK_AGAIN_S = 5.0  # after Redis did not answer
 MAX_LOCAL = 10_000  # buckets that a process keeps
 
@@ -91,8 +91,6 @@ class Limiter:
         self._default = Rate(settings.key_requests_per_s, settings.key_burst) if settings.key_requests_per_s else None
         pool = redis.asyncio.BlockingConnectionPool.from_url(
             redis_py_url(settings.redis_url.get_secret_value()),
-            socket_timeout=TIMEOUT_S,
-            socket_connect_timeout=TIMEOUT_S,
             retry=Retry(NoBackoff(), 0),
             max_connections=CONNECTIONS,
             timeout=None,
@@ -132,17 +130,17 @@ class Limiter:
 
     async def _asked(self, question: Callable[[], Any]) -> Any:
         """Redis' answer; None where there is none."""
-        async with self._turns:
-            if not self._may_ask():
-                return None
-            try:
+        if not self._may_ask():
+            return None
+        try:
+            async with asyncio.timeout(TIMEOUT_S), self._turns:
                 answer = await question()
-                self._ask_again_at = 0.0
-                return answer
-            except (redis.RedisError, OSError) as error:
-                log.warning("Redis does not count requests (%s); this process counts its own", type(error).__name__)
-                self._ask_again_at = self._clock() + ASK_AGAIN_S
-                return None
+        except (redis.RedisError, OSError) as error:  # asyncio's TimeoutError is an OSError
+            log.warning("Redis does not count requests (%s); this process counts its own", type(error).__name__)
+            self._ask_again_at = self._clock() + ASK_AGAIN_S
+            return None
+        self._ask_again_at = 0.0
+        return answer
 
     def _may_ask(self) -> bool:
         """After a failure one request in ASK_AGAIN_S tries, and the others do not wait for it."""

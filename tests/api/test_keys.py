@@ -168,7 +168,7 @@ def test_a_key_in_use_is_looked_up_once_in_a_while(api, client, looks):
         for _ in range(5):
             assert laptop.get("/v1/keys").status_code == 200
         assert len(looks) == 1
-        api.app.state.context.keyring._clock = lambda: monotonic() + KEPT_FOR_S
+        api.app.state.context.keyring.now = lambda: monotonic() + KEPT_FOR_S
         assert laptop.get("/v1/keys").status_code == 200
         assert len(looks) == 2
 
@@ -178,6 +178,19 @@ def test_a_revoked_key_stops_at_once_where_another_process_remembers_it(serve, s
         key = client.post("/v1/keys", json={"name": "x"}).json()
         with two.anonymous(**{"X-API-Key": key["key"]}) as laptop:
             assert laptop.get("/v1/jobs").status_code == 200
+            assert client.delete(f"/v1/keys/{key['id']}").status_code == 204
+            assert laptop.get("/v1/jobs").status_code == 401
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+def test_a_revocation_that_redis_does_not_take_waits_until_nobody_remembers_the_key(serve, settings, own_redis):
+    """A Redis that is out of memory can be read, but not be told."""
+    settings = settings.model_copy(update={"redis_url": SecretStr(own_redis.url), "key_requests_per_s": None})
+    with serve(settings) as one, serve(settings) as two, one.client() as client:
+        key = client.post("/v1/keys", json={"name": "x"}).json()
+        with two.anonymous(**{"X-API-Key": key["key"]}) as laptop:
+            assert laptop.get("/v1/jobs").status_code == 200
+            own_redis.client().config_set("maxmemory", 1)
             assert client.delete(f"/v1/keys/{key['id']}").status_code == 204
             assert laptop.get("/v1/jobs").status_code == 401
 

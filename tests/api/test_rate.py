@@ -150,6 +150,26 @@ def test_many_who_wait_when_redis_freezes_wait_once(own_redis, settings):
 
 
 @ONE_STORE
+def test_a_slow_redis_is_not_waited_for(own_redis, settings, monkeypatch):
+    """200 at once, and a Redis whose answers take most of the time that there is for one."""
+
+    async def run():
+        async with limiter_on(own_redis, settings) as limiter:
+            take = limiter._take
+
+            async def slow(**arguments):
+                await asyncio.sleep(0.8 * TIMEOUT_S)
+                return await take(**arguments)
+
+            monkeypatch.setattr(limiter, "_take", slow)
+            began = monotonic()
+            await asyncio.gather(*(turn(limiter, "key_a", Rate(1000, 1000)) for _ in range(200)))
+            return monotonic() - began
+
+    assert asyncio.run(run()) < 2 * TIMEOUT_S
+
+
+@ONE_STORE
 def test_a_process_s_own_bucket_fills_at_its_rate(own_redis, settings):
     now, rate = [0.0], Rate(2, 4)
 

@@ -156,21 +156,21 @@ class Objective:
         """What `loss` needs beside the log-probs, computed over all rows of an optimizer step.
 
         `selected` [B, T] may take single tokens out of the loss that still belong to their sequence's ratio; default: none.
-        `dtype` of weights: default that of the log-probs given here, float32 at least. With surrogate clip_cov or kl_cov tokens
+        `dtype` of weights: default that of the log-probs given here; float32 at least. With surrogate clip_cov or kl_cov tokens
         are picked here, by `seed` and by the old log-probs (those of the policy that is trained are not known yet; at the
         first update after a rollout they are the same).
         """
         mask, metrics = response_mask.bool(), Metrics()
         given = {"old_log_probs": old_log_probs, "rollout_log_probs": rollout_log_probs, "ref_log_probs": ref_log_probs}
         if dtype is None:
-            first = next((values for values in given.values() if values is not None), advantages)
-            dtype = torch.promote_types(first.dtype, torch.float32)
+            dtype = next((values for values in given.values() if values is not None), advantages).dtype
+        dtype = torch.promote_types(dtype, torch.float32)
         ones = ones_of(mask, dtype)
         counted = ones if selected is None else ones_of(mask & selected.bool(), dtype)
         lengths_B = tokens_of(ones).to(dtype)
         counts_B = lengths_B if selected is None else tokens_of(counted).to(dtype)
         weights = aggregate.weights(counted, group_ids_B=group_ids, longest=longest, dtype=dtype, **self.aggregate_axis)
-        advantages = self._of_counted(advantages.to(dtype), counted, counts_B)
+        advantages = self._of_counted(advantages, dtype, counted, counts_B)
         metrics.add("sum", "batch/masked_rows", lengths_B == 0)
         tensors: dict[str, Tensor | None] = {
             **given,
@@ -188,9 +188,15 @@ class Objective:
         }
         return Step(tensors, metrics)
 
-    def _of_counted(self, advantages: Tensor, counted_B_T: Tensor, counts_B: Tensor) -> Tensor:
-        """0 where nothing counts."""
-        return torch.where(counts_B > 0, advantages, 0.0) if advantages.dim() == 1 else cleared(advantages, counted_B_T)
+    def _of_counted(self, advantages: Tensor, dtype: torch.dtype, counted_B_T: Tensor, counts_B: Tensor) -> Tensor:
+        """0 where nothing counts; in `dtype`, unless they are in float32 or better as they are."""
+        advantages = advantages.to(
+            torch.promote_types(advantages.dtype, torch.float32) if advantages.is_floating_point() else dtype
+        )
+        if advantages.shape == counted_B_T.shape:
+            return cleared(advantages, counted_B_T)
+        counts = counts_B > 0
+        return torch.where(counts if advantages.dim() == 1 else counts.unsqueeze(1), advantages, 0.0)
 
     def _picked(self, old_log_probs: Tensor | None, advantages: Tensor, weights: Tensor, seed: int) -> Tensor | None:
         """Tokens picked by covariance over the whole step, where the surrogate wants that."""

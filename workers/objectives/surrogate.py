@@ -6,7 +6,7 @@ p the policy; sg is stop-gradient. "Through r" and "through log p" say where the
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -191,7 +191,7 @@ def _by_sign(condition: Tensor, then: float, otherwise: float, like: Tensor) -> 
     return like.new_full(condition.shape, otherwise).masked_fill_(condition, then)
 
 
-@cache
+@lru_cache(maxsize=256)  # the numbers may be a caller's
 def _constant(number: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.tensor(number, dtype=dtype, device=device)
 
