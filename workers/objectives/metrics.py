@@ -77,23 +77,34 @@ class Metrics:
         return found.finished(numbers, np.bincount(item_of_row, minlength=items))
 
     def _on_host(self) -> "_OnHost":
+        places: dict[int, int] = {}
+        different: list[Tensor] = []  # counts stand in many metrics
+        metrics: list[tuple[str, str, list[int]]] = []
+        for how, name, columns in self._merged():
+            for column in columns:
+                if id(column) not in places:
+                    places[id(column)] = len(different)
+                    different.append(column)
+            metrics.append((how, name, [places[id(column)] for column in columns]))
+        numbers = torch.cat(different).double().numpy(force=True) if different else np.zeros(0)  # one transfer
+        return _OnHost(metrics, [column.shape[0] for column in different], numbers)
+
+    def _merged(self) -> list[tuple[str, str, tuple[Tensor, ...]]]:
+        """Each metric once, over the rows of all its parts."""
         parts_of: dict[tuple[str, str], list[tuple[Tensor, ...]]] = {}
         for how, name, columns in self.parts:
             parts_of.setdefault((how, name), []).append(columns)
-        places: dict[tuple[int, ...], int] = {}
-        different: list[tuple[Tensor, ...]] = []  # counts stand in many metrics
-        metrics: list[tuple[str, str, list[int]]] = []
-        for (how, name), parts in parts_of.items():
-            own: list[int] = []
-            for column in zip(*parts, strict=True):
-                place = places.setdefault(tuple(map(id, column)), len(different))
-                if place == len(different):
-                    different.append(column)
-                own.append(place)
-            metrics.append((how, name, own))
-        tensors = [tensor for column in different for tensor in column]
-        numbers = torch.cat(tensors).double().numpy(force=True) if tensors else np.zeros(0)  # one transfer
-        return _OnHost(metrics, [sum(part.shape[0] for part in column) for column in different], numbers)
+        if len(parts_of) == len(self.parts):
+            return self.parts
+        whole: dict[tuple[int, ...], Tensor] = {}
+
+        def merged(column: tuple[Tensor, ...]) -> Tensor:
+            key = tuple(map(id, column))
+            if key not in whole:
+                whole[key] = torch.cat(column)
+            return whole[key]
+
+        return [(*key, tuple(map(merged, zip(*parts, strict=True)))) for key, parts in parts_of.items()]
 
 
 @dataclass(frozen=True)
@@ -198,7 +209,8 @@ class Reductions:
     def kl(self, name: str, difference_B_T: Tensor, sign: int = 1) -> None:
         """NAME (k1) and NAME_k3 from `sign` times log-probs under the sampled policy less those under the other."""
         ones = () if self.all_counted else (self.ones,)
-        k1_B, k3_B = self._by_block(partial(_kl, sign=sign), difference_B_T.to(self.dtype), *ones).unbind(1)
+        reduce, difference_B_T = partial(_kl, sign=sign), difference_B_T.to(self.dtype)
+        k1_B, k3_B = self._by_block(reduce, difference_B_T, *ones, size=2).unbind(1)  # which makes few temporaries
         self.metrics.add("mean", name, k1_B, self.tokens_B)
         self.metrics.add("mean", f"{name}_k3", k3_B, self.tokens_B)
 
@@ -210,8 +222,8 @@ class Reductions:
         """Over the counted tokens of each row."""
         return self._by_block(lambda values, ones: cleared(values, ones).sum(dim=1), values_B_T.to(self.dtype), self.ones)
 
-    def _by_block(self, reduce: Callable[..., Tensor], *tensors_B_T: Tensor) -> Tensor:
-        cut = blocks(self.mask)
+    def _by_block(self, reduce: Callable[..., Tensor], *tensors_B_T: Tensor, size: int = 1) -> Tensor:
+        cut = blocks(self.mask, size)
         if len(cut) == 1:
             return reduce(*tensors_B_T)
         return torch.cat([reduce(*(tensor[rows] for tensor in tensors_B_T)) for rows in cut])

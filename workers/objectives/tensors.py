@@ -15,10 +15,11 @@ MAX_LOG_RATIO = 20.0  # exp(20) is 5e8: far beyond every clip, and its square is
 BLOCK = 2**17  # cells: temporaries are half a megabyte, and a call into torch costs little beside the work on them
 
 
-def blocks(like_B_T: Tensor) -> list[slice]:
-    """Rows to take at a time on a CPU, so that temporaries stay small; all of them on other devices. At least one slice."""
+def blocks(like_B_T: Tensor, size: int = 1) -> list[slice]:
+    """Rows to take at a time on a CPU, so that temporaries stay small (of so many BLOCKs); all of them on other devices. At
+    least one slice."""
     rows, tokens = like_B_T.shape
-    at_once = max(1, BLOCK // max(1, tokens) if like_B_T.device.type == "cpu" else rows)
+    at_once = max(1, size * BLOCK // max(1, tokens) if like_B_T.device.type == "cpu" else rows)
     return [slice(first, first + at_once) for first in range(0, max(1, rows), at_once)]
 
 
