@@ -3,7 +3,7 @@
 
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from service.jobs.section import Section
 
@@ -106,18 +106,30 @@ class TwoSided(Clipped):
     delta: Annotated[float, Field(gt=1, description="bound of the ratio where the advantage is negative")] = 4.0
 
 
+def _for_both(value: Any) -> Any:
+    return (value, value) if isinstance(value, int | float) else value
+
+
+Pair = Annotated[
+    tuple[NotNegative, NotNegative],
+    BeforeValidator(_for_both, json_schema_input_type=NotNegative | tuple[NotNegative, NotNegative]),
+    Field(strict=False, description="for positive and for negative advantages; one number: both"),
+]
+
+
 class Cispo(Surrogate):
-    """-sg(clip(r)) A log p."""
+    """-sg(clip(r)) A log p; the bounds are absolute weights, not offsets."""
 
     through_ratio: ClassVar[bool] = False
     kind: Literal["cispo"] = "cispo"
-    weight_min: Annotated[float, Field(ge=0, description="smallest weight; absolute, not an offset")] = 0.0
-    weight_max: Annotated[float, Field(gt=0, description="largest weight; absolute, not an offset")] = 5.0
+    weight_min: Pair = (0.0, 0.0)
+    weight_max: Pair = (5.0, 5.0)
 
     @model_validator(mode="after")
     def ordered(self) -> Self:
-        if self.weight_min > self.weight_max:
-            raise ValueError(f"weight_min must not exceed weight_max, got {self.weight_min:g} > {self.weight_max:g}")
+        for least, most in zip(self.weight_min, self.weight_max, strict=True):
+            if least > most:
+                raise ValueError(f"weight_min must not exceed weight_max, got {least:g} > {most:g}")
         return self
 
 
@@ -154,12 +166,6 @@ class Dro(Surrogate):
     beta: Annotated[NotNegative, Field(description="strength of the quadratic penalty")] = 0.05
 
 
-Pair = Annotated[
-    tuple[NotNegative, NotNegative],
-    Field(strict=False, description="for positive and for negative advantages; one number: both"),
-]
-
-
 class Vespo(Surrogate):
     """-sg(w) A log p with w = r^k exp(lam (1 - r))."""
 
@@ -167,11 +173,6 @@ class Vespo(Surrogate):
     kind: Literal["vespo"] = "vespo"
     k: Pair = (2.0, 3.0)
     lam: Pair = (3.0, 2.0)
-
-    @field_validator("k", "lam", mode="before")
-    @classmethod
-    def one_number(cls, value: Any) -> Any:
-        return (value, value) if isinstance(value, int | float) else value
 
 
 class ClipCov(Clipped):

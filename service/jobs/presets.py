@@ -70,6 +70,16 @@ PRESETS: dict[str, Preset] = {
         "the clipped ratio is a constant weight: no token loses its gradient",
         "2506.13585",
     ),
+    "topr": Preset(
+        {
+            "ratio": {"kind": "product"},
+            "surrogate": {"kind": "cispo", "weight_min": [1.0, 0.0], "weight_max": [1.0, 1.0]},
+            "aggregate": {"kind": "seq_sum"},
+            "advantage": {"scale": "none"},
+        },
+        "good answers are learned as they are, bad ones with a weight that fades as they become unlikely",
+        "2503.14286",
+    ),
     "sapo": Preset(
         {"surrogate": {"kind": "sapo", "tau_positive": 1.0, "tau_negative": 1.05}, "aggregate": _SEQ},
         "a sigmoid gate in place of the clip",

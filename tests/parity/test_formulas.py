@@ -110,6 +110,13 @@ def nemo_on_policy_kl(b: Batch) -> Tensor:
     return b.token_mean(b.ppo(b.token_ratio) + 0.05 * (b.log_probs - b.log_probs.detach()).exp() * b.k3())
 
 
+def roll_topr(b: Batch) -> Tensor:
+    """Good answers: -A log p; bad ones weighed by the whole answer's ratio, at most 1; mean over answers of their sums."""
+    ratio = ((b.log_probs - b.old) * b.mask).sum(1, keepdim=True).exp().detach()
+    weight = torch.where(b.advantages < 0, ratio.clamp(0, 1), 1.0)
+    return -(weight * b.advantages * b.log_probs * b.mask).sum() / (b.mask.sum(1) > 0).sum()
+
+
 Spec = dict[str, Any]
 SUM: Spec = {"anchor": "rollout", "surrogate": "none", "aggregate": "sum"}
 GSPO: Spec = {"preset": "gspo", "aggregate": "token"}
@@ -139,6 +146,7 @@ SPECS: dict[Callable[[Batch], Tensor], tuple[Spec, Spec]] = {
     prime_rl_sequence: (SUM | {"ratio": "product_token"}, SUM | {"ratio": "sequence_token"}),
     wide_upper_clip: ({"surrogate": {"clip_high": 3}}, {}),
     slime_unbiased_kl: (GSPO | kl("token_ratio_weighted", 0.01), GSPO | kl("ratio_weighted", 0.01)),
+    roll_topr: ({"preset": "topr"}, {"preset": "topr", "surrogate": {"weight_min": 0}}),
     nemo_on_policy_kl: (kl("score", 0.05), kl("plain", 0.05)),
 }
 

@@ -87,11 +87,13 @@ def two_sided(t: Terms, *, clip_low: float, clip_high: float, delta: float) -> T
     return ppo(t, clip_low=clip_low, clip_high=clip_high, dual_clip=delta)
 
 
-def cispo(t: Terms, *, weight_min: float, weight_max: float) -> TokenLoss:
-    """-sg(clip(r, min, max)) A log p. Through log p, so no token loses its gradient (MiniMax-M1, arXiv 2506.13585, eq. 4)."""
-    r = t.ratio.detach()
-    loss = -(r.clamp(weight_min, weight_max) * t.advantages) * t.log_probs
-    return TokenLoss(loss, flag(torch.lt, r, weight_min), flag(torch.gt, r, weight_max))
+def cispo(t: Terms, *, weight_min: Sequence[float], weight_max: Sequence[float]) -> TokenLoss:
+    """-sg(clip(r, min, max)) A log p, bounds for A >= 0 and for A < 0. Through log p, so no token loses its gradient while the
+    weights are positive (MiniMax-M1, arXiv 2506.13585, eq. 4; with [1, 1] and [0, 1] TOPR, 2503.14286)."""
+    r, negative = t.ratio.detach(), t.advantages < 0
+    lower, upper = _by_sign(negative, weight_min[1], weight_min[0], r), _by_sign(negative, weight_max[1], weight_max[0], r)
+    weight = torch.maximum(torch.minimum(r, upper), lower)
+    return TokenLoss(-(weight * t.advantages) * t.log_probs, flag(torch.lt, r, lower), flag(torch.gt, r, upper))
 
 
 def sapo(t: Terms, *, tau_positive: float, tau_negative: float) -> TokenLoss:

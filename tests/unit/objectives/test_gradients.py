@@ -93,6 +93,14 @@ def test_cispo_weighs_the_policy_gradient_by_the_clipped_ratio(batch):
     assert_close(gradient, -weights * clipped * batch["advantages"].unsqueeze(1))
 
 
+def test_topr_learns_good_answers_as_they_are_and_fades_bad_ones_out(batch):
+    gradient, weights, delta = gradient_of("topr", batch)
+    ratio, advantages = delta.sum(1, keepdim=True).exp(), batch["advantages"].unsqueeze(1)
+    assert ((advantages < 0) & (ratio < 1)).any()
+    assert ((advantages < 0) & (ratio > 1)).any()
+    assert_close(gradient, -weights * torch.where(advantages < 0, ratio.clamp(max=1), 1.0) * advantages)
+
+
 def test_vespo_weighs_the_policy_gradient_by_its_gamma_weight(batch):
     gradient, weights, delta = gradient_of("vespo", batch)
     ratio, advantages = delta.sum(1, keepdim=True).exp(), batch["advantages"].unsqueeze(1)

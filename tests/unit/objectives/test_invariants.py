@@ -21,6 +21,7 @@ SURROGATES: list[Any] = [
     {"kind": "ppo", "clip_low": 0.1, "clip_high": 0.2, "dual_clip": 1.3},
     {"kind": "two_sided", "delta": 1.5},
     "cispo",
+    {"kind": "cispo", "weight_min": [1, 0], "weight_max": [1, 1]},
     "sapo",
     "gmpo",
     {"kind": "tv", "low": 0.1, "high": 0.1},

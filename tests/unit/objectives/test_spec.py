@@ -39,7 +39,7 @@ def test_the_three_written_forms_of_an_axis():
     parameters = resolve({"preset": "gspo", "surrogate": {"clip_high": 5e-4}})
     assert parameters["surrogate"] == {"kind": "ppo", "clip_low": 3e-4, "clip_high": 5e-4, "dual_clip": None}
     whole = resolve({"preset": "gspo", "surrogate": {"kind": "cispo", "weight_max": 3}})
-    assert whole["surrogate"] == {"kind": "cispo", "weight_min": 0.0, "weight_max": 3.0}
+    assert whole["surrogate"] == {"kind": "cispo", "weight_min": [0.0, 0.0], "weight_max": [3.0, 3.0]}
 
 
 def test_another_kind_drops_the_presets_parameters_and_the_same_kind_keeps_them():
