@@ -1,11 +1,13 @@
 """The axes of an objective as they may be asked for: each kind with its parameters. What the names compute stands in
 `workers.objectives`, one file an axis."""
 
+from math import inf
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from service.jobs.section import Section
+from service.validation import quoted, shown
 
 
 def _low_offset(value: float) -> float:
@@ -107,7 +109,14 @@ class TwoSided(Clipped):
 
 
 def _for_both(value: Any) -> Any:
-    return (value, value) if isinstance(value, int | float) else value
+    """One number as a pair; errors about it say nothing of pairs that nobody wrote."""
+    if isinstance(value, list | tuple):
+        return value
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"must be a number, or an array of two, got {quoted(shown(value))}")
+    if not 0 <= value < inf:
+        raise ValueError(f"must be at least 0 and finite, got {value:g}")
+    return value, value
 
 
 Pair = Annotated[
