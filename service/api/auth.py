@@ -70,35 +70,39 @@ async def _known(
         raise Unauthorized("no API key came with the request", code="missing_api_key", hint=HINT)
     if not text.startswith(keys.PREFIX) or len(text) > MAX_KEY_LENGTH:
         raise Unauthorized("what came is not an API key: these begin with tml-", code="invalid_api_key", hint=HINT)
-    kept = context.keyring.find(text)
-    taken = None if kept is None else await _take_turn(context, kept.key)
-    if kept is None or taken is None or taken.edition != kept.edition:
-        context.keyring.forget(text)
-        looked_at = context.keyring.now()
-        edition = await context.limiter.edition()  # before the key is read: no revocation in between is missed
-        key = await run_in_threadpool(_looked_up, context.store, text)
-        if edition is not None:
-            context.keyring.keep(text, key, edition, looked_at)
-        taken = taken or await _take_turn(context, key)
-    else:
-        key = kept.key
-        _check_in_force(key, utcnow())
-    if taken.turn is not None:
-        request.scope[ANSWER_HEADERS] = taken.turn.headers
-        _check_turn(taken.turn)
+    key = taken = None
+    if (kept := context.keyring.find(text)) is not None:
+        taken = await _take_turn(context, kept.key)
+        key = kept.key if taken.edition == kept.edition else None
+    if key is None:
+        key = await _looked_up(context, text)
+    _check_in_force(key, utcnow())
+    turn = (taken or await _take_turn(context, key)).turn
+    if turn is not None:
+        request.scope[ANSWER_HEADERS] = turn.headers
+        _check_turn(turn)
     return Caller(key.id, key.project, frozenset(key.scopes), key.expires_at)
 
 
-def _looked_up(store: Store, text: str) -> Known:
-    """In a thread. The use is noted here: keys in use are looked up every few seconds."""
-    with store.look() as connection:
-        key = keys.known(connection, text)
+async def _looked_up(context: Context, text: str) -> Known:
+    """The key as the store has it, remembered for a while."""
+    context.keyring.forget(text)
+    looked_at = context.keyring.now()
+    edition = await context.limiter.edition()  # before the key is read: no revocation in between is missed
+    key = await run_in_threadpool(_look, context.store, text)
     if key is None:
         raise Unauthorized("this API key is not known here, or was revoked", code="invalid_api_key", hint=HINT)
-    now = utcnow()
-    _check_in_force(key, now)
-    if key.last_used_at is None or key.last_used_at <= now - keys.TOUCH_EVERY:
-        _note_use(store, key, now)
+    if edition is not None:
+        context.keyring.keep(text, key, edition, looked_at)
+    return key
+
+
+def _look(store: Store, text: str) -> Known | None:
+    """In a thread. The use of a key is noted here: one in use is looked up every few seconds."""
+    with store.look() as connection:
+        key = keys.known(connection, text)
+    if key is not None:
+        _note_use(store, key, utcnow())
     return key
 
 
@@ -121,6 +125,9 @@ def _check_turn(turn: Turn) -> None:
 
 
 def _note_use(store: Store, key: Known, now: datetime) -> None:
+    expired = key.expires_at is not None and key.expires_at <= now
+    if expired or (key.last_used_at is not None and key.last_used_at > now - keys.TOUCH_EVERY):
+        return
     try:
         with store.begin() as session:
             keys.touch(session, key.id, now)

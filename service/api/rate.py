@@ -89,15 +89,10 @@ class Limiter:
 
     def __init__(self, settings: Settings, clock: Callable[[], float] = monotonic) -> None:
         self._default = Rate(settings.key_requests_per_s, settings.key_burst) if settings.key_requests_per_s else None
-        pool = redis.asyncio.BlockingConnectionPool.from_url(
-            redis_py_url(settings.redis_url.get_secret_value()),
-            retry=Retry(NoBackoff(), 0),
-            max_connections=CONNECTIONS,
-            timeout=None,
-        )
-        self._pool, self._redis = pool, redis.asyncio.Redis(connection_pool=pool)
+        url = redis_py_url(settings.redis_url.get_secret_value())
+        self._redis = redis.asyncio.Redis.from_url(url, retry=Retry(NoBackoff(), 0), max_connections=CONNECTIONS)
         self._take = self._redis.register_script(TAKE)
-        self._turns = asyncio.Semaphore(CONNECTIONS)  # who waits in the pool is overtaken by whoever comes later
+        self._turns = asyncio.Semaphore(CONNECTIONS)  # in the order in which they come
         self._clock = clock
         self._ask_again_at = 0.0
         self._local: OrderedDict[str, tuple[float, float]] = OrderedDict()  # key id -> tokens, when
@@ -164,7 +159,6 @@ class Limiter:
 
     async def close(self) -> None:
         await self._redis.aclose()
-        await self._pool.aclose()
 
 
 def default_burst(requests_per_s: float) -> int:

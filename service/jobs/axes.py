@@ -1,13 +1,12 @@
 """The axes of an objective as they may be asked for: each kind with its parameters. What the names compute stands in
 `workers.objectives`, one file an axis."""
 
-from math import inf
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, Field, ValidationError, ValidatorFunctionWrapHandler, WrapValidator, model_validator
+from pydantic_core import PydanticKnownError
 
 from service.jobs.section import Section
-from service.validation import quoted, shown
 
 
 def _low_offset(value: float) -> float:
@@ -38,8 +37,8 @@ ClipHigh = Annotated[
         description="offset: the ratio stays below 1 + clip_high",
     ),
 ]
-Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
 
 
 # ---------------------------------------------------------------- ratio
@@ -108,21 +107,25 @@ class TwoSided(Clipped):
     delta: Annotated[float, Field(gt=1, description="bound of the ratio where the advantage is negative")] = 4.0
 
 
-def _for_both(value: Any) -> Any:
-    """One number as a pair; errors about it say nothing of pairs that nobody wrote."""
+def _for_both(value: Any, pair: ValidatorFunctionWrapHandler) -> Any:
+    """One number as a pair; what is wrong with it is said of the number, and not of pairs that nobody wrote."""
     if isinstance(value, list | tuple):
-        return value
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"must be a number, or an array of two, got {quoted(shown(value))}")
-    if not 0 <= value < inf:
-        raise ValueError(f"must be at least 0 and finite, got {value:g}")
-    return value, value
+        return pair(value)
+    try:
+        return pair((value, value))
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise PydanticKnownError(first["type"], first.get("ctx")) from None  # pyright: ignore[reportArgumentType]
 
 
+_BOTH = Field(strict=False, description="for positive and for negative advantages; one number: both")
 Pair = Annotated[
     tuple[NotNegative, NotNegative],
-    BeforeValidator(_for_both, json_schema_input_type=NotNegative | tuple[NotNegative, NotNegative]),
-    Field(strict=False, description="for positive and for negative advantages; one number: both"),
+    WrapValidator(_for_both, json_schema_input_type=NotNegative | tuple[NotNegative, NotNegative]),
+    _BOTH,
+]
+PositivePair = Annotated[
+    tuple[Positive, Positive], WrapValidator(_for_both, json_schema_input_type=Positive | tuple[Positive, Positive]), _BOTH
 ]
 
 
@@ -132,7 +135,7 @@ class Cispo(Surrogate):
     through_ratio: ClassVar[bool] = False
     kind: Literal["cispo"] = "cispo"
     weight_min: Pair = (0.0, 0.0)
-    weight_max: Pair = (5.0, 5.0)
+    weight_max: PositivePair = (5.0, 5.0)
 
     @model_validator(mode="after")
     def ordered(self) -> Self:

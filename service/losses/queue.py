@@ -45,7 +45,6 @@ SEEN_FOR_S = 600
 ALIVE_FOR_S = 25  # without a word for so long, a worker that should say one every ten seconds is dead
 STOP_FOR_S = 3600
 RING_AGAIN_S = 2.0
-READ_BYTES = 4 * 2**20  # of one read: redis-py's 64 KiB make a large order several times as dear
 HANDED_MS = 10_000  # for one whose fetching broke off
 TRANSFER_TIMEOUT_S = 5.0  # for one answer of Redis, the largest request in it
 CONNECTIONS = 32  # of one API process
@@ -95,15 +94,9 @@ class LossQueue:
     """What the API does. Every method raises Unavailable when Redis does not answer."""
 
     def __init__(self, settings: Settings) -> None:
-        pool = redis.asyncio.BlockingConnectionPool.from_url(
-            # No bound on the wait for a connection, which is our own: those that have one are bounded.
-            **_options(settings, TRANSFER_TIMEOUT_S),
-            max_connections=CONNECTIONS,
-            timeout=None,
-        )
-        self._redis = redis.asyncio.Redis(connection_pool=pool)
-        self._pool = pool
-        self._turns = asyncio.Semaphore(CONNECTIONS)  # in order: who waits in the pool is overtaken by whoever comes later
+        self._redis = redis.asyncio.Redis.from_url(**_options(settings, TRANSFER_TIMEOUT_S), max_connections=CONNECTIONS)
+        # In the order in which they come; without a bound on the wait, which is our own: who has a connection is bounded.
+        self._turns = asyncio.Semaphore(CONNECTIONS)
         self._limit = settings.max_waiting_loss_bytes
         self._keep_s = settings.loss_result_ttl_s
 
@@ -162,7 +155,6 @@ class LossQueue:
 
     async def close(self) -> None:
         await self._redis.aclose()
-        await self._pool.aclose()
 
 
 @asynccontextmanager
@@ -204,8 +196,7 @@ class WorkerQueue:
     """What a worker does; one thread at a time. Every method raises redis.RedisError when Redis does not answer."""
 
     def __init__(self, settings: Settings) -> None:
-        options = _options(settings, BLOCK_S + TRANSFER_TIMEOUT_S)
-        self._redis = redis.Redis.from_url(**options, socket_read_size=READ_BYTES)
+        self._redis = redis.Redis.from_url(**_options(settings, BLOCK_S + TRANSFER_TIMEOUT_S))
         self._keep_s = settings.loss_result_ttl_s
 
     def take(self, worker_id: str, timeout_s: float, at_most: int) -> list[Taken]:

@@ -9,7 +9,7 @@ from pydantic import SecretStr
 from sqlalchemy import select
 
 from service.api import auth
-from service.api.keyring import KEPT_FOR_S
+from service.api.keyring import KEPT_FOR_S, Keyring
 from service.ids import utcnow
 from service.store.session import Store
 from service.store.tables import ApiKey, IdempotencyKey
@@ -162,18 +162,26 @@ def looks(monkeypatch):
     return count
 
 
-def test_a_key_in_use_is_looked_up_once_in_a_while(api, client, looks):
+@pytest.fixture
+def now(monkeypatch):
+    """The clock by which keys are remembered; it stands still."""
+    now = [100.0]
+    monkeypatch.setattr(Keyring, "now", staticmethod(lambda: now[0]))
+    return now
+
+
+def test_a_key_in_use_is_looked_up_once_in_a_while(api, client, looks, now):
     with with_key(api, client) as laptop:
         looks.clear()
         for _ in range(5):
             assert laptop.get("/v1/keys").status_code == 200
         assert len(looks) == 1
-        api.app.state.context.keyring.now = lambda: monotonic() + KEPT_FOR_S
+        now[0] += KEPT_FOR_S + 0.1
         assert laptop.get("/v1/keys").status_code == 200
         assert len(looks) == 2
 
 
-def test_a_revoked_key_stops_at_once_where_another_process_remembers_it(serve, settings):
+def test_a_revoked_key_stops_at_once_where_another_process_remembers_it(serve, settings, now):
     with serve(settings) as one, serve(settings) as two, one.client() as client:
         key = client.post("/v1/keys", json={"name": "x"}).json()
         with two.anonymous(**{"X-API-Key": key["key"]}) as laptop:
@@ -196,7 +204,7 @@ def test_a_revocation_that_redis_does_not_take_waits_until_nobody_remembers_the_
 
 
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
-def test_what_redis_does_not_confirm_is_looked_up(serve, settings, own_redis, looks):
+def test_what_redis_does_not_confirm_is_looked_up(serve, settings, own_redis, looks, now):
     with serve(settings.model_copy(update={"redis_url": SecretStr(own_redis.url)})) as api, api.client() as client:
         assert [client.get("/v1/jobs").status_code for _ in range(3)] == [200] * 3
         assert len(looks) == 1

@@ -8,6 +8,7 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 from typing import Any
@@ -71,6 +72,20 @@ def test_a_job_trains_and_leaves_metrics_rollouts_events_and_checkpoints(stack: 
     kept = rows(stack, select(Checkpoint).where(Checkpoint.job_id == job.id, Checkpoint.deleted_at.is_(None)))
     assert sorted(row.step for row in kept) == [4, 6]
     assert_log_is_whole(stack, job)
+
+
+@SQLITE
+def test_a_job_that_an_older_version_stored_is_read_as_this_one_reads_it(stack: Any, specs: Any) -> None:
+    """`cispo` had one number for each bound, and `correct` had no floor."""
+    job = stack.submit(specs.rl(objective={"preset": "cispo"}, limits={"max_steps": 2}))
+    with stack.store.begin() as session:
+        kept = session.get(Job, job.id)
+        objective = deepcopy(kept.spec["objective"])
+        objective["surrogate"] = {"kind": "cispo", "weight_min": 0.0, "weight_max": 5.0}
+        del objective["correct"]["floor"], objective["correct"]["mask_level"]
+        kept.spec = {**kept.spec, "objective": objective}
+    stack.start_worker()
+    assert stack.succeeded(job.id).step == 2
 
 
 def test_a_supervised_job_learns_and_an_rl_job_starts_from_its_checkpoint(shared: Any, specs: Any) -> None:

@@ -267,6 +267,18 @@ def test_micro_batches_with_the_weights_of_the_step_add_up_to_it(preset: str) ->
     assert_close(torch.cat([part["weights"] for part in found]), step["weights"], rtol=0, atol=0)
 
 
+def test_the_weights_of_the_step_weigh_one_loss_a_sequence_too() -> None:
+    """With one advantage and one ratio a sequence no loss of a token is ever made."""
+    whole = drawn() | {"advantages": torch.tensor([1.0, -1.0, 0.5, 2.0, -0.5, 1.5], dtype=F64)}
+    step = result(whole)
+    batch = whole | {"weights": step["weights"]}
+    found = results(*(item({name: values[rows] for name, values in batch.items()}) for rows in torch.arange(6).split(4)))
+    assert sum(part["loss"] for part in found) == pytest.approx(step["loss"], abs=1e-12)
+    assert_close(
+        torch.cat([part["gradients/log_probs"] for part in found]), step["gradients/log_probs"], rtol=1e-12, atol=1e-12
+    )
+
+
 def sent(step: dict[str, Any]) -> dict[str, Tensor]:
     """What a step's answer tells its micro-batches: those of whole batches cannot make it of their rows."""
     return {"weights": step["weights"], "advantages": step["advantages"]}

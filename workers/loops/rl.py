@@ -43,7 +43,7 @@ def step(attempt: Attempt, step: int) -> StepResult:
     """One rollout of `prompts_per_step` groups and the optimizer steps on it."""
     spec = attempt.spec
     assert isinstance(spec, RLSpec)
-    objective = Objective(attempt.job.spec["objective"])
+    objective = Objective(spec.objective.resolve())  # as read today: what is stored may be of an older version
     started = perf_counter()
     attempt.phase(Phase.SAMPLING)
     rows = attempt.data.train

@@ -120,15 +120,11 @@ class _OnHost:
         """Of columns [N] and their sizes [C] the metrics of all rows; of [C, B] and the items' sizes [I] those of each item."""
         sizes = np.asarray(sizes, dtype=np.intp)
         starts, full = sizes.cumsum() - sizes, sizes > 0
-        all_full = bool(full.all()) and numbers.size > 0
 
         def reduced(over_rows: np.ufunc, of_nothing: float) -> list[list[float]]:
-            if all_full:
-                values = over_rows.reduceat(numbers, starts, axis=-1)
-            else:
-                values = np.full((*numbers.shape[:-1], len(sizes)), of_nothing)
-                if full.any():
-                    values[..., full] = over_rows.reduceat(numbers, starts[full], axis=-1)
+            values = np.full((*numbers.shape[:-1], len(sizes)), of_nothing)
+            if full.any():
+                values[..., full] = over_rows.reduceat(numbers, starts[full], axis=-1)
             return values.reshape(len(self.sizes), -1).T.tolist()
 
         found = {rule: reduced(*rule) for rule in {_RULES[how].over_rows for how, *_ in self.metrics}}

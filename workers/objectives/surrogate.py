@@ -52,7 +52,7 @@ Flags = Tensor | Callable[[], Tensor] | None
 
 
 def seen(flags: Flags) -> Tensor | None:
-    return flags() if callable(flags) and not isinstance(flags, Tensor) else flags
+    return flags() if callable(flags) else flags
 
 
 @dataclass(frozen=True)

@@ -94,10 +94,7 @@ def flag(compare: Callable[..., Tensor], a: Tensor, b: Tensor | float) -> Tensor
     return compare(a.detach(), b, out=torch.empty(shape, dtype=a.dtype, device=a.device))
 
 
-Flagged = Callable[[], Tensor]
-
-
-def clamped(values: Tensor, lower: Tensor, upper: Tensor) -> tuple[Tensor, Flagged, Flagged]:
+def clamped(values: Tensor, lower: Tensor, upper: Tensor) -> tuple[Tensor, Callable[[], Tensor], Callable[[], Tensor]]:
     """torch.clamp between tensors that broadcast against `values`, and where it was below and above them (flags of any type).
 
     Of a value outside of the bounds the gradient is 0, at a bound it is 1.

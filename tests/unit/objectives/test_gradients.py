@@ -8,6 +8,7 @@ from torch.testing import assert_close
 
 from service.jobs.objective import ObjectiveSpec
 from workers.objectives import Objective
+from workers.objectives.tensors import clamped
 
 DIFFERENTIATED = {
     "ppo": {"surrogate": {"kind": "ppo", "clip_low": 0.1, "clip_high": 0.15}},
@@ -179,3 +180,16 @@ def test_clip_cov_drops_only_drawn_tokens_of_high_covariance(batch):
     assert_close(gradient[~lost], plain[~lost])
     again, _, _ = gradient_of(spec, batch)
     assert torch.equal(gradient, again)
+
+
+@pytest.mark.parametrize("width", [1, 2])
+def test_at_a_bound_nothing_is_flagged_and_the_gradient_passes(width):
+    """One number a sequence goes another way than one a token."""
+    values = torch.tensor([0.8, 0.79, 1.2, 1.21, 1.0], dtype=torch.float64).unsqueeze(1).repeat(1, width).requires_grad_()
+    lower, upper = torch.full_like(values, 0.8), torch.full_like(values, 1.2)
+    bounded, below, above = clamped(values, lower, upper)
+    assert bounded[:, 0].tolist() == [0.8, 0.8, 1.2, 1.2, 1.0]
+    assert below()[:, 0].bool().tolist() == [False, True, False, False, False]
+    assert above()[:, 0].bool().tolist() == [False, False, False, True, False]
+    (gradient,) = torch.autograd.grad(bounded.sum(), values)
+    assert gradient[:, 0].tolist() == [1, 0, 1, 0, 1]

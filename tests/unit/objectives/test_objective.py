@@ -133,6 +133,25 @@ def test_tokens_left_out_of_the_loss_still_belong_to_their_sequences_ratio(batch
     assert_close(outputs.ratio[0], torch.stack([expected, expected * 0, expected]).detach())
 
 
+@pytest.mark.parametrize("per_token", [False, True])
+def test_what_is_left_out_of_the_loss_is_in_no_count_and_its_advantage_may_be_anything(batch, make_objective, per_token):
+    selected = MASK.bool().clone()
+    selected[0, 1] = selected[2] = False
+    batch["advantages"][2] = torch.nan
+    if per_token:
+        batch["advantages"] = batch["advantages"].unsqueeze(1).repeat(1, 3)
+    objective, log_probs = make_objective("gspo"), batch.pop("log_probs").requires_grad_()
+    step = objective.prepare(selected=selected, **batch)
+    loss, outputs = objective.loss(log_probs, **step.rows())
+    (gradient,) = torch.autograd.grad(loss, log_probs)
+    assert gradient.isfinite().all() and (gradient[2] == 0).all()
+    measured = outputs.metrics.finish()
+    assert (measured["batch/tokens"], measured["batch/sequences"]) == (7, 3)
+    moved = (batch["old_log_probs"] - log_probs.detach())[selected]
+    assert measured["policy/approx_kl"] == pytest.approx(float(moved.mean()))
+    assert measured["policy/approx_kl_k3"] == pytest.approx(float((torch.expm1(-moved) + moved).mean()), abs=1e-6)
+
+
 @pytest.mark.parametrize(
     ("axis", "name"),
     [
