@@ -34,8 +34,8 @@ from ratchet_client import Ratchet
 from ratchet_client.losses import JSON, TENSORS
 from ratchet_client.torch import ratchet_loss
 from service.api.losses import _order
-from service.jobs.objective import ObjectiveSpec
 from service.losses.queue import Taken
+from service.spec.objective import ObjectiveSpec
 from workers.losses.serve import Round
 from workers.objectives import Objective
 

@@ -31,8 +31,8 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from service.jobs.objective import ObjectiveSpec
 from service.memory import keep_freed_memory
+from service.spec.objective import ObjectiveSpec
 from workers.objectives import Objective
 
 ROWS, TOKENS = 64, 4096

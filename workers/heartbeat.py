@@ -19,8 +19,8 @@ from service.doorbell import Doorbell
 from service.errors import Failure, LeaseLost
 from service.jobs import lease as leases
 from service.jobs.lease import Lease
-from service.jobs.state import Phase, Wish
 from service.settings import Settings
+from service.states import Phase, Wish
 from service.store.session import Store
 from workers.log_tail import LogTail
 from workers.meter import Meter

@@ -14,10 +14,10 @@ from service.failures import CODES
 from service.jobs import lease as leases
 from service.jobs.data import open_data
 from service.jobs.lease import Lease
-from service.jobs.spec import JobSpec, RLSpec, SupervisedSpec
-from service.jobs.state import Phase, Wish
 from service.rewards import Rewards
 from service.settings import Settings, get_settings
+from service.spec.job import JobSpec, RLSpec, SupervisedSpec
+from service.states import Phase, Wish
 from service.store import checkpoints, datasets
 from service.store.session import Store, open_store
 from service.store.tables import Checkpoint, Job

@@ -9,7 +9,7 @@ import torch
 from rollouts import SUMS
 from torch import Tensor
 
-from service.jobs.objective import ObjectiveSpec
+from service.spec.objective import ObjectiveSpec
 from workers.objectives import LossOutputs, Objective
 from workers.objectives.aggregate import weights
 

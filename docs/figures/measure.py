@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from rollouts import SUM_TOKENS, Run, Seen, record
 
-from service.jobs.objective import ObjectiveSpec
+from service.spec.objective import ObjectiveSpec
 from workers.objectives import LossOutputs, Metrics, Objective
 
 MEASURED = Path(__file__).with_name("measured.json")

@@ -13,10 +13,10 @@ import computed
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from service.jobs import axes
-from service.jobs.objective import ObjectiveSpec
-from service.jobs.presets import BASE, PRESETS
-from service.jobs.section import Section
+from service.spec import axes
+from service.spec.objective import ObjectiveSpec
+from service.spec.presets import BASE, PRESETS
+from service.spec.section import Section
 
 PAGE = Path(__file__).parents[1] / "objectives.md"
 BLOCK = re.compile(r"(<!-- (\w+): written by docs/figures/page.py -->\n\n).*?(\n\n<!-- end -->)", re.DOTALL)

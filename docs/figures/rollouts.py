@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from service.jobs.objective import ObjectiveSpec
-from service.jobs.spec import ModelSpec, OptimizerSpec
+from service.spec.model import ModelSpec
+from service.spec.objective import ObjectiveSpec
+from service.spec.training import OptimizerSpec
 from workers.objectives import Objective
 from workers.policy.policy import Policy, Sequence
 from workers.seeds import derive

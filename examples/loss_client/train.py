@@ -37,7 +37,7 @@ def remote_loss(log_probs: Tensor, **batch: Tensor) -> Tensor:
 
 def local_loss(log_probs: Tensor, *, rewards: Tensor, group_ids: Tensor, response_mask: Tensor, **known: Tensor) -> Tensor:
     """What a loss worker does with such a batch."""
-    from service.jobs.objective import ObjectiveSpec
+    from service.spec.objective import ObjectiveSpec
     from workers.objectives import Objective
 
     objective = Objective(ObjectiveSpec.model_validate(OBJECTIVE).resolve())

@@ -14,7 +14,7 @@ from service.api.context import ContextDep
 from service.api.pages import Page, PageQuery
 from service.api.problems import BODY, files_missing, responses
 from service.ids import utcnow
-from service.jobs.section import Section
+from service.spec.section import Section
 from service.store import checkpoints, jobs
 from service.store.tables import Checkpoint, Job
 from service.validation import below, parse

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from service.errors import Malformed
-from service.jobs.storable import not_storable
+from service.spec.storable import not_storable
 from service.validation import invalid
 
 MAX_DEPTH = 64

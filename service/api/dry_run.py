@@ -13,8 +13,8 @@ from service.api.context import Context, ContextDep
 from service.api.examples import JOB_SPEC
 from service.api.problems import BODY, responses
 from service.jobs.resolve import Resolved, resolve
-from service.jobs.spec import JobSpec
 from service.rewards.preview import Preview, run_preview
+from service.spec.job import JobSpec
 from service.validation import parse
 
 router = APIRouter(prefix="/v1", tags=["jobs"])

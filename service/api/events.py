@@ -17,7 +17,7 @@ from service.api.problems import responses
 from service.api.tails import Line, Look
 from service.errors import Malformed, NotFound
 from service.ids import utcnow
-from service.jobs.state import FINAL, Status
+from service.states import FINAL, Status
 from service.store import events, jobs, keys
 from service.store.tables import Event
 

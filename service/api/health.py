@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse
 from service.api.context import Context, ContextDep
 from service.doorbell import CLASSES
 from service.ids import utcnow
-from service.jobs.state import Status
+from service.states import Status
 from service.store import jobs, workers
 from service.store.tables import ApiKey
 

@@ -21,9 +21,11 @@ from service.jobs import lifecycle
 from service.jobs.fork import forked_spec
 from service.jobs.lifecycle import CANCEL_GRACE_S
 from service.jobs.resolve import resolve
-from service.jobs.section import Section
-from service.jobs.spec import Budget, CheckpointRef, JobSpec
-from service.jobs.state import FINAL, Status
+from service.spec.job import JobSpec
+from service.spec.model import CheckpointRef
+from service.spec.section import Section
+from service.spec.work import Budget
+from service.states import FINAL, Status
 from service.store import jobs
 from service.store.tables import Job
 from service.validation import below, parse

@@ -17,7 +17,7 @@ from service.api.problems import BODY, responses
 from service.api.rate import default_burst
 from service.errors import Conflict, FieldError
 from service.ids import utcnow
-from service.jobs.section import Section
+from service.spec.section import Section
 from service.store import keys
 from service.store.tables import ApiKey
 from service.validation import invalid, parse

@@ -14,8 +14,8 @@ from service.api.keys import KeyRequest
 from service.api.loss_views import LossResults, LossTicket
 from service.api.problems import Problem
 from service.api.usage import BudgetRequest
-from service.jobs.spec import JobSpec
 from service.losses.request import LossRequest
+from service.spec.job import JobSpec
 
 REF = "#/components/schemas/{model}"
 # What is sent, as it may be written, and what FastAPI does not see in a route's signature.

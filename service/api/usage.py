@@ -14,7 +14,7 @@ from service.api.keys import Project
 from service.api.problems import BODY, responses
 from service.errors import Forbidden
 from service.ids import utcnow
-from service.jobs.section import Section
+from service.spec.section import Section
 from service.store import usage
 from service.store.tables import Budget
 from service.store.usage import Totals

@@ -8,7 +8,7 @@ from sqlalchemy.orm import Session
 
 from service.api.pages import Page
 from service.api.usage import UsageTotals
-from service.jobs.state import Phase, Status, allowed_actions
+from service.states import Phase, Status, allowed_actions
 from service.store import usage
 from service.store.tables import Job
 

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any, overload
 
 from service.errors import FieldError, InvalidRequest
-from service.jobs.data_spec import DatasetSource, DataSpec, InlineSource, Message, ReasoningGymSource, SplitSource, TrainSource
-from service.jobs.templates import render
+from service.spec.data import DatasetSource, DataSpec, InlineSource, Message, ReasoningGymSource, SplitSource, TrainSource
+from service.spec.templates import render
 from service.validation import did_you_mean, escape
 
 NAMES_A_FILE = re.compile(r"file|path|dir|url|folder")  # a setting of a reasoning-gym task, by its name

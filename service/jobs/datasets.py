@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 
 from service.errors import BodyTooLarge, FieldError, InvalidRequest
 from service.ids import new_id, utcnow
-from service.jobs.storable import not_storable
+from service.spec.storable import not_storable
 from service.store import datasets
 from service.store.session import Store
 from service.store.tables import Dataset

@@ -20,9 +20,9 @@ from service.doorbell import Doorbell
 from service.errors import Failure, LeaseLost
 from service.ids import utcnow
 from service.jobs import moves
-from service.jobs.spec import CheckpointsSpec
-from service.jobs.state import HELD, Phase, Status, Wish
 from service.settings import Settings
+from service.spec.job import CheckpointsSpec
+from service.states import HELD, Phase, Status, Wish
 from service.store import checkpoints, events, jobs, metrics, rollouts, usage, workers
 from service.store.checkpoints import CheckpointRow
 from service.store.rollouts import RolloutRow

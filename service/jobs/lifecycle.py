@@ -12,7 +12,7 @@ from service.doorbell import Doorbell
 from service.errors import Conflict, FieldError, InvalidRequest, NotFound
 from service.ids import new_id, utcnow
 from service.jobs import moves
-from service.jobs.state import ACTIONS, FINAL, HELD, Status, Wish, allowed_actions
+from service.states import ACTIONS, FINAL, HELD, Status, Wish, allowed_actions
 from service.store import checkpoints, datasets, events, jobs, usage
 from service.store.session import Store
 from service.store.tables import Job
@@ -184,7 +184,7 @@ def _spent(job: Job) -> Conflict:
         code="budget_spent",
         hint="resume it with a larger budget: {tokens, worker_s}; the project's is set by the administrators (PUT /v1/budget)",
         allowed_moves=allowed_actions(Status.PAUSED),
-        job_status="paused",
+        job_status=Status.PAUSED.value,
     )
 
 

@@ -7,7 +7,7 @@ from sqlalchemy import update
 from sqlalchemy.orm import Session
 
 from service.errors import Conflict, Failure
-from service.jobs.state import FINAL, HELD, Status, allowed_actions, is_legal
+from service.states import FINAL, HELD, Status, allowed_actions, is_legal
 from service.store import events, usage
 from service.store.jobs import Runtime
 from service.store.tables import Job

@@ -17,8 +17,8 @@ from service.doorbell import CLASSES, Doorbell
 from service.errors import Failure
 from service.ids import utcnow
 from service.jobs import moves
-from service.jobs.state import FINAL, HELD, Status
 from service.settings import Settings
+from service.states import FINAL, HELD, Status
 from service.store import checkpoints, datasets, idempotency, jobs, workers
 from service.store.blobs import TEMPORARY, Blobs
 from service.store.jobs import Runtime

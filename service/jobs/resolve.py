@@ -12,14 +12,14 @@ from sqlalchemy.orm import Session
 
 from service.errors import FieldError, InvalidRequest, NotFound
 from service.jobs.data import Data, InlineRows, Rows, check_task, open_source, split
-from service.jobs.data_spec import DatasetSource, InlineSource, ReasoningGymSource, SplitSource, TrainSource
 from service.jobs.resolve_model import resolve_model
 from service.jobs.resolve_reward import check_metrics, check_reward
 from service.jobs.row_checks import check_rows
-from service.jobs.spec import RLSpec, SupervisedSpec
-from service.jobs.storable import not_storable
-from service.jobs.templates import columns_of
 from service.settings import Settings
+from service.spec.data import DatasetSource, InlineSource, ReasoningGymSource, SplitSource, TrainSource
+from service.spec.job import RLSpec, SupervisedSpec
+from service.spec.storable import not_storable
+from service.spec.templates import columns_of
 from service.store import datasets
 from service.store.session import Store
 from service.store.tables import Dataset

@@ -9,8 +9,8 @@ from typing import Any
 from sqlalchemy.orm import Session
 
 from service.errors import FieldError, NotFound
-from service.jobs.spec import Full, Lora, ModelSpec, TinyConfig
 from service.settings import Settings
+from service.spec.model import Full, Lora, ModelSpec, TinyConfig
 from service.store import checkpoints
 from service.validation import did_you_mean
 

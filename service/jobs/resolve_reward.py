@@ -3,11 +3,11 @@
 from urllib.parse import urlsplit
 
 from service.errors import FieldError
-from service.jobs.addresses import literal, may_reach
-from service.jobs.data_spec import ReasoningGymSource, SplitSource
-from service.jobs.reward_spec import HttpGrader
-from service.jobs.spec import RLSpec, SupervisedSpec
 from service.settings import Settings
+from service.spec.addresses import literal, may_reach
+from service.spec.data import ReasoningGymSource, SplitSource
+from service.spec.job import RLSpec, SupervisedSpec
+from service.spec.reward import HttpGrader
 from service.validation import did_you_mean
 
 ADDRESS_REFUSED = "the host is no public address; the operator can allow its network (RATCHET_GRADER_NETWORKS=10.1.0.0/16)"

@@ -6,10 +6,10 @@ from typing import Any
 
 from service.errors import FieldError
 from service.jobs.data import Data, Row, Rows
-from service.jobs.data_spec import DatasetSource, ReasoningGymSource, SplitSource
-from service.jobs.spec import RLSpec, SupervisedSpec
-from service.jobs.templates import columns_of
-from service.jobs.tiny import TINY_CHARACTERS, strange_characters
+from service.spec.data import DatasetSource, ReasoningGymSource, SplitSource
+from service.spec.job import RLSpec, SupervisedSpec
+from service.spec.templates import columns_of
+from service.spec.tiny import TINY_CHARACTERS, strange_characters
 from service.store.tables import Dataset
 from service.validation import did_you_mean
 

@@ -30,8 +30,8 @@ from sqlalchemy.exc import OperationalError
 from service.errors import RatchetError
 from service.ids import utcnow
 from service.jobs import moves
-from service.jobs.state import HELD, Status
 from service.settings import Settings
+from service.states import HELD, Status
 from service.store import checkpoints, datasets, jobs, workers
 from service.store.blobs import Blobs
 from service.store.session import Store, alembic_config, make_engine, open_store, upgrade

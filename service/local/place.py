@@ -10,8 +10,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from service.errors import RatchetError
-from service.jobs.addresses import literal
 from service.settings import Settings
+from service.spec.addresses import literal
 
 
 class CannotStart(RatchetError):

@@ -9,8 +9,8 @@ from typing import Annotated, Any
 from pydantic import Field, PlainValidator, WithJsonSchema
 from pydantic_core import PydanticKnownError
 
-from service.jobs.section import Section
 from service.losses.tensors import Tensor
+from service.spec.section import Section
 
 FLOATS = ("F64", "F32", "BF16")
 INTEGERS = ("I64", "I32")

@@ -4,8 +4,8 @@ from collections.abc import Collection
 from typing import Any
 
 from service.errors import FieldError
-from service.jobs.axes import Plain
-from service.jobs.objective import ObjectiveSpec
+from service.spec.axes import Plain
+from service.spec.objective import ObjectiveSpec
 
 GROUP_CENTRES = ("group_mean", "leave_one_out", "length_weighted", "best_minus_second")
 GROUP_SCALES = ("group_std", "group_mean")

@@ -11,11 +11,11 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, TypeAdapter
 
 from service.errors import FieldError, InvalidRequest
-from service.jobs.objective import ObjectiveSpec
-from service.jobs.section import Section
 from service.losses import needs, shapes
 from service.losses.batch import TAKEN, LossBatch
 from service.losses.tensors import BadTensors, Tensor, Tensors, decode
+from service.spec.objective import ObjectiveSpec
+from service.spec.section import Section
 from service.validation import did_you_mean, escape, invalid, parse, shown, without_secrets
 
 MAX_ITEMS = 1024

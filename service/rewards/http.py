@@ -14,10 +14,10 @@ from typing import Any
 import httpx
 
 from service.errors import JobFailed
-from service.jobs.addresses import Address, literal, may_reach
 from service.jobs.resolve_reward import ADDRESS_REFUSED
-from service.jobs.reward_spec import HttpGrader
 from service.rewards.samples import Context, Grader, Outcome, Problem, Sample
+from service.spec.addresses import Address, literal, may_reach
+from service.spec.reward import HttpGrader
 
 AT_ONCE = 8  # batches in flight
 FIRST_PAUSE_S = 0.5  # before the first retry; doubled for each further one, with jitter

@@ -16,13 +16,13 @@ from typing import Any
 from pydantic import SecretStr
 
 from service.errors import JobFailed, RatchetError
-from service.jobs.addresses import Networks
 from service.jobs.data import Data, Row, open_data
-from service.jobs.reward_spec import HttpGrader, RewardSpec
-from service.jobs.spec import JobSpec, RLSpec, SupervisedSpec
-from service.jobs.templates import render
 from service.rewards.rewards import Rewards
 from service.rewards.samples import Sample
+from service.spec.addresses import Networks
+from service.spec.job import JobSpec, RLSpec, SupervisedSpec
+from service.spec.reward import HttpGrader, RewardSpec
+from service.spec.templates import render
 from service.validation import parse
 
 HTTP_TIMEOUT_S = 10.0  # a dry run tries a reward service once, and not for long

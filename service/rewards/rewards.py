@@ -9,11 +9,11 @@ from typing import Any, Self
 
 from pydantic import SecretStr
 
-from service.jobs.addresses import Networks
-from service.jobs.reward_spec import GraderBase, RewardSpec
 from service.rewards import sandboxed, text
 from service.rewards.http import HttpRewards
 from service.rewards.samples import Context, Graded, Grader, Outcome, Problem, Sample, one_by_one
+from service.spec.addresses import Networks
+from service.spec.reward import GraderBase, RewardSpec
 
 
 def _similarity(spec: Any, context: Context) -> Grader:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from pydantic import SecretStr
 
-from service.jobs.addresses import Networks
+from service.spec.addresses import Networks
 
 LOST_WITHIN_S = 60.0
 

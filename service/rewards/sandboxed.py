@@ -3,10 +3,10 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from service.jobs.reward_spec import JsonSchemaGrader, NumberGrader, ReasoningGymGrader, SimilarityGrader
-from service.jobs.templates import render
 from service.rewards.samples import Context, Grader, Outcome, Sample
 from service.rewards.sandbox import Sandbox
+from service.spec.reward import JsonSchemaGrader, NumberGrader, ReasoningGymGrader, SimilarityGrader
+from service.spec.templates import render
 
 
 class Sandboxed(Grader):

@@ -5,9 +5,9 @@ from typing import Any
 
 import regex
 
-from service.jobs.reward_spec import ContainsGrader, ExactGrader, LengthGrader, RegexGrader, SimilarityGrader
-from service.jobs.templates import render
 from service.rewards.samples import Context, Grader, Outcome, Problem, Sample, one_by_one
+from service.spec.reward import ContainsGrader, ExactGrader, LengthGrader, RegexGrader, SimilarityGrader
+from service.spec.templates import render
 
 PATTERN_WITHIN_S = 1.0
 

@@ -10,7 +10,8 @@ from sqlalchemy import or_, select
 from sqlalchemy.orm import Session
 
 from service.errors import Conflict, NotFound
-from service.store.jobs import FINAL, find
+from service.states import FINAL
+from service.store.jobs import find
 from service.store.paging import newest_first
 from service.store.tables import Checkpoint, Job
 

@@ -6,7 +6,7 @@ from sqlalchemy import or_, select
 from sqlalchemy.orm import Session
 
 from service.errors import Conflict, NotFound
-from service.store.jobs import FINAL
+from service.states import FINAL
 from service.store.paging import newest_first
 from service.store.tables import Dataset, Job
 

@@ -9,12 +9,9 @@ from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import Session, defer
 
 from service.errors import NotFound
+from service.states import FINAL, HELD, Status
 from service.store.paging import newest_first
 from service.store.tables import Job, Worker
-
-# As in service.jobs.state, which stands above this layer.
-HELD = ("running", "pausing", "cancelling")
-FINAL = ("succeeded", "failed", "cancelled")
 
 
 def get(session: Session, project: str, job_id: str, *, lock: bool = False) -> Job:
@@ -77,7 +74,7 @@ def _has_tag(session: Session, tag: str) -> ColumnElement[bool]:
 
 def next_queued(session: Session, classes: Collection[str], now: datetime) -> Job | None:
     """The job that is taken next: highest priority, then longest in the queue."""
-    query = select(Job).where(Job.status == "queued", Job.resource_class.in_(list(classes)), _is_due(now))
+    query = select(Job).where(Job.status == Status.QUEUED, Job.resource_class.in_(list(classes)), _is_due(now))
     return session.scalar(
         query.order_by(Job.priority.desc(), Job.queued_at, Job.id).limit(1).execution_options(populate_existing=True)
     )
@@ -89,7 +86,7 @@ def take_unheard(session: Session, resource_class: str, now: datetime, rung_befo
     Their ids, the next to be taken first. Of several who ask at once each gets others.
     """
     silent = or_(Job.rung_at.is_(None), Job.rung_at < rung_before)
-    query = select(Job.id).where(Job.status == "queued", Job.resource_class == resource_class, _is_due(now), silent)
+    query = select(Job.id).where(Job.status == Status.QUEUED, Job.resource_class == resource_class, _is_due(now), silent)
     query = query.order_by(Job.priority.desc(), Job.queued_at, Job.id).limit(limit)
     found = list(session.scalars(query.with_for_update(key_share=True, skip_locked=True)))
     _note_ring(session, found, now)
@@ -102,13 +99,13 @@ def unring(session: Session, job_ids: Collection[str]) -> None:
 
 
 def _note_ring(session: Session, job_ids: Collection[str], rung_at: datetime | None) -> None:
-    noted = update(Job).where(Job.id.in_(job_ids), Job.status == "queued").values(rung_at=rung_at)
+    noted = update(Job).where(Job.id.in_(job_ids), Job.status == Status.QUEUED).values(rung_at=rung_at)
     session.execute(noted, execution_options={"synchronize_session": False})
 
 
 def count_queued(session: Session, resource_class: str, now: datetime) -> int:
     """How many jobs of this class may start now."""
-    query = select(func.count()).where(Job.status == "queued", Job.resource_class == resource_class, _is_due(now))
+    query = select(func.count()).where(Job.status == Status.QUEUED, Job.resource_class == resource_class, _is_due(now))
     return session.scalar(query) or 0
 
 
@@ -128,7 +125,7 @@ def held(session: Session, *, owner: str | None = None, expired_at: datetime | N
 
 def disobeyed(session: Session, now: datetime, *, owner: str | None = None) -> list[str]:
     """Ids of jobs whose workers had until some time before `now` to pause or cancel; of one worker, or of all."""
-    query = select(Job.id).where(Job.status.in_(("pausing", "cancelling")), Job.wish_until < now)
+    query = select(Job.id).where(Job.status.in_((Status.PAUSING, Status.CANCELLING)), Job.wish_until < now)
     if owner is not None:
         query = query.where(Job.lease_owner == owner)
     return list(session.scalars(query.order_by(Job.id)))
@@ -161,7 +158,7 @@ def runtimes(session: Session, job_id: str | None = None) -> list[Runtime]:
     """Of jobs that run, and of queued ones that did; or of one job."""
     allowed_s = Job.spec[("limits", "max_runtime_s")].as_float()
     query = select(Job.id, Job.status, Job.run_s, Job.claimed_at, allowed_s).order_by(Job.id)
-    query = query.where(or_(Job.status.in_(HELD), and_(Job.status == "queued", Job.run_s > 0)))
+    query = query.where(or_(Job.status.in_(HELD), and_(Job.status == Status.QUEUED, Job.run_s > 0)))
     return [Runtime(*row) for row in session.execute(query if job_id is None else query.where(Job.id == job_id))]
 
 

@@ -13,12 +13,12 @@ from typing import Any, Literal
 from sqlalchemy import ColumnElement, cast, func, literal, select, update
 from sqlalchemy.orm import Session
 
+from service.states import Phase
 from service.store.dialect import insert
 from service.store.tables import Budget, Checkpoint, Job, Metric, Usage
 
-PHASES = ("loading", "sampling", "grading", "updating", "evaluating", "saving")
 TOKENS = ("sampled_tokens", "trained_tokens")
-SECONDS = tuple(f"{phase}_s" for phase in PHASES)
+SECONDS = tuple(f"{phase}_s" for phase in Phase)
 AMOUNTS = (*TOKENS, "s")  # each stands as unsaved_... and wasted_... too
 
 
@@ -38,7 +38,7 @@ def add(session: Session, job: Job, spent: Spent, now: datetime) -> None:
     """Put it on the present attempt's account, as not saved yet."""
     if not (spent.sampled_tokens or spent.trained_tokens or spent.phase_s):
         return
-    seconds = {f"{phase}_s": spent.phase_s.get(phase, 0.0) for phase in PHASES}
+    seconds = {f"{phase}_s": spent.phase_s.get(phase, 0.0) for phase in Phase}
     tokens = {"sampled_tokens": spent.sampled_tokens, "trained_tokens": spent.trained_tokens}
     amounts = {**tokens, **seconds, "unsaved_s": sum(spent.phase_s.values())}
     amounts |= {f"unsaved_{name}": count for name, count in tokens.items()}
@@ -60,7 +60,7 @@ def close(session: Session, job: Job, ran_s: float, now: datetime, *, wasted: bo
     query = select(func.coalesce(func.sum(accounted), 0.0)).where(Usage.job_id == job.id, Usage.attempt == job.attempt)
     rest_s = ran_s - float(session.scalar(query) or 0.0)
     if rest_s > 0:
-        add(session, job, Spent(phase_s={job.phase or "loading": rest_s}), now)
+        add(session, job, Spent(phase_s={job.phase or Phase.LOADING: rest_s}), now)
     if wasted:
         moved = {f"wasted_{name}": getattr(Usage, f"wasted_{name}") + getattr(Usage, f"unsaved_{name}") for name in AMOUNTS}
         session.execute(_of_attempt(job).values(moved))
@@ -157,7 +157,7 @@ def _totals(session: Session, group_by: GroupBy | None, where: list[ColumnElemen
     rows: Any = session.execute(query)
     for name, count, *sums in rows:
         values = dict(zip(SUMS, sums, strict=True))
-        phase_s = {phase: float(values[f"{phase}_s"]) for phase in PHASES}
+        phase_s = {phase.value: float(values[f"{phase}_s"]) for phase in Phase}
         tokens = {name: int(values[name]) for name in SUMS if name.endswith("tokens")}
         found.append(Totals(name, count, **tokens, phase_s=phase_s, wasted_s=float(values["wasted_s"])))
     return found

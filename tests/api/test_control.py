@@ -8,7 +8,7 @@ from sqlalchemy import update
 from service.ids import utcnow
 from service.jobs import lease as leases
 from service.jobs.reconciler import reconcile
-from service.jobs.state import Wish
+from service.states import Wish
 from service.store.tables import Job
 
 

@@ -8,7 +8,7 @@ import pytest
 from service.errors import Failure
 from service.ids import new_id
 from service.jobs import lease as leases
-from service.jobs.state import Phase
+from service.states import Phase
 from service.store.checkpoints import CheckpointRow
 
 

@@ -23,7 +23,7 @@ from chaos import stale
 from chaos.rig import FINAL, Rig, of_sessions
 from service.ids import utcnow
 from service.jobs.reconciler import sweep
-from service.jobs.state import Status, is_legal
+from service.states import Status, is_legal
 from service.store import checkpoints
 from service.store.tables import Checkpoint, Dataset, Event, Job, Metric, Rollout
 

@@ -25,8 +25,8 @@ from chaos.servers import OwnPostgres, OwnRedis
 from service.doorbell import Doorbell
 from service.jobs.lifecycle import create_job
 from service.jobs.resolve import resolve
-from service.jobs.spec import JobSpec
 from service.settings import Settings
+from service.spec.job import JobSpec
 from service.store import jobs
 from service.store.session import Store, open_store, upgrade
 from service.store.tables import Event, Job, Worker

@@ -17,7 +17,7 @@ from torch import Tensor
 from ratchet_client import Ratchet, RatchetApiError, RatchetLossPending
 from ratchet_client.discovery import find
 from ratchet_client.torch import ratchet_loss, ratchet_losses
-from service.jobs.objective import ObjectiveSpec
+from service.spec.objective import ObjectiveSpec
 from workers.objectives import Objective
 
 WORKED_EXAMPLE = {

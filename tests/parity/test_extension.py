@@ -3,7 +3,7 @@
 import torch
 from torch.testing import assert_close
 
-from service.jobs.objective import ObjectiveSpec
+from service.spec.objective import ObjectiveSpec
 from workers.objectives import Objective
 from workers.objectives.aggregate import AGGREGATES
 from workers.objectives.ratio import RATIOS, Ratio

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from service.jobs.objective import ObjectiveSpec
+from service.spec.objective import ObjectiveSpec
 from workers.objectives import Objective
 
 CASES = (

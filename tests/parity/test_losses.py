@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from service.jobs.objective import ObjectiveSpec
+from service.spec.objective import ObjectiveSpec
 from workers.objectives import LossOutputs, Objective, tensors
 
 Entry = Mapping[str, Any]

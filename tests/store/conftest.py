@@ -9,7 +9,7 @@ from pydantic import TypeAdapter
 from service.doorbell import Doorbell
 from service.jobs.lifecycle import create_job
 from service.jobs.resolve import Resolved
-from service.jobs.spec import JobSpec
+from service.spec.job import JobSpec
 from service.store.session import Store
 from service.store.tables import Job
 

@@ -13,8 +13,8 @@ from service.ids import utcnow
 from service.jobs import lease as leases
 from service.jobs import lifecycle
 from service.jobs.reconciler import reconcile
-from service.jobs.state import Status, is_legal
 from service.settings import Settings
+from service.states import Status, is_legal
 from service.store import events, jobs
 from service.store.session import Store
 from service.store.tables import Event, Job

@@ -10,9 +10,9 @@ from service.ids import new_id
 from service.jobs import lease as leases
 from service.jobs import lifecycle
 from service.jobs.lease import CheckpointRow, Lease, RolloutRow
-from service.jobs.spec import CheckpointsSpec, KeepBest
-from service.jobs.state import Phase, Wish
 from service.settings import Settings
+from service.spec.job import CheckpointsSpec, KeepBest
+from service.states import Phase, Wish
 from service.store import checkpoints, events, jobs, metrics, rollouts
 from service.store.session import Store
 from service.store.tables import Job

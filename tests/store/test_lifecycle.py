@@ -12,8 +12,8 @@ from service.jobs import lease as leases
 from service.jobs import lifecycle
 from service.jobs.lease import CheckpointRow
 from service.jobs.resolve import Resolved
-from service.jobs.state import Status, allowed_actions
 from service.settings import Settings
+from service.states import Status, allowed_actions
 from service.store import checkpoints, datasets, events, jobs
 from service.store.session import Store
 from service.store.tables import Dataset, Job

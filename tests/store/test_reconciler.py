@@ -17,8 +17,8 @@ from service.jobs import lease as leases
 from service.jobs import lifecycle, moves
 from service.jobs.lease import CheckpointRow, Lease
 from service.jobs.reconciler import Reconciler, Report, _return_lost, reconcile, sweep
-from service.jobs.state import Status
 from service.settings import Settings
+from service.states import Status
 from service.store import events, idempotency, jobs
 from service.store.session import Store
 from service.store.tables import IdempotencyKey, Job, Worker

@@ -13,8 +13,8 @@ from service.jobs import lease as leases
 from service.jobs import lifecycle
 from service.jobs.lease import CheckpointRow, Lease
 from service.jobs.reconciler import expire
-from service.jobs.spec import CheckpointsSpec
 from service.settings import Settings
+from service.spec.job import CheckpointsSpec
 from service.store import checkpoints
 from service.store.session import Store
 from service.store.tables import Checkpoint, Job

@@ -27,8 +27,8 @@ from service.ids import new_id, utcnow
 from service.jobs import lease as leases
 from service.jobs import lifecycle, reconciler
 from service.jobs.lease import CheckpointRow, Lease
-from service.jobs.state import ACTIONS, FINAL, HELD, Phase, Status, allowed_actions, is_legal
 from service.settings import Settings
+from service.states import ACTIONS, FINAL, HELD, Phase, Status, allowed_actions, is_legal
 from service.store import events, jobs
 from service.store.session import Store, open_store, upgrade
 from service.store.tables import Base, Checkpoint, Event, Job, Metric, Worker

@@ -6,8 +6,8 @@ from ipaddress import ip_address, ip_network
 import pytest
 from pydantic import ValidationError
 
-from service.jobs.addresses import literal, may_reach
 from service.settings import Settings
+from service.spec.addresses import literal, may_reach
 
 NOT_PUBLIC = """
 0.0.0.0 0.1.2.3 10.0.0.1 10.255.255.255 100.64.0.1 100.127.255.254 127.0.0.1 127.255.0.1 169.254.169.254 172.16.0.1

@@ -7,7 +7,7 @@ import pytest
 
 from service.errors import InvalidRequest
 from service.jobs.data import JsonlRows, open_data, prompt_indices
-from service.jobs.spec import DataSpec, Message
+from service.spec.data import DataSpec, Message
 
 ROWS = [{"q": f"{n}+{n}", "a": str(2 * n)} for n in range(10)]
 

@@ -16,14 +16,14 @@ import yaml
 
 from service import demo
 from service.api.arrays import parse_arrays
-from service.jobs import axes
-from service.jobs.objective import ObjectiveSpec
-from service.jobs.presets import PRESETS
-from service.jobs.spec import JobSpec
 from service.losses import answers
 from service.losses.orders import Answer, Order
 from service.losses.queue import Taken
 from service.losses.request import check
+from service.spec import axes
+from service.spec.job import JobSpec
+from service.spec.objective import ObjectiveSpec
+from service.spec.presets import PRESETS
 from service.validation import parse
 from workers.losses.serve import Round
 from workers.objectives import Objective

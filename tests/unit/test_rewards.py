@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from service.errors import JobFailed
-from service.jobs.spec import RewardSpec
 from service.rewards import Graded, Rewards, Sample, samples, sandbox, text
+from service.spec.reward import RewardSpec
 
 
 def sample(completion: str, *, tokens: int | None = None, **row: Any) -> Sample:

@@ -19,9 +19,9 @@ import pytest
 from pydantic import SecretStr
 
 from service.errors import JobFailed
-from service.jobs.addresses import Networks
-from service.jobs.spec import RewardSpec
 from service.rewards import Graded, Rewards, Sample, http
+from service.spec.addresses import Networks
+from service.spec.reward import RewardSpec
 
 HERE = (ip_network("127.0.0.0/8"),)  # the operator allows this machine
 Answer = tuple[int, dict[str, str], bytes]

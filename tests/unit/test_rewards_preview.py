@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from pydantic import SecretStr
 
-from service.jobs.spec import JobSpec
 from service.rewards import preview
 from service.rewards.preview import Preview, run_preview
+from service.spec.job import JobSpec
 from service.validation import parse
 
 ROWS = [{"q": f"{n}+{n}=", "a": str(2 * n)} for n in range(10)]

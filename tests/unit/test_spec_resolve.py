@@ -13,8 +13,8 @@ from service.errors import FieldError, InvalidRequest
 from service.ids import new_id, utcnow
 from service.jobs.datasets import ingest
 from service.jobs.resolve import Resolved, resolve
-from service.jobs.spec import JobSpec
 from service.settings import Settings
+from service.spec.job import JobSpec
 from service.store.session import Store
 from service.store.tables import Checkpoint
 from service.validation import parse

@@ -1,6 +1,6 @@
 import pytest
 
-from service.jobs.state import ACTIONS, FINAL, HELD, MOVES, Status, allowed_actions, is_legal
+from service.states import ACTIONS, FINAL, HELD, MOVES, Status, allowed_actions, is_legal
 from service.store import jobs
 
 S = Status

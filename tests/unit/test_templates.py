@@ -1,6 +1,6 @@
 import pytest
 
-from service.jobs.templates import check, columns_of, render
+from service.spec.templates import check, columns_of, render
 
 
 def test_columns_are_filled_in_and_doubled_braces_stay() -> None:

@@ -7,7 +7,7 @@ import pytest
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, TypeAdapter, model_validator
 
 from service.errors import InvalidRequest
-from service.jobs.spec import JobSpec
+from service.spec.job import JobSpec
 from service.validation import below, nearest, parse, shown
 from service.validation.words import quoted
 

@@ -21,8 +21,8 @@ from service.doorbell import Doorbell
 from service.ids import utcnow
 from service.jobs.lifecycle import create_job
 from service.jobs.resolve import resolve
-from service.jobs.spec import JobSpec
 from service.settings import Settings
+from service.spec.job import JobSpec
 from service.store import checkpoints, jobs, workers
 from service.store.session import Store, open_store
 from service.store.tables import Job

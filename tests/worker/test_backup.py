@@ -15,10 +15,10 @@ from sqlalchemy import func, select, text
 from service.ids import new_id
 from service.jobs import lease as leases
 from service.jobs.lease import CheckpointRow, Lease
-from service.jobs.spec import CheckpointsSpec
 from service.local import backup as backups
 from service.local.backup import BackupFailed, backup, restore
 from service.settings import Settings
+from service.spec.job import CheckpointsSpec
 from service.store.session import Store, make_engine, open_store
 from service.store.tables import Base, Checkpoint, Event, Metric, Rollout, Worker
 from workers import runner

@@ -24,11 +24,13 @@ from service.jobs.data import InlineRows
 from service.jobs.lifecycle import create_job
 from service.jobs.reconciler import reconcile
 from service.jobs.resolve import resolve
-from service.jobs.reward_spec import RewardSpec
-from service.jobs.spec import JobSpec, ModelSpec, OptimizerSpec, RLSpec, SupervisedSpec
 from service.rewards import Graded, Rewards, Sample
 from service.rewards.sandbox import Sandbox
 from service.settings import Settings
+from service.spec.job import JobSpec, RLSpec, SupervisedSpec
+from service.spec.model import ModelSpec
+from service.spec.reward import RewardSpec
+from service.spec.training import OptimizerSpec
 from service.store import events
 from service.store.checkpoints import CheckpointRow
 from service.validation import parse

@@ -18,10 +18,10 @@ import torch
 from sqlalchemy import select, text
 
 from service.jobs import lifecycle
-from service.jobs.objective import ObjectiveSpec
-from service.jobs.state import Status, is_legal
 from service.losses.orders import Answer, Order
 from service.losses.queue import LossQueue
+from service.spec.objective import ObjectiveSpec
+from service.states import Status, is_legal
 from service.store.tables import Checkpoint, Event, Job, Metric, Rollout
 from workers.losses.batch import bytes_of
 

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from service.jobs.objective import ObjectiveSpec
-from service.jobs.presets import PRESETS
 from service.losses.orders import Answer, Order, Parcel
 from service.losses.queue import Taken
 from service.losses.tensors import Tensor as RawTensor
 from service.losses.tensors import encode
+from service.spec.objective import ObjectiveSpec
+from service.spec.presets import PRESETS
 from workers.losses import merge
 from workers.losses.batch import bytes_of, viewed
 from workers.losses.compute import RETURNED, Prepared

@@ -20,10 +20,10 @@ from service.jobs import lease as leases
 from service.jobs import moves
 from service.jobs.data import Data
 from service.jobs.lease import CheckpointRow, Lease, RolloutRow
-from service.jobs.spec import RLSpec, SupervisedSpec
-from service.jobs.state import Phase, Wish
 from service.rewards import Rewards
 from service.settings import Settings
+from service.spec.job import RLSpec, SupervisedSpec
+from service.states import Phase, Wish
 from service.store.session import Store
 from service.store.tables import Job
 from workers.heartbeat import Heartbeat

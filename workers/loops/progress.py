@@ -6,7 +6,7 @@ from typing import Any, Self
 
 import orjson
 
-from service.jobs.spec import EarlyStopping
+from service.spec.job import EarlyStopping
 
 FILE = "progress.json"
 

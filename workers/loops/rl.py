@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from service.jobs.data import prompt_indices
-from service.jobs.spec import RLSpec
-from service.jobs.state import Phase
+from service.spec.job import RLSpec
+from service.states import Phase
 from workers.loops.attempt import Attempt, Event, StepResult
 from workers.loops.sampling import Group, reward_errors, reward_metrics, rollout_rows, sample_and_grade, sampling_of
 from workers.loops.suspects import Suspects, step_skipped

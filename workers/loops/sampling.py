@@ -7,9 +7,10 @@ from typing import Any
 
 from service.errors import JobFailed
 from service.jobs.lease import RolloutRow
-from service.jobs.spec import RewardSpec, RLSpec
-from service.jobs.state import Phase
 from service.rewards import Graded, Sample
+from service.spec.job import RLSpec
+from service.spec.reward import RewardSpec
+from service.states import Phase
 from workers.loops.attempt import Attempt, Event
 from workers.policy.policy import Completion
 from workers.seeds import derive

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from service.errors import JobFailed
 from service.jobs.data import Rows, prompt_indices
-from service.jobs.spec import SupervisedSpec
-from service.jobs.state import Phase
+from service.spec.job import SupervisedSpec
+from service.states import Phase
 from workers.loops.attempt import Attempt, Event, StepResult
 from workers.loops.suspects import Suspects, step_skipped
 from workers.policy.policy import Sequence as TokenSequence

@@ -20,7 +20,7 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 
 from service.errors import JobFailed
 from service.jobs.resolve_model import PICKLED, only_pickled_weights
-from service.jobs.spec import Full, Lora, ModelSpec, TinyConfig
+from service.spec.model import Full, Lora, ModelSpec, TinyConfig
 from workers.policy.tiny import tiny_model, tiny_tokenizer
 from workers.seeds import derive
 

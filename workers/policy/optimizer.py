@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from service.errors import JobFailed
-from service.jobs.spec import OptimizerSpec, Schedule
+from service.spec.training import OptimizerSpec, Schedule
 
 FILE = "optimizer.safetensors"
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # what torch's AdamW keeps for each weight

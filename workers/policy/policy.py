@@ -19,7 +19,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from service.jobs.spec import ModelSpec, OptimizerSpec
+from service.spec.model import ModelSpec
+from service.spec.training import OptimizerSpec
 from workers.policy.batching import Sequence, auto_microbatch_tokens, microbatches, pad, response_mask
 from workers.policy.load import MODEL, TRAINED, Loaded, load_model, pick_device
 from workers.policy.log_probs import Scorer

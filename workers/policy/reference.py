@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from service.jobs.spec import Lora, ModelSpec
+from service.spec.model import Lora, ModelSpec
 from workers.policy.load import START, TRAINED, Loaded, add_start_adapter, load_frozen, model_folder
 from workers.policy.log_probs import Scorer
 

@@ -4,8 +4,8 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from service.jobs.spec import TinyConfig
-from service.jobs.tiny import TINY_CHARACTERS
+from service.spec.model import TinyConfig
+from service.spec.tiny import TINY_CHARACTERS
 
 SPECIAL = PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"  # tokens 0, 1 and 2
 

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.autograd import gradcheck
 from torch.testing import assert_close
 
-from service.jobs.objective import ObjectiveSpec
+from service.spec.objective import ObjectiveSpec
 from workers.objectives import Objective
 from workers.objectives.tensors import clamped
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
-from service.jobs.objective import ObjectiveSpec
-from service.jobs.presets import PRESETS
+from service.spec.objective import ObjectiveSpec
+from service.spec.presets import PRESETS
 from workers.objectives import Objective, tensors
 
 property_test = settings(max_examples=75, deadline=None, derandomize=True)

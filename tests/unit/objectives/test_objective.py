@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from service.jobs.presets import PRESETS
+from service.spec.presets import PRESETS
 
 MASK = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 0, 0], [1, 1, 1]])
 GROUPS = torch.tensor([0, 0, 1, 1])

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, ConfigDict
 
 from service.errors import InvalidRequest
-from service.jobs import axes
-from service.jobs.objective import ObjectiveSpec
-from service.jobs.presets import BASE, PRESETS
+from service.spec import axes
+from service.spec.objective import ObjectiveSpec
+from service.spec.presets import BASE, PRESETS
 from service.validation import parse
 from workers.objectives import Objective, advantage, aggregate, correct, kl, ratio, select, surrogate
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from service.jobs.spec import Lora, ModelSpec, OptimizerSpec, Schedule, TinyConfig
-from service.jobs.tiny import TINY_CHARACTERS
+from service.spec.model import Lora, ModelSpec, TinyConfig
+from service.spec.tiny import TINY_CHARACTERS
+from service.spec.training import OptimizerSpec, Schedule
 from workers.policy.policy import Policy, Sequence
 from workers.policy.tiny import tiny_tokenizer
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from service.jobs.spec import Full, ModelSpec
+from service.spec.model import Full, ModelSpec
 from workers.policy.batching import microbatches
 from workers.policy.policy import Sequence
 

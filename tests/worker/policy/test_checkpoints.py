@@ -9,7 +9,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from service.errors import JobFailed
-from service.jobs.spec import Full, Lora, ModelSpec
+from service.spec.model import Full, Lora, ModelSpec
 from workers.policy.checkpoint import CheckpointBroken, verify, write_manifest
 
 

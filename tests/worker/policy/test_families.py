@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from service.jobs.spec import Full, Lora, ModelSpec
+from service.spec.model import Full, Lora, ModelSpec
 from workers.policy.policy import Sequence
 
 PROMPTS = ["rev 123>", "a", "what is 7 + 8 ?\n", "b c", "rev 123456>"]

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
 
 from service.errors import JobFailed
-from service.jobs.spec import Full, Lora, ModelSpec, TinyConfig
-from service.jobs.tiny import TINY_CHARACTERS
+from service.spec.model import Full, Lora, ModelSpec, TinyConfig
+from service.spec.tiny import TINY_CHARACTERS
 
 FULL = {"dtype": "float32", "adapter": Full()}
 
@@ -225,7 +225,8 @@ def test_a_chat_goes_through_the_models_template(load):
 HUB = """
 import sys
 from service.errors import JobFailed
-from service.jobs.spec import ModelSpec, OptimizerSpec
+from service.spec.model import ModelSpec
+from service.spec.training import OptimizerSpec
 from workers.policy.policy import Policy
 
 def load(source, revision):

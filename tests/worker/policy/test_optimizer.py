@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from service.jobs.spec import ModelSpec, Schedule
+from service.spec.model import ModelSpec
+from service.spec.training import Schedule
 from workers.policy.optimizer import learning_rate_ratio
 
 

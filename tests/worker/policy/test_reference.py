@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from service.jobs.spec import Lora, ModelSpec
+from service.spec.model import Lora, ModelSpec
 
 
 @pytest.mark.parametrize("spec", ["tiny_spec", "tiny_lora_spec"])

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from service.errors import JobFailed
-from service.jobs.spec import Lora, ModelSpec, Schedule, TinyConfig
+from service.spec.model import Lora, ModelSpec, TinyConfig
+from service.spec.training import Schedule
 
 TINY = TinyConfig(hidden_size=32, layers=2, heads=4, intermediate_size=64, context=64)
 SCHEDULE = Schedule(kind="cosine", warmup_steps=2, min_ratio=0.1)

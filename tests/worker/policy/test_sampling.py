@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from service.errors import JobFailed
-from service.jobs.spec import Full, ModelSpec
+from service.spec.model import Full, ModelSpec
 from workers.policy import sampler
 from workers.policy.policy import Sequence
 from workers.policy.sampler import Sampling, draw

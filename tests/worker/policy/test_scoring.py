@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from service.jobs.spec import Full, ModelSpec
+from service.spec.model import Full, ModelSpec
 from workers.policy import log_probs as module
 from workers.policy.batching import pad
 from workers.policy.log_probs import Scorer

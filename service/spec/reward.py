@@ -5,9 +5,9 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
-from service.jobs.patterns import check_json_schema, check_pattern
-from service.jobs.section import Section
-from service.jobs.templates import Template
+from service.spec.patterns import check_json_schema, check_pattern
+from service.spec.section import Section
+from service.spec.templates import Template
 
 
 class GraderBase(Section):

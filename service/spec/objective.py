@@ -11,9 +11,9 @@ from typing import Annotated, Any, Literal, Self, get_args
 from pydantic import AfterValidator, Field, GetJsonSchemaHandler, model_validator
 from pydantic_core import CoreSchema
 
-from service.jobs import axes
-from service.jobs.presets import BASE, PRESETS
-from service.jobs.section import Section
+from service.spec import axes
+from service.spec.presets import BASE, PRESETS
+from service.spec.section import Section
 from service.validation import did_you_mean, quoted, shown
 
 

@@ -4,8 +4,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from service.jobs.section import Section
-from service.jobs.templates import Template
+from service.spec.section import Section
+from service.spec.templates import Template
 
 Shuffle = Annotated[bool, Field(description="a new order each epoch, drawn from the seed")]
 MaxRows = Annotated[int | None, Field(ge=1, description="use at most this many rows")]

@@ -1,0 +1,88 @@
+"""The model section of a spec: what is trained, and from where it starts."""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from service.spec.section import Section
+
+
+class TinyConfig(Section):
+    """A small Llama with a character tokenizer, made from nothing: works offline, trains on a CPU in seconds."""
+
+    hidden_size: Annotated[int, Field(ge=8, le=1024, description="width; a multiple of heads")] = 96
+    layers: Annotated[int, Field(ge=1, le=16, description="transformer blocks")] = 2
+    heads: Annotated[int, Field(ge=1, le=16, description="attention heads")] = 4
+    intermediate_size: Annotated[int, Field(ge=8, le=4096, description="width of the feed-forward part")] = 288
+    context: Annotated[int, Field(ge=16, le=4096, description="longest sequence in tokens")] = 128
+    seed: Annotated[int, Field(ge=0, description="seed of the random weights")] = 0
+
+    @model_validator(mode="after")
+    def width_splits_into_heads(self) -> Self:
+        if self.hidden_size % (2 * self.heads):
+            raise ValueError(f"hidden_size must be an even multiple of heads, got {self.hidden_size} and {self.heads}")
+        return self
+
+
+class Lora(Section):
+    """Low-rank adapters beside frozen weights (peft)."""
+
+    kind: Literal["lora"] = "lora"
+    rank: Annotated[int, Field(ge=1, le=1024, description="rank of the two factors")] = 16
+    alpha: Annotated[float, Field(gt=0, description="scale; the update is multiplied by alpha / rank")] = 32
+    dropout: Annotated[float, Field(ge=0, lt=1, description="dropout on the adapter's input while training")] = 0.0
+    target_modules: Annotated[
+        Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)] | Literal["all-linear"],
+        Field(description="names of the linear layers to adapt, or all-linear"),
+    ] = "all-linear"
+
+
+class Full(Section):
+    """Every weight is trained."""
+
+    kind: Literal["full"] = "full"
+
+
+Adapter = Annotated[Lora | Full, Field(discriminator="kind")]
+
+
+class CheckpointRef(Section):
+    """A checkpoint of an earlier job of the same project, to start from."""
+
+    id: Annotated[str, Field(pattern=r"^ckpt_[0-9a-z]+$", description="ckpt_...")]
+    load: Annotated[
+        Literal["weights", "weights+optimizer"], Field(description="what is taken over; the step count starts at 0 either way")
+    ] = "weights"
+
+
+class ModelSpec(Section):
+    """The model that is trained."""
+
+    source: Annotated[
+        str | None,
+        Field(min_length=1, max_length=512, description="tiny, a folder, or a hub id; may be left out with from_checkpoint"),
+    ] = None
+    revision: Annotated[str | None, Field(description="branch, tag or commit of a hub model; resolved to a commit at load")] = (
+        None
+    )
+    tiny: Annotated[TinyConfig | None, Field(description="the shape of `source: tiny`")] = None
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16"], Field(description="of the weights; auto: float32 on a CPU, bfloat16 on a GPU")
+    ] = "auto"
+    adapter: Annotated[
+        Adapter | None, Field(description="lora or full; default: as the checkpoint, else full for tiny and lora for others")
+    ] = None
+    from_checkpoint: Annotated[CheckpointRef | None, Field(description="start from these weights; an id alone will do")] = None
+
+    @field_validator("from_checkpoint", mode="before")
+    @classmethod
+    def id_alone(cls, value: Any) -> Any:
+        return {"id": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def something_to_load(self) -> Self:
+        if self.source is None and self.from_checkpoint is None:
+            raise ValueError("name a `source` (tiny, a folder, or a hub id) or a `from_checkpoint`")
+        if self.tiny is not None and self.source not in (None, "tiny"):
+            raise ValueError(f"tiny goes with `source: tiny`, got source {self.source!r}")
+        return self

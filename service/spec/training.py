@@ -1,0 +1,78 @@
+"""How answers are sampled, and how they become optimizer steps."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator
+
+from service.spec.section import Section
+
+
+class RolloutSpec(Section):
+    """How answers are sampled."""
+
+    prompts_per_step: Annotated[int, Field(ge=1, le=4096, description="prompts in one step")] = 32
+    group_size: Annotated[int, Field(ge=1, le=1024, description="answers to each prompt")] = 8
+    max_prompt_tokens: Annotated[
+        int | None, Field(ge=1, description="a longer prompt fails the job; default: what the context leaves")
+    ] = None
+    max_completion_tokens: Annotated[int, Field(ge=1, le=131_072, description="an answer ends here at the latest")] = 64
+    temperature: Annotated[float, Field(gt=0, le=10, description="of sampling; 1 samples the policy itself")] = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1, description="nucleus; 1 is off")] = 1.0
+    top_k: Annotated[int, Field(ge=0, description="the k likeliest tokens; 0 is off")] = 0
+    stop: Annotated[
+        list[Annotated[str, Field(min_length=1)]], Field(max_length=16, description="texts that end an answer (kept in it)")
+    ] = Field(default_factory=list)
+    mask_truncated: Annotated[
+        bool,
+        Field(description="answers cut by max_completion_tokens bring no gradient (the same as objective.select.truncated)"),
+    ] = False
+
+
+MicrobatchTokens = Annotated[
+    Annotated[int, Field(ge=1)] | Literal["auto"],
+    Field(description="tokens (with padding) in one forward pass; memory, never mathematics"),
+]
+
+
+class UpdateSpec(Section):
+    """How a rollout becomes optimizer steps."""
+
+    minibatches: Annotated[
+        int, Field(ge=1, le=1024, description="optimizer steps per pass over a rollout; with 1 and one epoch no clip can act")
+    ] = 4
+    epochs: Annotated[int, Field(ge=1, le=64, description="passes over a rollout")] = 1
+    microbatch_tokens: MicrobatchTokens = "auto"
+
+
+class SupervisedUpdateSpec(Section):
+    """How rows become optimizer steps."""
+
+    batch_size: Annotated[int, Field(ge=1, le=65_536, description="rows in one optimizer step")] = 32
+    microbatch_tokens: MicrobatchTokens = "auto"
+
+
+class Schedule(Section):
+    """The learning rate over optimizer steps: a linear warm-up, then the kind's shape down to min_ratio."""
+
+    kind: Annotated[Literal["constant", "linear", "cosine"], Field(description="shape after the warm-up")] = "constant"
+    warmup_steps: Annotated[int, Field(ge=0, description="optimizer steps from 0 to the full rate")] = 0
+    min_ratio: Annotated[float, Field(ge=0, le=1, description="the last rate as a share of the full one")] = 0.0
+
+
+class OptimizerSpec(Section):
+    """AdamW."""
+
+    kind: Literal["adamw"] = "adamw"
+    learning_rate: Annotated[float, Field(gt=0, le=1, description="the full rate")] = 1e-5
+    betas: Annotated[tuple[float, float], Field(strict=False, description="decay of the two moments")] = (0.9, 0.95)
+    eps: Annotated[float, Field(gt=0, description="added to the root of the second moment")] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0, description="decoupled")] = 0.0
+    max_grad_norm: Annotated[float, Field(gt=0, description="gradients are scaled down to this norm")] = 1.0
+    schedule: Annotated[Schedule, Field(description="the rate over time")] = Schedule()
+
+    @field_validator("betas")
+    @classmethod
+    def betas_below_one(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in value):
+            raise ValueError(f"each beta must lie in [0, 1), got {list(value)}")
+        return value

@@ -1,0 +1,54 @@
+"""What every kind of work is asked with, whoever drives its loop: a name, a model, a place to run, bounds and a seed."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from service.spec.model import ModelSpec
+from service.spec.section import Section
+
+
+class Budget(Section):
+    """What the job may spend, over all attempts and with what was wasted; then it pauses as `budget_spent`."""
+
+    tokens: Annotated[int | None, Field(ge=1, lt=2**62, description="sampled and trained")] = None
+    worker_s: Annotated[float | None, Field(gt=0, description="seconds of a worker")] = None
+
+
+class WorkLimits(Section):
+    """Where the work ends at the latest, whatever it is."""
+
+    max_runtime_s: Annotated[float, Field(gt=0, description="seconds of running, over all attempts; then the job fails")] = (
+        86_400
+    )
+    max_attempts: Annotated[
+        int, Field(ge=1, le=100, description="attempts that may end in a retryable error or a crash without a new checkpoint")
+    ] = 3
+    deadline_s: Annotated[
+        float | None, Field(gt=0, le=31_536_000, description="seconds from submission, waiting included; then the job fails")
+    ] = None
+    budget: Annotated[Budget, Field(description="what the job may spend; it can be raised when it is resumed")] = Budget()
+    stall_timeout_s: Annotated[
+        float, Field(gt=0, description="an attempt that makes no progress for this long is given up")
+    ] = 1800
+
+
+class Resources(Section):
+    """What the job runs on."""
+
+    class_: Annotated[Literal["any", "cpu", "gpu"], Field(alias="class", description="which workers may take it")] = "any"
+    gpus: Annotated[Literal[1], Field(description="GPUs of one job; more than one is not offered yet")] = 1
+    priority: Annotated[int, Field(ge=0, le=100, description="a higher one is taken first")] = 50
+
+
+class WorkSpec(Section):
+    """What a job and a session have in common. Each adds its `limits`, which extend or are `WorkLimits`."""
+
+    name: Annotated[str, Field(min_length=1, max_length=200, description="for people")] = "unnamed"
+    tags: Annotated[
+        list[Annotated[str, Field(min_length=1, max_length=64)]], Field(max_length=32, description="to filter lists by")
+    ] = Field(default_factory=list)
+    metadata: Annotated[dict[str, Any], Field(description="yours; stored and given back")] = Field(default_factory=dict)
+    model: Annotated[ModelSpec, Field(description="the model that is trained")]
+    resources: Annotated[Resources, Field(description="what the job runs on")] = Resources()
+    seed: Annotated[int, Field(ge=0, lt=2**63, description="every random draw of the job derives from it")] = 0
