@@ -3,7 +3,7 @@
 import uvicorn
 
 from service.app import create_app
-from service.http_protocol import BoundedHttp
+from service.edge.protocol import BoundedHttp
 from service.settings import get_settings
 
 STREAMS_MAY_LAST_S = 3  # open event streams when the API stops; clients reconnect

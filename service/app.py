@@ -18,19 +18,19 @@ from service.api import (
     losses,
     metrics,
     models,
-    problems,
     rollouts,
     schema,
     usage,
 )
-from service.api.context import Context
-from service.api.limits import OpenAnswers
-from service.api.middleware import Frame
-from service.api.rate import Limiter
-from service.api.shutdown import on_stop_signal
-from service.api.startup import check_secrets, ensure_bootstrap_key
-from service.api.tails import Tails
 from service.doorbell import Doorbell, Signals
+from service.edge import faces, problems
+from service.edge.context import Context
+from service.edge.limits import OpenAnswers
+from service.edge.middleware import Frame
+from service.edge.rate import Limiter
+from service.edge.shutdown import on_stop_signal
+from service.edge.startup import check_secrets, ensure_bootstrap_key
+from service.edge.tails import Tails
 from service.jobs.reconciler import Reconciler
 from service.losses.queue import LossQueue
 from service.memory import keep_freed_memory
@@ -82,6 +82,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         redirect_slashes=False,
         generate_unique_id_function=lambda route: route.name,
     )
+    faces.install(app)
     problems.install(app)
     app.add_middleware(Frame)
     for resource in RESOURCES:

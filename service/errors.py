@@ -1,4 +1,4 @@
-"""The error tree. No HTTP in here: `service.api.problems` maps each class to a status."""
+"""The error tree. No HTTP in here: `service.edge.problems` maps each class to a status."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any

@@ -8,11 +8,11 @@ from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, Field, model_validator
 
 from service.api.archive import archive_of
-from service.api.auth import CallerDep
-from service.api.bodies import DocumentDep, documented
-from service.api.context import ContextDep
-from service.api.pages import Page, PageQuery
-from service.api.problems import BODY, files_missing, responses
+from service.edge.auth import CallerDep
+from service.edge.bodies import DocumentDep, documented
+from service.edge.context import ContextDep
+from service.edge.pages import Page, PageQuery
+from service.edge.problems import BODY, files_missing, responses
 from service.ids import utcnow
 from service.spec.section import Section
 from service.store import checkpoints, jobs

@@ -12,12 +12,12 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
 
-from service.api.auth import CallerDep
-from service.api.bodies import limited, media_type
-from service.api.context import ContextDep
-from service.api.idempotency import IdempotencyKeyDep, once
-from service.api.pages import Page, PageQuery
-from service.api.problems import BODY, files_missing, responses
+from service.edge.auth import CallerDep
+from service.edge.bodies import limited, media_type
+from service.edge.context import ContextDep
+from service.edge.idempotency import IdempotencyKeyDep, once
+from service.edge.pages import Page, PageQuery
+from service.edge.problems import BODY, files_missing, responses
 from service.errors import Malformed, UnsupportedMedia
 from service.ids import utcnow
 from service.jobs.data import JsonlRows

@@ -7,11 +7,11 @@ from fastapi import APIRouter
 from pydantic import BaseModel, Field
 from starlette.concurrency import run_in_threadpool
 
-from service.api.auth import Caller, CallerDep
-from service.api.bodies import DocumentDep, documented
-from service.api.context import Context, ContextDep
 from service.api.examples import JOB_SPEC
-from service.api.problems import BODY, responses
+from service.edge.auth import Caller, CallerDep
+from service.edge.bodies import DocumentDep, documented
+from service.edge.context import Context, ContextDep
+from service.edge.problems import BODY, responses
 from service.jobs.resolve import Resolved, resolve
 from service.rewards.preview import Preview, run_preview
 from service.spec.job import JobSpec

@@ -11,10 +11,10 @@ from fastapi.sse import EventSourceResponse, format_sse_event
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 
-from service.api.auth import Caller, CallerDep
-from service.api.context import Context, ContextDep
-from service.api.problems import responses
-from service.api.tails import Line, Look
+from service.edge.auth import Caller, CallerDep
+from service.edge.context import Context, ContextDep
+from service.edge.problems import responses
+from service.edge.tails import Line, Look
 from service.errors import Malformed, NotFound
 from service.ids import utcnow
 from service.states import FINAL, Status

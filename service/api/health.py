@@ -10,8 +10,8 @@ from pydantic import BaseModel, Field
 from sqlalchemy import select
 from starlette.responses import JSONResponse
 
-from service.api.context import Context, ContextDep
 from service.doorbell import CLASSES
+from service.edge.context import Context, ContextDep
 from service.ids import utcnow
 from service.states import Status
 from service.store import jobs, workers

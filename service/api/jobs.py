@@ -7,16 +7,16 @@ from fastapi import APIRouter, Query, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 
-from service.api.auth import Caller, CallerDep
-from service.api.bodies import DocumentDep, OptionalDocumentDep, documented
-from service.api.context import Context, ContextDep
 from service.api.events import MAX_SEQ
 from service.api.examples import JOB_SPEC
-from service.api.idempotency import IdempotencyKeyDep, Once, once
-from service.api.pages import PageQuery
-from service.api.problems import BODY, responses
-from service.api.tails import POLL_S
 from service.api.views import JobPage, JobSummary, JobView
+from service.edge.auth import Caller, CallerDep
+from service.edge.bodies import DocumentDep, OptionalDocumentDep, documented
+from service.edge.context import Context, ContextDep
+from service.edge.idempotency import IdempotencyKeyDep, Once, once
+from service.edge.pages import PageQuery
+from service.edge.problems import BODY, responses
+from service.edge.tails import POLL_S
 from service.jobs import lifecycle
 from service.jobs.fork import forked_spec
 from service.jobs.lifecycle import CANCEL_GRACE_S

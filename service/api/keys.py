@@ -7,14 +7,14 @@ from typing import Annotated, Literal, Self
 from fastapi import APIRouter, Query, Response
 from pydantic import BaseModel, ConfigDict, Field
 
-from service.api.auth import ADMIN_PROJECT, AdminDep, Caller
-from service.api.bodies import DocumentDep, documented
-from service.api.context import ContextDep
-from service.api.idempotency import IdempotencyKeyDep, once
-from service.api.keyring import KEPT_FOR_S
-from service.api.pages import Page
-from service.api.problems import BODY, responses
-from service.api.rate import default_burst
+from service.edge.auth import ADMIN_PROJECT, AdminDep, Caller
+from service.edge.bodies import DocumentDep, documented
+from service.edge.context import ContextDep
+from service.edge.idempotency import IdempotencyKeyDep, once
+from service.edge.keyring import KEPT_FOR_S
+from service.edge.pages import Page
+from service.edge.problems import BODY, responses
+from service.edge.rate import default_burst
 from service.errors import Conflict, FieldError
 from service.ids import utcnow
 from service.spec.section import Section

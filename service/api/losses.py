@@ -12,15 +12,15 @@ from anyio import CapacityLimiter, to_thread
 from fastapi import APIRouter, Header, Request, Response
 from starlette.concurrency import run_in_threadpool
 
-from service.api.arrays import parse_arrays
-from service.api.auth import CallerDep
-from service.api.bodies import limited, media_type
-from service.api.context import Context, ContextDep
-from service.api.documents import parse_json
 from service.api.loss_views import ANSWERED, JSON, SENT, TENSORS, LossTicket
-from service.api.negotiation import MAX_WAIT_S, accepted, wait_s
-from service.api.problems import BODY, responses
 from service.doorbell import Watch
+from service.edge.arrays import parse_arrays
+from service.edge.auth import CallerDep
+from service.edge.bodies import limited, media_type
+from service.edge.context import Context, ContextDep
+from service.edge.documents import parse_json
+from service.edge.negotiation import MAX_WAIT_S, accepted, wait_s
+from service.edge.problems import BODY, responses
 from service.errors import FieldError, InvalidRequest, Malformed, NotFound, Unavailable, UnsupportedMedia
 from service.ids import new_id
 from service.losses import request as requests

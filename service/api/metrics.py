@@ -5,9 +5,9 @@ from typing import Annotated, Literal, Self
 from fastapi import APIRouter, Query, Response
 from pydantic import BaseModel, ConfigDict, Field
 
-from service.api.auth import CallerDep
-from service.api.context import ContextDep
-from service.api.problems import responses
+from service.edge.auth import CallerDep
+from service.edge.context import ContextDep
+from service.edge.problems import responses
 from service.store import jobs, metrics
 
 router = APIRouter(prefix="/v1/jobs/{job_id}/metrics", tags=["jobs"])

@@ -7,9 +7,9 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter
 from pydantic import BaseModel, Field
 
-from service.api.auth import CallerDep
-from service.api.context import ContextDep
-from service.api.pages import Page
+from service.edge.auth import CallerDep
+from service.edge.context import ContextDep
+from service.edge.pages import Page
 
 router = APIRouter(prefix="/v1/models", tags=["models"])
 

@@ -6,10 +6,10 @@ from typing import Annotated, Any, Literal, Self
 from fastapi import APIRouter, Query
 from pydantic import BaseModel, Field
 
-from service.api.auth import CallerDep
-from service.api.context import ContextDep
-from service.api.pages import Page, PageQuery
-from service.api.problems import responses
+from service.edge.auth import CallerDep
+from service.edge.context import ContextDep
+from service.edge.pages import Page, PageQuery
+from service.edge.problems import responses
 from service.store import jobs, rollouts
 from service.store.tables import Rollout
 

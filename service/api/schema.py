@@ -12,8 +12,8 @@ from service.api.events import EventView
 from service.api.jobs import CancelRequest, ForkRequest, PauseRequest, ResumeRequest
 from service.api.keys import KeyRequest
 from service.api.loss_views import LossResults, LossTicket
-from service.api.problems import Problem
 from service.api.usage import BudgetRequest
+from service.edge.problems import Problem
 from service.losses.request import LossRequest
 from service.spec.job import JobSpec
 

@@ -6,12 +6,12 @@ from typing import Annotated, Any, Literal, Self
 from fastapi import APIRouter, Query
 from pydantic import BaseModel, ConfigDict, Field
 
-from service.api.auth import ADMIN_PROJECT, AdminDep, CallerDep
-from service.api.bodies import DocumentDep, documented
-from service.api.context import ContextDep
 from service.api.days import Day
 from service.api.keys import Project
-from service.api.problems import BODY, responses
+from service.edge.auth import ADMIN_PROJECT, AdminDep, CallerDep
+from service.edge.bodies import DocumentDep, documented
+from service.edge.context import ContextDep
+from service.edge.problems import BODY, responses
 from service.errors import Forbidden
 from service.ids import utcnow
 from service.spec.section import Section

@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy.orm import Session
 
-from service.api.pages import Page
 from service.api.usage import UsageTotals
+from service.edge.pages import Page
 from service.states import Phase, Status, allowed_actions
 from service.store import usage
 from service.store.tables import Job

@@ -13,7 +13,7 @@ import httpx
 import uvicorn
 
 from service.app import create_app
-from service.http_protocol import BoundedHttp
+from service.edge.protocol import BoundedHttp
 from service.local.children import Child, Say
 from service.local.place import CannotStart, embedded_settings, listen, locked, url_file, url_of
 from service.local.redis_server import make_redis, socket_folder, wait_for_redis

@@ -23,7 +23,7 @@ from pydantic import SecretStr
 
 from service.app import create_app
 from service.doorbell import Doorbell
-from service.http_protocol import BoundedHttp
+from service.edge.protocol import BoundedHttp
 from service.jobs import lease as leases
 from service.jobs.lease import Lease
 from service.settings import Settings

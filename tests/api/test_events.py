@@ -89,7 +89,7 @@ def test_a_stream_of_a_job_that_has_ended_ends(api, client, submit):
 
 
 def test_a_stream_sees_what_is_signalled_at_once(api, client, submit, monkeypatch):
-    monkeypatch.setattr("service.api.tails.POLL_S", 60.0)
+    monkeypatch.setattr("service.edge.tails.POLL_S", 60.0)
     job = submit()
     lease, _ = api.claim(job["id"])
     with stream(client, job["id"]) as response:
@@ -108,7 +108,7 @@ def test_a_stream_sees_what_is_signalled_at_once(api, client, submit, monkeypatc
 
 
 def test_a_quiet_stream_is_kept_alive(api, client, submit, monkeypatch):
-    monkeypatch.setattr("service.api.tails.POLL_S", 0.05)
+    monkeypatch.setattr("service.edge.tails.POLL_S", 0.05)
     monkeypatch.setattr("service.api.events.KEEP_ALIVE_S", 0.2)
     job = submit()
     with stream(client, job["id"]) as response:
@@ -118,7 +118,7 @@ def test_a_quiet_stream_is_kept_alive(api, client, submit, monkeypatch):
 
 
 def test_a_stream_ends_when_its_job_is_deleted(api, client, submit, monkeypatch):
-    monkeypatch.setattr("service.api.tails.POLL_S", 0.1)
+    monkeypatch.setattr("service.edge.tails.POLL_S", 0.1)
     job = submit()
     client.post(f"/v1/jobs/{job['id']}/pause")
     with stream(client, job["id"]) as response:
@@ -130,7 +130,7 @@ def test_a_stream_ends_when_its_job_is_deleted(api, client, submit, monkeypatch)
 
 
 def test_a_stream_ends_when_its_key_is_revoked(api, client, submit, monkeypatch):
-    monkeypatch.setattr("service.api.tails.POLL_S", 0.1)
+    monkeypatch.setattr("service.edge.tails.POLL_S", 0.1)
     job = submit()
     second = client.post("/v1/keys", json={"name": "second"}).json()
     with api.anonymous(Authorization=f"Bearer {second['key']}") as follower, stream(follower, job["id"]) as response:
@@ -141,7 +141,7 @@ def test_a_stream_ends_when_its_key_is_revoked(api, client, submit, monkeypatch)
 
 
 def test_followers_share_one_look_at_the_log(api, client, submit, monkeypatch):
-    monkeypatch.setattr("service.api.tails.POLL_S", 60.0)
+    monkeypatch.setattr("service.edge.tails.POLL_S", 60.0)
     looks = []
     monkeypatch.setattr("service.api.events._look", lambda *arguments: looks.append(arguments) or look(*arguments))
     job = submit()
@@ -157,7 +157,7 @@ def test_followers_share_one_look_at_the_log(api, client, submit, monkeypatch):
 
 
 def test_a_follower_far_behind_gets_what_is_not_kept_for_all(api, client, submit, monkeypatch):
-    monkeypatch.setattr("service.api.tails.KEPT", 3)
+    monkeypatch.setattr("service.edge.tails.KEPT", 3)
     job = submit()
     with stream(client, job["id"]) as ahead:
         first = parse(ahead.iter_lines())

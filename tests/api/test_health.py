@@ -16,8 +16,8 @@ import pytest
 from pydantic import SecretStr
 
 from service.api.examples import JOB_SPEC
-from service.api.startup import BadSettings, check_secrets, ensure_bootstrap_key
 from service.app import create_app
+from service.edge.startup import BadSettings, check_secrets, ensure_bootstrap_key
 from service.ids import new_id, utcnow
 from service.jobs.lease import hello
 from service.settings import Settings

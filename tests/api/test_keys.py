@@ -8,8 +8,8 @@ import pytest
 from pydantic import SecretStr
 from sqlalchemy import select
 
-from service.api import auth
-from service.api.keyring import KEPT_FOR_S, Keyring
+from service.edge import auth
+from service.edge.keyring import KEPT_FOR_S, Keyring
 from service.ids import utcnow
 from service.store.session import Store
 from service.store.tables import ApiKey, IdempotencyKey

@@ -7,9 +7,9 @@ from time import monotonic, sleep
 
 import pytest
 
-from service import http_protocol
-from service.api import bodies, limits
-from service.api.problems import SECURITY_HEADERS
+from service.edge import bodies, limits
+from service.edge import protocol as http_protocol
+from service.edge.faces import NATIVE
 
 
 def connect(api):
@@ -57,7 +57,7 @@ def test_every_answer_carries_them(api, client, submit, monkeypatch):
     answers.append(client.get("/v1/jobs"))
     assert {answer.status_code for answer in answers} >= {200, 204, 400, 401, 404, 405, 422, 500}
     for answer in answers:
-        for name, value in SECURITY_HEADERS.items():
+        for name, value in NATIVE.headers.items():
             assert answer.headers.get_list(name) == [value], (
                 f"{answer.request.method} {answer.url}: {answer.status_code} {name}"
             )

@@ -24,8 +24,8 @@ from pydantic import SecretStr
 from redis.client import Pipeline
 
 from chaos.standin import WORKER, echo, worker
-from service.api.arrays import parse_arrays
 from service.api.examples import LOSS_REQUEST
+from service.edge.arrays import parse_arrays
 from service.losses import queue as queue_of_losses
 from service.losses.orders import Order, Parcel, answered, unavailable
 from service.losses.queue import (
@@ -718,7 +718,7 @@ def test_a_long_body_of_json_lets_the_others_in_between(monkeypatch):
 
     rows = [[-0.5] * 1000] * 50
     raw = orjson.dumps({"items": [{"objective": "gspo", "batch": {"log_probs": rows, "old_log_probs": rows}}]})
-    monkeypatch.setattr("service.api.arrays.orjson", Spy)
+    monkeypatch.setattr("service.edge.arrays.orjson", Spy)
     assert parse_arrays(raw)["items"][0]["batch"]["log_probs"] == rows
     assert len(lengths) == 100
     assert max(lengths) == 5001

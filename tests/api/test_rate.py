@@ -7,7 +7,7 @@ from time import monotonic, sleep
 import pytest
 from pydantic import SecretStr
 
-from service.api.rate import ASK_AGAIN_S, TIMEOUT_S, Limiter, Rate
+from service.edge.rate import ASK_AGAIN_S, TIMEOUT_S, Limiter, Rate
 
 ONE_STORE = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 
@@ -72,7 +72,7 @@ def test_without_redis_each_process_counts_and_nobody_waits(serve, settings, own
             took = monotonic() - began
         own_redis.thaw() if ends == "freeze" else None
     assert got == [200] * 30 + [429] * 2  # a bucket of this process' own, full at first
-    tried = [record for record in caplog.records if record.name == "service.api.rate"]
+    tried = [record for record in caplog.records if record.name == "service.edge.rate"]
     assert 1 <= len(tried) <= 1 + took / ASK_AGAIN_S  # one waits, and the others go on
 
 

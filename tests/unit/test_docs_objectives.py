@@ -15,7 +15,7 @@ import torch
 import yaml
 
 from service import demo
-from service.api.arrays import parse_arrays
+from service.edge.arrays import parse_arrays
 from service.losses import answers
 from service.losses.orders import Answer, Order
 from service.losses.queue import Taken

@@ -2,7 +2,7 @@
 
 import pytest
 
-from service.api.documents import MAX_DEPTH, canonical, parse_json, parse_yaml
+from service.edge.documents import MAX_DEPTH, canonical, parse_json, parse_yaml
 from service.errors import InvalidRequest, Malformed
 
 

@@ -8,8 +8,8 @@ from array import array
 import orjson
 import pytest
 
-from service.api.arrays import parse_arrays
 from service.api.examples import LOSS_REQUEST
+from service.edge.arrays import parse_arrays
 from service.errors import BodyTooLarge, InvalidRequest, Malformed
 from service.losses import numbers as numbers_of_json
 from service.losses import request as requests
@@ -574,7 +574,7 @@ def test_json_that_nobody_should_send(raw, code):
 
 
 def test_few_bytes_cannot_fill_the_memory(monkeypatch):
-    monkeypatch.setattr("service.api.arrays.MAX_PARTS", 1000)
+    monkeypatch.setattr("service.edge.arrays.MAX_PARTS", 1000)
     for small in (b"[],", b"{},", b'"a",'):
         with pytest.raises(BodyTooLarge, match=r"application/vnd\.safetensors"):
             parse_arrays(b"[" + small * 1000 + b"0]")

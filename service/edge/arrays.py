@@ -11,7 +11,7 @@ from typing import Any
 
 import orjson
 
-from service.api.documents import no_key_twice, read_json
+from service.edge.documents import no_key_twice, read_json
 from service.errors import BodyTooLarge, Malformed
 
 MAX_PARTS = 2**18  # arrays, objects and texts: a few bytes of each take a hundred in memory

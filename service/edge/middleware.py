@@ -7,9 +7,10 @@ from starlette.datastructures import MutableHeaders
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.api.auth import ANSWER_HEADERS
-from service.api.limits import refusal
-from service.api.problems import SECURITY_HEADERS, problem
+from service.edge.auth import ANSWER_HEADERS
+from service.edge.faces import face_of
+from service.edge.limits import refusal
+from service.edge.problems import problem
 from service.ids import new_id
 
 METHODS = frozenset({"GET", "POST", "DELETE", "PUT", "PATCH", "HEAD", "OPTIONS"})
@@ -43,7 +44,7 @@ class Frame:
                 headers = MutableHeaders(scope=message)
                 headers["X-Request-Id"] = request_id
                 headers.update(scope.get(ANSWER_HEADERS, {}))
-                for name, value in SECURITY_HEADERS.items():
+                for name, value in face_of(scope).headers.items():
                     headers.setdefault(name, value)
             await send(message)
             if message["type"] == "http.response.start":

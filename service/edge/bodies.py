@@ -10,9 +10,9 @@ from typing import Annotated, Any
 from fastapi import Depends, Request
 from starlette.types import Message
 
-from service.api.auth import CallerDep
-from service.api.context import ContextDep
-from service.api.documents import canonical, parse_json, parse_yaml
+from service.edge.auth import CallerDep
+from service.edge.context import ContextDep
+from service.edge.documents import canonical, parse_json, parse_yaml
 from service.errors import BodyTooLarge, BodyTooSlow, UnsupportedMedia
 
 YAML_TYPES = frozenset({"application/yaml", "text/yaml", "application/x-yaml", "text/x-yaml"})

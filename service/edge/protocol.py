@@ -6,7 +6,7 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-MAX_HEAD_BYTES = 64 * 2**10  # the request line and all headers; those who send less get a problem from service.api.limits
+MAX_HEAD_BYTES = 64 * 2**10  # the request line and all headers; those who send less get a problem from service.edge.limits
 HEAD_WITHIN_S = 20.0
 TOO_LARGE = b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
 

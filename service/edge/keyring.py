@@ -1,7 +1,7 @@
 """Keys that were looked up a moment ago: most requests come from a key that came before, and need not ask the store again.
 
 A revoked key stops at once all the same. Redis holds an edition of the keys, which is another one after each revocation, and
-every request learns it with the token that counts it (`service.api.rate`): a key that was looked up under another edition is
+every request learns it with the token that counts it (`service.edge.rate`): a key that was looked up under another edition is
 looked up anew, and so is every key while Redis is away. Where a revocation cannot be told to Redis, it takes KEPT_FOR_S longer:
 by then nobody remembers the key. Only if the process dies in between may a key be taken for so long after it was revoked.
 """

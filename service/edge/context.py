@@ -7,11 +7,11 @@ from typing import Annotated
 from anyio import CapacityLimiter
 from fastapi import Depends, Request
 
-from service.api.keyring import Keyring
-from service.api.limits import OpenAnswers
-from service.api.rate import Limiter
-from service.api.tails import Tails
 from service.doorbell import Doorbell, Signals
+from service.edge.keyring import Keyring
+from service.edge.limits import OpenAnswers
+from service.edge.rate import Limiter
+from service.edge.tails import Tails
 from service.losses.queue import LossQueue
 from service.settings import Settings
 from service.store.session import Store

@@ -11,8 +11,8 @@ from fastapi.security import APIKeyHeader, HTTPAuthorizationCredentials, HTTPBea
 from sqlalchemy.exc import OperationalError
 from starlette.concurrency import run_in_threadpool
 
-from service.api.context import Context, ContextDep
-from service.api.rate import Taken, Turn
+from service.edge.context import Context, ContextDep
+from service.edge.rate import Taken, Turn
 from service.errors import Forbidden, RateLimited, Unauthorized
 from service.ids import utcnow
 from service.store import keys

@@ -3,7 +3,7 @@
 While Redis is away, or slow, each process keeps buckets of its own: no request waits for Redis for more than a second, or is
 lost with it, and the worst that happens is that a key gets the rate once from each process.
 
-With the token comes the edition of the keys, which changes whenever one is revoked: see `service.api.keyring`.
+With the token comes the edition of the keys, which changes whenever one is revoked: see `service.edge.keyring`.
 """
 
 import asyncio

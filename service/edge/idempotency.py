@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from sqlalchemy.orm import Session
 
-from service.api.auth import Caller
+from service.edge.auth import Caller
 from service.errors import Malformed
 from service.store import idempotency
 from service.store.idempotency import Answer, Claim

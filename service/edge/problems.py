@@ -1,4 +1,5 @@
-"""Errors as they leave the house: RFC 9457 problem documents, with an `error` object of OpenAI's shape beside.
+"""Errors as they leave the house: RFC 9457 problem documents, with an `error` object of OpenAI's shape beside; a face whose
+clients know another shape makes its own of them (`service.edge.faces`).
 
 One table maps the classes of `service.errors` to statuses. What nobody expected is a 500 that says nothing of its cause:
 the log has that, under the same request id.
@@ -18,6 +19,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
+from service.edge.faces import PROBLEM, face_of
 from service.errors import (
     BodyTooLarge,
     BodyTooSlow,
@@ -42,7 +44,6 @@ from service.validation import field_errors, invalid, shown, unknown_key, withou
 
 log = logging.getLogger(__name__)
 
-MEDIA_TYPE = "application/problem+json"
 STATUSES: Mapping[type[RatchetError], int] = {
     Malformed: 400,
     Unauthorized: 401,
@@ -67,15 +68,6 @@ HEADERS: Mapping[type[RatchetError], dict[str, str]] = {
     Busy: {"Retry-After": "1"},
     BodyTooSlow: {"Connection": "close"},  # what is left of the body shall not hold the connection
     Unavailable: {"Retry-After": "5"},
-}
-# On every answer. Nothing here is a page, and nothing that is anybody's own is to be kept on the way.
-SECURITY_HEADERS: Mapping[str, str] = {
-    "X-Content-Type-Options": "nosniff",
-    "X-Frame-Options": "DENY",
-    "Cache-Control": "no-store",
-    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
-    "Cross-Origin-Resource-Policy": "same-origin",
-    "Referrer-Policy": "no-referrer",
 }
 OPENAI_TYPES = {
     401: "authentication_error",
@@ -156,16 +148,17 @@ def problem(
         ),
         **{name: value for name, value in error.extra.items() if name not in Problem.model_fields},
     )
-    content = body.model_dump(mode="json", exclude_none=True, fallback=str)
+    face = face_of(request.scope)
+    content = face.error(body.model_dump(mode="json", exclude_none=True, fallback=str))
     all_headers = {
-        **SECURITY_HEADERS,
+        **face.headers,
         "X-Request-Id": body.request_id or "",
         **_of_class(HEADERS, error, {}),
         **(headers or {}),
     }
     if "retry_after_s" in error.extra:
         all_headers["Retry-After"] = str(error.extra["retry_after_s"])
-    return JSONResponse(content, status, all_headers, MEDIA_TYPE)
+    return JSONResponse(content, status, all_headers, face.error_type)
 
 
 def _field(error: FieldError) -> ProblemField:
@@ -283,7 +276,7 @@ DESCRIPTIONS = {
 def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """For a route's `responses`: problems with these statuses."""
     schema = {"$ref": "#/components/schemas/Problem"}
-    return {one: {"description": DESCRIPTIONS[one], "content": {MEDIA_TYPE: {"schema": schema}}} for one in sorted(statuses)}
+    return {one: {"description": DESCRIPTIONS[one], "content": {PROBLEM: {"schema": schema}}} for one in sorted(statuses)}
 
 
 COMMON = (400, 401, 403, 414, 422, 429, 431, 500, 503)
