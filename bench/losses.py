@@ -33,8 +33,8 @@ from torch import Tensor
 from ratchet_client import Ratchet
 from ratchet_client.losses import JSON, TENSORS
 from ratchet_client.torch import ratchet_loss
-from service.api.losses import _order
-from service.losses.queue import Taken
+from service.losses import intake
+from service.relay.queue import Taken
 from service.spec.objective import ObjectiveSpec
 from workers.losses.serve import Round
 from workers.objectives import Objective
@@ -85,7 +85,7 @@ class InProcess(Ratchet):
         pass
 
     def losses_safetensors(self, body: bytes, *, wait_s: float = 30.0) -> bytes:
-        order = _order(body, TENSORS, "loss_here", "default", time.time() + wait_s)
+        order = intake.order(body, TENSORS, "loss_here", "default", time.time() + wait_s)
         answers: list[tuple[Taken, bytes]] = []
         Round([Taken("loss_here", "default", order, b"")], answers.extend).run()
         return answers[0][1]

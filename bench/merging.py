@@ -26,7 +26,8 @@ import safetensors.torch
 import torch
 
 from service.local.redis_server import redis_argv
-from service.losses.queue import WorkerQueue
+from service.relay.line import losses
+from service.relay.queue import WorkerQueue
 from service.settings import Settings
 from service.store.session import upgrade
 
@@ -49,7 +50,8 @@ def worker(merging: bool) -> None:
     torch.set_num_threads(1)
     print("ready", flush=True)
     for line in sys.stdin:
-        serve(WorkerQueue(Settings()), line.strip(), linger=True, merging=merging)
+        settings = Settings()
+        serve(WorkerQueue(settings, losses(settings)), line.strip(), linger=True, merging=merging)
         print("left", flush=True)
 
 
@@ -184,7 +186,7 @@ def measure() -> dict[bool, Arm]:
     arms = {False: Arm(), True: Arm()}
     with stack() as (settings, api, workers):
         until_up()
-        queue = WorkerQueue(settings)
+        queue = WorkerQueue(settings, losses(settings))
         for turn in range(TURNS + 1):
             for merging, process in workers.items():
                 assert process.stdin is not None and process.stdout is not None

@@ -32,8 +32,9 @@ from service.edge.shutdown import on_stop_signal
 from service.edge.startup import check_secrets, ensure_bootstrap_key
 from service.edge.tails import Tails
 from service.jobs.reconciler import Reconciler
-from service.losses.queue import LossQueue
 from service.memory import keep_freed_memory
+from service.relay import line
+from service.relay.queue import RequestQueue
 from service.settings import Settings, get_settings
 from service.store.session import open_store
 from service.telemetry import configure_logging
@@ -58,7 +59,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
             open_parts.callback(doorbell.close)
             open_parts.push_async_callback(limiter.close)
             await run_in_threadpool(ensure_bootstrap_key, store, settings)
-            queue = LossQueue(settings)
+            queue = RequestQueue(settings, line.losses(settings))
             open_parts.push_async_callback(queue.close)
             await signals.start()
             open_parts.push_async_callback(signals.stop)

@@ -24,7 +24,8 @@ from service.doorbell import LOSSES_QUEUE, LOSSES_TASK, RING_TASK, Doorbell, cel
 from service.ids import new_id, utcnow
 from service.jobs import lease
 from service.jobs.reconciler import Reconciler
-from service.losses.queue import WorkerQueue
+from service.relay import line
+from service.relay.queue import WorkerQueue
 from service.settings import Settings, get_settings
 from service.store import jobs
 from service.store.session import open_store
@@ -56,7 +57,7 @@ class Parent:
 
     def __init__(self, settings: Settings) -> None:
         self.settings, self.store, self.doorbell = settings, open_store(settings), Doorbell(settings)
-        self._losses = WorkerQueue(settings)
+        self._losses = WorkerQueue(settings, line.losses(settings))
         self.id = new_id("wrk")
         os.environ[WORKER_ID] = self.id
         self._started_at, self._draining = utcnow(), False

@@ -7,8 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from service.api.examples import LOSS_REQUEST
 from service.losses.batch import TAKEN
-
-JSON, TENSORS = "application/json", "application/vnd.safetensors"
+from service.losses.intake import JSON, TENSORS
 
 
 class LossTicket(BaseModel):

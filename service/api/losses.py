@@ -6,34 +6,30 @@ from datetime import UTC, datetime
 from functools import partial
 from math import ceil
 from time import monotonic, time
-from typing import Annotated, Any
+from typing import Annotated
 
 from anyio import CapacityLimiter, to_thread
 from fastapi import APIRouter, Header, Request, Response
 from starlette.concurrency import run_in_threadpool
 
-from service.api.loss_views import ANSWERED, JSON, SENT, TENSORS, LossTicket
+from service.api.loss_views import ANSWERED, SENT, LossTicket
 from service.doorbell import Watch
-from service.edge.arrays import parse_arrays
 from service.edge.auth import CallerDep
 from service.edge.bodies import limited, media_type
 from service.edge.context import Context, ContextDep
-from service.edge.documents import parse_json
 from service.edge.negotiation import MAX_WAIT_S, accepted, wait_s
 from service.edge.problems import BODY, responses
-from service.errors import FieldError, InvalidRequest, Malformed, NotFound, Unavailable, UnsupportedMedia
+from service.errors import NotFound, Unavailable, UnsupportedMedia
 from service.ids import new_id
-from service.losses import request as requests
+from service.losses import intake
 from service.losses.answers import as_json
-from service.losses.orders import Answer, Order, Parcel
-from service.losses.queue import RING_AGAIN_S, Standing
-from service.losses.tensors import LENGTH_BYTES
-from service.validation import invalid
+from service.losses.intake import JSON, TENSORS
+from service.relay.orders import Answer
+from service.relay.queue import RING_AGAIN_S, Standing
 
 router = APIRouter(prefix="/v1/losses", tags=["losses"])
 
 SMALL_BYTES = 2**16
-QUICK_BYTES = 2**10  # mistakes on so little are explained within 10 ms; what is right takes less than to wake a thread
 LOSS_ID = re.compile(r"loss_[0-9a-z]{26}")
 
 
@@ -58,8 +54,8 @@ async def compute_losses(request: Request, context: ContextDep, caller: CallerDe
     loss_id = new_id("loss")
     raw = await limited(request, context.settings.max_loss_body_bytes, "a loss request").body()
     deadline = time() + context.settings.loss_time_limit_s  # the caller's line may be slow
-    make = partial(_order, raw, sent_as, loss_id, caller.project, deadline)
-    order = make() if _is_quick(raw, sent_as) else await to_thread.run_sync(make, limiter=_limiter(context, raw))
+    make = partial(intake.order, raw, sent_as, loss_id, caller.project, deadline)
+    order = make() if intake.is_quick(raw, sent_as) else await to_thread.run_sync(make, limiter=_limiter(context, raw))
     del raw, make  # both may be large, and the wait long
     with context.signals.watch(loss_id) as bell:  # before it is sent: no answer is missed
         must_ring = await context.losses.push(caller.project, loss_id, order, deadline)
@@ -122,30 +118,9 @@ def _sent_as(request: Request) -> str:
     return kind
 
 
-def _is_quick(raw: bytes, sent_as: str) -> bool:
-    """Whether to read it on the spot. Of safetensors only the header is read."""
-    return (len(raw) if sent_as == JSON else int.from_bytes(raw[:LENGTH_BYTES], "little")) <= QUICK_BYTES
-
-
 def _limiter(context: Context, raw: bytes) -> CapacityLimiter | None:
     """Few large ones at once; small ones do not wait for them."""
     return context.conversions if len(raw) > SMALL_BYTES else None
-
-
-def _order(raw: bytes, sent_as: str, loss_id: str, project: str, deadline: float) -> Parcel:
-    """The work order that a body asks for. Raises InvalidRequest when no item of it can be computed."""
-    if sent_as == TENSORS:
-        tensors, text = requests.decoded(raw)
-        try:
-            checked = requests.check(parse_json(text.encode()), tensors)
-        except Malformed as error:
-            raise Malformed(f"in the header's metadata `request`: {error.detail}", code=error.code) from None
-    else:
-        checked = requests.check(parse_arrays(raw))
-    if checked.is_hopeless:
-        raise _none_answered(checked.items, checked.errors)
-    order = Order(loss_id, project, deadline, checked.all_or_nothing, checked.items, checked.tensors)
-    return order.encode(raw if sent_as == TENSORS else None)
 
 
 # ---------------------------------------------------------------- waiting
@@ -193,19 +168,9 @@ async def _response(context: Context, raw: bytes, answer_as: str) -> Response:
     if answer.problem is not None:
         raise Unavailable(answer.problem["detail"], code=answer.problem["code"])
     if answer.outcome == "invalid":
-        raise _none_answered(answer.data, _errors_of(answer.data))
+        raise intake.none_answered(answer.data, intake.errors_of(answer.data))
     if answer_as == TENSORS:
         return Response(raw, media_type=TENSORS)
     if len(raw) <= SMALL_BYTES:  # a fraction of a millisecond
         return Response(as_json(answer), media_type=JSON)
     return Response(await to_thread.run_sync(as_json, answer, limiter=_limiter(context, raw)), media_type=JSON)
-
-
-def _errors_of(data: list[dict[str, Any]]) -> list[FieldError]:
-    said = [error for item in data if "error" in item for error in item.get("errors", [item["error"]])]
-    return [FieldError(**{name: one.get(name) for name in ("pointer", "detail", "code", "got", "allowed")}) for one in said]
-
-
-def _none_answered(items: list[dict[str, Any]], errors: list[FieldError]) -> InvalidRequest:
-    error = invalid(errors)
-    return InvalidRequest(error.detail, error.errors, code=errors[0].code, data=requests.withheld(items))

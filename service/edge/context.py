@@ -12,7 +12,7 @@ from service.edge.keyring import Keyring
 from service.edge.limits import OpenAnswers
 from service.edge.rate import Limiter
 from service.edge.tails import Tails
-from service.losses.queue import LossQueue
+from service.relay.queue import RequestQueue
 from service.settings import Settings
 from service.store.session import Store
 
@@ -26,7 +26,7 @@ class Context:
     store: Store
     doorbell: Doorbell
     signals: Signals
-    losses: LossQueue
+    losses: RequestQueue
     limiter: Limiter
     open_answers: OpenAnswers
     tails: Tails

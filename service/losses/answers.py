@@ -12,8 +12,8 @@ from typing import Any
 import orjson
 
 from service.losses import numbers
-from service.losses.orders import Answer
-from service.losses.tensors import Tensor, Tensors
+from service.relay.orders import Answer
+from service.relay.tensors import Tensor, Tensors
 
 FORMATS = {"F64": "d", "F32": "f", "BOOL": "?"}
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from pydantic import Field, PlainValidator, WithJsonSchema
 from pydantic_core import PydanticKnownError
 
-from service.losses.tensors import Tensor
+from service.relay.tensors import Tensor
 from service.spec.section import Section
 
 FLOATS = ("F64", "F32", "BF16")

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NoReturn
 
 from service.errors import FieldError
-from service.losses.tensors import Tensor
+from service.relay.tensors import Tensor
 from service.validation import quoted, shown
 
 SPECIAL: Mapping[Any, float] = {

@@ -13,7 +13,7 @@ from pydantic import Field, TypeAdapter
 from service.errors import FieldError, InvalidRequest
 from service.losses import needs, shapes
 from service.losses.batch import TAKEN, LossBatch
-from service.losses.tensors import BadTensors, Tensor, Tensors, decode
+from service.relay.tensors import BadTensors, Tensor, Tensors, decode
 from service.spec.objective import ObjectiveSpec
 from service.spec.section import Section
 from service.validation import did_you_mean, escape, invalid, parse, shown, without_secrets

@@ -14,7 +14,7 @@ from service.errors import FieldError
 from service.losses import numbers
 from service.losses.batch import INTEGERS, PER_SEQUENCE, PER_TOKEN, TAKEN, LossBatch
 from service.losses.numbers import NotThese
-from service.losses.tensors import Tensor, Tensors
+from service.relay.tensors import Tensor, Tensors
 
 MAX_CELLS = 2**24  # sequences times the longest of them: ragged batches are padded to be computed
 MAX_SEQUENCES = 2**20  # they are looked at one by one

@@ -26,24 +26,18 @@ from redis.client import Pipeline
 from chaos.standin import WORKER, echo, worker
 from service.api.examples import LOSS_REQUEST
 from service.edge.arrays import parse_arrays
-from service.losses import queue as queue_of_losses
-from service.losses.orders import Order, Parcel, answered, unavailable
-from service.losses.queue import (
-    ALIVE_FOR_S,
-    ANSWER_BYTES,
-    BYTES,
-    LISTENING,
-    PREFIX,
-    RUNG,
-    WAITING,
-    WORKERS,
-    LossQueue,
-    WorkerQueue,
-)
-from service.losses.tensors import Tensor, decode, encode
+from service.relay import queue as queue_of_losses
+from service.relay.line import losses
+from service.relay.orders import Order, Parcel, answered, unavailable
+from service.relay.queue import ALIVE_FOR_S, RequestQueue, WorkerQueue
+from service.relay.tensors import Tensor, decode, encode
 from service.settings import Settings
 
 JSON, TENSORS, PROBLEM = "application/json", "application/vnd.safetensors", "application/problem+json"
+PREFIX = "ratchet:losses:"
+WAITING, BYTES, ANSWER_BYTES, LISTENING, RUNG, WORKERS = (
+    PREFIX + name for name in ("waiting", "bytes", "answer_bytes", "listening", "rung", "workers")
+)
 EXAMPLES = os.environ.get("RATCHET_TEST_FUZZ_EXAMPLES")  # for long runs, each with other examples
 ITEM = LOSS_REQUEST["items"][0]
 
@@ -544,7 +538,7 @@ def test_a_ring_that_was_lost_is_repeated(serve, short, own_redis, monkeypatch):
 
 
 def test_a_worker_that_leaves_is_rung_for(api, store):
-    queue = WorkerQueue(api.settings)
+    queue = WorkerQueue(api.settings, losses(api.settings))
     assert queue.take(WORKER, 0.05, 64) == []
     assert store.exists(LISTENING)
     queue.leave()
@@ -553,7 +547,7 @@ def test_a_worker_that_leaves_is_rung_for(api, store):
 
 
 def test_a_worker_that_died_is_told_of(api, client, store):
-    queue = WorkerQueue(api.settings)
+    queue = WorkerQueue(api.settings, losses(api.settings))
     with ThreadPoolExecutor(1) as pool:
         future = pool.submit(post, client)
         taken = queue.take(WORKER, 5, 64)
@@ -566,7 +560,7 @@ def test_a_worker_that_died_is_told_of(api, client, store):
 
 def test_what_a_dead_worker_had_in_hand_is_put_back_in_line(api, client, store):
     """It died with its parent, which would have said so."""
-    queue, dead, living = WorkerQueue(api.settings), "wrk_dead", WORKER
+    queue, dead, living = WorkerQueue(api.settings, losses(api.settings)), "wrk_dead", WORKER
     urls = [post(client, wait=None).headers["location"] for _ in range(3)]
     assert queue.alive(dead) == 0
     first = queue.take(dead, 5, 2)
@@ -586,7 +580,7 @@ def test_what_a_dead_worker_had_in_hand_is_put_back_in_line(api, client, store):
 
 
 def test_what_an_ending_worker_left_in_hand_goes_to_the_next_at_once(api, client, store):
-    queue = WorkerQueue(api.settings)
+    queue = WorkerQueue(api.settings, losses(api.settings))
     post(client, wait=None)
     assert queue.alive("wrk_ending") == 0 and len(queue.take("wrk_ending", 5, 64)) == 1
     queue.goodbye("wrk_ending")
@@ -596,7 +590,7 @@ def test_what_an_ending_worker_left_in_hand_goes_to_the_next_at_once(api, client
 
 def test_what_a_worker_had_in_hand_comes_again(api, client, store):
     """Its connection broke between taking and answering."""
-    queue = WorkerQueue(api.settings)
+    queue = WorkerQueue(api.settings, losses(api.settings))
     url = post(client, wait=None).headers["location"]
     first = queue.take(WORKER, 5, 64)
     again = queue.take(WORKER, 5, 64)
@@ -665,7 +659,7 @@ def test_whoever_waits_for_redis_is_not_overtaken(api, monkeypatch):
         await asyncio.gather(ask("greedy", 20), *(ask(f"patient {n}", 1) for n in range(10)))
         await queue.close()
 
-    queue = LossQueue(api.settings)
+    queue = RequestQueue(api.settings, losses(api.settings))
     asyncio.run(all_at_once())
     assert served[:11] == ["greedy", *(f"patient {n}" for n in range(10))]
 

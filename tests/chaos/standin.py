@@ -4,8 +4,9 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from service.losses.orders import Order, answered
-from service.losses.queue import WorkerQueue
+from service.relay.line import losses
+from service.relay.orders import Order, answered
+from service.relay.queue import WorkerQueue
 from service.settings import Settings
 
 WORKER = "wrk_standin"
@@ -29,7 +30,7 @@ def echo(order: Order) -> bytes:
 @contextmanager
 def worker(settings: Settings, reply: Callable[[Order], bytes | None] = echo) -> Iterator[list[Order]]:
     """Answers what comes; the orders that it saw. None: takes the order and never answers."""
-    queue, seen, stop = WorkerQueue(settings), list[Order](), threading.Event()
+    queue, seen, stop = WorkerQueue(settings, losses(settings)), list[Order](), threading.Event()
 
     def work() -> None:
         while not stop.is_set():

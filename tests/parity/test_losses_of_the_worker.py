@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from service.losses.orders import Answer, Order
-from service.losses.queue import Taken
+from service.relay.orders import Answer, Order
+from service.relay.queue import Taken
 from service.spec.objective import ObjectiveSpec
 from workers.losses.batch import bytes_of, viewed
 from workers.losses.serve import Round

@@ -17,9 +17,9 @@ import yaml
 from service import demo
 from service.edge.arrays import parse_arrays
 from service.losses import answers
-from service.losses.orders import Answer, Order
-from service.losses.queue import Taken
 from service.losses.request import check
+from service.relay.orders import Answer, Order
+from service.relay.queue import Taken
 from service.spec import axes
 from service.spec.job import JobSpec
 from service.spec.objective import ObjectiveSpec

@@ -15,8 +15,8 @@ from service.losses import numbers as numbers_of_json
 from service.losses import request as requests
 from service.losses import shapes
 from service.losses.answers import as_json
-from service.losses.orders import Answer, Order, answered, unavailable
-from service.losses.tensors import BadTensors, Tensor, encode
+from service.relay.orders import Answer, Order, answered, unavailable
+from service.relay.tensors import BadTensors, Tensor, encode
 
 NAN, INF = math.nan, math.inf
 FORMATS = {"F64": "d", "F32": "f", "I64": "q", "I32": "i", "U8": "B", "BOOL": "?"}

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, deserialize
 from safetensors.numpy import load as load_numpy
 from safetensors.numpy import save as save_numpy
 
-from service.losses.tensors import ITEM_BYTES, MAX_HEADER_BYTES, BadTensors, Tensor, decode, encode
+from service.relay.tensors import ITEM_BYTES, MAX_HEADER_BYTES, BadTensors, Tensor, decode, encode
 
 EXAMPLES = os.environ.get("RATCHET_TEST_FUZZ_EXAMPLES")  # for long runs, each with other examples
 fuzz = settings(

@@ -18,8 +18,9 @@ import torch
 from sqlalchemy import select, text
 
 from service.jobs import lifecycle
-from service.losses.orders import Answer, Order
-from service.losses.queue import LossQueue
+from service.relay.line import losses
+from service.relay.orders import Answer, Order
+from service.relay.queue import RequestQueue
 from service.spec.objective import ObjectiveSpec
 from service.states import Status, is_legal
 from service.store.tables import Checkpoint, Event, Job, Metric, Rollout
@@ -266,7 +267,7 @@ def reward_service(port: int, until: int | None = None) -> Iterator[None]:
 
 async def loss_of_one_token(stack: Any, log_prob: float, timeout_s: float) -> float:
     """As the API asks for it: an order in the queue, a ring, an answer."""
-    queue, deadline = LossQueue(stack.settings), time.time() + timeout_s
+    queue, deadline = RequestQueue(stack.settings, losses(stack.settings)), time.time() + timeout_s
     item = {"index": 0, "objective": ObjectiveSpec(preset="cross_entropy").resolve(), "dtype": "float64", "layout": "padded"}
     item |= {"return": [], "on_nonfinite": "refuse", "on_singleton": "refuse", "seed": 0, "warnings": []}
     tensors = {"0/log_probs": bytes_of(torch.tensor([[log_prob]], dtype=torch.float64))}

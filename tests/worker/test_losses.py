@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from service.losses.orders import Answer, Order, Parcel
-from service.losses.queue import Taken
-from service.losses.tensors import Tensor as RawTensor
-from service.losses.tensors import encode
+from service.relay.orders import Answer, Order, Parcel
+from service.relay.queue import Taken
+from service.relay.tensors import Tensor as RawTensor
+from service.relay.tensors import encode
 from service.spec.objective import ObjectiveSpec
 from service.spec.presets import PRESETS
 from workers.losses import merge

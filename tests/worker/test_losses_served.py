@@ -22,10 +22,10 @@ import uvicorn
 from pydantic import SecretStr
 
 from service.app import create_app
-from service.losses.queue import TAKEN, WORKERS
 from service.settings import Settings
 from workers.app import queues
 
+TAKEN, WORKERS = "ratchet:losses:taken:", "ratchet:losses:workers"
 KEY = "tml-0123456789abcdefghijklmnopqrstuvwxyzABCDEFG"
 TENSORS = "application/vnd.safetensors"
 TIME_LIMIT_S = 15.0  # longer than it takes until a worker says again that it lives

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from service.losses import tensors
+from service.relay import tensors
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

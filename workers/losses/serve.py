@@ -15,10 +15,11 @@ from typing import Any, NamedTuple
 import redis
 import torch
 
-from service.losses.orders import Order, answered, unavailable
-from service.losses.queue import Taken, WorkerQueue
-from service.losses.tensors import Tensor, Tensors
 from service.memory import keep_freed_memory
+from service.relay import line
+from service.relay.orders import Order, answered, unavailable
+from service.relay.queue import Taken, WorkerQueue
+from service.relay.tensors import Tensor, Tensors
 from service.settings import get_settings
 from workers.identity import WORKER_ID
 from workers.losses import merge
@@ -38,7 +39,7 @@ def run() -> None:
     settings = get_settings()
     keep_freed_memory()
     torch.set_num_threads(settings.torch_threads)
-    queue = WorkerQueue(settings)
+    queue = WorkerQueue(settings, line.losses(settings))
     try:
         serve(queue, os.environ[WORKER_ID], linger=settings.serves == "losses")
     finally:

@@ -1,4 +1,4 @@
-"""What the queue of loss requests does in one step: Lua, which Redis runs as a whole or not at all.
+"""What a line does in one step: Lua, which Redis runs as a whole or not at all.
 
 Whatever leaves the waiting list, and every answer that goes, is taken off its sum. Of an empty list the sum is 0, so that
 what was lost between two commands does not count for ever.

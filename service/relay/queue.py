@@ -1,18 +1,4 @@
-"""Loss requests on their way: from the API to a worker and back, in Redis only and for a limited time.
-
-    {project}:{id}:head      the work order (see `orders`), until its deadline
-    {project}:{id}:tensors   its other part
-    {project}:{id}:state     its deadline (unix seconds); without it the request is unknown, expired, or was flushed away
-    {project}:{id}:answer    the worker's answer (bytes), until it expires or was handed over
-    {project}:{id}:handed    the same for the moment in which it is handed over
-    waiting, bytes           entries "id project size deadline" in order of arrival, and the sum of their sizes
-    taken:{worker}           entries that a worker has in hand
-    workers                  who works here, scored by when they said so last
-    answers, answer_bytes    answers that are kept: members "size key" scored by their expiry, and the sum of their sizes
-    listening                a worker is in its loop and will look by itself: no ring is needed
-    rung                     somebody rang a moment ago
-    seen                     a loss worker was at work within the last minutes
-    stop:{worker}            this worker should leave its loop
+"""Requests on their way: from the API to a worker and back, in Redis only and for a limited time. `line` names the keys.
 
 The API's half is asynchronous, the worker's is not. Whatever is lost in here costs the caller a retryable refusal.
 """
@@ -21,7 +7,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import redis
 import redis.asyncio
@@ -30,14 +16,10 @@ from redis.retry import Retry
 
 from service.doorbell import TIMEOUT_S, channel_name, redis_py_url
 from service.errors import Busy, Unavailable
-from service.losses import scripts
-from service.losses.orders import Parcel, unavailable
+from service.relay import scripts
+from service.relay.line import Line
+from service.relay.orders import Parcel, unavailable
 from service.settings import Settings
-
-PREFIX = "ratchet:losses:"
-WAITING, BYTES, ANSWERS, ANSWER_BYTES = (PREFIX + name for name in ("waiting", "bytes", "answers", "answer_bytes"))
-LISTENING, RUNG, SEEN, WORKERS = (PREFIX + name for name in ("listening", "rung", "seen", "workers"))
-TAKEN, STOP = PREFIX + "taken:", PREFIX + "stop:"
 
 BLOCK_S = 5.0  # the longest that `take` waits
 LISTENS_FOR_S = 10.0  # longer than that, and than most batches take
@@ -49,20 +31,6 @@ HANDED_MS = 10_000  # for one whose fetching broke off
 TRANSFER_TIMEOUT_S = 5.0  # for one answer of Redis, the largest request in it
 CONNECTIONS = 32  # of one API process
 SIGNAL = "answer"
-
-
-class Keys(NamedTuple):
-    """Of one request."""
-
-    head: str
-    tensors: str
-    state: str
-    answer: str
-    handed: str
-
-    @classmethod
-    def of(cls, project: str, loss_id: str) -> Self:
-        return cls(*(f"{PREFIX}{project}:{loss_id}:{name}" for name in cls._fields))
 
 
 def _options(settings: Settings, timeout_s: float) -> dict[str, Any]:
@@ -90,55 +58,64 @@ def _standing(found: list[Any]) -> Standing:
     return Standing(answer, None if deadline is None else float(deadline))
 
 
-class LossQueue:
+class RequestQueue:
     """What the API does. Every method raises Unavailable when Redis does not answer."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, line: Line) -> None:
+        self._line, self._key = line, line.key
         self._redis = redis.asyncio.Redis.from_url(**_options(settings, TRANSFER_TIMEOUT_S), max_connections=CONNECTIONS)
         # In the order in which they come; without a bound on the wait, which is our own: who has a connection is bounded.
         self._turns = asyncio.Semaphore(CONNECTIONS)
-        self._limit = settings.max_waiting_loss_bytes
-        self._keep_s = settings.loss_result_ttl_s
 
-    async def push(self, project: str, loss_id: str, parcel: Parcel, deadline: float) -> bool:
+    async def push(self, project: str, request_id: str, parcel: Parcel, deadline: float) -> bool:
         """Put a work order in line; answers whether a worker must be rung. Raises Busy when too many bytes wait."""
-        keys, now = Keys.of(project, loss_id), time.time()
+        keys, now = self._line.of_request(project, request_id), time.time()
         left_ms = max(1, int((deadline - now) * 1000))
-        names = (WAITING, BYTES, ANSWERS, ANSWER_BYTES, LISTENING, RUNG, keys.head, keys.tensors, keys.state)
+        names = (
+            self._key("waiting"),
+            self._key("bytes"),
+            self._key("answers"),
+            self._key("answer_bytes"),
+            self._key("listening"),
+            self._key("rung"),
+            keys.head,
+            keys.tensors,
+            keys.state,
+        )
         arguments = (
-            f"{loss_id} {project} {parcel.size} {deadline}",
+            f"{request_id} {project} {parcel.size} {deadline}",
             parcel.size,
-            self._limit,
+            self._line.max_bytes,
             now,
-            left_ms + int(self._keep_s * 1000),
+            left_ms + int(self._line.keep_s * 1000),
             deadline,
             int(RING_AGAIN_S * 1000),
         )
-        async with self._turns, _answering(), self._redis.pipeline(transaction=False) as pipe:
+        async with self._turns, self._answering(), self._redis.pipeline(transaction=False) as pipe:
             pipe.set(keys.tensors, parcel.tensors, px=left_ms)
             pipe.set(keys.head, parcel.head, px=left_ms)
             pipe.eval(scripts.ADMIT, len(names), *names, *arguments)
             *_, (admitted, number) = await pipe.execute()
         if not admitted:
             raise Busy(
-                f"{number} bytes of loss requests and answers are held already; at most {self._limit} may be",
-                code="losses_busy",
+                f"{number} bytes of {self._line.noun} and answers are held already; at most {self._line.max_bytes} may be",
+                code=self._line.busy,
                 hint="send it again in a moment; a request that holds its answer (Prefer: wait) leaves nothing behind",
             )
         return bool(number)
 
-    async def standing(self, project: str, loss_id: str) -> Standing:
+    async def standing(self, project: str, request_id: str) -> Standing:
         """Where it stands; nothing changes."""
-        keys = Keys.of(project, loss_id)
-        async with self._turns, _answering():
+        keys = self._line.of_request(project, request_id)
+        async with self._turns, self._answering():
             found: list[Any] = await self._redis.mget(keys.answer, keys.state)
         return _standing(found)
 
-    async def collect(self, project: str, loss_id: str) -> Standing:
+    async def collect(self, project: str, request_id: str) -> Standing:
         """Where it stands; an answer is handed over, and forgotten here."""
-        keys = Keys.of(project, loss_id)
-        names = (ANSWERS, ANSWER_BYTES, keys.answer, keys.state, keys.handed)
-        async with self._turns, _answering(), self._redis.pipeline(transaction=False) as pipe:
+        keys = self._line.of_request(project, request_id)
+        names = (self._key("answers"), self._key("answer_bytes"), keys.answer, keys.state, keys.handed)
+        async with self._turns, self._answering(), self._redis.pipeline(transaction=False) as pipe:
             pipe.eval(scripts.COLLECT, len(names), *names, HANDED_MS)
             pipe.getdel(keys.handed)  # not from the script: a large text is slow to go through Lua
             deadline, answer = await pipe.execute()
@@ -146,25 +123,28 @@ class LossQueue:
 
     async def must_ring(self) -> bool:
         """Whether something waits that no worker looks for, and nobody rang a moment ago."""
-        async with self._turns, _answering():
-            return bool(await self._redis.eval(scripts.RING, 3, WAITING, LISTENING, RUNG, int(RING_AGAIN_S * 1000)))
+        async with self._turns, self._answering():
+            return bool(
+                await self._redis.eval(
+                    scripts.RING, 3, self._key("waiting"), self._key("listening"), self._key("rung"), int(RING_AGAIN_S * 1000)
+                )
+            )
 
     async def worker_was_seen(self) -> bool:
-        async with self._turns, _answering():
-            return bool(await self._redis.exists(SEEN))
+        async with self._turns, self._answering():
+            return bool(await self._redis.exists(self._key("seen")))
 
     async def close(self) -> None:
         await self._redis.aclose()
 
-
-@asynccontextmanager
-async def _answering() -> AsyncIterator[None]:
-    try:
-        yield
-    except (redis.RedisError, OSError, TimeoutError) as error:
-        raise Unavailable(
-            "the queue of loss requests does not answer just now; nothing was computed", code="loss_queue_unavailable"
-        ) from error
+    @asynccontextmanager
+    async def _answering(self) -> AsyncIterator[None]:
+        try:
+            yield
+        except (redis.RedisError, OSError, TimeoutError) as error:
+            noun, code = self._line.noun, self._line.unavailable
+            detail = f"the queue of {noun} does not answer just now; nothing was computed"
+            raise Unavailable(detail, code=code) from error
 
 
 # ---------------------------------------------------------------- the worker's half
@@ -181,23 +161,16 @@ class Taken(NamedTuple):
 
 def _whose(entry: bytes) -> tuple[str, str]:
     """Id and project."""
-    loss_id, project, _, _ = entry.decode().split(" ")
-    return loss_id, project
-
-
-def _parts(entry: bytes) -> tuple[str, str]:
-    """The keys of its two parts."""
-    loss_id, project = _whose(entry)
-    keys = Keys.of(project, loss_id)
-    return keys.head, keys.tensors
+    request_id, project, _, _ = entry.decode().split(" ")
+    return request_id, project
 
 
 class WorkerQueue:
     """What a worker does; one thread at a time. Every method raises redis.RedisError when Redis does not answer."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, line: Line) -> None:
+        self._line, self._key = line, line.key
         self._redis = redis.Redis.from_url(**_options(settings, BLOCK_S + TRANSFER_TIMEOUT_S))
-        self._keep_s = settings.loss_result_ttl_s
 
     def take(self, worker_id: str, timeout_s: float, at_most: int) -> list[Taken]:
         """All that waits, up to so many, as soon as something does; nothing when the time is up (0: only look).
@@ -205,11 +178,11 @@ class WorkerQueue:
         What this worker had in hand before and did not answer comes first: its connection broke meanwhile. Orders whose
         deadline is over are dropped. A worker that leaves its loop calls `leave`, then takes once more with timeout 0.
         """
-        taken = TAKEN + worker_id
+        taken = self._key(f"taken:{worker_id}")
         with self._redis.pipeline(transaction=False) as pipe:
-            pipe.set(SEEN, 1, ex=SEEN_FOR_S)
+            pipe.set(self._key("seen"), 1, ex=SEEN_FOR_S)
             if timeout_s > 0:
-                pipe.set(LISTENING, 1, px=int(LISTENS_FOR_S * 1000))
+                pipe.set(self._key("listening"), 1, px=int(LISTENS_FOR_S * 1000))
             pipe.lrange(taken, 0, -1)
             entries: list[bytes] = pipe.execute()[-1]
         if entries:
@@ -219,21 +192,27 @@ class WorkerQueue:
     def _moved(self, taken: str, timeout_s: float, at_most: int) -> list[Taken]:
         """Orders that waited and are now in hand."""
         if timeout_s <= 0:
-            moved: Any = self._redis.eval(scripts.TAKE, 3, WAITING, BYTES, taken, at_most)
+            moved: Any = self._redis.eval(scripts.TAKE, 3, self._key("waiting"), self._key("bytes"), taken, at_most)
             return self._found(taken, moved, self._fetched(moved))
-        first: Any = self._redis.execute_command("BLMOVE", WAITING, taken, "LEFT", "RIGHT", timeout_s)
+        first: Any = self._redis.execute_command("BLMOVE", self._key("waiting"), taken, "LEFT", "RIGHT", timeout_s)
         if first is None:
             return []
         with self._redis.pipeline(transaction=False) as pipe:  # most often it is the only one
-            pipe.eval(scripts.TAKE, 3, WAITING, BYTES, taken, at_most - 1, first)
-            pipe.mget(_parts(first))
+            pipe.eval(scripts.TAKE, 3, self._key("waiting"), self._key("bytes"), taken, at_most - 1, first)
+            pipe.mget(self._parts(first))
             moved, parts = pipe.execute()
         return self._found(taken, moved, [*parts, *self._fetched(moved[1:])])
 
     def _fetched(self, entries: list[bytes]) -> list[bytes | None]:
         """The two parts of each, one behind the other."""
-        found: Any = self._redis.mget([key for entry in entries for key in _parts(entry)]) if entries else []
+        found: Any = self._redis.mget([key for entry in entries for key in self._parts(entry)]) if entries else []
         return found
+
+    def _parts(self, entry: bytes) -> tuple[str, str]:
+        """The keys of its two parts."""
+        request_id, project = _whose(entry)
+        keys = self._line.of_request(project, request_id)
+        return keys.head, keys.tensors
 
     def _found(self, taken: str, entries: list[bytes], parts: list[bytes | None]) -> list[Taken]:
         """Without those whose time is over: they are in nobody's hand any more."""
@@ -254,19 +233,19 @@ class WorkerQueue:
         """Leave the answers (see `orders`), and wake whoever waits for one of them."""
         with self._redis.pipeline(transaction=True) as pipe:
             for order, raw in answers:
-                keys = Keys.of(order.project, order.id)
-                pipe.set(keys.answer, raw, px=int(self._keep_s * 1000))
-                pipe.zadd(ANSWERS, {f"{len(raw)} {keys.answer}": time.time() + self._keep_s})
-                pipe.incrby(ANSWER_BYTES, len(raw))
+                keys = self._line.of_request(order.project, order.id)
+                pipe.set(keys.answer, raw, px=int(self._line.keep_s * 1000))
+                pipe.zadd(self._key("answers"), {f"{len(raw)} {keys.answer}": time.time() + self._line.keep_s})
+                pipe.incrby(self._key("answer_bytes"), len(raw))
                 pipe.unlink(keys.head, keys.tensors)
-                pipe.lrem(TAKEN + worker_id, 1, order.entry.decode())
+                pipe.lrem(self._key(f"taken:{worker_id}"), 1, order.entry.decode())
                 pipe.publish(channel_name(order.id), SIGNAL)
             pipe.execute()
 
     def give_up(self, worker_id: str) -> int:
         """Answer all that a worker had in hand, which died, with a retryable refusal; how many these were."""
-        entries: Any = self._redis.lrange(TAKEN + worker_id, 0, -1)
-        refusal = unavailable("loss_worker_died", "the worker that computed this died; send the request again")
+        entries: Any = self._redis.lrange(self._key(f"taken:{worker_id}"), 0, -1)
+        refusal = unavailable(self._line.worker_died, "the worker that computed this died; send the request again")
         self.answer(worker_id, [(Taken(*_whose(entry), Parcel(b"", b""), entry), refusal) for entry in entries])
         return len(entries)
 
@@ -274,22 +253,22 @@ class WorkerQueue:
         """Say so, every ten seconds. Orders in the hands of workers that said nothing for long are put back in line; how many
         these were. A worker that died with its parent, which would have said it, costs its callers time and no answer.
         """
-        names = (WAITING, BYTES, WORKERS)
-        return int(self._redis.eval(scripts.ALIVE, len(names), *names, worker_id, ALIVE_FOR_S, TAKEN))  # pyright: ignore[reportArgumentType]
+        names = (self._key("waiting"), self._key("bytes"), self._key("workers"))
+        return int(self._redis.eval(scripts.ALIVE, len(names), *names, worker_id, ALIVE_FOR_S, self._key("taken:")))  # pyright: ignore[reportArgumentType]
 
     def goodbye(self, worker_id: str) -> None:
         """This worker ends; were anything still in its hand, the next word of another one puts it back."""
-        self._redis.zadd(WORKERS, {worker_id: 0})
+        self._redis.zadd(self._key("workers"), {worker_id: 0})
 
     def leave(self) -> None:
         """From now on rings are needed. Another worker that is still in its loop says otherwise at its next `take`."""
-        self._redis.delete(LISTENING, RUNG)
+        self._redis.delete(self._key("listening"), self._key("rung"))
 
     def ask_to_stop(self, worker_id: str) -> None:
-        self._redis.set(STOP + worker_id, 1, ex=STOP_FOR_S)
+        self._redis.set(self._key(f"stop:{worker_id}"), 1, ex=STOP_FOR_S)
 
     def is_asked_to_stop(self, worker_id: str) -> bool:
-        return bool(self._redis.exists(STOP + worker_id))
+        return bool(self._redis.exists(self._key(f"stop:{worker_id}")))
 
     def close(self) -> None:
         self._redis.close()

@@ -22,7 +22,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from service.losses.tensors import Tensor, Tensors, decode, encode
+from service.relay.tensors import Tensor, Tensors, decode, encode
 
 Outcome = Literal["ok", "invalid", "unavailable"]
 
