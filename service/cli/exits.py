@@ -8,9 +8,10 @@ USAGE = 2  # the command line itself is wrong (typer's own)
 UNREACHABLE = 3  # no service, or no key for it
 JOB_FAILED = 4
 JOB_CANCELLED = 5
+JOB_PAUSED = 6
 INTERRUPTED = 130
 
-OF_STATUS: dict[Status, int] = {"succeeded": OK, "failed": JOB_FAILED, "cancelled": JOB_CANCELLED}
+OF_STATUS: dict[Status, int] = {"succeeded": OK, "failed": JOB_FAILED, "cancelled": JOB_CANCELLED, "paused": JOB_PAUSED}
 
 HELP = """\b
 Exit status:
@@ -20,5 +21,6 @@ Exit status:
     3  no service was found, or it does not answer
     4  the followed job failed
     5  the followed job was cancelled
+    6  the followed job paused; `ratchet resume JOB` goes on
     130  Ctrl-C
 """

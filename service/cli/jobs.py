@@ -280,6 +280,11 @@ def _progress(job: JobSummary) -> str:
 
 def _print_outcome(job: Job) -> None:
     say(job["id"], status_text(job["status"]), f"at step {_progress(job)} after {duration(job['run_s'])}")
+    if job["status"] == "paused":
+        why = job["error"] or {}
+        say(f"  it rests ({job['status_reason']}); mend what it rests for, then: ratchet resume {job['id']}")
+        if why.get("hint"):
+            say(f"  hint: {why['hint']}")
     if job["checkpoint_id"]:
         say(f"  checkpoint {job['checkpoint_id']}  (ratchet checkpoints download {job['checkpoint_id']})")
 

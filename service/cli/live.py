@@ -31,10 +31,16 @@ class View(Protocol):
 
 
 def follow(ratchet: Ratchet, job_id: str, *, as_json: bool = False) -> Job:
-    """Show the job's events until it is over; answers the job as it ended."""
+    """Show the job's events until it is over or rests; answers the job as it then is."""
+    last = None  # the number of the event at which it rests, once it does
     with make_view(ratchet.get_job(job_id), as_json=as_json) as view:
         for event in ratchet.follow(job_id):
             view.show(event)
+            if event["type"] == "status_changed":
+                job = ratchet.get_job(job_id) if event["data"]["to"] == "paused" else None
+                last = job["last_event"] if job is not None and job["status"] == "paused" else None  # it may have gone on since
+            if last is not None and event["seq"] >= last:
+                break
     return ratchet.get_job(job_id)
 
 

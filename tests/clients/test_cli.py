@@ -165,6 +165,29 @@ def test_a_cancelled_job_has_an_exit_status_of_its_own(cli: Cli, job_id: str) ->
     assert cli("watch", job_id).code == 5
 
 
+def test_a_job_that_rests_ends_the_watch_with_a_status_of_its_own_and_says_how_to_go_on(
+    cli: Cli, hand: Any, job_id: str
+) -> None:
+    held = hand.take()
+    hand.step(held, 1, {"reward/mean": 0.25})
+    lease.park(hand.store, held, Failure("grader_unhealthy", "3 of 4 samples could not be graded", hint="mend the grader"))
+    watched = cli("watch", job_id)
+    assert watched.code == 6 and "paused" in watched.out
+    assert f"ratchet resume {job_id}" in watched.out and "hint: mend the grader" in watched.out
+    assert cli("watch", job_id, "--json").code == 6
+    assert "6  the followed job paused" in cli("--help").out
+
+
+def test_an_old_pause_does_not_end_the_watch_of_a_job_that_has_gone_on(cli: Cli, hand: Any, job_id: str) -> None:
+    cli("pause", job_id)
+    cli("resume", job_id)
+    cli("pause", job_id)
+    cli("resume", job_id)
+    hand.succeed(hand.take())
+    watched = cli("watch", job_id)
+    assert watched.code == 0 and watched.out.count("paused") == 2
+
+
 def test_watch_json_prints_every_event_once_in_order(cli: Cli, hand: Any, job_id: str) -> None:
     held = hand.take()
     hand.step(held, 1, {"reward/mean": 0.25})
