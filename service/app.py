@@ -37,7 +37,7 @@ from service.relay import line
 from service.relay.queue import RequestQueue
 from service.settings import Settings, get_settings
 from service.store.session import open_store
-from service.telemetry import configure_logging
+from service.telemetry import configure_logging, warn_of_unknown_variables
 
 # In the order in which a path is looked for: first those whose callers wait for milliseconds.
 RESOURCES = (losses, dry_run, jobs, events, metrics, rollouts, checkpoints, datasets, models, keys, usage)
@@ -50,6 +50,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         configure_logging(settings)
+        warn_of_unknown_variables()
         keep_freed_memory()
         check_secrets(settings)
         async with AsyncExitStack() as open_parts:

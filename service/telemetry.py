@@ -2,8 +2,10 @@
 
 import json
 import logging
+import os
 import re
 import sys
+from collections.abc import Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from traceback import format_exception
@@ -13,6 +15,9 @@ from prometheus_client import Counter
 from pydantic import SecretStr
 
 from service.settings import WELL_KNOWN_SECRETS, Settings
+from service.validation.words import nearest
+
+log = logging.getLogger(__name__)
 
 RINGS = Counter("ratchet_rings_total", "Rings of the doorbell", ["heard"])
 RECONCILED = Counter("ratchet_reconciled_total", "Jobs that the reconciler settled or rang for", ["move"])
@@ -88,6 +93,20 @@ class JsonFormatter(logging.Formatter):
 
     def _clean(self, value: object) -> object:
         return value if value is None or isinstance(value, bool | int | float) else self._scrub(str(value))
+
+
+# Variables of ours that are no settings: of the CLI, of the compose file, of a worker's child, of the tests.
+NO_SETTINGS = {"URL", "API_KEY", "WORKER_ID", "API_IMAGE", "WORKER_IMAGE", "PUBLISH"}
+
+
+def warn_of_unknown_variables(environment: Mapping[str, str] = os.environ) -> None:
+    """Say which RATCHET_ variables set nothing, for a misspelt one is easily overlooked."""
+    known = {name.upper() for name in Settings.model_fields} | NO_SETTINGS
+    for variable in sorted(environment):
+        prefix, name = variable[:8], variable[8:]
+        if prefix == "RATCHET_" and name not in known and not name.startswith("TEST_"):
+            meant = nearest(name, sorted(known))
+            log.warning("%s sets nothing%s", variable, f"; did you mean {prefix}{meant}?" if meant else "")
 
 
 def configure_logging(settings: Settings, *, json_lines: bool | None = None) -> None:

@@ -20,6 +20,7 @@ from celery import signals
 from kombu.entity import Queue
 from sqlalchemy.exc import SQLAlchemyError
 
+from service.devices import missing_gpu
 from service.doorbell import LOSSES_QUEUE, LOSSES_TASK, RING_TASK, Doorbell, celery_app, queue_name
 from service.ids import new_id, utcnow
 from service.jobs import lease
@@ -30,7 +31,7 @@ from service.settings import Settings, get_settings
 from service.store import jobs
 from service.store.session import open_store
 from service.store.tables import Worker
-from service.telemetry import configure_logging
+from service.telemetry import configure_logging, warn_of_unknown_variables
 from workers.identity import WORKER_ID, has_gpu, resource_classes
 from workers.minder import Minder, kill_children, lead_a_group
 from workers.tasks import losses, train
@@ -188,7 +189,11 @@ def _ready(**_: Any) -> None:
 @signals.worker_init.connect
 def _init(**_: Any) -> None:
     global parent  # one per process, made when Celery says that this process is the parent
-    parent = Parent(get_settings())
+    settings = get_settings()
+    warn_of_unknown_variables()
+    if wrong := missing_gpu(settings.device):
+        raise SystemExit(wrong)
+    parent = Parent(settings)
 
 
 @signals.worker_shutting_down.connect

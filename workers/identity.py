@@ -1,7 +1,6 @@
 """Who this worker is and what it runs on, found out without loading torch."""
 
-from pathlib import Path
-
+from service.devices import shows_gpu
 from service.settings import Settings
 
 WORKER_ID = "RATCHET_WORKER_ID"  # the parent's name, inherited by its child: the owner of leases
@@ -10,7 +9,7 @@ WORKER_ID = "RATCHET_WORKER_ID"  # the parent's name, inherited by its child: th
 def has_gpu(settings: Settings) -> bool:
     """Whether this worker trains on a GPU."""
     if settings.device == "auto":
-        return any(Path(node).exists() for node in ("/dev/nvidiactl", "/dev/kfd"))
+        return shows_gpu()
     return settings.device == "cuda"
 
 

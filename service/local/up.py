@@ -37,7 +37,7 @@ def up(data_dir: Path, port: int, say: Say) -> None:
         stop = stack.enter_context(_signals())
         stack.enter_context(locked(data_dir))
         listener = stack.enter_context(listen(Settings().host, port))
-        check_worker_can_run()
+        check_worker_can_run(Settings())
         url = url_of(listener)
         folder = stack.enter_context(socket_folder(data_dir))
         settings = embedded_settings(data_dir, listener.getsockname()[1], folder)

@@ -7,6 +7,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+from service.devices import missing_gpu
 from service.doorbell import Doorbell
 from service.jobs import lease
 from service.local.children import Child, Say
@@ -27,7 +28,9 @@ app.worker_main(["worker", "--without-gossip", "--without-mingle", *sys.argv[1:]
 """
 
 
-def check_worker_can_run() -> None:
+def check_worker_can_run(settings: Settings) -> None:
+    if wrong := missing_gpu(settings.device):
+        raise CannotStart(wrong)
     missing = [name for name in ("torch", "transformers", "peft") if find_spec(name) is None]
     if missing:
         raise CannotStart(f"a worker needs {', '.join(missing)}: pip install 'ratchet-rl[worker,embedded]'")
