@@ -6,8 +6,9 @@ from typing import Any
 from pydantic_core import ErrorDetails
 
 from service.errors import FieldError
+from service.validation.foreign import hint_for_key, hint_for_kind
 from service.validation.walk import Place, escape, legal_elsewhere, pointer_of
-from service.validation.words import did_you_mean, quoted, shown
+from service.validation.words import did_you_mean, is_very_near, quoted, shown
 
 # pydantic's error types in the words of JSON; bounds are filled in from the error's context.
 MUST_BE = {
@@ -70,11 +71,19 @@ def complaint(place: Place, details: ErrorDetails) -> Complaint:
 def unknown_key(pointer: str, key: str, legal: list[str], root: Any = None) -> FieldError:
     """`root`: the model of the whole document, to say where else a key of this name is legal."""
     meant = did_you_mean(key, legal)
+    if (hint := _elsewhere_called(root, key)) and not is_very_near(key, legal):
+        meant = f"; here that is {hint}"
     if not meant and (where := legal_elsewhere(root, key)):
         meant = f"; a key of this name belongs to {where}"
     if not meant and legal:
         meant = "; legal: " + ", ".join(legal)
     return FieldError(pointer, f"unknown key {quoted(shown(key))}{meant}", "unknown_key", allowed=legal)
+
+
+def _elsewhere_called(root: Any, key: str) -> str | None:
+    """What a name of another library's stands for, where the document has such a place."""
+    hint = hint_for_key(key)
+    return hint if hint and pointer_of(root, hint.partition(".")[0].split()[-1]) else None
 
 
 def _must_be(place: Place, got: Any, must_be: str, legal: list[str] | None = None) -> Complaint:
@@ -94,7 +103,9 @@ def _wrong_tag(place: Place, key: str, sent: Any) -> FieldError:
     if not isinstance(sent, dict) or key not in sent:
         return FieldError(pointer, f"is required: one of {', '.join(legal)}", "missing", allowed=legal)
     got = shown(sent[key], key)
-    detail = _sentence(f"one of {', '.join(legal)}", got) + did_you_mean(str(got), legal)
+    hint = hint_for_kind(str(got)) if key == "kind" and place.root is None else None
+    meant = f"; here that is {hint}" if hint else did_you_mean(str(got), legal)
+    detail = _sentence(f"one of {', '.join(legal)}", got) + meant
     return FieldError(pointer, detail, "unknown_value", got, legal)
 
 

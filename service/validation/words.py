@@ -21,6 +21,11 @@ def nearest(word: str, legal: list[str]) -> str | None:
     return lowered[close[0]] if close else None
 
 
+def is_very_near(word: str, legal: list[str]) -> bool:
+    """Whether it is a legal word misspelt, rather than another one."""
+    return bool(get_close_matches(word.lower(), [option.lower() for option in legal], n=1, cutoff=0.88))
+
+
 def did_you_mean(word: str, legal: list[str]) -> str:
     """A half sentence for the end of a message; empty when nothing is near."""
     near = nearest(word, legal)

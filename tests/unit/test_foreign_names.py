@@ -1,0 +1,68 @@
+"""Names of other libraries are refused with what they are called here."""
+
+import re
+from typing import Any
+
+import pytest
+
+from service.errors import InvalidRequest
+from service.spec.job import JobSpec
+from service.validation import parse
+from service.validation.foreign import KEYS, KINDS
+from service.validation.walk import pointer_of
+
+SPEC: dict[str, Any] = {
+    "kind": "rl",
+    "model": {"source": "tiny"},
+    "data": {"train": {"source": "inline", "rows": [{"q": "1"}]}, "prompt": "{q}"},
+    "objective": {"preset": "gspo"},
+    "reward": {"graders": [{"kind": "length", "max_tokens": 4}]},
+}
+
+
+def refusal(spec: dict[str, Any]) -> tuple[str, str]:
+    with pytest.raises(InvalidRequest) as caught:
+        parse(JobSpec, spec)
+    (error,) = caught.value.errors
+    return error.pointer, error.detail
+
+
+@pytest.mark.parametrize("name", KEYS)
+def test_every_place_that_the_table_names_is_there(name: str) -> None:
+    first = KEYS[name].partition(".")[0].split()[-1]
+    paths = [path for path in re.findall(r"[a-z_]+(?:\.[a-z_]+)+", KEYS[name]) if path.startswith(f"{first}.")]
+    for path in paths:
+        supervised_only = path == "update.batch_size"
+        assert pointer_of(JobSpec, path).replace("/", ".").strip(".") == path or supervised_only
+
+
+@pytest.mark.parametrize("name", KEYS)
+def test_a_key_of_another_library_is_refused_with_its_name_here(name: str) -> None:
+    pointer, detail = refusal({**SPEC, name: 1})
+    assert pointer == f"/{name}"
+    assert KEYS[name] in detail, detail
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "said"),
+    [
+        ("objective", "beta", "here that is objective.kl.coef"),
+        ("objective", "epsilon", "here that is objective.surrogate.clip_low and clip_high"),
+        ("objective", "loss_type", "here that is objective.preset"),
+        ("objective", "importance_sampling_level", "here that is objective.ratio"),
+        ("rollout", "num_generations", "here that is rollout.group_size"),
+        ("optimizer", "lr", "here that is optimizer.learning_rate"),
+        ("optimizer", "beta", "did you mean 'betas'?"),  # a word that is legal there, misspelt
+        ("rollout", "group_sice", "did you mean 'group_size'?"),
+    ],
+)
+def test_in_a_section_a_misspelt_word_goes_before_another_librarys(section: str, key: str, said: str) -> None:
+    pointer, detail = refusal({**SPEC, section: {**SPEC.get(section, {}), key: 1}})
+    assert pointer == f"/{section}/{key}"
+    assert said in detail, detail
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_kind_of_another_library_says_what_to_write(kind: str) -> None:
+    pointer, detail = refusal({**SPEC, "kind": kind})
+    assert (pointer, detail.endswith(f"; here that is {KINDS[kind]}")) == ("/kind", True), detail
