@@ -10,7 +10,7 @@ DUMMY_SECRETS := POSTGRES_PASSWORD=dummy REDIS_PASSWORD=dummy RATCHET_BOOTSTRAP_
 COMPOSE = $$($(BIN)/python -c 'import compose; print(compose.__path__[0] + "/docker-compose")' 2>/dev/null || echo docker compose)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test fuzz chaos soak check stack-test fmt openapi clean machine
+.PHONY: help demo test fuzz chaos soak check stack-test fmt openapi reference clean machine
 
 help: ## what there is
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -38,6 +38,7 @@ check: $(VENV)/.for-developing ## lint, types, layers, migrations, openapi.json,
 	@folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && export RATCHET_DATABASE_URL="sqlite:///$$folder/ratchet.db" \
 	  && $(BIN)/alembic upgrade head && $(BIN)/alembic check
 	$(BIN)/python -m service.openapi | diff -u docs/openapi.json - || { echo "docs/openapi.json is not current: make openapi"; exit 1; }
+	$(BIN)/python -m service.spec | diff -u docs/spec.md - || { echo "docs/spec.md is not current: make reference"; exit 1; }
 	$(BIN)/hadolint Dockerfile tests/stack/images/*/Dockerfile
 	$(DUMMY_SECRETS) $(COMPOSE) --env-file /dev/null --profile gpu config --quiet
 
@@ -51,6 +52,9 @@ fmt: $(VENV)/.for-developing ## format, and mend what can be mended
 openapi: $(VENV)/.for-developing ## write docs/openapi.json anew
 	@mkdir -p docs
 	$(BIN)/python -m service.openapi > docs/openapi.json
+
+reference: $(VENV)/.for-developing ## write docs/spec.md anew, the reference of a job's spec
+	$(BIN)/python -m service.spec > docs/spec.md
 
 clean: ## remove the virtual environment, builds and caches; data stays
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis
