@@ -1,7 +1,10 @@
 """Commands about what a job measured and said: metrics, rollouts."""
 
+import csv
 import re
 import shutil
+import sys
+from collections.abc import Mapping, Sequence
 from typing import Annotated
 
 import typer
@@ -13,7 +16,7 @@ from service.cli.connection import connect
 from service.cli.headline import CURVES
 from service.cli.helps import command
 from service.cli.jobs import JobId, Json
-from service.cli.output import clean, complain, console, number, one_line, print_json, print_table
+from service.cli.output import ID, clean, complain, console, number, one_line, print_json, print_table, say
 
 PLOT_ROWS = 14
 TICKS = 5
@@ -29,37 +32,66 @@ def metrics(
     context: typer.Context,
     job_id: JobId,
     names: Annotated[
-        list[str] | None, typer.Argument(metavar="[NAME]...", help="for example reward/mean; default: the headlines")
+        list[str] | None,
+        typer.Argument(metavar="[JOB]... [NAME]...", help="further jobs; metrics such as reward/mean (default: the headlines)"),
     ] = None,
     from_step: Annotated[int | None, typer.Option(min=0, help="first step")] = None,
     to_step: Annotated[int | None, typer.Option(min=0, help="last step")] = None,
     list_names: Annotated[bool, typer.Option("--list", help="only the names and newest values of everything measured")] = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="print rows of job, metric, step, value")] = False,
     as_json: Json = False,
 ) -> None:
-    """Draw a job's curves in the terminal.
+    """Draw the curves of a job, or of several, in the terminal.
 
-    $ ratchet metrics job_01k...                  reward, loss, clip fractions, KL
-    $ ratchet metrics job_01k... perf/step_s      any other, by name
-    $ ratchet metrics job_01k... --list           what there is
+    $ ratchet metrics job_01k...                      reward, loss, clip fractions, KL
+    $ ratchet metrics job_01k... perf/step_s          any other, by name
+    $ ratchet metrics job_01k... job_01m... reward/mean   two jobs, one curve below the other
+    $ ratchet metrics job_01k... --list               what there is
+    $ ratchet metrics job_01k... --csv > curves.csv
     $ ratchet metrics job_01k... --json | jq .series
+
+    With several jobs --json prints one object a job, in a list.
     """
+    job_ids = [job_id, *(name for name in names or [] if ID.fullmatch(name))]
+    names = [name for name in names or [] if not ID.fullmatch(name)]
     width = shutil.get_terminal_size((100, 24)).columns
-    wanted = names or ([] if list_names or as_json else list(CURVES))
+    whole = as_json or as_csv  # every point, of every metric unless some are named
+    wanted = names or ([] if list_names or whole else list(CURVES))
     with connect(context) as ratchet:
-        points = None if as_json else 4 * width
-        found = ratchet.metrics(job_id, wanted, from_step=from_step, to_step=to_step, points=points)
+        points = None if whole else 4 * width
+        found = [ratchet.metrics(one, wanted, from_step=from_step, to_step=to_step, points=points) for one in job_ids]
     if as_json:
-        print_json(found)
+        print_json(found if len(found) > 1 else found[0])
         return
+    if as_csv:
+        print_csv(job_ids, [one["series"] for one in found])
+        return
+    for one, curves in zip(job_ids, found, strict=True):
+        if len(job_ids) > 1:
+            say(Text(one, style="bold"))
+        _print_curves(one, curves["series"], wanted, names, list_names=list_names, width=width)
+
+
+def print_csv(job_ids: Sequence[str], found: Sequence[Mapping[str, Series]]) -> None:
+    """One row a point; a value that is not finite is empty."""
+    rows = csv.writer(sys.stdout, lineterminator="\n")
+    rows.writerow(("job", "metric", "step", "value"))
+    for job_id, series in zip(job_ids, found, strict=True):
+        for name, curve in series.items():
+            rows.writerows((job_id, name, step, value) for step, value in zip(curve["step"], curve["value"], strict=True))
+
+
+def _print_curves(
+    job_id: str, series: Mapping[str, Series], wanted: list[str], named: list[str], *, list_names: bool, width: int
+) -> None:
     if list_names:
-        series = found["series"].items()
-        rows = [(name, len(curve["step"]), curve["step"][-1], number(curve["value"][-1])) for name, curve in series]
+        rows = [(name, len(curve["step"]), curve["step"][-1], number(curve["value"][-1])) for name, curve in series.items()]
         print_table(("metric", "points", "step", "newest"), rows, nothing=f"{job_id} has measured nothing yet")
         return
-    curves = {name: curve for name in wanted if (curve := found["series"].get(name)) is not None and curve["step"]}
+    curves = {name: curve for name in wanted if (curve := series.get(name)) is not None and curve["step"]}
     for name, curve in curves.items():
         print(plot(name, curve, width))
-    if absent := [name for name in names or [] if name not in curves]:
+    if absent := [name for name in named if name not in curves]:
         complain(f"{job_id} has no {', '.join(absent)}; `ratchet metrics {job_id} --list` says what there is")
         raise typer.Exit(exits.REFUSED)
     if not curves:

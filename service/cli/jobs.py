@@ -11,6 +11,7 @@ import yaml
 from ratchet_client import Ratchet, RatchetError
 from ratchet_client.types import FINAL, Job, JobSummary, UsageTotals, Validation
 from service.cli import exits
+from service.cli.completion import complete_job, complete_status
 from service.cli.connection import connect
 from service.cli.headline import EVAL, EVAL_GREEDY, EVAL_LOSS
 from service.cli.helps import command
@@ -32,7 +33,7 @@ from service.cli.output import (
 FACTS = ("device", "dtype", "architecture", "parameters", "trainable_parameters", "revision")  # of job.resolved
 EVALUATION = (EVAL, EVAL_GREEDY, EVAL_LOSS)
 
-JobId = Annotated[str, typer.Argument(metavar="JOB", help="job_...")]
+JobId = Annotated[str, typer.Argument(metavar="JOB", help="job_...", autocompletion=complete_job)]
 SpecFile = Annotated[str, typer.Argument(metavar="FILE", help="a job spec in YAML or JSON; - reads standard input")]
 Json = Annotated[bool, typer.Option("--json", help="print JSON for programs")]
 Follow = Annotated[bool, typer.Option("--follow", "-f", help="watch until the job is over; the exit status follows it")]
@@ -76,7 +77,10 @@ def validate(context: typer.Context, file: SpecFile = "-", as_json: Json = False
 
 def list_jobs(
     context: typer.Context,
-    status: Annotated[str | None, typer.Option(help="queued, running, paused, succeeded, failed, cancelled ...")] = None,
+    status: Annotated[
+        str | None,
+        typer.Option(help="queued, running, paused, succeeded, failed, cancelled ...", autocompletion=complete_status),
+    ] = None,
     kind: Annotated[str | None, typer.Option(help="rl or supervised")] = None,
     tag: Annotated[str | None, typer.Option(help="jobs with this tag")] = None,
     name: Annotated[str | None, typer.Option(help="a part of the name")] = None,

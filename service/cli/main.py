@@ -1,15 +1,17 @@
 """The command's entry: global options, the commands of each module, and errors as exit statuses."""
 
 import sys
+from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
 from ratchet_client import RatchetApiError, RatchetConnectionError, RatchetError, RatchetNotFound
-from service.cli import curves, exits, helps, jobs, resources, spending, stack
+from service.cli import compare, curves, exits, helps, jobs, resources, spending, stack
+from service.cli.ascii import adapt_streams
 from service.cli.connection import Target
-from service.cli.output import complain, print_problem
+from service.cli.output import complain, print_error_json, print_problem, say
 
 HELP = """Improve language models by reinforcement learning: GSPO, GRPO and their relatives.
 
@@ -28,20 +30,37 @@ class Command(typer.Typer):
     """Errors that are answers, not faults, become a message and an exit status."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        as_json = "--json" in (args[0] if args else sys.argv[1:])
+        adapt_streams()
         try:
             return super().__call__(*args, **kwargs)
         except RatchetApiError as error:
-            print_problem(error)
+            if as_json:
+                print_error_json({**error.problem, "code": error.code, "detail": error.detail})
+            else:
+                print_problem(error)
             sys.exit(exits.REFUSED)
         except RatchetNotFound as error:
-            complain(f"error: {error}")
-            sys.exit(exits.UNREACHABLE)
+            _refuse("no_service", str(error), exits.UNREACHABLE, as_json=as_json)
         except RatchetConnectionError as error:
-            complain(f"error: {error}. Is it running? `ratchet up` starts a local one")
-            sys.exit(exits.UNREACHABLE)
+            detail = f"{error}. Is it running? `ratchet up` starts a local one"
+            _refuse("no_answer", detail, exits.UNREACHABLE, as_json=as_json)
         except (RatchetError, OSError) as error:
-            complain(f"error: {error}")
-            sys.exit(exits.REFUSED)
+            _refuse("refused", str(error), exits.REFUSED, as_json=as_json)
+
+
+def _refuse(code: str, detail: str, status: int, *, as_json: bool) -> NoReturn:
+    if as_json:
+        print_error_json({"code": code, "detail": detail})
+    else:
+        complain(f"error: {detail}")
+    sys.exit(status)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        say(f"ratchet {version('ratchet-rl')}")
+        raise typer.Exit
 
 
 app = Command(
@@ -59,9 +78,12 @@ def options(
     context: typer.Context,
     url: Annotated[str | None, typer.Option(help="the service's address; default: RATCHET_URL, else a local stack")] = None,
     data_dir: Annotated[Path | None, typer.Option(help="talk to the local stack that runs from this directory")] = None,
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version and exit")
+    ] = False,
 ) -> None:
     context.obj = Target(url, data_dir)
 
 
-for module in (stack, jobs, curves, resources, spending):
+for module in (stack, jobs, curves, compare, resources, spending):
     module.register(app)

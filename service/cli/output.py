@@ -1,6 +1,7 @@
 """How things look: tables, JSON, and errors as what came, what is allowed, and where. Nothing here is interpreted as markup."""
 
 import json
+import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -12,6 +13,7 @@ from rich.text import Text
 
 from ratchet_client import RatchetApiError
 
+ID = re.compile(r"[a-z]+_[0-9a-z]{26}")
 PIPE_WIDTH = 500  # no terminal, no reason to cut a line
 
 STATUS_STYLES = {
@@ -43,10 +45,14 @@ def print_json(value: Any) -> None:
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, nothing: str) -> None:
     """A plain table; `nothing` is said instead of an empty one."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    for column in columns:
-        table.add_column(column, overflow="fold", justify="right" if column in ("step", "size", "rows", "reward") else "left")
-    for row in rows:
-        table.add_row(*(cell if isinstance(cell, Text) else Text(clean(shown(cell))) for cell in row))
+    cells = [[cell if isinstance(cell, Text) else Text(clean(shown(cell))) for cell in row] for row in rows]
+    for number, column in enumerate(columns):
+        whole = any(ID.fullmatch(row[number].plain) for row in cells) or ID.fullmatch(column)  # to be copied
+        least = max(len(column), *(len(row[number]) for row in cells)) if whole and cells else None
+        right = column in ("step", "size", "rows", "reward")
+        table.add_column(column, overflow="fold", min_width=least, no_wrap=bool(whole), justify="right" if right else "left")
+    for row in cells:
+        table.add_row(*row)
     if table.row_count:
         console().print(table)
     else:
@@ -59,6 +65,12 @@ def print_facts(facts: Mapping[str, Any]) -> None:
     width = max(map(len, facts), default=0)
     for name, value in facts.items():
         say(Text(f"{name:<{width}}  ", style="dim") + (value if isinstance(value, Text) else Text(clean(shown(value)))))
+
+
+def print_error_json(problem: Mapping[str, Any]) -> None:
+    """An error for programs: one JSON object on standard error, `code` and `detail` in it, and what the service said beside."""
+    told = {name: value for name, value in problem.items() if name != "error"}  # that repeats it in another shape
+    sys.stderr.write(json.dumps({"error": told}, ensure_ascii=False) + "\n")
 
 
 def print_problem(error: RatchetApiError) -> None:

@@ -7,14 +7,15 @@ from typing import Annotated
 import typer
 
 from ratchet_client.types import Checkpoint, Key
+from service.cli.completion import complete_checkpoint, complete_dataset
 from service.cli.connection import connect
 from service.cli.headline import EVAL
 from service.cli.helps import command, group
 from service.cli.jobs import Json
 from service.cli.output import ago, complain, number, print_facts, print_json, print_table, say, shown, size
 
-CheckpointId = Annotated[str, typer.Argument(metavar="CHECKPOINT", help="ckpt_...")]
-DatasetId = Annotated[str, typer.Argument(metavar="DATASET", help="ds_...")]
+CheckpointId = Annotated[str, typer.Argument(metavar="CHECKPOINT", help="ckpt_...", autocompletion=complete_checkpoint)]
+DatasetId = Annotated[str, typer.Argument(metavar="DATASET", help="ds_...", autocompletion=complete_dataset)]
 Limit = Annotated[int, typer.Option(min=1, max=100, help="how many")]
 After = Annotated[str | None, typer.Option(help="go on behind this one (the last id of a page)")]
 
@@ -306,19 +307,24 @@ def create_key(
     project: Annotated[str | None, typer.Option(help="default: the project of the key in use")] = None,
     scope: Annotated[
         KeyScope, typer.Option(help="read: look; write: all of the project but its keys; admin: keys too")
-    ] = KeyScope.admin,
-    expires_in_days: Annotated[float | None, typer.Option(min=0.0001, help="default: it does not expire")] = None,
+    ] = KeyScope.write,
+    expires_in_days: Annotated[float, typer.Option(min=0.0001, help="it stops working after so long")] = 90.0,
+    never_expires: Annotated[bool, typer.Option("--never-expires", help="it works until it is revoked")] = False,
     requests_per_s: Annotated[float | None, typer.Option(help="default: as the operator has set")] = None,
     burst: Annotated[int | None, typer.Option(min=1, help="requests at once, with --requests-per-s")] = None,
     as_json: Json = False,
 ) -> None:
-    """Make an API key; its text is shown this once."""
+    """Make an API key; its text is shown this once.
+
+    $ ratchet keys create laptop                                  reads and writes, for 90 days
+    $ ratchet keys create operator --scope admin --never-expires
+    """
     with connect(context) as ratchet:
         key = ratchet.create_key(
             name,
             project=project,
             scopes=[scope.value],
-            expires_in_s=None if expires_in_days is None else expires_in_days * 86_400,
+            expires_in_s=None if never_expires else expires_in_days * 86_400,
             requests_per_s=requests_per_s,
             burst=burst,
         )
@@ -326,7 +332,8 @@ def create_key(
         print_json(key)
         return
     print(key["key"])
-    complain(f"this is the only time that {key['id']} is shown")
+    until = f"works until {key['expires_at'][:10]}" if key["expires_at"] else "does not expire"
+    complain(f"this is the only time that {key['id']} is shown; its scope is {scope.value}, and it {until}")
 
 
 def revoke_key(context: typer.Context, key_id: Annotated[str, typer.Argument(metavar="KEY", help="key_...")]) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import re
 import subprocess
 import sys
 import threading
@@ -207,10 +208,10 @@ def test_a_terminal_gets_a_progress_bar_with_numbers_that_move(hand: Any, job_id
         assert said in screen, (said, screen)
 
 
-def in_terminal(*args: str) -> str:
+def in_terminal(*args: str, columns: int = 100) -> str:
     """Everything that the command writes to a terminal of its own."""
     ours, theirs = pty.openpty()
-    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100", "LINES": "30"}
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": str(columns), "LINES": "30"}
     process = subprocess.Popen([sys.executable, "-m", "service.cli", *args], stdout=theirs, stderr=theirs, env=environment)
     os.close(theirs)
     written = b""
@@ -322,9 +323,84 @@ def test_a_key_is_made_with_a_scope_an_end_and_a_rate(api: str, cli: Cli, monkey
     assert refused.code == 1 and "scope 'admin'" in refused.err
 
 
+def test_a_key_reads_and_writes_and_expires_unless_told_otherwise(api: str, cli: Cli) -> None:
+    made = cli("keys", "create", "laptop", "--json").json
+    assert made["scopes"] == ["read", "write"] and made["expires_at"] is not None
+    lasting = cli("keys", "create", "operator", "--scope", "admin", "--never-expires", "--json").json
+    assert lasting["scopes"] == ["read", "write", "admin"] and lasting["expires_at"] is None
+
+
 def test_models_name_what_a_spec_may_say(api: str, cli: Cli) -> None:
     assert "tiny" in cli("models").out
     assert cli("models", "--json").json["data"][0]["id"] == "tiny"
+
+
+# ---------------------------------------------------------------- several jobs, and other programs
+
+
+def test_jobs_are_compared_by_their_specs_and_by_what_they_measured(cli: Cli, hand: Any, job_id: str) -> None:
+    held = hand.take()
+    hand.step(held, 1, {"reward/mean": 0.25, "perf/step_s": 1.0})
+    hand.succeed(held)
+    other = cli("fork", job_id, "--changes", "-", "--json", stdin="optimizer: {learning_rate: 1e-4}\nname: again").json["id"]
+    held = hand.take()
+    hand.step(held, 1, {"reward/mean": 0.75})
+    hand.succeed(held)
+    compared = cli("compare", job_id, other)
+    assert compared.code == 0 and job_id in compared.out and other in compared.out
+    (rate,) = [line for line in compared.out.splitlines() if "optimizer.learning_rate" in line]
+    assert rate.split()[1:] == ["1e-05", "0.0001"]
+    (reward,) = [line for line in compared.out.splitlines() if "reward/mean" in line and "eval" not in line]
+    assert reward.split()[1:] == ["0.250", "0.750"] and "perf/step_s" not in compared.out
+    found = cli("compare", job_id, other, "--all", "--json").json
+    assert found["metrics"] == {"perf/step_s": [1.0, None], "reward/mean": [0.25, 0.75]}
+    assert found["spec"]["optimizer.learning_rate"] == [1e-05, 0.0001] and "name" not in found["spec"]
+    assert cli("compare", job_id).code == 2
+    both = cli("metrics", job_id, other, "reward/mean")
+    assert both.code == 0 and both.out.index(job_id) < both.out.index("0.250") < both.out.index(other) < both.out.index("0.750")
+
+
+def test_curves_are_printed_as_csv_point_by_point(cli: Cli, hand: Any, job_id: str) -> None:
+    held = hand.take()
+    hand.step(held, 1, {"reward/mean": 0.25, "policy/loss": float("nan")})
+    hand.step(held, 2, {"reward/mean": 0.5})
+    rows = cli("metrics", job_id, "--csv").out.splitlines()
+    assert rows[0] == "job,metric,step,value"
+    assert sorted(rows[1:]) == [f"{job_id},policy/loss,1,", f"{job_id},reward/mean,1,0.25", f"{job_id},reward/mean,2,0.5"]
+
+
+def test_errors_are_json_where_json_was_asked_for(api: str, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    refused = cli("show", "job_nobody", "--json")
+    assert refused.code == 1 and refused.out == "" and json.loads(refused.err)["error"]["code"] == "not_found"
+    wrong = cli("submit", "-", "--json", stdin="kind: rl")
+    assert wrong.code == 1 and json.loads(wrong.err)["error"]["errors"][0]["pointer"].startswith("/")
+    monkeypatch.setenv("RATCHET_URL", "http://127.0.0.1:9")
+    away = cli("jobs", "--json")
+    assert away.code == 3 and json.loads(away.err)["error"]["code"] == "no_answer"
+
+
+def test_a_terminal_that_shows_only_ascii_gets_ascii(api: str, hand: Any, job_id: str) -> None:
+    held = hand.take()
+    for step in (1, 2, 3):
+        hand.step(held, step, {"reward/mean": step / 4})
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "LC_ALL": "C"}
+    drawn = subprocess.run([sys.executable, "-m", "service.cli", "metrics", job_id], capture_output=True, env=environment)
+    assert drawn.returncode == 0 and drawn.stdout.isascii() and b"*" in drawn.stdout and b"\\u" not in drawn.stdout
+
+
+def test_an_id_is_never_cut_or_folded(hand: Any, job_id: str) -> None:
+    assert job_id in in_terminal("jobs", columns=40)
+
+
+def test_the_version_is_said(cli: Cli) -> None:
+    assert re.fullmatch(r"ratchet \d+\.\d+\.\d+\S*\n", cli("--version").out)
+
+
+def test_the_shell_is_offered_ids_and_states(api: str, cli: Cli, job_id: str) -> None:
+    words = {"COMP_WORDS": "ratchet show job_", "COMP_CWORD": "2", "_RATCHET_COMPLETE": "complete_bash"}
+    ratchet = Path(sys.executable).parent / "ratchet"
+    offered = subprocess.run([ratchet], capture_output=True, text=True, env={**os.environ, **words})
+    assert job_id in offered.stdout
 
 
 # ---------------------------------------------------------------- finding the service, and help

@@ -1,0 +1,49 @@
+"""What the shell may offer after Tab: ids and states. It says nothing where there is no service."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import typer
+
+from ratchet_client import Ratchet
+from service.cli.connection import connect
+from service.states import Status
+
+OFFERED = 50
+
+
+def complete_job(context: typer.Context, incomplete: str) -> list[tuple[str, str]]:
+    return list(_offer(context, incomplete, lambda ratchet: ratchet.list_jobs(limit=OFFERED), _job))
+
+
+def complete_checkpoint(context: typer.Context, incomplete: str) -> list[tuple[str, str]]:
+    return list(_offer(context, incomplete, lambda ratchet: ratchet.list_checkpoints(limit=OFFERED), _checkpoint))
+
+
+def complete_dataset(context: typer.Context, incomplete: str) -> list[tuple[str, str]]:
+    return list(_offer(context, incomplete, lambda ratchet: ratchet.list_datasets(limit=OFFERED), lambda one: str(one["name"])))
+
+
+def complete_status(incomplete: str) -> list[str]:
+    return [status.value for status in Status if status.value.startswith(incomplete)]
+
+
+def _job(job: Any) -> str:
+    return f"{job['status']}  {job['name']}"
+
+
+def _checkpoint(one: Any) -> str:
+    return f"step {one['step']} of {one['job_id']}"
+
+
+def _offer(
+    context: typer.Context, incomplete: str, ask: Callable[[Ratchet], Any], describe: Callable[[Any], str]
+) -> Iterator[tuple[str, str]]:
+    try:
+        with connect(context) as ratchet:
+            found = ask(ratchet)["data"]
+    except Exception:  # a shell that completes must never show an error
+        return
+    for one in found:
+        if one["id"].startswith(incomplete):
+            yield one["id"], describe(one)
