@@ -3,6 +3,7 @@
 import logging
 import os
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 from pydantic import TypeAdapter
@@ -28,12 +29,25 @@ from workers.loops import rl, supervised
 from workers.loops.attempt import Attempt, BudgetSpent, Held, Stopped, drive
 from workers.loops.evaluation import evaluate
 from workers.loops.progress import Progress
+from workers.policy.base import Base
 from workers.policy.checkpoint import CheckpointBroken, verify
+from workers.policy.errors import PolicyFailed, Subject
+from workers.policy.learner import Learner, Start
+from workers.policy.load import adapter_of
 from workers.policy.policy import Policy
+from workers.policy.reference import open_reference
 
 log = logging.getLogger(__name__)
 
 LOOPS = {"rl": rl.step, "supervised": supervised.step}
+# Where a job's spec asks for what a policy refuses.
+POINTERS = {
+    Subject.SOURCE: "/model/source",
+    Subject.ADAPTER: "/model/adapter",
+    Subject.TARGET_MODULES: "/model/adapter/target_modules",
+    Subject.OPTIMIZER: "/model/from_checkpoint/load",
+    Subject.CHAT: "/data/chat",
+}
 RETRY_FIRST_S, RETRY_LAST_S = 5.0, 300.0  # the pause before a retry doubles between these
 
 
@@ -126,6 +140,8 @@ def _settle_wish(held: Held, wish: Wish) -> None:
 
 def failure_of(error: Exception) -> Failure:
     """What went wrong: a code, whose fault it is, and whether to try again."""
+    if isinstance(error, PolicyFailed):
+        return replace(error.failure, pointer=POINTERS[error.subject])
     if isinstance(error, JobFailed):
         return error.failure
     name = type(error).__name__
@@ -154,26 +170,36 @@ def _load(held: Held) -> Attempt:
     start = spec.model.from_checkpoint
     start_from = None if start is None else _start_checkpoint(store, job, start.id)
     resume_from = _newest_checkpoint(store, job)
-    policy = Policy.load(
-        spec.model,
-        optimizer=spec.optimizer,
-        optimizer_steps=_optimizer_steps(spec),
-        seed=spec.seed,
-        device="cuda" if has_gpu(settings) else "cpu",
-        threads=settings.torch_threads,
-        reference=isinstance(spec, RLSpec) and "ref_log_probs" in spec.objective.needs(),
-        reference_from=start_from,
-        weights_from=resume_from or start_from,
-        optimizer_from=resume_from or (start_from if start is not None and start.load == "weights+optimizer" else None),
-        new_schedule=resume_from is None,
-    )
+    policy, reference = _learner(held, start_from, resume_from)
     progress = Progress() if resume_from is None else Progress.load(resume_from)
     saved_at = None if resume_from is None else progress.step
     leases.rewind(store, held.lease, progress.step)
     process = {"host": socket.gethostname(), "pid": os.getpid()}
     leases.set_resolved(store, held.lease, {**policy.facts, "process": process})
     log.info("job %s: loaded at step %d on %s", job.id, progress.step, policy.facts["device"])
-    return Attempt(**vars(held), data=data, rewards=rewards, policy=policy, progress=progress, saved_at=saved_at)
+    return Attempt(
+        **vars(held), data=data, rewards=rewards, policy=policy, progress=progress, saved_at=saved_at, reference=reference
+    )
+
+
+def _learner(held: Held, start_from: Path | None, resume_from: Path | None) -> tuple[Learner, Policy | None]:
+    """On a base of its own, at one of these checkpoints; and the reference, if the objective needs one."""
+    spec, settings, start = held.spec, held.settings, held.spec.model.from_checkpoint
+    weights = resume_from or start_from
+    with_optimizer = start is not None and start.load == "weights+optimizer"
+    device = "cuda" if has_gpu(settings) else "cpu"
+    learner = Learner(
+        Base.load(spec.model, device=device, threads=settings.torch_threads, checkpoint=weights),
+        adapter_of(spec.model),
+        name=held.job.id,
+        optimizer=spec.optimizer,
+        steps=_optimizer_steps(spec),
+        seed=spec.seed,
+        start=Start(weights, weights if resume_from or with_optimizer else None, new_schedule=resume_from is None),
+    )
+    if not isinstance(spec, RLSpec) or "ref_log_probs" not in spec.objective.needs():
+        return learner, None
+    return learner, open_reference(learner, spec.model, start_from)
 
 
 def _optimizer_steps(spec: RLSpec | SupervisedSpec) -> int:

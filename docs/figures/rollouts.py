@@ -17,7 +17,10 @@ from service.spec.model import ModelSpec
 from service.spec.objective import ObjectiveSpec
 from service.spec.training import OptimizerSpec
 from workers.objectives import Objective
-from workers.policy.policy import Policy, Sequence
+from workers.policy.base import Base
+from workers.policy.learner import Learner, Start
+from workers.policy.load import adapter_of
+from workers.policy.score.layout import Sequence
 from workers.seeds import derive
 
 SUMS = (1, 2, 4, 8, 16, 32)  # about how many a prompt asks for
@@ -92,18 +95,19 @@ class Rollout:
     response_mask: Tensor
 
 
-def sampled(policy: Policy, run: Run, number: int) -> Rollout:
-    prompts = [policy.encode(f"{k}>") for k in SUMS for _ in range(run.groups_a_size)]
+def sampled(policy: Learner, run: Run, number: int) -> Rollout:
+    prompts = [policy.text.encode(f"{k}>") for k in SUMS for _ in range(run.groups_a_size)]
     seed = derive(run.seed, number, "rollout")
     groups = policy.sample(prompts, group_size=run.group_size, max_tokens=LONGEST, temperature=1.0, seed=seed)
     pairs = [(prompt, answer) for prompt, group in zip(prompts, groups, strict=True) for answer in group]
     sequences = [Sequence(prompt, answer.tokens) for prompt, answer in pairs]
     rewards = torch.tensor([reward(answer.text) for _, answer in pairs], dtype=torch.float64)
     group_ids = torch.arange(len(groups)).repeat_interleave(run.group_size)
-    return Rollout(sequences, rewards, group_ids, *policy.score(sequences))
+    old = policy.score(sequences)
+    return Rollout(sequences, rewards, group_ids, old.log_probs, old.mask)
 
 
-def update(policy: Policy, objective: Objective, rollout: Rollout, advantages: Tensor, rows: Tensor) -> Seen:
+def update(policy: Learner, objective: Objective, rollout: Rollout, advantages: Tensor, rows: Tensor) -> Seen:
     """One optimizer step on some of the answers, and what it saw."""
     sequences = [rollout.sequences[i] for i in rows]
     width = max(len(sequence.completion) for sequence in sequences)
@@ -124,24 +128,22 @@ def warm_up(run: Run, folder: Path) -> None:
     policy, generator = load(run, 2e-3, run.warm_up_steps), random.Random(run.seed)
     for _ in range(run.warm_up_steps):
         asked = [generator.choice(SUMS) for _ in range(32)]
-        batch = [Sequence(policy.encode(f"{k}>"), policy.encode_answer(written(k, generator))) for k in asked]
+        batch = [Sequence(policy.text.encode(f"{k}>"), policy.text.encode_answer(written(k, generator))) for k in asked]
         tokens = sum(len(sequence.completion) for sequence in batch)
         policy.accumulate(batch, lambda log_probs, rows, tokens=tokens: -log_probs.sum() / tokens)
         policy.step()
     policy.save(folder)
 
 
-def load(run: Run, learning_rate: float, steps: int, weights_from: Path | None = None) -> Policy:
+def load(run: Run, learning_rate: float, steps: int, weights_from: Path | None = None) -> Learner:
     schedule = {"kind": "constant", "warmup_steps": 10}
-    return Policy.load(
-        ModelSpec.model_validate({"source": "tiny", "tiny": {"context": 512, "seed": run.seed}}),
+    model = ModelSpec.model_validate({"source": "tiny", "tiny": {"context": 512, "seed": run.seed}})
+    return Learner(
+        Base.load(model, device="cpu", threads=1, checkpoint=weights_from),
+        adapter_of(model),
+        name="figures",
         optimizer=OptimizerSpec.model_validate({"learning_rate": learning_rate, "schedule": schedule}),
-        optimizer_steps=steps,
+        steps=steps,
         seed=run.seed,
-        device="cpu",
-        threads=1,
-        reference=False,
-        reference_from=None,
-        weights_from=weights_from,
-        optimizer_from=None,
+        start=Start(weights_from),
     )

@@ -121,7 +121,7 @@ def install_in_worker() -> None:
     from service.jobs import lease
     from service.store import blobs
     from workers.loops import attempt
-    from workers.policy.policy import Policy
+    from workers.policy.learner import Learner
     from workers.policy.sampler import Sampler
 
     _around(workers.runner.leases, "rewind", before="loading")
@@ -129,7 +129,7 @@ def install_in_worker() -> None:
     _around(torch.optim.AdamW, "step", after="mid update")
     _around(lease.metrics, "write", before="inside a transaction")  # the job's row is locked
     _around(lease, "commit_step", after="after step row", false_is_done=True)
-    _around(Policy, "save", after="while writing")  # the weights lie there, progress and manifest do not
+    _around(Learner, "save", after="while writing")  # the weights lie there, progress and manifest do not
     _around(blobs, "_fsync", before="before fsync")
     _around(blobs.Blobs, "_rename", before="after fsync", after="between rename and row")
     _around(lease, "commit_checkpoint", after="between row and ring")

@@ -40,8 +40,11 @@ from workers.loops.attempt import MAX_SKIPPED_IN_A_ROW, Attempt
 from workers.loops.progress import Progress
 from workers.loops.sampling import _check_lengths, settle_errors
 from workers.loops.supervised import encode
-from workers.policy.policy import Policy
-from workers.runner import _start_checkpoint, failure_of
+from workers.policy.base import Base
+from workers.policy.errors import PolicyFailed, Subject
+from workers.policy.learner import Learner
+from workers.policy.load import adapter_of
+from workers.runner import POINTERS, _start_checkpoint, failure_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -63,19 +66,10 @@ class World:
         assert claimed is not None
         return claimed[0]
 
-    def policy(self, **model: Any) -> Policy:
-        return Policy.load(
-            ModelSpec(**{"source": "tiny", **model}),
-            optimizer=OptimizerSpec(),
-            optimizer_steps=1,
-            seed=0,
-            device="cpu",
-            threads=1,
-            reference=False,
-            reference_from=None,
-            weights_from=None,
-            optimizer_from=None,
-        )
+    def policy(self, **model: Any) -> Learner:
+        spec = ModelSpec(**{"source": "tiny", **model})
+        base = Base.load(spec, device="cpu", threads=1)
+        return Learner(base, adapter_of(spec), name="mine", optimizer=OptimizerSpec(), steps=1, seed=0)
 
     def attempt(self, policy: Any, spec: Any) -> Attempt:
         nothing: Any = SimpleNamespace()
@@ -148,29 +142,29 @@ PRODUCERS["lora_target_modules"] = lambda world: world.policy(adapter={"kind": "
 
 @produces("model_unsupported")
 def _(world: World) -> None:
-    world.policy()._text._known([10**6])
+    world.policy().text._known([10**6])
 
 
 @produces("no_chat_template")
 def _(world: World) -> None:
     policy = world.policy()
-    policy.tokenizer.chat_template = None
-    policy.encode([{"role": "user", "content": "hi"}])
+    policy.text.tokenizer.chat_template = None
+    policy.text.encode([{"role": "user", "content": "hi"}])
 
 
 @produces("no_eos_token")
 def _(world: World) -> None:
     policy = world.policy()
-    policy._text.eos_ids = []
-    policy.encode_answer("1")
+    policy.text.eos_ids = []
+    policy.text.encode_answer("1")
 
 
 @produces("non_finite_logits")
 def _(world: World) -> None:
     policy = world.policy()
     with torch.no_grad():
-        next(policy.model.parameters()).fill_(float("nan"))
-    policy.sample([policy.encode("1")], group_size=1, max_tokens=2, temperature=1.0, seed=0)
+        next(policy.base.model.parameters()).fill_(float("nan"))
+    policy.sample([policy.text.encode("1")], group_size=1, max_tokens=2, temperature=1.0, seed=0)
 
 
 @produces("checkpoint_mismatch")
@@ -188,7 +182,7 @@ def _(world: World) -> None:
 
 def _lengths(world: World, prompt: list[int]) -> None:
     spec = parse(RLSpec, world.specs.rl())
-    _check_lengths(world.attempt(SimpleNamespace(context=128), spec), [prompt], [7], 64)
+    _check_lengths(world.attempt(SimpleNamespace(text=SimpleNamespace(context=128)), spec), [prompt], [7], 64)
 
 
 PRODUCERS["prompt_empty"] = lambda world: _lengths(world, [])
@@ -317,6 +311,37 @@ def test_each_code_can_happen_and_says_what_the_registry_says(world: World, code
     assert said["detail"] and said["hint"]
 
 
+@pytest.mark.parametrize(
+    ("code", "pointer"),
+    [
+        ("model_not_found", "/model/source"),
+        ("model_pickled", "/model/source"),
+        ("model_unsupported", "/model/source"),
+        ("no_eos_token", "/model/source"),
+        ("no_chat_template", "/data/chat"),
+        ("lora_target_modules", "/model/adapter/target_modules"),
+        ("checkpoint_mismatch", "/model/from_checkpoint/load"),
+    ],
+)
+def test_what_a_policy_refuses_points_into_the_spec(world: World, code: str, pointer: str) -> None:
+    with pytest.raises(PolicyFailed) as failed:
+        PRODUCERS[code](world)
+    failure = failure_of(failed.value)
+    assert failure.pointer == pointer
+    assert failure.as_dict() == {**failed.value.failure.as_dict(), "pointer": pointer}
+
+
+def test_an_adapter_that_does_not_fit_points_at_the_adapter(world: World) -> None:
+    world.policy(adapter={"kind": "lora"}).save(world.folder)
+    with pytest.raises(PolicyFailed) as failed:
+        Base.load(ModelSpec(source="tiny"), device="cpu", threads=1, checkpoint=world.folder)
+    assert failure_of(failed.value).pointer == "/model/adapter"
+
+
+def test_each_subject_has_a_place_in_the_spec() -> None:
+    assert POINTERS.keys() == set(Subject)
+
+
 def test_no_code_is_tried_that_is_not_registered() -> None:
     assert PRODUCERS.keys() == CODES.keys()
 
@@ -324,11 +349,14 @@ def test_no_code_is_tried_that_is_not_registered() -> None:
 # ---------------------------------------------------------------- the registry is the only one
 
 
+FAILURES = ("JobFailed", "PolicyFailed", "Failure")
+
+
 def raised_codes() -> Iterator[tuple[str, str | None]]:
     """Where a failure is made, and with which code; None where that is not written out."""
     for path in [*(ROOT / "service").rglob("*.py"), *(ROOT / "workers").rglob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("JobFailed", "Failure"):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in FAILURES:
                 first = node.args[0] if node.args else ast.Constant(None)
                 for one in (first.body, first.orelse) if isinstance(first, ast.IfExp) else (first,):
                     yield f"{path.name}:{node.lineno}", one.value if isinstance(one, ast.Constant) else None  # pyright: ignore[reportReturnType]

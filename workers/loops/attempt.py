@@ -29,6 +29,7 @@ from service.store.tables import Job
 from workers.heartbeat import Heartbeat
 from workers.loops.progress import Progress
 from workers.policy.checkpoint import write_manifest
+from workers.policy.learner import Learner
 from workers.policy.policy import Policy
 
 log = logging.getLogger(__name__)
@@ -83,10 +84,11 @@ class Attempt(Held):
 
     data: Data
     rewards: Rewards | None
-    policy: Policy
+    policy: Learner
     progress: Progress
     saved_at: int | None  # the step of the newest checkpoint
     budget_spent: bool = False
+    reference: Policy | None = None  # where the objective needs its log_probs
 
     def phase(self, phase: Phase) -> None:
         """Between pieces of work: says what comes next, and raises LeaseLost for a zombie."""
@@ -172,7 +174,7 @@ def _write(attempt: Attempt, *, final: bool) -> CheckpointRow:
     return CheckpointRow(
         id=checkpoint_id,
         step=progress.step,
-        adapter=attempt.policy.adapter,
+        adapter=attempt.policy.kind,
         model=attempt.job.spec["model"],
         path=relative,
         size_bytes=size_bytes,

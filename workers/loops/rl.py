@@ -22,7 +22,7 @@ from workers.objectives.advantage import without_spread
 from workers.objectives.metrics import Metrics
 from workers.objectives.objective import Objective
 from workers.objectives.objective import Step as Prepared
-from workers.policy.policy import Sequence as TokenSequence
+from workers.policy.score.layout import Sequence as TokenSequence
 from workers.seeds import derive
 
 
@@ -80,11 +80,12 @@ def gather(attempt: Attempt, objective: Objective, groups: Sequence[Group]) -> t
     temperature = spec.rollout.temperature
     completions = [completion for group in groups for completion in group.completions]
     sequences = [TokenSequence(group.prompt, completion.tokens) for group in groups for completion in group.completions]
-    old_log_probs, answered = policy.score(sequences, temperature=temperature)
-    metrics = {"policy/entropy": float(policy.last_entropy[answered].mean())}
+    old = policy.score(sequences, temperature=temperature)
+    old_log_probs, answered = old.log_probs, old.mask
+    metrics = {"policy/entropy": float(old.entropy[answered].mean())}
     ref_log_probs = None
-    if "ref_log_probs" in spec.objective.needs():
-        ref_log_probs = policy.score(sequences, reference=True, temperature=temperature)[0]
+    if attempt.reference is not None:
+        ref_log_probs = attempt.reference.score(sequences, temperature=temperature).log_probs
     rollout_log_probs = pad([completion.log_probs for completion in completions], old_log_probs)
 
     given = [reward for group in groups for reward in group.rewards]

@@ -12,7 +12,7 @@ from service.spec.job import RLSpec
 from service.spec.reward import RewardSpec
 from service.states import Phase
 from workers.loops.attempt import Attempt, Event
-from workers.policy.policy import Completion
+from workers.policy.sampler import Completion
 from workers.seeds import derive
 
 REPORTED = 32  # samples in one event
@@ -61,7 +61,7 @@ def sample_and_grade(
 ) -> list[Group]:
     """One group a row. `numbers` are the rows' places in their source, for error messages."""
     rendered = [attempt.data.prompt(row) for row in rows]
-    prompts = [attempt.policy.encode(prompt) for prompt in rendered]
+    prompts = [attempt.policy.text.encode(prompt) for prompt in rendered]
     _check_lengths(attempt, prompts, numbers, sampling.max_tokens)
     answers = attempt.policy.sample(
         prompts,
@@ -145,7 +145,7 @@ def rollout_rows(attempt: Attempt, groups: Sequence[Group], split: str, step: in
             split=split,
             step=step,
             group_index=index,
-            prompt=attempt.policy.decode(group.prompt),
+            prompt=attempt.policy.text.decode(group.prompt),
             reference=attempt.data.answer(group.row),
             samples=[
                 {
@@ -164,7 +164,7 @@ def rollout_rows(attempt: Attempt, groups: Sequence[Group], split: str, step: in
 
 
 def _check_lengths(attempt: Attempt, prompts: Sequence[list[int]], numbers: Sequence[int], max_tokens: int) -> None:
-    spec, context = attempt.spec, attempt.policy.context
+    spec, context = attempt.spec, attempt.policy.text.context
     room = context - max_tokens
     asked = spec.rollout.max_prompt_tokens if isinstance(spec, RLSpec) else None
     allowed = room if asked is None else min(asked, room)

@@ -12,7 +12,7 @@ from service.spec.job import SupervisedSpec
 from service.states import Phase
 from workers.loops.attempt import Attempt, Event, StepResult
 from workers.loops.suspects import Suspects, step_skipped
-from workers.policy.policy import Sequence as TokenSequence
+from workers.policy.score.layout import Sequence as TokenSequence
 
 ROWS_AT_ONCE = 256
 
@@ -34,7 +34,7 @@ def step(attempt: Attempt, step: int) -> StepResult:
         share = -(log_probs * _mask(batch, index, log_probs)).sum() / tokens
         return suspects.watch(share, log_probs, index)
 
-    loss = attempt.policy.accumulate(batch, mean_nll, microbatch_tokens=spec.update.microbatch_tokens)
+    loss = attempt.policy.accumulate(batch, mean_nll, microbatch_tokens=spec.update.microbatch_tokens).loss
     update = attempt.policy.step()
     attempt.count_skipped(bool(update["skipped"]), step)
     if update["skipped"]:
@@ -63,26 +63,26 @@ def answers_loss(attempt: Attempt) -> float:
     total, tokens = 0.0, 0
     for start in range(0, len(rows), ROWS_AT_ONCE):
         batch = encode(attempt, rows, range(start, min(start + ROWS_AT_ONCE, len(rows))))
-        log_probs, mask = attempt.policy.score(batch)
-        total -= float((log_probs * mask).sum(dtype=torch.float64))
-        tokens += int(mask.sum())
+        scores = attempt.policy.score(batch)
+        total -= float((scores.log_probs * scores.mask).sum(dtype=torch.float64))
+        tokens += int(scores.mask.sum())
     return total / tokens
 
 
 def encode(attempt: Attempt, rows: Rows, indices: Sequence[int]) -> list[TokenSequence]:
     """Prompt and answer tokens of these rows; a row that does not fit the context ends the job, by its number."""
-    policy, sequences = attempt.policy, []
+    text, sequences = attempt.policy.text, []
     for index in indices:
         row = rows[index]
         answer = attempt.data.answer(row)
         assert answer is not None
-        sequence = TokenSequence(policy.encode(attempt.data.prompt(row)), policy.encode_answer(answer))
+        sequence = TokenSequence(text.encode(attempt.data.prompt(row)), text.encode_answer(answer))
         length = len(sequence.prompt) + len(sequence.completion)
-        if not sequence.prompt or length > policy.context:
+        if not sequence.prompt or length > text.context:
             raise JobFailed(
                 "sequence_too_long" if sequence.prompt else "prompt_empty",
                 f"row {rows.number(index)} has {len(sequence.prompt)} prompt and {len(sequence.completion)} answer tokens; "
-                f"the context holds {policy.context}, and a prompt has at least one",
+                f"the context holds {text.context}, and a prompt has at least one",
                 hint="shorten the row or the template, or take the row out of the data",
                 pointer="/data",
             )

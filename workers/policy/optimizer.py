@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from service.errors import JobFailed
 from service.spec.training import OptimizerSpec, Schedule
+from workers.policy.errors import PolicyFailed, Subject
 
 FILE = "optimizer.safetensors"
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # what torch's AdamW keeps for each weight
@@ -118,10 +118,10 @@ def _master(parameter: nn.Parameter) -> nn.Parameter:
     return master
 
 
-def _mismatch(why: str) -> JobFailed:
-    return JobFailed(
+def _mismatch(why: str) -> PolicyFailed:
+    return PolicyFailed(
         "checkpoint_mismatch",
         f"the checkpoint's optimizer does not fit this model: {why}",
         hint="start with model.from_checkpoint.load: weights, or with the adapter of the checkpoint",
-        pointer="/model/from_checkpoint/load",
+        subject=Subject.OPTIMIZER,
     )

@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from service.errors import JobFailed
+from workers.policy.errors import PolicyFailed, Subject
 
 NO_LIMIT = 1 << 20  # tokens of context, for a model that names none
 CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
@@ -14,34 +14,34 @@ class Text:
     """A tokenizer together with what the model adds to it: further end tokens, the context, the size of the vocabulary."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
-        self._tokenizer: Any = tokenizer  # its annotations allow for much that is not asked of it here
+        self.tokenizer: Any = tokenizer  # its annotations allow for much that is not asked of it here
         embeddings: Any = model.get_input_embeddings()
         self._rows: int = embeddings.weight.shape[0]
         declared = getattr(model.generation_config, "eos_token_id", None)
         more = declared if isinstance(declared, list) else [declared]
         # Every token that ends an answer; the tokenizer's own comes first.
-        self.eos_ids: list[int] = list(dict.fromkeys(i for i in (self._tokenizer.eos_token_id, *more) if i is not None))
-        self.pad_id: int = next((i for i in (self._tokenizer.pad_token_id, *self.eos_ids) if i is not None), 0)
+        self.eos_ids: list[int] = list(dict.fromkeys(i for i in (self.tokenizer.eos_token_id, *more) if i is not None))
+        self.pad_id: int = next((i for i in (self.tokenizer.pad_token_id, *self.eos_ids) if i is not None), 0)
         config = model.config.get_text_config()
         lengths = (getattr(config, name, None) for name in CONTEXT_NAMES)
-        self.context = next((n for n in lengths if isinstance(n, int)), min(self._tokenizer.model_max_length, NO_LIMIT))
+        self.context = next((n for n in lengths if isinstance(n, int)), min(self.tokenizer.model_max_length, NO_LIMIT))
 
     def encode(self, prompt: str | list[dict[str, Any]]) -> list[int]:
         """A text as it stands (with the tokenizer's own prefix, if it has one), or messages through the chat template."""
         if isinstance(prompt, str):
-            ids = self._tokenizer(prompt)["input_ids"]
+            ids = self.tokenizer(prompt)["input_ids"]
             # Some tokenizers close every text; a prompt is to be continued.
-            closed = ids and ids[-1] in self.eos_ids and not prompt.endswith(str(self._tokenizer.eos_token))
+            closed = ids and ids[-1] in self.eos_ids and not prompt.endswith(str(self.tokenizer.eos_token))
             return self._known(ids[:-1] if closed else ids)
-        if not self._tokenizer.chat_template:
-            raise JobFailed(
+        if not self.tokenizer.chat_template:
+            raise PolicyFailed(
                 "no_chat_template",
                 "data.chat was given, and the model's tokenizer has no chat template",
                 hint="use data.prompt, or an instruction-tuned model",
-                pointer="/data/chat",
+                subject=Subject.CHAT,
             )
         unfinished = prompt[-1]["role"] == "assistant"
-        ids = self._tokenizer.apply_chat_template(
+        ids = self.tokenizer.apply_chat_template(
             prompt, add_generation_prompt=not unfinished, continue_final_message=unfinished, return_dict=False
         )
         return self._known(ids)
@@ -49,27 +49,27 @@ class Text:
     def encode_answer(self, text: str) -> list[int]:
         """The tokens of an answer, with the end-of-sequence token after them."""
         if not self.eos_ids:
-            raise JobFailed(
+            raise PolicyFailed(
                 "no_eos_token",
                 "the model's tokenizer has no end-of-sequence token to close an answer with",
                 hint="use another model, or give its tokenizer one",
-                pointer="/model/source",
+                subject=Subject.SOURCE,
             )
-        return [*self._known(self._tokenizer(text, add_special_tokens=False)["input_ids"]), self.eos_ids[0]]
+        return [*self._known(self.tokenizer(text, add_special_tokens=False)["input_ids"]), self.eos_ids[0]]
 
     def decode(self, tokens: list[int]) -> str:
         """The text of tokens, special ones left out."""
         return self.decode_all([tokens])[0]
 
     def decode_all(self, rows: list[list[int]]) -> list[str]:
-        return self._tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return self.tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def _known(self, ids: list[int]) -> list[int]:
         if ids and max(ids) >= self._rows:
-            raise JobFailed(
+            raise PolicyFailed(
                 "model_unsupported",
                 f"the tokenizer made token {max(ids)}, and the model knows {self._rows} tokens",
                 hint="the tokenizer does not belong to this model",
-                pointer="/model/source",
+                subject=Subject.SOURCE,
             )
         return ids

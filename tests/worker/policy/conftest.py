@@ -11,7 +11,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from service.spec.model import Lora, ModelSpec, TinyConfig
 from service.spec.tiny import TINY_CHARACTERS
 from service.spec.training import OptimizerSpec, Schedule
-from workers.policy.policy import Policy, Sequence
+from workers.policy.base import Base
+from workers.policy.learner import Learner, Start
+from workers.policy.load import adapter_of
+from workers.policy.score.layout import Sequence
 from workers.policy.tiny import tiny_tokenizer
 
 TINY = TinyConfig(hidden_size=32, layers=2, heads=4, intermediate_size=64, context=64)
@@ -80,43 +83,51 @@ def family_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], P
 def load(
     model: ModelSpec | None = None,
     *,
+    on: Base | None = None,
+    name: str = "mine",
     steps: int = 8,
     seed: int = 0,
+    optimizer: OptimizerSpec | None = None,
     learning_rate: float = 1e-2,
     schedule: Schedule | None = None,
-    reference: bool = False,
-    reference_from: Path | None = None,
     weights_from: Path | None = None,
     optimizer_from: Path | None = None,
-    **more: Any,
-) -> Policy:
-    return Policy.load(
-        model or ModelSpec(source="tiny", tiny=TINY),
-        optimizer=OptimizerSpec(learning_rate=learning_rate, schedule=schedule or Schedule()),
-        optimizer_steps=steps,
+    new_schedule: bool = False,
+) -> Learner:
+    """A learner on a base of its own, or on one that is there."""
+    model = model or ModelSpec(source="tiny", tiny=TINY)
+    return Learner(
+        on or base(model, weights_from),
+        adapter_of(model),
+        name=name,
+        optimizer=optimizer or OptimizerSpec(learning_rate=learning_rate, schedule=schedule or Schedule()),
+        steps=steps,
         seed=seed,
-        device="cpu",
-        threads=1,
-        reference=reference,
-        reference_from=reference_from,
-        weights_from=weights_from,
-        optimizer_from=optimizer_from,
-        **more,
+        start=Start(weights_from, optimizer_from, new_schedule),
     )
 
 
 @pytest.fixture(name="load")
-def load_fixture() -> Callable[..., Policy]:
+def load_fixture() -> Callable[..., Learner]:
     return load
 
 
-def learn(policy: Policy, step: int, **kwargs: Any) -> float:
+def base(model: ModelSpec, checkpoint: Path | None = None) -> Base:
+    return Base.load(model, device="cpu", threads=1, checkpoint=checkpoint)
+
+
+@pytest.fixture(name="base")
+def base_fixture() -> Callable[..., Base]:
+    return base
+
+
+def learn(policy: Learner, step: int, **kwargs: Any) -> float:
     """One optimizer step of cross-entropy on sequences that depend on `step` only."""
     sequences = some_sequences(6, seed=step)
     tokens = sum(len(sequence.completion) for sequence in sequences)
     loss = policy.accumulate(sequences, lambda log_probs, rows: -log_probs.sum() / tokens, **kwargs)
     policy.step()
-    return loss
+    return loss.loss
 
 
 def some_sequences(count: int, *, seed: int = 0) -> list[Sequence]:
@@ -140,22 +151,22 @@ def some_sequences_fixture() -> Callable[..., list[Sequence]]:
     return some_sequences
 
 
-def weights(policy: Policy) -> dict[str, torch.Tensor]:
-    return {name: parameter.detach().clone() for name, parameter in policy.model.named_parameters()}
+def weights(policy: Learner) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in policy.base.model.named_parameters()}
 
 
 @pytest.fixture(name="weights")
-def weights_fixture() -> Callable[[Policy], dict[str, torch.Tensor]]:
+def weights_fixture() -> Callable[[Learner], dict[str, torch.Tensor]]:
     return weights
 
 
-def gradients(policy: Policy) -> dict[str, torch.Tensor]:
+def gradients(policy: Learner) -> dict[str, torch.Tensor]:
     """A copy of the gradients that were accumulated in the float32 weights."""
-    return {n: p.grad.clone() for n, p in policy.model.named_parameters() if p.grad is not None}
+    return {n: p.grad.clone() for n, p in policy.base.model.named_parameters() if p.grad is not None}
 
 
 @pytest.fixture(name="gradients")
-def gradients_fixture() -> Callable[[Policy], dict[str, torch.Tensor]]:
+def gradients_fixture() -> Callable[[Learner], dict[str, torch.Tensor]]:
     return gradients
 
 

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from workers.policy.batching import Sequence, auto_microbatch_tokens, microbatches, pad
+from workers.policy.score.layout import Sequence, auto_microbatch_tokens, microbatches, pad
 
 LENGTHS = st.lists(st.tuples(st.integers(1, 40), st.integers(0, 40)), max_size=40)
 
@@ -33,7 +33,7 @@ def test_padded_positions_point_at_the_token_before_each_target():
 
 
 def test_auto_gives_larger_models_smaller_micro_batches(load, tiny_spec):
-    model = load(tiny_spec).model
+    model = load(tiny_spec).base.model
     small = auto_microbatch_tokens(model, torch.device("cpu"))
     model.config.hidden_size, model.config.num_hidden_layers = 2048, 24
     large = auto_microbatch_tokens(model, torch.device("cpu"))

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from service.errors import JobFailed
 from service.spec.model import Full, Lora, ModelSpec
 from workers.policy.checkpoint import CheckpointBroken, verify, write_manifest
+from workers.policy.reference import open_reference
 
 
 def logits_of(model, ids):
@@ -25,10 +26,10 @@ def test_full_weights_are_a_plain_transformers_folder(tmp_path: Path, load, lear
     model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
     ids = tokenizer("rev 12 + x>")["input_ids"]
-    assert ids == policy.encode("rev 12 + x>")
+    assert ids == policy.text.encode("rev 12 + x>")
     assert tokenizer.decode(ids) == "rev 12 + x>"
-    assert torch.equal(logits_of(model, ids), logits_of(policy.model, ids))
-    assert not torch.equal(logits_of(model, ids), logits_of(load().model, ids)), "it has learned"
+    assert torch.equal(logits_of(model, ids), logits_of(policy.base.model, ids))
+    assert not torch.equal(logits_of(model, ids), logits_of(load().base.model, ids)), "it has learned"
     answer = model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=6)[0, len(ids) :].tolist()
     assert answer == policy.sample([ids], group_size=1, max_tokens=6, temperature=0.0, seed=0)[0][0].tokens
 
@@ -44,9 +45,9 @@ def test_a_lora_checkpoint_is_a_plain_peft_adapter(dtype, tmp_path: Path, load, 
     ids = AutoTokenizer.from_pretrained(tmp_path / "model")("rev 12>")["input_ids"]
     before = logits_of(base, ids)
     model = PeftModel.from_pretrained(base, str(tmp_path / "model"))
-    assert torch.equal(logits_of(model, ids), logits_of(policy.model, ids))
+    assert torch.equal(logits_of(model, ids), logits_of(policy.base.model, ids))
     assert not torch.equal(logits_of(model, ids), before)
-    adapter = [p for n, p in policy.model.named_parameters() if ".lora_" in n]
+    adapter = [p for n, p in policy.base.model.named_parameters() if ".lora_" in n]
     assert adapter and all(parameter.dtype == torch.float32 for parameter in adapter)
 
 
@@ -63,7 +64,8 @@ def test_a_frozen_reference_is_not_part_of_the_checkpoint(tmp_path: Path, load, 
     start = load(tiny_lora_spec)
     learn(start, 0)
     start.save(tmp_path / "start")
-    policy = load(tiny_lora_spec, reference=True, weights_from=tmp_path / "start", reference_from=tmp_path / "start")
+    policy = load(tiny_lora_spec, weights_from=tmp_path / "start")
+    open_reference(policy, tiny_lora_spec, tmp_path / "start")
     policy.save(tmp_path / "next")
     names = {path.relative_to(tmp_path / "next").as_posix() for path in (tmp_path / "next").rglob("*.safetensors")}
     assert names == {"model/adapter_model.safetensors", "optimizer.safetensors"}
@@ -74,7 +76,7 @@ def test_full_checkpoints_of_a_source_with_a_tied_head_keep_it_tied(tmp_path: Pa
     learn(policy, 0)
     policy.save(tmp_path)
     again = load(weights_from=tmp_path)
-    assert again.model.lm_head.weight is again.model.model.embed_tokens.weight
+    assert again.base.model.lm_head.weight is again.base.model.model.embed_tokens.weight
     assert again.facts["parameters"] == policy.facts["parameters"]
 
 
@@ -146,4 +148,4 @@ def test_a_checkpoint_of_the_other_kind_is_refused(tmp_path: Path, load, tiny_sp
     elsewhere = ModelSpec(source="tiny", tiny=tiny_spec.tiny, adapter=Lora(rank=4, alpha=8, target_modules=["q_proj"]))
     with pytest.raises(JobFailed, match="not sit on the same layers"):
         load(elsewhere, weights_from=tmp_path / "lora")
-    assert load(ModelSpec(source="tiny", tiny=tiny_spec.tiny, adapter=Full()), weights_from=tmp_path / "full").adapter == "full"
+    assert load(ModelSpec(source="tiny", tiny=tiny_spec.tiny, adapter=Full()), weights_from=tmp_path / "full").kind == "full"

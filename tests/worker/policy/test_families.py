@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from service.spec.model import Full, Lora, ModelSpec
-from workers.policy.policy import Sequence
+from workers.policy.score.layout import Sequence
 
 PROMPTS = ["rev 123>", "a", "what is 7 + 8 ?\n", "b c", "rev 123456>"]
 FAMILIES = ["llama", "gpt2", "qwen2", "qwen3", "gemma2", "granite", "lfm2"]
@@ -24,7 +24,7 @@ def by_hand(model, prompt, completion):
 def test_sampled_log_probs_agree_with_scores_and_with_the_plain_model(family, family_folder, load):
     folder = family_folder(family)
     policy = load(ModelSpec(source=str(folder), dtype="float32", adapter=Full()))
-    prompts = [policy.encode(prompt) for prompt in PROMPTS]
+    prompts = [policy.text.encode(prompt) for prompt in PROMPTS]
     groups = policy.sample(prompts, group_size=12, max_tokens=14, temperature=1.0, seed=3)
     sequences = [Sequence(prompt, answer.tokens) for prompt, group in zip(prompts, groups, strict=True) for answer in group]
     sampled = [answer.log_probs for group in groups for answer in group]
@@ -32,7 +32,8 @@ def test_sampled_log_probs_agree_with_scores_and_with_the_plain_model(family, fa
         "answers of several lengths, so that rows were dropped"
     )
 
-    log_probs, mask = policy.score(sequences)
+    scores = policy.score(sequences)
+    log_probs, mask = scores.log_probs, scores.mask
     plain = AutoModelForCausalLM.from_pretrained(folder).eval()
     for row, sequence in enumerate(sequences):
         length = len(sequence.completion)

@@ -15,14 +15,15 @@ from tokenizers.processors import TemplateProcessing
 from service.errors import JobFailed
 from service.spec.model import Full, Lora, ModelSpec, TinyConfig
 from service.spec.tiny import TINY_CHARACTERS
+from workers.policy.errors import PolicyFailed
 
 FULL = {"dtype": "float32", "adapter": Full()}
 
 
-def failure(load, spec) -> JobFailed:
-    with pytest.raises(JobFailed) as failed:
+def failure(load, spec) -> PolicyFailed:
+    with pytest.raises(PolicyFailed) as failed:
         load(spec)
-    assert failed.value.hint and failed.value.failure.pointer
+    assert failed.value.hint and failed.value.subject
     return failed.value
 
 
@@ -61,32 +62,34 @@ def test_the_tiny_preset_has_the_size_that_its_recipe_names(load):
 def test_every_tiny_character_is_one_token_and_comes_back(load):
     policy = load()
     assert len(TINY_CHARACTERS) == len(set(TINY_CHARACTERS)) > 50
-    ids = policy.encode(TINY_CHARACTERS)
+    ids = policy.text.encode(TINY_CHARACTERS)
     assert ids == list(range(3, 3 + len(TINY_CHARACTERS)))
-    assert policy.decode(ids) == TINY_CHARACTERS
+    assert policy.text.decode(ids) == TINY_CHARACTERS
 
 
 def test_characters_outside_are_unknown_tokens(load):
     policy = load()
-    unknown = policy.tokenizer.unk_token_id
-    assert policy.encode("aA\té") == [policy.encode("a")[0], unknown, unknown, unknown]
+    unknown = policy.text.tokenizer.unk_token_id
+    assert policy.text.encode("aA\té") == [policy.text.encode("a")[0], unknown, unknown, unknown]
 
 
 def test_an_answer_is_closed_by_eos_and_a_prompt_is_not(load):
     policy = load()
-    assert policy.encode_answer("12") == [*policy.encode("12"), policy.tokenizer.eos_token_id]
-    assert policy.decode(policy.encode_answer("12")) == "12"
-    assert policy.encode("") == []
+    assert policy.text.encode_answer("12") == [*policy.text.encode("12"), policy.text.tokenizer.eos_token_id]
+    assert policy.text.decode(policy.text.encode_answer("12")) == "12"
+    assert policy.text.encode("") == []
 
 
 def test_a_tokenizer_that_closes_every_text_does_not_close_a_prompt(load):
     policy = load()
-    opened = policy.encode("rev 1>")
-    eos = policy.tokenizer.eos_token_id
-    policy.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", eos)])
-    assert policy.tokenizer("rev 1>")["input_ids"] == [*opened, eos]
-    assert policy.encode("rev 1>") == opened
-    assert policy.encode_answer("1") == [*policy.encode("1"), eos]
+    opened = policy.text.encode("rev 1>")
+    eos = policy.text.tokenizer.eos_token_id
+    policy.text.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="$A <eos>", special_tokens=[("<eos>", eos)]
+    )
+    assert policy.text.tokenizer("rev 1>")["input_ids"] == [*opened, eos]
+    assert policy.text.encode("rev 1>") == opened
+    assert policy.text.encode_answer("1") == [*policy.text.encode("1"), eos]
 
 
 def test_a_folder_that_is_not_there_is_named(load, tmp_path):
@@ -135,7 +138,7 @@ def test_a_pickle_beside_safetensors_is_left_alone(load, tmp_path, family_folder
     folder = shutil.copytree(family_folder("llama"), tmp_path / "llama")
     for name in ("pytorch_model.bin", "adapter_model.bin", "training_args.bin", "optimizer.pt"):
         torch.save(Evil(tmp_path / "it ran"), folder / name)
-    assert load(ModelSpec(source=str(folder), **FULL)).adapter == "full"
+    assert load(ModelSpec(source=str(folder), **FULL)).kind == "full"
     assert not (tmp_path / "it ran").exists()
 
 
@@ -193,10 +196,10 @@ def test_a_model_without_a_causal_head_is_named(load, tmp_path, family_folder):
 def test_a_tokenizer_of_another_model_is_noticed(load, tmp_path, family_folder):
     folder = shutil.copytree(family_folder("llama"), tmp_path / "llama")
     policy = load(ModelSpec(source=str(folder), **FULL))
-    size = len(policy.tokenizer)
-    policy.tokenizer.add_tokens(["supercalifragilistic"])
+    size = len(policy.text.tokenizer)
+    policy.text.tokenizer.add_tokens(["supercalifragilistic"])
     with pytest.raises(JobFailed, match=f"token {size}, and the model knows {size}"):
-        policy.encode("a supercalifragilistic b")
+        policy.text.encode("a supercalifragilistic b")
 
 
 def test_lora_layers_that_are_not_there_are_answered_with_those_that_are(load, tiny_spec):
@@ -206,33 +209,33 @@ def test_lora_layers_that_are_not_there_are_answered_with_those_that_are(load, t
 
 
 def test_defaults_are_lora_for_a_folder_and_full_for_tiny(load, family_folder):
-    assert load(ModelSpec(source=str(family_folder("llama")))).adapter == "lora"
-    assert load(ModelSpec(source="tiny")).adapter == "full"
+    assert load(ModelSpec(source=str(family_folder("llama")))).kind == "lora"
+    assert load(ModelSpec(source="tiny")).kind == "full"
 
 
 def test_a_chat_goes_through_the_models_template(load):
     policy = load()
     with pytest.raises(JobFailed) as failed:
-        policy.encode([{"role": "user", "content": "hi"}])
+        policy.text.encode([{"role": "user", "content": "hi"}])
     assert failed.value.code == "no_chat_template"
     turns = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
-    policy.tokenizer.chat_template = turns + "{% if add_generation_prompt %}assistant:{% endif %}"
-    assert policy.decode(policy.encode([{"role": "user", "content": "hi"}])) == "user: hi\nassistant:"
+    policy.text.tokenizer.chat_template = turns + "{% if add_generation_prompt %}assistant:{% endif %}"
+    assert policy.text.decode(policy.text.encode([{"role": "user", "content": "hi"}])) == "user: hi\nassistant:"
     begun = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "so"}]
-    assert policy.decode(policy.encode(begun)) == "user: hi\nassistant: so"
+    assert policy.text.decode(policy.text.encode(begun)) == "user: hi\nassistant: so"
 
 
 HUB = """
 import sys
 from service.errors import JobFailed
-from service.spec.model import ModelSpec
+from service.spec.model import Full, ModelSpec
 from service.spec.training import OptimizerSpec
-from workers.policy.policy import Policy
+from workers.policy.base import Base
+from workers.policy.learner import Learner
 
 def load(source, revision):
-    return Policy.load(
-        ModelSpec(source=source, revision=revision, adapter={"kind": "full"}), optimizer=OptimizerSpec(), optimizer_steps=1,
-        seed=0, device="cpu", threads=1, reference=False, reference_from=None, weights_from=None, optimizer_from=None)
+    base = Base.load(ModelSpec(source=source, revision=revision, adapter={"kind": "full"}), device="cpu", threads=1)
+    return Learner(base, Full(), name="mine", optimizer=OptimizerSpec(), steps=1, seed=0)
 
 print(load("someone/tiny", None).facts["revision"], load("someone/tiny", "stable").facts["revision"])
 for source in ("someone/else", "not a hub id", "a/b/c"):

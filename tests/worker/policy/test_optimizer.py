@@ -40,7 +40,7 @@ def test_an_update_is_that_of_torchs_adamw_with_clipping(load, some_sequences):
         return -10 * log_probs.sum()
 
     policy, plain = load(learning_rate=1e-2), load()
-    parameters = list(plain.model.parameters())
+    parameters = list(plain.base.model.parameters())
     adamw = torch.optim.AdamW(parameters, lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, foreach=False, fused=False)
     for _ in range(3):
         policy.accumulate(sequences, loss)
@@ -51,7 +51,7 @@ def test_an_update_is_that_of_torchs_adamw_with_clipping(load, some_sequences):
         adamw.zero_grad()
         assert norm > 1 and facts["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
         assert facts["learning_rate"] == 1e-2 and facts["skipped"] is False
-    for ours, theirs in zip(policy.model.parameters(), parameters, strict=True):
+    for ours, theirs in zip(policy.base.model.parameters(), parameters, strict=True):
         torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=0)
 
 
@@ -72,7 +72,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_forgotten(bad, dtype, load
     policy, untouched = load(ModelSpec(source="tiny", dtype=dtype)), load(ModelSpec(source="tiny", dtype=dtype))
     learn(policy, 0)
     before = weights(policy)
-    loss = policy.accumulate(some_sequences(3), lambda log_probs, rows: log_probs.sum() * bad)
+    loss = policy.accumulate(some_sequences(3), lambda log_probs, rows: log_probs.sum() * bad).loss
     assert not math.isfinite(loss)
     assert policy.step()["skipped"] is True
     assert all(torch.equal(value, before[name]) for name, value in weights(policy).items())
@@ -87,7 +87,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_forgotten(bad, dtype, load
 def test_a_loss_that_is_not_finite_is_skipped_though_its_gradient_is(load, some_sequences, weights):
     policy = load()
     before = weights(policy)
-    loss = policy.accumulate(some_sequences(3), lambda log_probs, rows: log_probs.sum() + float("inf"))
+    loss = policy.accumulate(some_sequences(3), lambda log_probs, rows: log_probs.sum() + float("inf")).loss
     assert math.isnan(loss)
     assert policy.step()["skipped"] is True
     assert all(torch.equal(value, before[name]) for name, value in weights(policy).items())
@@ -97,7 +97,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_though_its_loss_is(load, some_
     policy = load()
     before = weights(policy)
     # The root's slope at 0 is infinite.
-    loss = policy.accumulate(some_sequences(3), lambda log_probs, rows: (log_probs - log_probs.detach()).sum().sqrt())
+    loss = policy.accumulate(some_sequences(3), lambda log_probs, rows: (log_probs - log_probs.detach()).sum().sqrt()).loss
     assert loss == 0.0
     facts = policy.step()
     assert facts["skipped"] is True and not math.isfinite(facts["grad_norm"])

@@ -37,7 +37,7 @@ def test_a_resumed_run_ends_with_the_same_bits(name, tmp_path: Path, load, learn
     assert ended.keys() == expected.keys()
     for key, value in expected.items():
         assert ended[key].dtype == value.dtype and torch.equal(ended[key], value), key
-    prompts = [undisturbed.encode("rev 1>")]
+    prompts = [undisturbed.text.encode("rev 1>")]
     answers = [p.sample(prompts, group_size=4, max_tokens=6, temperature=1.0, seed=5) for p in (undisturbed, second)]
     assert answers[0] == answers[1]
 
@@ -58,17 +58,17 @@ def test_without_the_optimizer_the_end_differs(tmp_path: Path, load, learn, weig
 def test_dropout_is_drawn_anew_for_each_step_and_off_when_scoring(load, learn, some_sequences):
     policy = load(SPECS["lora-float32"], learning_rate=1e-12)
     with torch.no_grad():
-        for name, parameter in policy.model.named_parameters():
+        for name, parameter in policy.base.model.named_parameters():
             if "lora_B" in name:
                 parameter.fill_(0.1)  # so that the adapter does something
     sequences = some_sequences(5)
     losses = []
     for _ in range(3):
-        losses.append(policy.accumulate(sequences, lambda log_probs, rows: log_probs.sum()))
-        losses.append(policy.accumulate(sequences, lambda log_probs, rows: log_probs.sum()))
+        losses.append(policy.accumulate(sequences, lambda log_probs, rows: log_probs.sum()).loss)
+        losses.append(policy.accumulate(sequences, lambda log_probs, rows: log_probs.sum()).loss)
         policy.step()
     assert len(set(losses)) == 6
-    assert torch.equal(policy.score(sequences)[0], policy.score(sequences)[0])
+    assert torch.equal(policy.score(sequences).log_probs, policy.score(sequences).log_probs)
 
 
 def test_a_fork_with_the_optimizer_starts_its_schedule_anew(tmp_path: Path, load, learn, some_sequences):

@@ -8,15 +8,15 @@ import torch
 from service.errors import JobFailed
 from service.spec.model import Full, ModelSpec
 from workers.policy import sampler
-from workers.policy.policy import Sequence
 from workers.policy.sampler import Sampling, draw
+from workers.policy.score.layout import Sequence
 
 PROMPTS = ["rev 1>", "ab", "rev 123456="]
 
 
 def sample(policy, prompts=PROMPTS, **kwargs):
     how = {"group_size": 3, "max_tokens": 8, "temperature": 1.0, "seed": 0, **kwargs}
-    return policy.sample([policy.encode(prompt) for prompt in prompts], **how)
+    return policy.sample([policy.text.encode(prompt) for prompt in prompts], **how)
 
 
 def test_the_same_call_gives_the_same_answers_and_another_seed_gives_others(load):
@@ -39,16 +39,16 @@ def test_groups_stand_in_the_order_of_the_prompts(load):
 def test_greedy_answers_are_the_likeliest_tokens_with_the_policys_own_log_probs(load):
     policy = load()
     answer = sample(policy, ["rev 1>"], temperature=0.0, group_size=1)[0][0]
-    prompt = policy.encode("rev 1>")
+    prompt = policy.text.encode("rev 1>")
     with torch.no_grad():
-        logits = policy.model(input_ids=torch.tensor([prompt + answer.tokens])).logits[0, len(prompt) - 1 : -1]
+        logits = policy.base.model(input_ids=torch.tensor([prompt + answer.tokens])).logits[0, len(prompt) - 1 : -1]
     assert logits.argmax(-1).tolist() == answer.tokens
     torch.testing.assert_close(torch.tensor(answer.log_probs), logits.log_softmax(-1).max(-1).values)
 
 
 def test_an_answer_ends_with_its_first_eos_and_keeps_it(load):
     policy = load()
-    eos = policy.tokenizer.eos_token_id
+    eos = policy.text.tokenizer.eos_token_id
     answers = [answer for group in sample(policy, group_size=64, max_tokens=30) for answer in group]
     stopped = [answer for answer in answers if answer.finish_reason == "stop"]
     cut = [answer for answer in answers if answer.finish_reason == "length"]
@@ -56,13 +56,13 @@ def test_an_answer_ends_with_its_first_eos_and_keeps_it(load):
     assert all(answer.tokens.index(eos) == len(answer.tokens) - 1 for answer in stopped)
     assert all(len(answer.tokens) == 30 and eos not in answer.tokens for answer in cut)
     assert all(len(answer.log_probs) == len(answer.tokens) for answer in answers)
-    assert all("<" not in answer.text.replace("<", "", answer.tokens.count(policy.encode("<")[0])) for answer in stopped)
+    assert all("<" not in answer.text.replace("<", "", answer.tokens.count(policy.text.encode("<")[0])) for answer in stopped)
 
 
 def test_eos_on_the_last_allowed_token_is_a_stop(load):
     policy = load()
     answers = sample(policy, ["a"], group_size=400, max_tokens=1)[0]
-    reasons = {answer.tokens == [policy.tokenizer.eos_token_id]: answer.finish_reason for answer in answers}
+    reasons = {answer.tokens == [policy.text.tokenizer.eos_token_id]: answer.finish_reason for answer in answers}
     assert reasons == {True: "stop", False: "length"}
 
 
@@ -82,11 +82,11 @@ def test_a_stop_text_ends_an_answer_and_stays_in_it(load):
 
 def test_answers_follow_the_models_distribution(load):
     policy = load()
-    prompt = policy.encode("rev 1>")
+    prompt = policy.text.encode("rev 1>")
     answers = policy.sample([prompt], group_size=8000, max_tokens=1, temperature=1.0, seed=0)[0]
     counts = Counter(answer.tokens[0] for answer in answers)
     with torch.no_grad():
-        probs = policy.model(input_ids=torch.tensor([prompt])).logits[0, -1].softmax(-1)
+        probs = policy.base.model(input_ids=torch.tensor([prompt])).logits[0, -1].softmax(-1)
     seen = torch.tensor([counts[token] for token in range(len(probs))], dtype=torch.float64)
     chi_square = ((seen - 8000 * probs) ** 2 / (8000 * probs)).sum()
     freedom = len(probs) - 1
@@ -96,11 +96,11 @@ def test_answers_follow_the_models_distribution(load):
 def test_temperature_scales_the_log_probs_that_are_reported(load):
     policy = load()
     groups = sample(policy, temperature=0.5)
-    sequences = [Sequence(policy.encode(p), a.tokens) for p, group in zip(PROMPTS, groups, strict=True) for a in group]
-    log_probs, mask = policy.score(sequences, temperature=0.5)
+    sequences = [Sequence(policy.text.encode(p), a.tokens) for p, group in zip(PROMPTS, groups, strict=True) for a in group]
+    scores = policy.score(sequences, temperature=0.5)
     reported = torch.tensor([value for group in groups for answer in group for value in answer.log_probs])
-    torch.testing.assert_close(log_probs[mask], reported, atol=1e-4, rtol=0)
-    assert not torch.allclose(policy.score(sequences)[0][mask], reported, atol=1e-4)
+    torch.testing.assert_close(scores.log_probs[scores.mask], reported, atol=1e-4, rtol=0)
+    assert not torch.allclose(policy.score(sequences).log_probs[scores.mask], reported, atol=1e-4)
 
 
 LOGITS = torch.tensor([0.5, 0.25, 0.15, 0.1]).log()
@@ -141,10 +141,10 @@ def test_small_batches_give_valid_groups_too(load, monkeypatch):
     monkeypatch.setattr(sampler, "MOST_ROWS", 4)  # groups of 6 do not fit into one batch
     groups = sample(policy, group_size=6)
     assert [len(group) for group in groups] == [6, 6, 6]
-    sequences = [Sequence(policy.encode(p), a.tokens) for p, group in zip(PROMPTS, groups, strict=True) for a in group]
-    log_probs, mask = policy.score(sequences)
+    sequences = [Sequence(policy.text.encode(p), a.tokens) for p, group in zip(PROMPTS, groups, strict=True) for a in group]
+    scores = policy.score(sequences)
     reported = torch.tensor([value for group in groups for answer in group for value in answer.log_probs])
-    torch.testing.assert_close(log_probs[mask], reported, atol=1e-4, rtol=0)
+    torch.testing.assert_close(scores.log_probs[scores.mask], reported, atol=1e-4, rtol=0)
     assert len({tuple(sequence.completion) for sequence in sequences}) > 12
 
 
@@ -156,7 +156,7 @@ def test_a_recurrent_state_never_reads_padding(family, padded, family_folder, lo
     def look(layer, arguments, keywords):
         masks.append(keywords["attention_mask"])
 
-    policy.model.register_forward_pre_hook(look, with_kwargs=True)
+    policy.base.model.register_forward_pre_hook(look, with_kwargs=True)
     groups = sample(policy)
     assert any(mask is not None for mask in masks) is padded
     assert [len(group) for group in groups] == [3, 3, 3]
@@ -165,7 +165,7 @@ def test_a_recurrent_state_never_reads_padding(family, padded, family_folder, lo
 def test_logits_that_are_not_finite_fail_the_job_by_name(load):
     policy = load()
     with torch.no_grad():
-        policy.model.lm_head.weight.fill_(float("nan"))
+        policy.base.model.lm_head.weight.fill_(float("nan"))
     with pytest.raises(JobFailed) as failed:
         sample(policy)
     assert failed.value.code == "non_finite_logits"

@@ -7,17 +7,17 @@ import torch
 from torch import Tensor
 
 from workers.loops.suspects import NAMED, Suspects, step_skipped
-from workers.policy.policy import Sequence
+from workers.policy.score.layout import Sequence
 
 
 def batch(policy) -> list[Sequence]:
-    return [Sequence(policy.encode(f"{n}+1="), policy.encode_answer(str(n + 1))) for n in range(6)]
+    return [Sequence(policy.text.encode(f"{n}+1="), policy.text.encode_answer(str(n + 1))) for n in range(6)]
 
 
 @pytest.mark.parametrize(("poison", "cause", "rows"), [("row 4", "loss", [4]), ("all", "gradient", [0, 1, 2, 3, 4, 5])])
 def test_a_poisoned_step_is_skipped_and_its_rows_are_named(load, poison: str, cause: str, rows: list[int]) -> None:
     policy, suspects = load(), Suspects()
-    before = {name: value.clone() for name, value in policy.model.state_dict().items()}
+    before = {name: value.clone() for name, value in policy.base.model.state_dict().items()}
 
     def loss(log_probs: Tensor, index: Tensor) -> Tensor:
         if poison == "row 4":
@@ -29,7 +29,7 @@ def test_a_poisoned_step_is_skipped_and_its_rows_are_named(load, poison: str, ca
     policy.accumulate(batch(policy), loss, microbatch_tokens=16)
     assert policy.step()["skipped"] is True
     assert suspects.name() == (cause, rows)
-    assert all(torch.equal(value, before[name]) for name, value in policy.model.state_dict().items())
+    assert all(torch.equal(value, before[name]) for name, value in policy.base.model.state_dict().items())
 
 
 def test_a_loss_that_is_not_finite_without_such_a_row_names_its_micro_batch() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from workers.policy.batching import Padded
+from workers.policy.score.layout import Padded
 
 CHUNK_BYTES = 2**28  # of float32 logits; when gradients are wanted, more than one chunk means to compute each of them twice
 

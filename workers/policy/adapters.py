@@ -1,0 +1,203 @@
+"""The LoRA adapters in one model. Each has a name here and none on the disk: a saved adapter is plain peft.
+
+One adapter at most is at work at any time; the others are then as if they were not there.
+"""
+
+import re
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import load_file
+from torch import nn
+from transformers import PreTrainedModel
+
+from service.spec.model import Lora
+from workers.policy.errors import PolicyFailed, Subject
+from workers.policy.load import ADAPTER_WEIGHTS, mismatch, saved_adapter
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+# Peft has the adapter's name within the names of its weights. Those of an optimizer's tensors on the disk have this one.
+SAVED_AS = "default"
+
+
+class Adapters:
+    """The adapters of `model`, which is changed in place: its linear layers get the adapters beside their weights."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+        self._layer_names = {part for name, _ in model.named_modules() for part in name.split(".")}
+        self._peft: PeftModel | None = None  # while there is any adapter
+        self._frozen: dict[str, bool] = {}  # by the adapter's name
+        self._at_work: str | None = None  # the adapter that the model is switched to for certain
+        self._in_use = False
+        self._closed = False
+
+    def close(self) -> None:
+        """No adapter from now on: the model's own weights are trained. Raises ValueError where that is too late."""
+        if self._closed or self._frozen:
+            raise ValueError("this base has a learner already; one that trains all weights needs a base of its own")
+        self._closed = True
+
+    def add(self, name: str, adapter: Lora, *, revision: str | None, seed: int, weights: Path | None = None) -> None:
+        """An adapter to train, with weights drawn from `seed`, or those of a saved adapter's folder.
+
+        `revision` is the source's, to be saved with it. Raises PolicyFailed lora_target_modules, checkpoint_mismatch; the
+        model is then as it was.
+        """
+        self._check_new(name)
+        modules = adapter.target_modules
+        config = LoraConfig(
+            task_type="CAUSAL_LM",
+            r=adapter.rank,
+            lora_alpha=adapter.alpha,  # pyright: ignore[reportArgumentType] - peft multiplies by it, and takes any number
+            lora_dropout=adapter.dropout,
+            target_modules=modules if isinstance(modules, str) else list(modules),
+            revision=revision,
+        )
+        try:
+            self._add(name, config, seed, frozen=False)
+        except ValueError as error:
+            linear = sorted({p.rsplit(".", 1)[-1] for p, m in self._model.named_modules() if isinstance(m, nn.Linear)})
+            raise PolicyFailed(
+                "lora_target_modules",
+                f"the adapter cannot be put on {modules}: {error}",
+                hint=f"linear layers of this model are: {', '.join(linear)}; all-linear takes all but the head",
+                subject=Subject.TARGET_MODULES,
+            ) from error
+        if weights is not None:
+            self._fill(name, weights)
+
+    def add_saved(self, name: str, folder: Path) -> None:
+        """A frozen adapter, as it was saved."""
+        self._check_new(name)
+        self._add(name, saved_adapter(folder), 0, frozen=True)
+        self._fill(name, folder)
+
+    def remove(self, name: str) -> None:
+        """Take an adapter out; with the last one the model's layers are what they were."""
+        peft = self._peft_of(name)
+        del self._frozen[name]
+        self._at_work = None
+        if not self._frozen:
+            peft.unload()
+            self._peft = None
+            return
+        peft.set_adapter(next(iter(self._frozen)), inference_mode=True)  # peft warns when the active one goes
+        peft.delete_adapter(name)
+
+    @contextmanager
+    def only(self, name: str | None) -> Iterator[None]:
+        """While open, the model computes with this adapter alone, or with none. Gradients reach its weights if not frozen.
+
+        Raises RuntimeError inside another one: the outer would go on with what the inner left.
+        """
+        if self._in_use:
+            raise RuntimeError("the base is at work for one of its policies; another has to wait")
+        with self._without_any() if name is None else nullcontext(self._switch_to(name)):
+            self._in_use = True
+            try:
+                yield
+            finally:
+                self._in_use = False
+
+    def parameters(self, name: str) -> dict[str, nn.Parameter]:
+        """The adapter's weights in the order of the model's layers, under the names that they have on the disk."""
+        self._peft_of(name)
+        weights = ((path.split("."), weight) for path, weight in self._model.named_parameters())
+        return {_saved_as(parts, name): weight for parts, weight in weights if name in parts}
+
+    def dropouts(self, name: str) -> list[nn.Dropout]:
+        """The dropouts before the adapter's layers; none when its rate is 0."""
+        modules = self._model.named_modules()
+        return [m for path, m in modules if path.endswith(f"lora_dropout.{name}") and isinstance(m, nn.Dropout)]
+
+    def save(self, name: str, folder: Path) -> None:
+        """Write a plain peft adapter into the folder."""
+        # save_embedding_layers: "auto" would ask the hub about the base.
+        self._peft_of(name).save_pretrained(str(folder), selected_adapters=[name], save_embedding_layers=False)
+        if (own := folder / name).is_dir():  # peft's own default name has no folder of its own
+            for path in own.iterdir():
+                path.rename(folder / path.name)
+            own.rmdir()
+
+    def _switch_to(self, name: str) -> None:
+        if self._at_work != name:  # it visits every layer
+            self._peft_of(name).set_adapter(name, inference_mode=self._frozen[name])
+            self._at_work = name
+
+    def _without_any(self) -> AbstractContextManager[None]:
+        if self._peft is None:
+            return nullcontext()
+        self._at_work = None  # peft will switch gradients on again for the one that was active, be it frozen or not
+        return self._peft.disable_adapter()
+
+    def _peft_of(self, name: str) -> PeftModel:
+        if self._peft is None or name not in self._frozen:
+            raise ValueError(f"there is no adapter {name!r} on this base")
+        return self._peft
+
+    def _check_new(self, name: str) -> None:
+        if self._closed:
+            raise ValueError("all weights of this base are trained by one learner; an adapter needs another base")
+        # Peft finds an adapter's weights by a part of their names.
+        if not NAME.fullmatch(name) or name in self._frozen or name in self._layer_names or name.startswith(("lora", "base_")):
+            raise ValueError(f"{name!r} cannot be the name of a new adapter: it is taken, or not a plain name")
+
+    def _add(self, name: str, config: LoraConfig, seed: int, *, frozen: bool) -> None:
+        self._at_work = None
+        config.base_model_name_or_path = self._model.name_or_path or None
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            try:  # both make float32 adapters, also on a bfloat16 base
+                if self._peft is None:
+                    self._peft = get_peft_model(self._model, config, adapter_name=name)
+                else:
+                    self._peft.add_adapter(name, config)
+            except BaseException:
+                self._undo(name)
+                raise
+        self._frozen[name] = frozen
+        self._model.eval()  # the new dropouts
+
+    def _fill(self, name: str, folder: Path) -> None:
+        """Put a saved adapter's weights into this one, which must have the same shape; else it is taken out again."""
+        try:
+            self._copy(name, folder)
+        except BaseException:
+            self.remove(name)
+            raise
+
+    def _copy(self, name: str, folder: Path) -> None:
+        peft, saved = self._peft_of(name), saved_adapter(folder)
+        ours = peft.peft_config[name]
+        assert isinstance(ours, LoraConfig)
+        if (saved.r, saved.lora_alpha) != (ours.r, ours.lora_alpha):
+            raise mismatch(
+                f"its adapter has rank {saved.r} and alpha {saved.lora_alpha}; asked for are {ours.r} and {ours.lora_alpha}",
+                "leave model.adapter out, or give it the checkpoint's values",
+            )
+        loaded = set_peft_model_state_dict(peft, load_file(folder / ADAPTER_WEIGHTS), adapter_name=name)
+        missing = [key for key in loaded.missing_keys if ".lora_" in key and f".{name}." in key]
+        if strangers := missing + loaded.unexpected_keys:
+            example = _saved_as(strangers[0].split("."), name)
+            raise mismatch(
+                f"its adapter does not sit on the same layers as model.adapter.target_modules, for example {example}",
+                "leave model.adapter out, or give it the checkpoint's values",
+            )
+
+    def _undo(self, name: str) -> None:
+        """Peft may have given up in the middle of the model."""
+        for path, layer in list(self._model.named_modules()):
+            if isinstance(layer, BaseTunerLayer):
+                if self._peft is None:
+                    self._model.set_submodule(path, layer.get_base_layer())
+                else:
+                    layer.delete_adapter(name)
+
+
+def _saved_as(parts: list[str], name: str) -> str:
+    return ".".join(SAVED_AS if part == name else part for part in parts)

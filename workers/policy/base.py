@@ -1,0 +1,71 @@
+"""The base: a language model and all that stands on it, loaded once and shared by the policies that are made of it.
+
+Its weights are frozen. Learners put their adapters beside them (as many as there is memory for), or one learner takes all
+the weights over; then the base is that learner's alone.
+"""
+
+from pathlib import Path
+from typing import Self
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from service.spec.model import Full, ModelSpec
+from workers.policy.adapters import Adapters
+from workers.policy.load import Loaded, adapter_of, load_model, pick_device
+from workers.policy.sampler import Sampler
+from workers.policy.score.layout import auto_microbatch_tokens
+from workers.policy.score.log_probs import Scorer
+from workers.policy.text import Text
+
+
+class Base:
+    """Made by `Base.load`. `full_from` is the checkpoint whose full weights these are; none: they are the source's."""
+
+    def __init__(self, loaded: Loaded, *, source: str | None, full_from: Path | None) -> None:
+        self.model: PreTrainedModel = loaded.model
+        self.source, self.revision, self.full_from = source, loaded.revision, full_from
+        self.device = self.model.device
+        self.text = Text(loaded.tokenizer, self.model)
+        self.sampler = Sampler(self.model, eos_ids=self.text.eos_ids, pad_id=self.text.pad_id, decode=self.text.decode_all)
+        self.scorer = Scorer(self.model)
+        self.microbatch_tokens = auto_microbatch_tokens(self.model, self.device)
+        self.parameters = sum(p.numel() for p in self.model.parameters())
+        self._trainable = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        self.model.requires_grad_(False)
+        self.adapters = Adapters(self.model)
+
+    @classmethod
+    def load(
+        cls, model: ModelSpec, *, device: str, threads: int, checkpoint: Path | None = None, revision: str | None = None
+    ) -> Self:
+        """Load the model's source; or, where all weights are trained, those of a checkpoint.
+
+        checkpoint  the folder to go on from: if it holds an adapter, the source is loaded at the commit that it was trained on
+        revision    else the commit of the source, where it is known already
+
+        Raises PolicyFailed: model_not_found, model_pickled, model_unsupported, checkpoint_mismatch.
+        """
+        chosen = pick_device(device)
+        _be_deterministic(chosen, threads)
+        loaded = load_model(model, chosen, checkpoint, revision)
+        full = isinstance(adapter_of(model), Full)
+        return cls(loaded, source=model.source, full_from=checkpoint if full else None)
+
+    def take_over(self) -> dict[str, nn.Parameter]:
+        """All the weights, to be trained by one learner. What it makes of them is not undone: the base ends with it.
+
+        Raises ValueError when the base has a learner.
+        """
+        self.adapters.close()
+        for parameter in self._trainable.values():
+            parameter.requires_grad_(True)
+        return self._trainable
+
+
+def _be_deterministic(device: torch.device, threads: int) -> None:
+    torch.set_num_threads(threads)
+    if device.type == "cpu":
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue] - costs time

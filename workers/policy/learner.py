@@ -1,0 +1,193 @@
+"""The learner: a policy with an optimizer, that learns and saves itself.
+
+    accumulate(sequences, loss) -> loss      step() -> what the update did      save(folder)
+
+It trains an adapter of its own on a base that it may share, or all the weights of a base that is its own. Everything random
+derives from a seed and a step, so a loaded learner goes on bit for bit as the saved one would have.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import orjson
+import peft
+import torch
+import transformers
+from torch import Tensor, nn
+
+from service.spec.model import Full, Lora
+from service.spec.training import OptimizerSpec
+from workers.policy.base import Base
+from workers.policy.load import MODEL, model_folder
+from workers.policy.optimizer import Optimizer
+from workers.policy.policy import Policy
+from workers.policy.score.layout import Sequence, microbatches, pad, response_mask
+from workers.seeds import derive
+
+TRAINER = "trainer.json"
+
+# log_probs [b, T] of some rows, and their indices in the list -> their share of the loss (a scalar with a graph).
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a learner begins with: folders of checkpoints, or nothing."""
+
+    weights: Path | None = None  # none: a new adapter, or the source's weights
+    optimizer: Path | None = None  # to go on from exactly: moments, masters, and the count of steps
+    new_schedule: bool = False  # moments and masters only, the learning rate starts anew (a fork with its optimizer)
+
+
+@dataclass(frozen=True)
+class Accumulated:
+    """What one call of `accumulate` found."""
+
+    loss: float  # summed over micro-batches; nan when one of them was not finite
+    entropy: Tensor  # [B, T] float32, without gradient, 0 where masked
+
+
+class Learner(Policy):
+    """`kind` is lora or full; `revision` is the commit of a hub model; `facts` says what was resolved."""
+
+    def __init__(
+        self,
+        base: Base,
+        adapter: Lora | Full,
+        *,
+        name: str,
+        optimizer: OptimizerSpec,
+        steps: int,
+        seed: int,
+        start: Start = Start(),
+    ) -> None:
+        """A learner that will make `steps` optimizer steps. `name` is its adapter's, unlike any other on the base.
+
+        Raises PolicyFailed: checkpoint_mismatch, lora_target_modules; a base with other learners stays as it was.
+        """
+        super().__init__(base, None if isinstance(adapter, Full) else name)
+        self.kind, self._seed = adapter.kind, seed
+        self._accumulated, self._poisoned = 0, False  # since the last step
+        trained = self._weights(adapter, start.weights)
+        try:
+            self._optimizer = Optimizer(trained, optimizer, steps)
+            trainer: dict[str, Any] = {}
+            if start.optimizer is not None:
+                trainer = orjson.loads((start.optimizer / TRAINER).read_bytes())
+                self._optimizer.load(start.optimizer)
+                self._optimizer.steps_done = 0 if start.new_schedule else trainer["optimizer_steps"]
+        except BaseException:
+            self.unload()
+            raise
+        self.revision = base.revision or trainer.get("revision")
+        self._dropouts = [] if self.adapter is None else base.adapters.dropouts(self.adapter)
+        self.facts = self._facts(sum(weight.numel() for weight in trained.values()))
+
+    def accumulate(
+        self,
+        sequences: list[Sequence],
+        loss: Loss,
+        *,
+        temperature: float = 1.0,
+        microbatch_tokens: int | Literal["auto"] = "auto",
+    ) -> Accumulated:
+        """Add the gradient of the loss.
+
+        `loss` gets log_probs [b, T] (T is the longest answer of the whole list) of the rows [b] of it, and returns their
+        share: the shares' sum must not depend on the split, so weights come from the whole list.
+        """
+        base = self.base
+        mask = response_mask(sequences, base.device)
+        entropy = torch.zeros(mask.shape, device=base.device)
+        shares: list[Tensor] = []
+        with base.adapters.only(self.adapter), self._dropout():
+            for rows in microbatches(sequences, base.microbatch_tokens if microbatch_tokens == "auto" else microbatch_tokens):
+                batch = pad([sequences[row] for row in rows], base.text.pad_id, base.device)
+                indices = torch.tensor(rows, device=base.device)
+                chosen, entropy[indices[batch.rows_N], batch.steps_N] = base.scorer(batch, temperature)
+                log_probs = chosen.new_zeros(len(rows), mask.shape[1]).index_put((batch.rows_N, batch.steps_N), chosen)
+                share = loss(log_probs, indices)
+                share.backward()
+                shares.append(share.detach())
+        total = math.fsum(map(float, shares)) if all(torch.isfinite(share) for share in shares) else math.nan
+        self._accumulated += 1
+        self._poisoned |= not math.isfinite(total)
+        return Accumulated(total, entropy)
+
+    def step(self) -> dict[str, float | bool]:
+        """One optimizer step: grad_norm (before clipping), learning_rate, skipped. A non-finite loss or gradient is skipped."""
+        result = self._optimizer.step(poisoned=self._poisoned)
+        self._accumulated, self._poisoned = 0, False
+        return result
+
+    def save(self, folder: Path) -> None:
+        """Write model/ (a plain transformers folder, or a plain peft adapter), the optimizer's state and trainer.json."""
+        if self.adapter is None:
+            self.base.model.save_pretrained(folder / MODEL)
+        else:
+            self.base.adapters.save(self.adapter, folder / MODEL)
+        self.text.tokenizer.save_pretrained(str(folder / MODEL))
+        self._optimizer.save(folder)
+        trainer = {
+            "optimizer_steps": self._optimizer.steps_done,
+            "source": self.base.source,
+            "revision": self.revision,
+            "adapter": self.kind,
+        }
+        (folder / TRAINER).write_bytes(orjson.dumps(trainer, option=orjson.OPT_INDENT_2))
+
+    def _weights(self, adapter: Lora | Full, folder: Path | None) -> dict[str, nn.Parameter]:
+        """The weights to train, under the names that they have on the disk."""
+        if self.adapter is None or isinstance(adapter, Full):
+            if folder != self.base.full_from:
+                raise ValueError(
+                    f"full weights come with their base, which was loaded from {self.base.full_from}, not {folder}"
+                )
+            return self.base.take_over()
+        saved = None if folder is None else model_folder(folder, adapter)
+        seed = derive(self._seed, 0, "adapter")
+        self.base.adapters.add(self.adapter, adapter, revision=self.base.revision, seed=seed, weights=saved)
+        return self.base.adapters.parameters(self.adapter)
+
+    @contextmanager
+    def _dropout(self) -> Iterator[None]:
+        """The adapter's dropout, while learning; its draws derive from the optimizer step, so that a resumed run repeats them.
+
+        A model's own dropout stays off: it would move the log_probs away from the old ones for no gain.
+        """
+        if not self._dropouts:
+            yield
+            return
+        device = self.base.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(derive(self._seed, self._optimizer.steps_done, f"dropout/{self._accumulated}"))
+            try:
+                for module in self._dropouts:
+                    module.train()
+                yield
+            finally:
+                for module in self._dropouts:
+                    module.eval()
+
+    def _facts(self, trained: int) -> dict[str, Any]:
+        base = self.base
+        return {
+            "source": base.source,
+            "revision": self.revision,
+            "architecture": type(base.model).__name__,
+            "parameters": base.parameters + (0 if self.adapter is None else trained),
+            "trainable_parameters": trained,
+            "adapter": self.kind,
+            "dtype": str(base.model.dtype).removeprefix("torch."),
+            "device": str(base.device),
+            "threads": torch.get_num_threads(),
+            "context": self.text.context,
+            "eos_token_ids": self.text.eos_ids,
+            "microbatch_tokens": base.microbatch_tokens,
+            "head_on_answers_only": base.scorer.head_on_answers_only,
+            "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__},
+        }
