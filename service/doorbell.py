@@ -7,7 +7,7 @@ waits for long: a dead Redis costs a moment and a line in the log.
 import asyncio
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import contextmanager, suppress
 from secrets import token_hex
 from threading import local
@@ -163,34 +163,38 @@ class Doorbell:
             return False
         return True
 
-    def listen(self, job_id: str, timeout_s: float, *, what: str | None = "wish") -> bool:
-        """Wait for a signal of this kind (None: of any). False when the time is up; while Redis is away this only sleeps.
+    def listen(self, job_ids: Set[str], timeout_s: float, *, what: str | None = "wish") -> bool:
+        """Wait for a signal of this kind (None: of any) about one of these jobs. While Redis is away this only sleeps.
 
-        The subscription is kept between calls of one thread for one job, so that nothing is missed in between.
+        False when the time is up. The subscription is kept between the calls of a thread: nothing is missed in between about
+        a job that was among them before.
         """
         deadline = time.monotonic() + timeout_s
         try:
-            subscription = self._subscription(job_id)
+            subscription = self._subscription(job_ids)
             while (left := deadline - time.monotonic()) > 0:
                 message = subscription.get_message(ignore_subscribe_messages=True, timeout=left)
                 if message is not None and what in (None, message["data"].decode()):
                     return True
         except (redis.RedisError, OSError):
-            self._unsubscribe()
+            self.hang_up()
             time.sleep(max(0.0, deadline - time.monotonic()))
         return False
 
-    def _subscription(self, job_id: str) -> PubSub:
-        if getattr(self._mine, "job_id", None) != job_id:
-            self._unsubscribe()
-            subscription = self._redis.pubsub()
-            subscription.subscribe(channel_name(job_id))
-            self._mine.subscription, self._mine.job_id = subscription, job_id
-        return self._mine.subscription
+    def _subscription(self, job_ids: Set[str]) -> PubSub:
+        if getattr(self._mine, "subscription", None) is None:
+            self._mine.subscription, self._mine.job_ids = self._redis.pubsub(), frozenset[str]()
+        subscription, before = self._mine.subscription, self._mine.job_ids
+        for change, ids in ((subscription.subscribe, job_ids - before), (subscription.unsubscribe, before - job_ids)):
+            if ids:
+                change(*map(channel_name, ids))
+        self._mine.job_ids = frozenset(job_ids)
+        return subscription
 
-    def _unsubscribe(self) -> None:
+    def hang_up(self) -> None:
+        """This thread listens to nothing until it does again."""
         subscription = getattr(self._mine, "subscription", None)
-        self._mine.subscription = self._mine.job_id = None
+        self._mine.subscription = None
         if subscription is not None:
             with suppress(redis.RedisError, OSError):
                 subscription.close()
@@ -202,7 +206,7 @@ class Doorbell:
             return False
 
     def close(self) -> None:
-        self._unsubscribe()
+        self.hang_up()
         self._redis.close()
         self._celery.close()
 

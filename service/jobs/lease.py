@@ -52,9 +52,13 @@ def _holding(store: Store, lease: Lease) -> Iterator[tuple[Session, Job]]:
         job = jobs.find(session, lease.job_id, lock=True, light=True)
         # A job that is no longer held has no owner; one that was claimed again has a higher attempt.
         if job is None or job.attempt != lease.attempt or job.lease_owner != lease.owner:
-            now_is = "gone" if job is None else f"{job.status}, attempt {job.attempt}"
-            raise LeaseLost(f"attempt {lease.attempt} of {lease.job_id} no longer holds the job (it is {now_is})")
+            raise _lost(lease, job)
         yield session, job
+
+
+def _lost(lease: Lease, job: Job | None) -> LeaseLost:
+    now_is = "gone" if job is None else f"{job.status}, attempt {job.attempt}"
+    return LeaseLost(f"attempt {lease.attempt} of {lease.job_id} no longer holds the job (it is {now_is})")
 
 
 # ---------------------------------------------------------------- taking and keeping
@@ -103,15 +107,29 @@ def _take(session: Session, job: Job, owner: str, now: datetime, settings: Setti
     return True
 
 
-def renew(store: Store, settings: Settings, lease: Lease) -> Wish | None:
-    """Hold the job for another lease_ttl_s. Returns what its owner wishes (cancel before pause), or that this worker drains."""
-    with _holding(store, lease) as (session, job):
-        job.lease_until = utcnow() + timedelta(seconds=settings.lease_ttl_s)
-        if job.status == Status.CANCELLING:
-            return Wish.SAVE_AND_CANCEL if job.wish == Wish.SAVE_AND_CANCEL else Wish.CANCEL
-        if job.status == Status.PAUSING:
-            return Wish.PAUSE
-        return Wish.DRAIN if workers.is_draining(session, lease.owner) else None
+def renew_all(store: Store, settings: Settings, held: Collection[Lease]) -> dict[Lease, Wish | LeaseLost | None]:
+    """Hold all these jobs for another lease_ttl_s, in one statement. A lease that is lost does not harm the others.
+
+    Answers what each job's owner wishes (cancel before pause), or that its worker drains; LeaseLost for what is no longer ours.
+    """
+    until = utcnow() + timedelta(seconds=settings.lease_ttl_s)
+    with store.begin() as session:
+        renewed = jobs.renew(session, [(lease.job_id, lease.attempt, lease.owner) for lease in held], until)
+        answers: dict[Lease, Wish | LeaseLost | None] = {
+            Lease(one.id, one.attempt, one.owner): _wish(one.status, one.wish, draining=bool(one.draining)) for one in renewed
+        }
+        for lease in held:
+            if lease not in answers:
+                answers[lease] = _lost(lease, jobs.find(session, lease.job_id, light=True))
+    return answers
+
+
+def _wish(status: str, wish: str | None, *, draining: bool) -> Wish | None:
+    if status == Status.CANCELLING:
+        return Wish.SAVE_AND_CANCEL if wish == Wish.SAVE_AND_CANCEL else Wish.CANCEL
+    if status == Status.PAUSING:
+        return Wish.PAUSE
+    return Wish.DRAIN if draining else None
 
 
 def set_phase(store: Store, lease: Lease, phase: Phase) -> None:

@@ -28,7 +28,7 @@ def test_a_running_job_hears_what_is_wished(api, client, submit, action, body, w
     asked = utcnow()
     answer = client.post(f"/v1/jobs/{job['id']}/{action}", json=body) if body else client.post(f"/v1/jobs/{job['id']}/{action}")
     assert answer.status_code == 200 and answer.json()["status"] == {"pause": "pausing", "cancel": "cancelling"}[action]
-    assert leases.renew(api.store, api.settings, lease) == wish
+    assert leases.renew_all(api.store, api.settings, [lease]) == {lease: wish}
     late = [] if grace_s is None else [job["id"]]
     moment = asked + timedelta(seconds=grace_s or 0)
     assert leases.disobeyed(api.store, lease.owner, moment - timedelta(seconds=1)) == []
@@ -120,7 +120,7 @@ def test_a_deadline_ends_a_job_that_waits_and_one_that_rests(api, client, submit
     status = lambda job: client.get(f"/v1/jobs/{job['id']}").json()["status"]  # noqa: E731
     reconcile(api.store, api.settings, api.doorbell, utcnow() + timedelta(seconds=50))
     assert [status(job) for job in (waiting, resting, running, timeless)] == ["queued", "paused", "running", "queued"]
-    leases.renew(api.store, api.settings.model_copy(update={"lease_ttl_s": 3600.0}), lease)
+    leases.renew_all(api.store, api.settings.model_copy(update={"lease_ttl_s": 3600.0}), [lease])
     reconcile(api.store, api.settings, api.doorbell, utcnow() + timedelta(seconds=70))
     assert [status(job) for job in (waiting, resting, running, timeless)] == ["failed", "failed", "running", "queued"]
     late = client.get(f"/v1/jobs/{waiting['id']}").json()

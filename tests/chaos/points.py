@@ -120,11 +120,11 @@ def install_in_worker() -> None:
     import workers.runner
     from service.jobs import lease
     from service.store import blobs
-    from workers.loops import attempt
     from workers.policy.learner import Learner
     from workers.policy.sampler import Sampler
+    from workers.tenure import keeper, tenure
 
-    _around(workers.runner.leases, "rewind", before="loading")
+    _around(lease, "rewind", before="loading")
     _around(Sampler, "_forward", before="while sampling")
     _around(torch.optim.AdamW, "step", after="mid update")
     _around(lease.metrics, "write", before="inside a transaction")  # the job's row is locked
@@ -149,7 +149,8 @@ def install_in_worker() -> None:
         _switch_fencing_off()
     if os.environ.get(DIGESTS) == "off":
         workers.runner.verify = lambda folder, manifest_sha256=None: None
-    assert attempt.leases is lease is workers.runner.leases, "the wrappers must be what the product calls"
+    callers = (workers.runner, keeper, tenure)
+    assert all(caller.leases is lease for caller in callers), "the wrappers must be what the product calls"
 
 
 def _switch_fencing_off() -> None:
@@ -165,7 +166,7 @@ def _switch_fencing_off() -> None:
             yield session, jobs.find(session, held.job_id, lock=True, light=True)
 
     lease._holding = holding
-    lease.renew = lambda store, settings, held: None  # nor does it learn from its heartbeat
+    lease.renew_all = lambda store, settings, held: dict.fromkeys(held)  # nor does it learn from its renewals
 
 
 def install_rings() -> None:

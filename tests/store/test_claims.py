@@ -122,8 +122,8 @@ def test_a_draining_worker_takes_nothing_and_hears_it_at_the_next_renewal(
     new_job()
     claimed = leases.claim(store, settings, worker.id, {"any"})
     assert claimed is not None
-    assert leases.renew(store, settings, claimed[0]) is None
+    assert leases.renew_all(store, settings, claimed[:1]) == {claimed[0]: None}
     leases.draining(store, worker.id)
-    assert leases.renew(store, settings, claimed[0]) == "drain"
+    assert leases.renew_all(store, settings, claimed[:1]) == {claimed[0]: "drain"}
     assert leases.claim(store, settings, worker.id, {"any"}) is None
     assert leases.claim(store, settings, "another", {"any"}) is not None

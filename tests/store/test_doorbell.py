@@ -179,31 +179,39 @@ def signal_soon(bell: Doorbell, *signals: tuple[str, str]) -> Thread:
 def test_a_listener_wakes_for_its_job_and_its_kind_of_signal(bell: Doorbell) -> None:
     started = time.monotonic()
     thread = signal_soon(bell, ("job_2", "wish"), ("job_1", "events"), ("job_1", "wish"))
-    assert bell.listen("job_1", 5) is True
+    assert bell.listen({"job_1"}, 5) is True
     assert time.monotonic() - started < 2
     thread.join()
-    assert bell.listen("job_1", 0.1) is False
-    assert bell.listen("job_1", 0.1, what=None) is False  # the one before the wish was passed over, not kept
+    assert bell.listen({"job_1"}, 0.1) is False
+    assert bell.listen({"job_1"}, 0.1, what=None) is False  # the one before the wish was passed over, not kept
+
+
+def test_a_listener_hears_each_of_its_jobs_and_no_longer_those_that_it_had_before(bell: Doorbell) -> None:
+    for jobs, heard in (({"job_1", "job_2"}, {"job_1", "job_2"}), ({"job_2", "job_3"}, {"job_2", "job_3"})):
+        bell.listen(jobs, 0.2)
+        for job_id in ("job_1", "job_2", "job_3"):
+            bell.signal(job_id, "wish")
+            assert bell.listen(jobs, 0.2) is (job_id in heard)
 
 
 def test_nothing_is_missed_between_two_calls(bell: Doorbell) -> None:
-    assert bell.listen("job_1", 0.2) is False
+    assert bell.listen({"job_1"}, 0.2) is False
     bell.signal("job_1", "wish")
-    assert bell.listen("job_1", 1) is True
+    assert bell.listen({"job_1"}, 1) is True
 
 
 def test_a_listener_sleeps_while_redis_is_away_and_hears_again_after(own_redis: OwnRedis) -> None:
     bell = Doorbell(settings_for(own_redis.url))
-    bell.listen("job_1", 0.05)
+    bell.listen({"job_1"}, 0.05)
     own_redis.kill()
     for _ in range(2):
         started = time.monotonic()
-        assert bell.listen("job_1", 0.3) is False
+        assert bell.listen({"job_1"}, 0.3) is False
         assert 0.25 < time.monotonic() - started < 2
     own_redis.start()
-    bell.listen("job_1", 0.2)
+    bell.listen({"job_1"}, 0.2)
     bell.signal("job_1", "wish")
-    assert bell.listen("job_1", 2) is True
+    assert bell.listen({"job_1"}, 2) is True
 
 
 # ---------------------------------------------------------------- signals, for the API

@@ -102,7 +102,7 @@ def test_the_log_has_no_gaps_and_tells_a_legal_path_whoever_races(
                 continue
             with suppress(LeaseLost):
                 leases.commit_step(store, claimed[0], claimed[0].attempt, {"loss": 1.0})
-                wish = leases.renew(store, hasty, claimed[0])
+                wish = leases.renew_all(store, hasty, claimed[:1])[claimed[0]]
                 if wish == "pause":
                     leases.pause(store, claimed[0])
                 else:

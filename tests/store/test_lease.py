@@ -6,7 +6,7 @@ from sqlalchemy import update
 
 from service.doorbell import Doorbell
 from service.errors import Failure, LeaseLost
-from service.ids import new_id
+from service.ids import new_id, utcnow
 from service.jobs import lease as leases
 from service.jobs import lifecycle
 from service.jobs.lease import CheckpointRow, Lease, RolloutRow
@@ -15,10 +15,11 @@ from service.spec.job import CheckpointsSpec, KeepBest
 from service.states import Phase, Wish
 from service.store import checkpoints, events, jobs, metrics, rollouts
 from service.store.session import Store
-from service.store.tables import Job
+from service.store.tables import Job, Worker
 
 NewJob = Callable[..., Job]
 FAILURE = Failure("store_unavailable", "it does not answer")
+SEEN = {"started_at": utcnow(), "last_seen_at": utcnow()}
 
 
 def checkpoint(step: int, *, best: float | None = None) -> CheckpointRow:
@@ -47,8 +48,16 @@ def told(store: Store, lease: Lease, type_: str) -> list[dict[str, Any]]:
 
 # ---------------------------------------------------------------- zombies
 
+
+def renew(store: Store, settings: Settings, lease: Lease) -> Wish | None:
+    answer = leases.renew_all(store, settings, [lease])[lease]
+    if isinstance(answer, LeaseLost):
+        raise answer
+    return answer
+
+
 WRITES: dict[str, Callable[[Store, Settings, Lease], object]] = {
-    "renew": leases.renew,
+    "renew_all": renew,
     "set_phase": lambda store, _, lease: leases.set_phase(store, lease, Phase.SAMPLING),
     "set_resolved": lambda store, _, lease: leases.set_resolved(store, lease, {"device": "cpu"}),
     "rewind": lambda store, _, lease: leases.rewind(store, lease, 0),
@@ -223,9 +232,40 @@ def wish(store: Store, doorbell: Doorbell, lease: Lease, action: str) -> None:
 def test_a_renewal_brings_the_owners_wish(
     store: Store, settings: Settings, doorbell: Doorbell, held: Lease, action: str, expected: Wish
 ) -> None:
-    assert leases.renew(store, settings, held) is None
+    assert leases.renew_all(store, settings, [held]) == {held: None}
     wish(store, doorbell, held, action)
-    assert leases.renew(store, settings, held) == expected
+    assert leases.renew_all(store, settings, [held]) == {held: expected}
+
+
+def test_one_renewal_tells_each_job_s_wish_and_which_leases_are_lost(
+    store: Store, settings: Settings, doorbell: Doorbell, new_job: NewJob
+) -> None:
+    with store.begin() as session:
+        session.add(Worker(id="w2", host="h", pid=1, device="cpu", resource_classes=["any"], draining=True, **SEEN))
+    held: list[Lease] = []
+    for owner in ("w1", "w1", "w1", "w1", "w1", "w3"):
+        new_job()
+        claimed = leases.claim(store, settings, owner, {"any"})
+        assert claimed is not None
+        held.append(claimed[0])
+    paused, cancelled, saved, removed, fine, drained = held
+    with store.begin() as session:
+        session.execute(update(Job).where(Job.id == drained.job_id).values(lease_owner="w2"))  # one that drains claims nothing
+        jobs.remove(session, removed.job_id)
+    moved = Lease(drained.job_id, drained.attempt, "w2")
+    lifecycle.pause(store, doorbell, "default", paused.job_id)
+    lifecycle.cancel(store, doorbell, "default", cancelled.job_id)
+    lifecycle.cancel(store, doorbell, "default", saved.job_id, save=True)
+    answers = leases.renew_all(store, settings, [*held, moved])
+    lost = {lease: answers.pop(lease) for lease in (removed, drained)}
+    assert all(isinstance(error, LeaseLost) for error in lost.values())
+    assert answers == {
+        paused: Wish.PAUSE,
+        cancelled: Wish.CANCEL,
+        saved: Wish.SAVE_AND_CANCEL,
+        fine: None,
+        moved: Wish.DRAIN,
+    }
 
 
 # The wish that came first, what the worker reports, and where the job ends up.

@@ -143,7 +143,7 @@ def test_a_lease_that_was_renewed_since_the_look_is_left_alone(
     lease = take(store, settings)
     for renewed, outcome in ((True, None), (False, Status.QUEUED)):
         if renewed:
-            leases.renew(store, settings, lease)
+            leases.renew_all(store, settings, [lease])
         with store.begin() as session:
             found = jobs.get(session, "default", job.id, lock=True)
             assert _return_lost(session, found, utcnow() if renewed else after_lease) == outcome
@@ -165,8 +165,7 @@ def test_a_job_that_runs_too_long_is_ended_after_a_grace(
     error = read(store, job.id).error
     assert error is not None
     assert (error["code"], error["category"]) == ("max_runtime", "user")
-    with pytest.raises(leases.LeaseLost):
-        leases.renew(store, settings, lease)
+    assert isinstance(leases.renew_all(store, settings, [lease])[lease], leases.LeaseLost)
 
 
 def test_a_queued_job_whose_time_is_used_up_does_not_start_again(

@@ -210,7 +210,13 @@ class Histories(RuleBasedStateMachine):
     def renew(self, number: int) -> None:
         lease, model = self.lease(number)
         wishes: list[Any] = []
-        if self.write(lease, lambda: wishes.append(leases.renew(self.store, self.settings, lease))):
+
+        def write() -> None:
+            wishes.append(leases.renew_all(self.store, self.settings, [lease])[lease])
+            if isinstance(wishes[0], LeaseLost):
+                raise wishes[0]
+
+        if self.write(lease, write):
             model.lease_until = self.now + timedelta(seconds=self.settings.lease_ttl_s)
             drain = "drain" if lease.owner in self.draining else None
             assert wishes == [{S.PAUSING: "pause", S.CANCELLING: "cancel"}.get(model.status, drain)]

@@ -23,6 +23,7 @@ from service.store.session import Store, make_engine, open_store
 from service.store.tables import Base, Checkpoint, Event, Metric, Rollout, Worker
 from workers import runner
 from workers.policy.checkpoint import verify
+from workers.tenure.keeper import Keeper
 
 
 @pytest.fixture
@@ -67,7 +68,8 @@ def test_a_live_job_goes_on_from_the_copy_and_ends_with_the_same_weights(
         assert resting.checkpoint_id is not None and 0 < resting.step < 20
         claimed = leases.claim(copied.store, here, "w", {"any"})
         assert claimed is not None
-        runner.run(copied.store, here, copied.doorbell, *claimed)  # as a worker's training process does
+        with Keeper(copied.store, here, copied.doorbell) as keeper:
+            runner.run(keeper, *claimed)  # as a worker's training process does
         job = copied.job(job_id)
         assert job.status == "succeeded", job.error
         ours, theirs = copied.weights(job), stack.weights(undisturbed)

@@ -34,9 +34,8 @@ from service.spec.training import OptimizerSpec
 from service.store import events
 from service.store.checkpoints import CheckpointRow
 from service.validation import parse
-from workers.heartbeat import Heartbeat
-from workers.log_tail import LINES, LogTail
-from workers.loops.attempt import MAX_SKIPPED_IN_A_ROW, Attempt
+from workers.loops.attempt import Attempt
+from workers.loops.nonfinite import MAX_SKIPPED_IN_A_ROW, count_skipped
 from workers.loops.progress import Progress
 from workers.loops.sampling import _check_lengths, settle_errors
 from workers.loops.supervised import encode
@@ -45,6 +44,8 @@ from workers.policy.errors import PolicyFailed, Subject
 from workers.policy.learner import Learner
 from workers.policy.load import adapter_of
 from workers.runner import POINTERS, _start_checkpoint, failure_of
+from workers.tenure.keeper import Hold, Keeper
+from workers.tenure.log_tail import LINES, LogTail
 
 ROOT = Path(__file__).parents[2]
 
@@ -73,20 +74,7 @@ class World:
 
     def attempt(self, policy: Any, spec: Any) -> Attempt:
         nothing: Any = SimpleNamespace()
-        return Attempt(
-            store=nothing,
-            settings=nothing,
-            doorbell=nothing,
-            lease=nothing,
-            job=nothing,
-            spec=spec,
-            heartbeat=nothing,
-            data=nothing,
-            rewards=None,
-            policy=policy,
-            progress=Progress(),
-            saved_at=None,
-        )
+        return Attempt(tenure=nothing, spec=spec, data=nothing, rewards=None, policy=policy, progress=Progress())
 
     def told(self, job_id: str) -> dict[str, Any]:
         with self.store.begin(readonly=True) as session:
@@ -175,9 +163,9 @@ def _(world: World) -> None:
 
 @produces("non_finite_loss")
 def _(world: World) -> None:
-    attempt = world.attempt(None, None)
+    progress = Progress()
     for _ in range(MAX_SKIPPED_IN_A_ROW):
-        attempt.count_skipped(True, 3)
+        count_skipped(progress, True, 3)
 
 
 def _lengths(world: World, prompt: list[int]) -> None:
@@ -290,12 +278,12 @@ def _(world: World) -> Any:
     def exit_(code: int) -> None:
         raise Exited(code)
 
-    held, tail = world.held(), LogTail(world.settings)
-    heartbeat = Heartbeat(world.store, world.settings, world.doorbell, held, stall_timeout_s=-1.0, tail=tail)
+    held, keeper = world.held(), Keeper(world.store, world.settings, world.doorbell)
+    keeper.hold(Hold(held, stall_timeout_s=-1.0, tail=LogTail(world.settings)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("workers.heartbeat.os._exit", exit_)
+        patch.setattr("workers.tenure.keeper.os._exit", exit_)
         with pytest.raises(Exited):
-            heartbeat._tick(renew=False)
+            keeper.tick()
     return world.told(held.job_id)
 
 

@@ -15,15 +15,16 @@ from torch import Tensor
 from service.jobs.data import prompt_indices
 from service.spec.job import RLSpec
 from service.states import Phase
-from workers.loops.attempt import Attempt, Event, StepResult
+from workers.loops.attempt import Attempt, StepResult
+from workers.loops.nonfinite import Suspects, count_skipped, step_skipped
 from workers.loops.sampling import Group, reward_errors, reward_metrics, rollout_rows, sample_and_grade, sampling_of
-from workers.loops.suspects import Suspects, step_skipped
 from workers.objectives.advantage import without_spread
 from workers.objectives.metrics import Metrics
 from workers.objectives.objective import Objective
 from workers.objectives.objective import Step as Prepared
 from workers.policy.score.layout import Sequence as TokenSequence
 from workers.seeds import derive
+from workers.tenure.tenure import Event
 
 
 @dataclass(frozen=True)
@@ -45,14 +46,14 @@ def step(attempt: Attempt, step: int) -> StepResult:
     assert isinstance(spec, RLSpec)
     objective = Objective(spec.objective.resolve())  # as read today: what is stored may be of an older version
     started = perf_counter()
-    attempt.phase(Phase.SAMPLING)
+    attempt.tenure.check(Phase.SAMPLING)
     rows = attempt.data.train
     indices = prompt_indices(len(rows), step, spec.rollout.prompts_per_step, spec.seed, spec.data.train.shuffle)
     groups = sample_and_grade(
         attempt, [rows[i] for i in indices], [rows.number(i) for i in indices], sampling_of(attempt, purpose="rollout")
     )
     updating = perf_counter()
-    attempt.phase(Phase.UPDATING)
+    attempt.tenure.check(Phase.UPDATING)
     experience, metrics = gather(attempt, objective, groups)
     numbers = [rows.number(i) for i in indices]
     updated, events = update(attempt, objective, experience, step, numbers)
@@ -60,7 +61,7 @@ def step(attempt: Attempt, step: int) -> StepResult:
     ended = perf_counter()
     sampled = sum(len(completion.tokens) for group in groups for completion in group.completions)
     trained = int(experience.response_mask.sum()) * spec.update.epochs
-    attempt.heartbeat.meter.trained(trained)
+    attempt.tenure.meter.trained(trained)
     metrics |= reward_metrics(groups) | {
         "tokens/sampled": float(sampled),
         "tokens/trained": float(trained),
@@ -156,14 +157,14 @@ def update(
             microbatch_tokens=spec.update.microbatch_tokens,
         )
         outcome = policy.step()
-        attempt.count_skipped(bool(outcome["skipped"]), step)
+        count_skipped(attempt.progress, bool(outcome["skipped"]), step)
         if outcome["skipped"]:
             cause, local = suspects.name()
             named = [{"row": numbers[chosen[i] // size], "group": chosen[i] // size, "sample": chosen[i] % size} for i in local]
             events.append(step_skipped(step, number, cause, named))
         rate = outcome["learning_rate"]
         norms.append(outcome["grad_norm"])
-        attempt.phase(Phase.UPDATING)
+        attempt.tenure.check(Phase.UPDATING)
     finished = measured.finish()
     finished["policy/loss"] /= len(norms)  # the mean over optimizer steps; parts of one step add up
     finished |= {

@@ -11,9 +11,10 @@ from service.rewards import Graded, Sample
 from service.spec.job import RLSpec
 from service.spec.reward import RewardSpec
 from service.states import Phase
-from workers.loops.attempt import Attempt, Event
+from workers.loops.attempt import Attempt
 from workers.policy.sampler import Completion
 from workers.seeds import derive
+from workers.tenure.tenure import Event
 
 REPORTED = 32  # samples in one event
 
@@ -73,8 +74,8 @@ def sample_and_grade(
         stop=sampling.stop,
         seed=derive(attempt.spec.seed, attempt.progress.step, sampling.purpose),
     )
-    attempt.heartbeat.meter.sampled(sum(len(answer.tokens) for group in answers for answer in group))
-    attempt.phase(Phase.GRADING)
+    attempt.tenure.meter.sampled(sum(len(answer.tokens) for group in answers for answer in group))
+    attempt.tenure.check(Phase.GRADING)
     assert attempt.rewards is not None and attempt.spec.reward is not None
     samples = [
         Sample(prompt, answer.text, len(answer.tokens), answer.finish_reason == "length", row)

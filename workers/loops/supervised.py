@@ -10,9 +10,10 @@ from service.errors import JobFailed
 from service.jobs.data import Rows, prompt_indices
 from service.spec.job import SupervisedSpec
 from service.states import Phase
-from workers.loops.attempt import Attempt, Event, StepResult
-from workers.loops.suspects import Suspects, step_skipped
+from workers.loops.attempt import Attempt, StepResult
+from workers.loops.nonfinite import Suspects, count_skipped, step_skipped
 from workers.policy.score.layout import Sequence as TokenSequence
+from workers.tenure.tenure import Event
 
 ROWS_AT_ONCE = 256
 
@@ -21,7 +22,7 @@ def step(attempt: Attempt, step: int) -> StepResult:
     """One optimizer step on `update.batch_size` rows."""
     spec = attempt.spec
     assert isinstance(spec, SupervisedSpec)
-    attempt.phase(Phase.UPDATING)
+    attempt.tenure.check(Phase.UPDATING)
     started = perf_counter()
     rows = attempt.data.train
     indices = prompt_indices(len(rows), step, spec.update.batch_size, spec.seed, spec.data.train.shuffle)
@@ -36,11 +37,11 @@ def step(attempt: Attempt, step: int) -> StepResult:
 
     loss = attempt.policy.accumulate(batch, mean_nll, microbatch_tokens=spec.update.microbatch_tokens).loss
     update = attempt.policy.step()
-    attempt.count_skipped(bool(update["skipped"]), step)
+    count_skipped(attempt.progress, bool(update["skipped"]), step)
     if update["skipped"]:
         cause, local = suspects.name()
         events.append(step_skipped(step, 0, cause, [{"row": rows.number(indices[i])} for i in local]))
-    attempt.heartbeat.meter.trained(tokens)
+    attempt.tenure.meter.trained(tokens)
     elapsed = perf_counter() - started
     return StepResult(
         {

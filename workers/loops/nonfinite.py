@@ -1,4 +1,4 @@
-"""Which rows made an optimizer step's loss or gradient not finite: named, so that somebody can look at them."""
+"""Optimizer steps that were skipped, for their loss or gradient was not finite: counted, and the rows to look at named."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -6,9 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from workers.loops.attempt import Event
+from service.errors import JobFailed
+from workers.loops.progress import Progress
+from workers.tenure.tenure import Event
 
 NAMED = 64  # rows in one event
+MAX_SKIPPED_IN_A_ROW = 10  # optimizer steps with a non-finite gradient before the job fails
 
 
 @dataclass
@@ -36,3 +39,13 @@ class Suspects:
 def step_skipped(step: int, minibatch: int, cause: str, rows: list[dict[str, Any]]) -> Event:
     """The event of an optimizer step that was skipped. `rows` say where they came from."""
     return "step_skipped", {"step": step, "minibatch": minibatch, "cause": cause, "rows": rows[:NAMED], "count": len(rows)}
+
+
+def count_skipped(progress: Progress, skipped: bool, step: int) -> None:
+    """A loss or gradient that is not finite never reaches the weights; too many in a row end the job."""
+    progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if skipped else 0
+    if progress.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+        raise JobFailed(
+            "non_finite_loss",
+            f"the gradient was not finite in {MAX_SKIPPED_IN_A_ROW} optimizer steps in a row, up to step {step}",
+        )

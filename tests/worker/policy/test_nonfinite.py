@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from workers.loops.suspects import NAMED, Suspects, step_skipped
+from workers.loops.nonfinite import NAMED, Suspects, step_skipped
 from workers.policy.score.layout import Sequence
 
 

@@ -1,0 +1,113 @@
+"""A job whose loop is ours: driven step by step, from where its attempt was loaded to its end.
+
+A loop only says what one training step is (`Step`). The driver looks for wishes, evaluates, commits, saves, stops early.
+The order inside a step is what makes a resume exact: metrics are committed first, then the checkpoint that covers them,
+so a process that dies in between repeats the step from the checkpoint before and writes the same rows again.
+"""
+
+from pathlib import Path
+
+from service.errors import JobFailed
+from service.failures import CODES
+from service.ids import utcnow
+from service.jobs import moves
+from service.states import Phase, Wish
+from workers.loops import rl, supervised
+from workers.loops.attempt import Attempt, Step, StepResult
+from workers.loops.evaluation import evaluate
+from workers.tenure.outcome import Outcome, Paused, Succeeded, obeyed
+from workers.tenure.tenure import Contents
+
+STEPS: dict[str, Step] = {"rl": rl.step, "supervised": supervised.step}
+
+
+def drive(attempt: Attempt) -> Outcome:
+    """Run to the end: max_steps, target_reached or no_improvement. Or to where a wish or a spent budget ends it sooner; then
+    everything worth keeping has been saved."""
+    spec, progress = attempt.spec, attempt.progress
+    if attempt.data.eval is not None and progress.evaluated_at is None:
+        _commit(attempt, _evaluation(attempt))
+    ended = progress.reason_to_stop(spec.early_stopping)
+    while ended is None and progress.step < spec.limits.max_steps:
+        if (interrupted := _interrupted(attempt)) is not None:
+            return interrupted
+        _in_time(attempt)
+        result = _step(attempt)
+        if attempt.data.eval is not None and _is_due(progress.step, spec.eval.every_steps, spec.limits.max_steps):
+            result = result + _evaluation(attempt)
+        _commit(attempt, result)
+        ended = progress.reason_to_stop(spec.early_stopping)
+        if ended is None and progress.step < spec.limits.max_steps and progress.step % spec.checkpoints.every_steps == 0:
+            _save(attempt)
+    _save(attempt, final=True)
+    ended = ended or "max_steps"
+    return Succeeded(progress.result(ended), ended)
+
+
+def _interrupted(attempt: Attempt) -> Outcome | None:
+    """How it ends here, if it does: as its owner or a stopping worker wishes, else for want of a budget."""
+    wish = attempt.tenure.check()
+    if wish is None and not attempt.tenure.budget_spent:
+        return None
+    if wish is not Wish.CANCEL:
+        _save(attempt)
+    return Paused("budget_spent") if wish is None else obeyed(wish)
+
+
+def _in_time(attempt: Attempt) -> None:
+    """Raises JobFailed, with all saved, for a job that has no time left."""
+    job, allowed_s, run_s = attempt.tenure.job, attempt.spec.limits.max_runtime_s, attempt.tenure.run_s
+    if job.deadline_at is not None and utcnow() > job.deadline_at:
+        _save(attempt)
+        failed = moves.deadline(job)
+        raise JobFailed(failed.code, failed.detail)
+    if run_s > allowed_s:
+        _save(attempt)
+        raise JobFailed(
+            "max_runtime",
+            f"the job ran for {run_s:.0f} s, allowed are {allowed_s:.0f} s (limits.max_runtime_s)",
+        )
+
+
+def _step(attempt: Attempt) -> StepResult:
+    """The next step. When the job has to pause before anything was learnt in it, what came before is saved."""
+    try:
+        result = STEPS[attempt.spec.kind](attempt, attempt.progress.step + 1)
+    except JobFailed as failed:
+        if CODES[failed.code].pauses and attempt.tenure.phase in (Phase.SAMPLING, Phase.GRADING):
+            _save(attempt)
+            attempt.tenure.blame(Phase.GRADING)
+        raise
+    attempt.progress.step += 1
+    return result
+
+
+def _evaluation(attempt: Attempt) -> StepResult:
+    attempt.tenure.check(Phase.EVALUATING)
+    progress = attempt.progress
+    result = evaluate(attempt, progress.step)
+    progress.evaluated(progress.step, result.metrics, attempt.spec.early_stopping)
+    return result
+
+
+def _commit(attempt: Attempt, result: StepResult) -> None:
+    progress, events = attempt.progress, [*result.events]
+    if progress.evaluated_at == progress.step:
+        events.append(("evaluation", {"step": progress.step, "metrics": progress.last}))
+    attempt.tenure.commit_step(progress.step, result.metrics, result.rollouts, events)
+
+
+def _save(attempt: Attempt, *, final: bool = False) -> None:
+    progress = attempt.progress
+
+    def write(folder: Path) -> None:
+        attempt.policy.save(folder)
+        progress.save(folder)
+
+    measured = progress.last if progress.evaluated_at == progress.step else {}
+    contents = Contents(progress.step, attempt.policy.kind, write, measured)
+    attempt.tenure.save(contents, attempt.spec.checkpoints, final=final)
+
+
+def _is_due(step: int, every: int, last: int) -> bool:
+    return step % every == 0 or step == last

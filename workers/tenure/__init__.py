@@ -1,0 +1,1 @@
+"""What holds work: the leases of this process, what it spends, the log's tail, checkpoints, and how each piece of work ends."""

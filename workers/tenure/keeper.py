@@ -1,0 +1,206 @@
+"""The one thread of a process that keeps its leases alive while the main thread works, and brings the owners' wishes.
+
+Three clocks: the leases are renewed every `lease_renew_s`, all in one statement; a worker that could not renew for
+`lease_self_stop_s` stops by itself, before the lease ends and another may take the job; work without progress for
+`stall_timeout_s` is given up. The main thread looks with `check()` between pieces of work; when it does not look in time, the
+process is ended.
+"""
+
+import logging
+import os
+from collections.abc import Callable
+from threading import Event, Lock, Thread
+from time import monotonic, sleep
+from types import TracebackType
+from typing import Self, TypeVar
+
+from sqlalchemy.exc import InterfaceError, OperationalError
+
+from service.doorbell import Doorbell
+from service.errors import Failure, LeaseLost
+from service.jobs import lease as leases
+from service.jobs.lease import Lease
+from service.settings import Settings
+from service.states import Phase, Wish
+from service.store.session import Store
+from workers.tenure.log_tail import LogTail
+
+log = logging.getLogger(__name__)
+
+TICK_S = 1.0  # how soon a new phase is written and a dead parent is noticed
+AGAIN_S = 0.5  # between two tries of a write while the store is away
+NOTICE_S = 10.0  # how long the main thread may take to notice that a lease is lost
+STALLED_RETRY_S = 5.0
+EXIT_LEASE_LOST = 75
+EXIT_STALLED = 76
+Written = TypeVar("Written")
+
+
+class Hold:
+    """One lease of this process: what the main thread says of the work, and what the keeper's thread says of the lease."""
+
+    def __init__(self, lease: Lease, *, stall_timeout_s: float, tail: LogTail) -> None:
+        self.lease, self.stall_timeout_s, self.tail = lease, stall_timeout_s, tail
+        self.started = self.renewed_at = self.progress_at = monotonic()
+        self.phase = Phase.LOADING
+        self.written_phase: Phase | None = None
+        self.wish: Wish | None = None
+        self.lost: str | None = None
+        self.lost_at = 0.0
+
+    def check(self, phase: Phase | None = None) -> Wish | None:
+        """Note progress; answer what the owner wishes. Raises LeaseLost for a zombie."""
+        if self.lost is not None:
+            raise LeaseLost(self.lost)
+        self.progress_at = monotonic()
+        if phase is not None:
+            self.phase = phase
+        return self.wish
+
+    def patiently(self, write: Callable[[], Written]) -> Written:
+        """Do a write of the main thread's. While the store is away it is tried again, for as long as the lease may be ours.
+
+        A try whose answer was lost may have been taken: `write` must be one that can be done twice. Raises LeaseLost.
+        """
+        while True:
+            try:
+                return write()
+            except (OperationalError, InterfaceError):
+                self.check()
+                log.warning("the store does not answer; trying again", exc_info=True)
+                sleep(AGAIN_S)
+
+    def lose(self, why: str) -> None:
+        """From now on this is a zombie's: the next `check` says so."""
+        log.warning("lease of %s lost: %s", self.lease.job_id, why)
+        self.lost_at, self.lost = monotonic(), why
+
+
+class Keeper:
+    """All that a process holds. `with Keeper(...) as keeper:` around its work, or `start()` once for its whole life."""
+
+    def __init__(self, store: Store, settings: Settings, doorbell: Doorbell) -> None:
+        self.store, self.settings, self.doorbell = store, settings, doorbell
+        self._parent = os.getppid()
+        self._holds: list[Hold] = []
+        self._listened_for = frozenset[str]()
+        self._changing = Lock()
+        self._wanted = Event()  # something is held, or the thread shall end
+        self._closed = False
+        self._thread = Thread(target=self._run, name="keeper", daemon=True)
+
+    def start(self) -> Self:
+        self._thread.start()
+        return self
+
+    def close(self) -> None:
+        with self._changing:
+            self._closed = True
+            self._wanted.set()
+        self._thread.join()
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def hold(self, hold: Hold) -> None:
+        """Keep this lease alive from now on."""
+        with self._changing:
+            self._holds.append(hold)
+            self._wanted.set()
+
+    def let_go(self, hold: Hold) -> None:
+        """Keep it no longer. Waits for nothing: what the thread is about to write for it, the store refuses or may have."""
+        with self._changing:
+            self._holds = [one for one in self._holds if one is not hold]
+            if not self._holds and not self._closed:
+                self._wanted.clear()
+
+    def held(self) -> list[Hold]:
+        with self._changing:
+            return list(self._holds)
+
+    def _run(self) -> None:
+        while not self._closed:
+            try:
+                self._listen_and_look()
+            except Exception:  # all later jobs of this process depend on this thread, too
+                log.exception("a look at the leases failed; looking again")
+                sleep(TICK_S)
+
+    def _listen_and_look(self) -> None:
+        job_ids = frozenset(hold.lease.job_id for hold in self.held())
+        heard, self._listened_for = self._listened_for, job_ids
+        if job_ids:
+            rung = self.doorbell.listen(job_ids, TICK_S)
+            self.tick(renew=rung or not job_ids <= heard)  # a wish that came before we listened was not heard
+        else:
+            self.doorbell.hang_up()  # what lies idle for long may be dead without a sign
+            self._wanted.wait()
+
+    def tick(self, *, renew: bool = False) -> None:
+        """Look at all clocks once. `renew`: now, whether it is time or not."""
+        if os.getppid() != self._parent:
+            log.error("the worker's parent is gone; stopping")
+            os._exit(EXIT_LEASE_LOST)
+        for hold in self.held():
+            if monotonic() - hold.progress_at > hold.stall_timeout_s:
+                self._give_up_stalled(hold)
+        ours = [hold for hold in self.held() if hold.lost is None]
+        try:
+            if renew or any(monotonic() - hold.renewed_at >= self.settings.lease_renew_s for hold in ours):
+                self._renew(ours)
+            for hold in ours:
+                self._write_phase(hold)
+        except Exception:  # the store is away: the clock below decides how long that may last
+            log.warning("could not renew the lease of %s", ", ".join(hold.lease.job_id for hold in ours), exc_info=True)
+        for hold in self.held():
+            self._look_at_clock(hold)
+
+    def _renew(self, holds: list[Hold]) -> None:
+        if not holds:
+            return
+        asked_at = monotonic()  # not when the answer came: the store may have been slow, and the new lease counts from here
+        answers = leases.renew_all(self.store, self.settings, [hold.lease for hold in holds])
+        for hold in holds:
+            answer = answers[hold.lease]
+            if isinstance(answer, LeaseLost):
+                self._lose(hold, answer)
+            else:
+                hold.wish, hold.renewed_at = answer, asked_at
+
+    def _write_phase(self, hold: Hold) -> None:
+        phase = hold.phase
+        if hold.lost is not None or phase is hold.written_phase:
+            return
+        try:
+            leases.set_phase(self.store, hold.lease, phase)
+            hold.written_phase = phase
+        except LeaseLost as lost:
+            self._lose(hold, lost)
+
+    def _lose(self, hold: Hold, lost: LeaseLost) -> None:
+        if hold in self.held():  # else the main thread has settled it since this look began
+            hold.lose(lost.detail)
+
+    def _look_at_clock(self, hold: Hold) -> None:
+        if hold.lost is None and monotonic() - hold.renewed_at > self.settings.lease_self_stop_s:
+            hold.lose(f"could not renew for {self.settings.lease_self_stop_s:.0f} s")
+        if hold.lost is not None and monotonic() - hold.lost_at > NOTICE_S:
+            log.error("the lease is lost and the work does not stop; ending the process")
+            os._exit(EXIT_LEASE_LOST)
+
+    def _give_up_stalled(self, hold: Hold) -> None:
+        """Say so, as far as the store answers, and end the process: its main thread cannot be woken."""
+        job_id = hold.lease.job_id
+        detail = f"no progress for {hold.stall_timeout_s:g} s in phase {hold.phase} (limits.stall_timeout_s)"
+        log.error("job %s: %s; giving this attempt up", job_id, detail)
+        failure = hold.tail.add_to(Failure("stalled", detail, phase=hold.phase.value))
+        try:
+            leases.release(self.store, hold.lease, failure.code, failure=failure, delay_s=STALLED_RETRY_S)
+        except Exception:  # the parent settles it as a lost worker
+            log.warning("could not say that %s stalled", job_id, exc_info=True)
+        self.doorbell.signal(job_id, "events")
+        os._exit(EXIT_STALLED)

@@ -1,0 +1,200 @@
+"""One piece of work that this process holds. All that it leaves in the store goes through here."""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import count
+from pathlib import Path
+from time import monotonic
+from types import TracebackType
+from typing import Any, Self
+
+from service.errors import Failure
+from service.failures import CODES
+from service.ids import new_id
+from service.jobs import lease as leases
+from service.jobs.lease import CheckpointRow, Lease, RolloutRow
+from service.spec.job import CheckpointsSpec
+from service.states import Phase, Status, Wish
+from service.store.tables import Job
+from workers.policy.checkpoint import write_manifest
+from workers.tenure.keeper import Hold, Keeper
+from workers.tenure.log_tail import LogTail
+from workers.tenure.meter import Meter
+from workers.tenure.outcome import Cancelled, Drained, Failed, Outcome, Paused, Succeeded
+
+log = logging.getLogger(__name__)
+
+RETRY_FIRST_S, RETRY_LAST_S = 5.0, 300.0  # the pause before a retry doubles between these
+Event = tuple[str, dict[str, Any]]  # type and data
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a checkpoint holds: `write` fills a folder, the rest describes it."""
+
+    step: int
+    adapter: str
+    write: Callable[[Path], None]
+    metrics: Mapping[str, float]  # of an evaluation at this very step; none, if there was none
+
+
+class Tenure:
+    """`with Tenure(keeper, lease, job, ...) as tenure:` around the work: the lease is renewed until it is settled.
+
+    For the main thread alone. Every method that writes raises LeaseLost for a zombie, and then has written nothing. Writes are
+    tried again while the store is away, for as long as the lease may be ours.
+    """
+
+    def __init__(self, keeper: Keeper, lease: Lease, job: Job, *, stall_timeout_s: float) -> None:
+        self.store, self.settings, self.doorbell = keeper.store, keeper.settings, keeper.doorbell
+        self.lease, self.job = lease, job
+        self.meter = Meter(Phase.LOADING)
+        self.saved_at: int | None = None  # the step of the newest checkpoint
+        self.budget_spent = False  # the job, or its project, has nothing left to spend
+        self._keeper, self._tail = keeper, LogTail(keeper.settings)
+        self._hold = Hold(lease, stall_timeout_s=stall_timeout_s, tail=self._tail)
+
+    def __enter__(self) -> Self:
+        self._tail.__enter__()
+        self._keeper.hold(self._hold)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._keeper.let_go(self._hold)
+        self._tail.__exit__(kind, error, trace)
+        self._tell_followers()
+
+    # ---------------------------------------------------------------- between pieces of work
+
+    def check(self, phase: Phase | None = None) -> Wish | None:
+        """Say what comes next, and that the work goes on; hear what its owner wishes. Raises LeaseLost for a zombie."""
+        wish = self._hold.check(phase)
+        if phase is not None:
+            self.meter.enter(phase)
+        return wish
+
+    @property
+    def phase(self) -> Phase:
+        return self._hold.phase
+
+    def blame(self, phase: Phase) -> None:
+        """A failure names this phase from now on, though another came after it."""
+        self._hold.phase = phase
+
+    @property
+    def run_s(self) -> float:
+        """Seconds that the job has run, over all its attempts."""
+        return self.job.run_s + (monotonic() - self._hold.started)
+
+    # ---------------------------------------------------------------- what the work leaves behind
+
+    def begin(self, step: int, facts: dict[str, Any], *, saved: bool) -> None:
+        """All is loaded, at `step`: what an earlier attempt wrote beyond it is taken back. `saved`: there is a checkpoint."""
+        self.saved_at = step if saved else None
+        leases.rewind(self.store, self.lease, step)
+        leases.set_resolved(self.store, self.lease, facts)
+
+    def commit_step(
+        self,
+        step: int,
+        metrics: Mapping[str, float | None],
+        rollouts: Sequence[RolloutRow] = (),
+        events: Sequence[Event] = (),
+    ) -> None:
+        """All that a step leaves behind, in one transaction; `budget_spent` says then whether the work shall rest."""
+        spent, tries = self.meter.take(), count()
+
+        def commit() -> bool:
+            again = next(tries) > 0
+            return leases.commit_step(self.store, self.lease, step, metrics, rollouts, events, spent=spent, again=again)
+
+        self.budget_spent = self._hold.patiently(commit)
+        self._tell_followers()
+
+    def save(self, contents: Contents, keep: CheckpointsSpec, *, final: bool = False) -> None:
+        """Write a checkpoint so that it is either wholly there or not at all, point the job at it, let go of those before it.
+
+        Once a step is enough, except for the final one.
+        """
+        if self.saved_at == contents.step and not final:
+            return
+        self.check(Phase.SAVING)
+        row = self._write(contents, final=final)
+        spent = self.meter.take()
+        self._hold.patiently(lambda: leases.commit_checkpoint(self.store, self.lease, row, spent=spent))
+        for path in self._hold.patiently(lambda: leases.retain(self.store, self.lease, keep)):
+            self.store.blobs.delete(path)
+        self.saved_at = contents.step
+        log.info("job %s: checkpoint %s at step %d", self.job.id, row.id, self.saved_at)
+        self._tell_followers()
+
+    def _write(self, contents: Contents, *, final: bool) -> CheckpointRow:
+        """The folder, in the blob store. What could not be written whole is removed at once: the disk may be full."""
+        blobs, checkpoint_id = self.store.blobs, new_id("ckpt")
+        relative = f"checkpoints/{self.job.id}/{checkpoint_id}"
+        folder = blobs.temporary_dir((self.job.id, self.lease.attempt))
+        try:
+            contents.write(folder)
+            manifest_sha256 = write_manifest(folder)
+            size_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+            blobs.commit_dir(folder, relative)
+        except BaseException:
+            blobs.discard(folder)
+            raise
+        return CheckpointRow(
+            id=checkpoint_id,
+            step=contents.step,
+            adapter=contents.adapter,
+            model=self.job.spec["model"],
+            path=relative,
+            size_bytes=size_bytes,
+            manifest_sha256=manifest_sha256,
+            metrics=dict(contents.metrics),
+            has_optimizer=True,
+            is_final=final,
+        )
+
+    # ---------------------------------------------------------------- the end
+
+    def settle(self, outcome: Outcome) -> None:
+        """Write down how the work ended. From then on it is not ours."""
+        if isinstance(outcome, Failed):
+            self._describe(outcome)
+        end = self._ending(outcome)
+        spent = self.meter.take()
+        self._hold.patiently(lambda: end(self.store, self.lease, spent=spent))
+        self._keeper.let_go(self._hold)
+        if isinstance(outcome, Drained):
+            self.doorbell.ring(self.job.id, self.job.resource_class)  # another worker goes on at once
+
+    def _ending(self, outcome: Outcome) -> Callable[..., Status]:
+        match outcome:
+            case Succeeded(result, reason):
+                return partial(leases.succeed, result=result, reason=reason)
+            case Paused(reason):
+                return partial(leases.pause, reason=reason)
+            case Cancelled():
+                return leases.cancelled
+            case Drained():
+                return partial(leases.release, reason="drained")
+            case Failed(failure, _, result):
+                return self._failing(failure, result)
+
+    def _failing(self, failure: Failure, result: dict[str, Any] | None) -> Callable[..., Status]:
+        if failure.retryable:  # until limits.max_attempts of them, then it fails with this
+            delay_s = min(RETRY_FIRST_S * 2**self.job.retries, RETRY_LAST_S)
+            return partial(leases.release, reason=failure.code, failure=failure, delay_s=delay_s)
+        if CODES[failure.code].pauses:
+            return partial(leases.park, failure=failure)
+        return partial(leases.fail, failure=failure, result=result)
+
+    def _describe(self, failed: Failed) -> None:
+        """Where it happened, and what the log said before."""
+        failure = failed.failure
+        failure.phase, failure.attempt, failure.step = self.phase.value, self.lease.attempt, failed.step
+        self._tail.add_to(failure)
+
+    def _tell_followers(self) -> None:
+        self.doorbell.signal(self.job.id, "events")
