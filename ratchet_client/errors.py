@@ -8,7 +8,11 @@ LISTED = 5  # wrong places that an error's message names; `errors` has all
 
 
 class RatchetError(Exception):
-    """The root of everything that this client raises on purpose."""
+    """The root of everything that this client raises on purpose. All of it may be raised in a process pool."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Rebuilt from what it holds: an `__init__` of other arguments than `args` cannot be called a second time."""
+        return type(self).__new__, (type(self), *self.args), self.__dict__
 
 
 class RatchetNotFound(RatchetError):
@@ -28,7 +32,11 @@ class RatchetLossPending(RatchetError, TimeoutError):
 
     def __init__(self, loss_id: str, status: str) -> None:
         self.id = loss_id
+        self.status = status
         super().__init__(f"{loss_id} is still {status}: wait longer, or ask for it again by loss_request({loss_id!r})")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.id, self.status), self.__dict__  # an OSError has no args before its __init__ was called
 
 
 class RatchetApiError(RatchetError):

@@ -20,7 +20,14 @@ class FieldError:
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
-class RatchetError(Exception):
+class Portable(Exception):
+    """Goes from process to process whatever its `__init__` takes: it is rebuilt from what it holds, not made a second time."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self).__new__, (type(self), *self.args), self.__dict__
+
+
+class RatchetError(Portable):
     """The root: `code` for programs, `detail` for people, `retryable` for both."""
 
     code = "internal"

@@ -72,7 +72,7 @@ def demo(
     Starts a stack of its own, unless a running one is named. Takes about three minutes on two CPU cores; the last line is
     `held-out exact match: BEFORE -> AFTER`.
     """
-    from service.demo import run
+    from service.cli.demo import run
 
     target = context.find_object(Target) or Target()
     try:

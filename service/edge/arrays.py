@@ -11,8 +11,9 @@ from typing import Any
 
 import orjson
 
-from service.edge.documents import no_key_twice, read_json
+from service.edge.documents import read_json
 from service.errors import BodyTooLarge, Malformed
+from service.validation.strict_json import LONE_SURROGATE, has_lone_surrogate, no_key_twice
 
 MAX_PARTS = 2**18  # arrays, objects and texts: a few bytes of each take a hundred in memory
 
@@ -66,8 +67,5 @@ class _Decoder(JSONDecoder):
 
 
 def _whole(text: str) -> None:
-    if not text.isascii():
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise Malformed("the body holds half of a character (a lone surrogate)", code="not_storable") from None
+    if has_lone_surrogate(text):
+        raise Malformed(f"the body holds {LONE_SURROGATE}", code="not_storable")

@@ -2,59 +2,55 @@
 
 import json
 import re
+from codecs import BOM_UTF8
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import yaml
 
 from service.errors import Malformed
-from service.spec.storable import not_storable
+from service.spec.storable import MAX_DEPTH, not_storable
 from service.validation import invalid
+from service.validation.strict_json import BadJson, decoded, no_key_twice, read
 
-MAX_DEPTH = 64
 EXPONENT = "[eE][-+]?[0-9]+"
 
 
 def parse_json(raw: bytes) -> Any:
     """Raises Malformed with line and column, InvalidRequest with a pointer."""
-    return _check(read_json(raw, lambda text: json.loads(text, object_pairs_hook=no_key_twice)))
+    return _check(read_json(raw, partial(json.loads, object_pairs_hook=no_key_twice)))
 
 
 def read_json(raw: bytes, loads: Callable[[str], Any]) -> Any:
     """What `loads` makes of the text, unchecked. Raises Malformed with line and column."""
-    text = _text(raw, "JSON")
     try:
-        return loads(text)
-    except json.JSONDecodeError as error:
-        raise _malformed("JSON", error.msg, error.lineno, error.colno) from None
-    except RecursionError:
-        raise _too_deep() from None
-    except ValueError:  # Python converts no longer ones
-        raise Malformed("the body holds an integer of more than 4300 digits") from None
+        return read(_content(raw, "JSON"), loads)
+    except BadJson as error:
+        raise _malformed("JSON", error) from None
 
 
-def no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise Malformed(f"the key {twice!r} stands twice in one object", code="duplicate_key")
-    return found
-
-
-def _text(raw: bytes, kind: str) -> str:
+def _content(raw: bytes, kind: str) -> bytes:
     if not raw.strip():
         raise Malformed(f"the body is empty; {kind} is expected", code="empty_body")
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        before = raw[: error.start]
-        line, column = before.count(b"\n") + 1, error.start - before.rfind(b"\n")
-        raise _malformed(kind, f"not UTF-8 (byte 0x{raw[error.start]:02x})", line, column) from None
+    return raw.removeprefix(BOM_UTF8)
 
 
-def _malformed(kind: str, what: str, line: int, column: int) -> Malformed:
-    return Malformed(f"the body is not {kind}: line {line}, column {column}: {what}", line=line, column=column)
+def _malformed(kind: str, error: BadJson) -> Malformed:
+    match error.reason:
+        case "too_deep":
+            return _too_deep()
+        case "number":
+            return _too_long()
+        case "key_twice":
+            return Malformed(f"the key {error.what!r} stands twice in one object", code="duplicate_key")
+    what = f"not UTF-8 (byte 0x{error.what})" if error.reason == "encoding" else error.what
+    detail = f"the body is not {kind}: line {error.line}, column {error.column}: {what}"
+    return Malformed(detail, line=error.line, column=error.column)
+
+
+def _too_long() -> Malformed:
+    return Malformed("the body holds an integer of more than 4300 digits")
 
 
 def _too_deep() -> Malformed:
@@ -112,17 +108,19 @@ for _tag, _pattern, _first in (
 
 def parse_yaml(raw: bytes) -> Any:
     """Raises Malformed with line and column, InvalidRequest with a pointer."""
-    text = _text(raw, "YAML")
     try:
+        text = decoded(_content(raw, "YAML"))
         _check_events(text)
         data = yaml.load(text, Loader=_Loader)
+    except BadJson as error:
+        raise _malformed("YAML", error) from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         raise _at(mark, ", ".join(filter(None, (error.context, error.problem)))) from None
     except yaml.YAMLError as error:
         raise Malformed(f"the body is not YAML: {str(error).splitlines()[0]}") from None
     except ValueError:
-        raise Malformed("the body holds an integer of more than 4300 digits") from None
+        raise _too_long() from None
     return _check(data)
 
 

@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+from codecs import BOM_UTF8
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -14,13 +16,21 @@ from service.spec.storable import not_storable
 from service.store import datasets
 from service.store.session import Store
 from service.store.tables import Dataset
+from service.validation.strict_json import BadJson, no_constant, no_key_twice, read
 
 CHUNK_BYTES = 2**20
 MAX_LINE_BYTES = 16 * 2**20
 MAX_ERRORS = 20
 MAX_COLUMNS = 1000
-BOM = b"\xef\xbb\xbf"
 
+WRONG_JSON = {
+    "encoding": "not UTF-8 at byte {at}",
+    "syntax": "not JSON: {what} at character {at}",
+    "too_deep": "nested too deeply",
+    "number": "not readable: {what}",
+    "key_twice": "has the key {what!r} twice",
+    "constant": "holds {what}, which is not JSON",
+}
 TYPES = {str: "string", bool: "boolean", int: "integer", float: "number", list: "array", dict: "object", type(None): "null"}
 
 
@@ -88,7 +98,7 @@ class _Checked:
         errors: list[FieldError] = []
         with self.path.open("wb") as file:
             for number, line in enumerate(_lines(chunks), 1):
-                text = (line.removeprefix(BOM) if number == 1 else line).strip(b" \t\r\n")
+                text = (line.removeprefix(BOM_UTF8) if number == 1 else line).strip(b" \t\r\n")
                 try:
                     if text:
                         self._row(read_row(text))
@@ -125,15 +135,9 @@ class _Checked:
 def read_row(line: bytes) -> dict[str, Any]:
     """The JSON object that a line holds. Raises Line: not UTF-8, not JSON, a key twice, NaN, not an object, empty."""
     try:
-        row = json.loads(line.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_refuse_constant)
-    except UnicodeDecodeError as error:
-        raise Line(f"not UTF-8 at byte {error.start}") from None
-    except json.JSONDecodeError as error:
-        raise Line(f"not JSON: {error.msg} at character {error.pos}") from None
-    except RecursionError:
-        raise Line("nested too deeply") from None
-    except ValueError as error:  # a number with thousands of digits
-        raise Line(f"not readable: {error}") from None
+        row = read(line, partial(json.loads, object_pairs_hook=no_key_twice, parse_constant=no_constant))
+    except BadJson as error:
+        raise Line(WRONG_JSON[error.reason].format_map(vars(error))) from None
     if not isinstance(row, dict):
         raise Line(f"must be a JSON object, got {TYPES[type(row)]}")
     if not row:
@@ -141,18 +145,6 @@ def read_row(line: bytes) -> dict[str, Any]:
     if errors := not_storable(row):
         raise Line(f"{errors[0].pointer} {errors[0].detail}")
     return row
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise Line(f"has the key {next(name for name in names if names.count(name) > 1)!r} twice")
-    return value
-
-
-def _refuse_constant(name: str) -> Any:
-    raise Line(f"holds {name}, which is not JSON")
 
 
 def _chunks(stream: Iterable[bytes] | BinaryIO) -> Iterable[bytes]:

@@ -8,7 +8,7 @@ from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NoReturn
 
-from service.errors import FieldError
+from service.errors import FieldError, Portable
 from service.relay.tensors import Tensor
 from service.validation import quoted, shown
 
@@ -23,7 +23,7 @@ PLAIN = {"d": {float, int}, "f": {float, int}, "q": {int}}
 INT64 = range(-(2**63), 2**63)
 
 
-class NotThese(Exception):
+class NotThese(Portable):
     """What came cannot be these numbers."""
 
     def __init__(self, error: FieldError) -> None:

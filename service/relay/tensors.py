@@ -9,11 +9,13 @@ believed before it is checked: the tensors must cover the data exactly, each byt
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from typing import Any
 
 from service.errors import Malformed
 from service.validation import did_you_mean, shown
+from service.validation.strict_json import LONE_SURROGATE, BadJson, has_lone_surrogate, no_constant, no_key_twice, read
 
 ITEM_BYTES: Mapping[str, int] = {
     **dict.fromkeys(("BOOL", "U8", "I8"), 1),
@@ -27,6 +29,13 @@ MAX_SIZE = 2**60  # of a shape, zeros left aside: far beyond every file, and no 
 LENGTH_BYTES = 8
 METADATA = "__metadata__"
 KEYS = frozenset({"dtype", "shape", "data_offsets"})
+WRONG_JSON = {
+    "encoding": "is not UTF-8: byte 0x{what} at {at}",
+    "syntax": "is not JSON: {what} at {at}",
+    "too_deep": "is nested too deep",
+    "key_twice": "has the key {what!r} twice in one object",
+    "constant": "is not JSON: {what}",
+}
 
 
 class BadTensors(Malformed):
@@ -78,32 +87,15 @@ def _header(raw: bytes) -> dict[str, Any]:
     if not raw.startswith(b"{"):
         raise BadTensors("the header must be a JSON object and begin with {")
     try:
-        header = json.loads(raw.decode(), object_pairs_hook=_no_key_twice, parse_int=_count, parse_constant=_no_constant)
-    except UnicodeDecodeError as error:
-        raise BadTensors(f"the header is not UTF-8: byte 0x{raw[error.start]:02x} at {error.start}") from None
-    except json.JSONDecodeError as error:
-        raise BadTensors(f"the header is not JSON: {error.msg} at {error.pos}") from None
-    except RecursionError:
-        raise BadTensors("the header is nested too deep") from None
-    return header
-
-
-def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise BadTensors(f"the header has the key {shown(twice)!r} twice in one object")
-    return found
+        return read(raw, partial(json.loads, object_pairs_hook=no_key_twice, parse_int=_count, parse_constant=no_constant))
+    except BadJson as error:
+        words = WRONG_JSON[error.reason].format(what=shown(error.what), at=error.at)
+        raise BadTensors(f"the header {words}") from None
 
 
 def _count(text: str) -> int | float:
     """Sizes and offsets: 64 bits, and -0 is none."""
     return int(text) if text.isdecimal() and len(text) < 20 else float("nan")
-
-
-def _no_constant(text: str) -> Any:
-    raise BadTensors(f"the header is not JSON: {text}")
 
 
 def _metadata(found: Any) -> dict[str, str]:
@@ -115,11 +107,8 @@ def _metadata(found: Any) -> dict[str, str]:
 
 
 def _whole_characters(text: str, where: str) -> None:
-    if not text.isascii():
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise BadTensors(f"the header holds half of a character (a lone surrogate) in {where}") from None
+    if has_lone_surrogate(text):
+        raise BadTensors(f"the header holds {LONE_SURROGATE} in {where}")
 
 
 def _tensors(header: dict[str, Any], data: memoryview) -> Tensors:

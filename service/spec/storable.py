@@ -1,15 +1,14 @@
 """What JSON allows and a store (or a stack) does not: the character NUL, halves of characters, bottomless nesting."""
 
 import math
-import re
 from collections.abc import Iterator
 from typing import Any
 
 from service.errors import FieldError
 from service.validation import escape
+from service.validation.strict_json import LONE_SURROGATE, has_lone_surrogate
 
 MAX_DEPTH = 64
-SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def not_storable(value: Any, pointer: str = "") -> list[FieldError]:
@@ -40,4 +39,4 @@ def _unfit(value: Any) -> str | None:
         return None
     if "\0" in value:
         return "the character NUL (\\u0000)"
-    return "half of a character (a lone surrogate)" if SURROGATE.search(value) else None
+    return LONE_SURROGATE if has_lone_surrogate(value) else None

@@ -11,9 +11,12 @@ from sqlalchemy.orm import Session
 
 from service.errors import Conflict, NotFound
 from service.states import FINAL
+from service.store.deletable import Deletable
 from service.store.jobs import find
-from service.store.paging import newest_first
 from service.store.tables import Checkpoint, Job
+
+_rows = Deletable(Checkpoint)
+get, hold, live_paths = _rows.get, _rows.hold, _rows.live_paths
 
 Kept = Literal["in_use", "pinned"]  # why a checkpoint may not be deleted
 
@@ -44,27 +47,17 @@ def create(session: Session, row: CheckpointRow, *, project: str, job_id: str, a
     return checkpoint
 
 
-def get(session: Session, project: str, checkpoint_id: str) -> Checkpoint:
-    """A checkpoint of this project that was not deleted; NotFound else."""
-    checkpoint = session.get(Checkpoint, checkpoint_id)
-    if checkpoint is None or checkpoint.project != project or checkpoint.deleted_at is not None:
-        raise NotFound(f"no checkpoint {checkpoint_id} in this project")
-    return checkpoint
-
-
 def page(
     session: Session, project: str, *, job_id: str | None = None, after: str | None = None, limit: int = 20
 ) -> tuple[list[Checkpoint], bool]:
     """Newest first, of one job or of the project. Answers the rows and whether there is more."""
-    query = select(Checkpoint).where(Checkpoint.project == project, Checkpoint.deleted_at.is_(None))
-    if job_id is not None:
-        query = query.where(Checkpoint.job_id == job_id)
-    return newest_first(session, query, project, Checkpoint.created_at, Checkpoint.id, after=after, limit=limit)
+    of_one = () if job_id is None else (Checkpoint.job_id == job_id,)
+    return _rows.page(session, project, *of_one, after=after, limit=limit)
 
 
 def of_job(session: Session, job_id: str) -> list[Checkpoint]:
     """All that are there, the newest first: what a resume tries in turn, should one turn out to be broken."""
-    query = select(Checkpoint).where(Checkpoint.job_id == job_id, Checkpoint.deleted_at.is_(None))
+    query = select(Checkpoint).where(Checkpoint.job_id == job_id, _rows.there)
     return list(session.scalars(query.order_by(Checkpoint.created_at.desc(), Checkpoint.id.desc())))
 
 
@@ -95,7 +88,7 @@ def remove(session: Session, checkpoint_ids: list[str], now: datetime) -> tuple[
     The caller removes the folders after the commit.
     The locks make a job that is just being created from one of them wait, and then see that it is gone.
     """
-    locked = select(Checkpoint).where(Checkpoint.id.in_(checkpoint_ids), Checkpoint.deleted_at.is_(None))
+    locked = select(Checkpoint).where(Checkpoint.id.in_(checkpoint_ids), _rows.there)
     locked = locked.order_by(Checkpoint.id).with_for_update().execution_options(populate_existing=True)
     rows = list(session.scalars(locked))
     kept = spared(session, rows)
@@ -116,9 +109,7 @@ def spared(session: Session, rows: Sequence[Checkpoint]) -> dict[str, Kept]:
 
 def pin(session: Session, project: str, checkpoint_id: str, pinned_at: datetime | None) -> Checkpoint:
     """Keep it whatever comes, or (None) no longer. NotFound when it is gone."""
-    query = select(Checkpoint).where(Checkpoint.id == checkpoint_id).with_for_update()
-    session.scalar(query.execution_options(populate_existing=True))
-    checkpoint = get(session, project, checkpoint_id)
+    checkpoint = _rows.lock(session, project, checkpoint_id)
     checkpoint.pinned_at = pinned_at if checkpoint.pinned_at is None or pinned_at is None else checkpoint.pinned_at
     session.flush()
     return checkpoint
@@ -137,7 +128,7 @@ def chosen(
 ) -> tuple[list[Checkpoint], bool]:
     """Checkpoints to delete, the oldest first, and whether there are more. Without the newest `keep_last` of each job, and
     without those at the end of a job unless `final`."""
-    query = select(Checkpoint).where(Checkpoint.project == project, Checkpoint.deleted_at.is_(None))
+    query = select(Checkpoint).where(Checkpoint.project == project, _rows.there)
     if job_id is not None:
         query = query.where(Checkpoint.job_id == job_id)
     seen = Counter[str | None]()
@@ -155,7 +146,7 @@ def expired(session: Session, now: datetime, limit: int = 100) -> list[str]:
     live = select(Job.id).where(
         Job.status.not_in(FINAL), or_(Job.checkpoint_id == Checkpoint.id, Job.from_checkpoint_id == Checkpoint.id)
     )
-    query = select(Checkpoint.id).where(Checkpoint.expires_at < now, Checkpoint.deleted_at.is_(None))
+    query = select(Checkpoint.id).where(Checkpoint.expires_at < now, _rows.there)
     query = query.where(Checkpoint.pinned_at.is_(None), ~live.exists())
     return list(session.scalars(query.order_by(Checkpoint.expires_at).limit(limit)))
 
@@ -173,14 +164,3 @@ def lineage(session: Session, project: str, checkpoint_id: str) -> list[tuple[Ch
         start = row.model.get("from_checkpoint")
         row = None if not start else session.get(Checkpoint, start["id"])
     return list(chain.values())
-
-
-def hold(session: Session, project: str, checkpoint_id: str) -> Checkpoint:
-    """The checkpoint, kept from being deleted until this transaction ends; NotFound when it is gone."""
-    query = select(Checkpoint).where(Checkpoint.id == checkpoint_id).with_for_update(read=True)
-    session.scalar(query.execution_options(populate_existing=True))
-    return get(session, project, checkpoint_id)
-
-
-def live_paths(session: Session) -> set[str]:
-    return set(session.scalars(select(Checkpoint.path).where(Checkpoint.deleted_at.is_(None))))

@@ -21,6 +21,7 @@ from fastapi import FastAPI
 from jsonschema import Draft202012Validator
 from pydantic import SecretStr
 
+from job_specs import RL
 from service.app import create_app
 from service.doorbell import Doorbell
 from service.edge.protocol import BoundedHttp
@@ -31,18 +32,9 @@ from service.store import keys
 from service.store.session import Store, open_store
 from service.store.tables import Job
 
-SPEC: dict[str, Any] = {
-    "kind": "rl",
+SPEC: dict[str, Any] = RL | {
     "name": "a job",
-    "model": {"source": "tiny"},
-    "data": {
-        "train": {"source": "inline", "rows": [{"q": "1+1=", "a": "2"}, {"q": "2+2=", "a": "4"}]},
-        "prompt": "{q}",
-        "answer": "{a}",
-    },
-    "objective": {"preset": "gspo"},
     "rollout": {"prompts_per_step": 2, "group_size": 2, "max_completion_tokens": 4},
-    "reward": {"graders": [{"kind": "exact", "reference": "{a}"}]},
     "limits": {"max_steps": 10},
 }
 _projects = count(1)

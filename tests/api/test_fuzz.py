@@ -112,6 +112,6 @@ def test_nothing_that_is_sent_brings_what_is_not_documented(fuzz: Fuzz, option: 
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 def test_nothing_that_is_sent_for_losses_is_an_error_of_ours(fuzz: Fuzz) -> None:
-    """Some ten thousand cases; bodies that are no JSON, and tensors, are damaged in test_losses.py."""
+    """Some ten thousand cases; bodies that are no JSON, and tensors, are damaged in losses/test_loss_fuzz.py."""
     random = ["--phases", "coverage,fuzzing", "-n", str(LOSS_CASES), "--generation-database", "none"]
     assert fuzz(*random, *operations("include", ["compute_losses", "get_losses"])) > LOSS_CASES

@@ -20,8 +20,10 @@ import httpx
 from pydantic import SecretStr
 from sqlalchemy import select
 
+import job_specs
 from chaos import points, stale
 from chaos.servers import OwnPostgres, OwnRedis
+from job_specs import reversing
 from service.doorbell import Doorbell
 from service.jobs.lifecycle import create_job
 from service.jobs.resolve import resolve
@@ -44,50 +46,17 @@ SHORT = {
     "ring_again_s": 3.0,
     "drain_grace_s": 20.0,
 }
-TINY = {"source": "tiny", "tiny": {"hidden_size": 32, "layers": 1, "heads": 2, "intermediate_size": 64}}
-ROWS = [{"q": f"{n:03d}", "a": f"{n:03d}"[::-1]} for n in range(0, 1000, 7)]
 
 
 def rl_spec(steps: int = 24, **sections: Any) -> dict[str, Any]:
-    """Reverse three digits: evaluations, several updates a rollout, a checkpoint every other step."""
-    return {
-        "kind": "rl",
-        "model": TINY,
-        "data": {
-            "train": {"source": "inline", "rows": ROWS},
-            "eval": {"source": "split", "rows": 8},
-            "prompt": "rev {q}>",
-            "answer": "{a}",
-        },
-        "objective": {"preset": "gspo", "surrogate": {"clip_low": 0.1, "clip_high": 0.1}},
-        "rollout": {"prompts_per_step": 4, "group_size": 4, "max_completion_tokens": 4},
-        "update": {"minibatches": 2},
-        "reward": {"graders": [{"kind": "similarity", "metric": "position", "reference": "{a}"}]},
-        "optimizer": {"learning_rate": 1e-3},
-        "eval": {"every_steps": 4, "temperature": 1.0},
-        "checkpoints": {"every_steps": 2},
-        "limits": {"max_steps": steps, "max_attempts": 100},
-        **sections,
-    }
+    """Evaluations, several updates a rollout, a checkpoint every other step."""
+    ours = {"data": reversing(eval_rows=8), "update": {"minibatches": 2}, "limits": {"max_steps": steps, "max_attempts": 100}}
+    return job_specs.rl_spec(**ours | sections)
 
 
 def supervised_spec(steps: int = 24, **sections: Any) -> dict[str, Any]:
-    return {
-        "kind": "supervised",
-        "model": TINY,
-        "data": {
-            "train": {"source": "inline", "rows": ROWS},
-            "eval": {"source": "split", "rows": 8},
-            "prompt": "rev {q}>",
-            "answer": "{a}",
-        },
-        "update": {"batch_size": 8},
-        "optimizer": {"learning_rate": 2e-3},
-        "eval": {"every_steps": 4},
-        "checkpoints": {"every_steps": 3},
-        "limits": {"max_steps": steps, "max_attempts": 100},
-        **sections,
-    }
+    ours = {"data": reversing(eval_rows=8), "eval": {"every_steps": 4}, "checkpoints": {"every_steps": 3}}
+    return job_specs.supervised_spec(**ours | {"limits": {"max_steps": steps, "max_attempts": 100}} | sections)
 
 
 class Zygote:

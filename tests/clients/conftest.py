@@ -17,7 +17,7 @@ import pytest
 import uvicorn
 from pydantic import SecretStr
 
-import ratchet_client.client
+import ratchet_client.resources.progress
 import ratchet_client.transport
 from service.app import create_app
 from service.cli import app
@@ -144,7 +144,7 @@ def script() -> Iterator[Script]:
 def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """What the client would have slept; it does not."""
     slept: list[float] = []
-    for module in (ratchet_client.client, ratchet_client.transport):
+    for module in (ratchet_client.resources.progress, ratchet_client.transport):
         monkeypatch.setattr(module, "sleep", slept.append)
     return slept
 

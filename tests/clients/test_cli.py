@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from ratchet_client import Ratchet
-from service import demo
+from service.cli import demo
 from service.errors import Failure
 from service.jobs import lease
 from service.jobs.lease import RolloutRow

@@ -21,7 +21,7 @@ def test_a_new_surrogate_is_one_function_and_one_line(golden, cases, as_tensor, 
     monkeypatch.setitem(SURROGATES, "in_range", in_range)
     checked = 0
     for entry in golden("skyrl")["entries"]:
-        # a fully masked row and one with extreme ratios differ as test_losses.py says
+        # a fully masked row and one with extreme ratios differ as DIFFERENCES says
         if entry["policy_loss_type"] != "rollout_is" or entry["case"] in ("masked_row_5x6", "nan_pad_4x7"):
             continue
         low, high = entry["eps"]

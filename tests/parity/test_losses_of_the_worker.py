@@ -1,36 +1,30 @@
 """Every library's figures once more, through the loss worker: as items of requests, merged as they come.
 
-What `test_losses` maps and explains is taken from there: the worker must give what the objective itself gives.
+What library_losses maps and explains is taken from there: the worker must give what the objective itself gives.
 """
 
-import importlib.util
-import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from library_losses.differences import not_offered
+from library_losses.figures import agree, entries_of, mapped, settings, theirs
+from library_losses.options import LIBRARIES
 from service.relay.orders import Answer, Order
 from service.relay.queue import Taken
 from service.spec.objective import ObjectiveSpec
 from workers.losses.batch import bytes_of, viewed
 from workers.losses.serve import Round
 
-_spec = importlib.util.spec_from_file_location("parity_of_losses", Path(__file__).with_name("test_losses.py"))
-assert _spec is not None and _spec.loader is not None
-parity: Any = importlib.util.module_from_spec(_spec)
-sys.modules[_spec.name] = parity
-_spec.loader.exec_module(parity)
-
 SENT = ("log_probs", "old_log_probs", "rollout_log_probs", "ref_log_probs", "entropy", "response_mask", "advantages")
 ITEMS = 256  # of one order
 
 
 def batch_of(library: str, entry: Mapping[str, Any], case: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What `parity.mapped` gives the objective, as a client sends it."""
+    """What `mapped` gives the objective, as a client sends it."""
     batch = {name: case[name] for name in SENT}
     kind = entry.get("policy_loss_type")
     if kind == "cross_entropy":
@@ -60,18 +54,18 @@ def figures(items: list[tuple[dict[str, Any], dict[str, Tensor]]]) -> list[tuple
     ]
 
 
-@pytest.mark.parametrize("library", parity.LIBRARIES)
+@pytest.mark.parametrize("library", LIBRARIES)
 def test_the_worker_gives_every_figure_of_the_table(library: str, golden: Any, cases: Any, as_tensor: Any) -> None:
-    """Theirs, or where `test_losses` explains why ours is another: ours."""
-    entries = [entry for entry in parity.entries_of(library, golden) if not parity.not_offered(entry)]
-    items, known = [], parity.LIBRARIES[library]
+    """Theirs, or where `DIFFERENCES` explains why ours is another: ours."""
+    entries = [entry for entry in entries_of(library, golden) if not not_offered(entry)]
+    items, known = [], LIBRARIES[library]
     for entry in entries:
         axes = known.axes(entry, cases(entry["case"]))
         items.append((ObjectiveSpec.model_validate(axes).resolve(), batch_of(library, entry, cases(entry["case"]))))
     found = [one for start in range(0, len(items), ITEMS) for one in figures(items[start : start + ITEMS])]
     assert len(found) == len(entries) >= 40
     for entry, figure in zip(entries, found, strict=True):
-        if parity.agree(figure, parity.theirs(entry, as_tensor), 0.0, known.tolerance):
+        if agree(figure, theirs(entry, as_tensor), 0.0, known.tolerance):
             continue
-        for a, b in zip(figure, parity.mapped(library, entry, cases(entry["case"]))[0], strict=True):
-            assert torch.allclose(a, b, rtol=1e-12, atol=1e-12), (entry["case"], parity.settings(entry))
+        for a, b in zip(figure, mapped(library, entry, cases(entry["case"]))[0], strict=True):
+            assert torch.allclose(a, b, rtol=1e-12, atol=1e-12), (entry["case"], settings(entry))

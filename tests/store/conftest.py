@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from pydantic import TypeAdapter
 
+from job_specs import SUPERVISED
 from service.doorbell import Doorbell
 from service.jobs.lifecycle import create_job
 from service.jobs.resolve import Resolved
@@ -13,14 +14,7 @@ from service.spec.job import JobSpec
 from service.store.session import Store
 from service.store.tables import Job
 
-SPEC = {
-    "kind": "supervised",
-    "name": "a job",
-    "tags": ["small"],
-    "model": {"source": "tiny"},
-    "data": {"train": {"source": "inline", "rows": [{"q": "1", "a": "1"}]}, "prompt": "{q}", "answer": "{a}"},
-    "limits": {"max_steps": 10},
-}
+SPEC = SUPERVISED | {"name": "a job", "tags": ["small"], "limits": {"max_steps": 10}}
 NewJob = Callable[..., Job]
 
 

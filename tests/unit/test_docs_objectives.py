@@ -14,7 +14,8 @@ import pytest
 import torch
 import yaml
 
-from service import demo
+from job_specs import RL
+from service.cli import demo
 from service.edge.arrays import parse_arrays
 from service.losses import answers
 from service.losses.request import check
@@ -85,14 +86,7 @@ def test_python_snippets_print_what_the_page_says():
 
 
 def test_yaml_snippets_are_objectives_of_a_job():
-    job = {
-        "kind": "rl",
-        "model": {"source": "tiny"},
-        "data": {"train": {"source": "inline", "rows": [{"digits": "1592"}]}, "prompt": "copy {digits}>"},
-        "reward": {"graders": [{"kind": "similarity", "reference": "{digits}"}]},
-        "limits": {"max_steps": 1},
-    }
-    specs = [job | yaml.safe_load(text) for _, text in blocks("yaml") if text.startswith("objective:")]
+    specs = [RL | yaml.safe_load(text) for _, text in blocks("yaml") if text.startswith("objective:")]
     assert len(specs) == 5
     gspo, changed, ppo, segment, corrected = (parse(JobSpec, spec).objective.resolve() for spec in specs)
     assert gspo == ObjectiveSpec.model_validate("gspo").resolve()

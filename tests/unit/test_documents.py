@@ -109,6 +109,8 @@ def test_numbers_of_thousands_of_digits_are_refused():
 def test_a_byte_order_mark_is_no_content():
     assert parse_json(b'\xef\xbb\xbf{"a": "\xc3\xbc"}') == {"a": "ü"}
     assert parse_yaml(b"\xef\xbb\xbfa: 1") == {"a": 1}
+    with pytest.raises(Malformed, match=r"line 1, column 2: not UTF-8 \(byte 0xff\)"):
+        parse_json(b"\xef\xbb\xbf[\xff]")
 
 
 def test_the_order_of_keys_and_the_format_do_not_count():

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from pydantic import SecretStr
 
+from job_specs import RL
 from service.rewards import preview
 from service.rewards.preview import Preview, run_preview
 from service.spec.job import JobSpec
@@ -18,14 +19,7 @@ ROWS = [{"q": f"{n}+{n}=", "a": str(2 * n)} for n in range(10)]
 
 
 def spec(**changes: Any) -> dict[str, Any]:
-    return {
-        "kind": "rl",
-        "model": {"source": "tiny"},
-        "data": {"train": {"source": "inline", "rows": ROWS}, "prompt": "{q}", "answer": "{a}"},
-        "objective": {"preset": "gspo"},
-        "reward": {"graders": [{"kind": "exact", "reference": "{a}"}]},
-        **changes,
-    }
+    return RL | {"data": {"train": {"source": "inline", "rows": ROWS}, "prompt": "{q}", "answer": "{a}"}} | changes
 
 
 def here(spec: dict[str, Any], rows: int = 2, secrets: dict[str, SecretStr] | None = None) -> Preview:

@@ -10,18 +10,10 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
+from job_specs import RL, SUPERVISED
 from service.errors import FieldError, InvalidRequest
 from service.spec.job import JobSpec, RLSpec, SupervisedSpec
 from service.validation import parse
-
-RL: dict[str, Any] = {
-    "kind": "rl",
-    "model": {"source": "tiny"},
-    "data": {"train": {"source": "inline", "rows": [{"q": "1+1=", "a": "2"}]}, "prompt": "{q}", "answer": "{a}"},
-    "objective": {"preset": "gspo"},
-    "reward": {"graders": [{"kind": "exact", "reference": "{a}"}]},
-}
-SUPERVISED: dict[str, Any] = {key: RL[key] for key in ("model", "data")} | {"kind": "supervised"}
 
 
 def changed(base: dict[str, Any], pointer: str, value: Any) -> dict[str, Any]:

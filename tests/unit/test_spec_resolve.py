@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+import job_specs
 from service.errors import FieldError, InvalidRequest
 from service.ids import new_id, utcnow
 from service.jobs.datasets import ingest
@@ -20,18 +21,14 @@ from service.store.tables import Checkpoint
 from service.validation import parse
 
 ROWS = [{"q": f"{n}+{n}", "a": str(2 * n)} for n in range(10)]
-RL: dict[str, Any] = {
-    "kind": "rl",
-    "model": {"source": "tiny"},
+RL: dict[str, Any] = job_specs.RL | {
     "data": {
         "train": {"source": "inline", "rows": ROWS},
         "eval": {"source": "split", "rows": 2},
         "prompt": "{q}=",
         "answer": "{a}",
     },
-    "objective": {"preset": "gspo"},
     "rollout": {"prompts_per_step": 4, "group_size": 2, "max_completion_tokens": 5},
-    "reward": {"graders": [{"kind": "exact", "reference": "{a}"}]},
     "eval": {"every_steps": 4},
     "limits": {"max_steps": 10},
 }

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 import pytest
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, TypeAdapter, model_validator
 
+from job_specs import RL
 from service.errors import InvalidRequest
 from service.spec.job import JobSpec
 from service.validation import below, nearest, parse, shown
@@ -149,14 +150,7 @@ def test_a_prefix_stands_before_every_pointer():
 
 
 def test_rules_over_several_fields_point_to_the_one_they_begin_with():
-    spec = {
-        "kind": "rl",
-        "model": {"source": "tiny"},
-        "data": {"train": {"source": "inline", "rows": [{"q": "1"}]}, "prompt": "{q}"},
-        "objective": {"preset": "gspo"},
-        "reward": {"graders": [{"kind": "length", "max_tokens": 3}]},
-        "update": {"minibatches": 7},
-    }
+    spec = RL | {"update": {"minibatches": 7}}
     assert one(spec, JobSpec).pointer == "/update/minibatches"
     spec["update"] = {}
     spec["model"] = {"source": "tiny", "tiny": {"hidden_size": 9}}

@@ -17,6 +17,7 @@ from pydantic import SecretStr
 from safetensors.torch import load_file
 from torch import Tensor
 
+from job_specs import rl_spec, supervised_spec
 from service.doorbell import Doorbell
 from service.ids import utcnow
 from service.jobs.lifecycle import create_job
@@ -28,43 +29,7 @@ from service.store.session import Store, open_store
 from service.store.tables import Job
 from service.validation import parse
 
-TINY = {"source": "tiny", "tiny": {"hidden_size": 32, "layers": 1, "heads": 2, "intermediate_size": 64}}
-ROWS = [{"q": f"{n:03d}", "a": f"{n:03d}"[::-1]} for n in range(0, 1000, 7)]
 FINAL = ("succeeded", "failed", "cancelled")
-
-
-def rl_spec(**sections: Any) -> dict[str, Any]:
-    """A job of a second or two: reverse three digits, rewarded by the share of places that are right."""
-    return {
-        "kind": "rl",
-        "model": TINY,
-        "data": {
-            "train": {"source": "inline", "rows": ROWS},
-            "eval": {"source": "split", "rows": 16},
-            "prompt": "rev {q}>",
-            "answer": "{a}",
-        },
-        "objective": {"preset": "gspo", "surrogate": {"clip_low": 0.1, "clip_high": 0.1}},
-        "rollout": {"prompts_per_step": 4, "group_size": 4, "max_completion_tokens": 4},
-        "reward": {"graders": [{"kind": "similarity", "metric": "position", "reference": "{a}"}]},
-        "optimizer": {"learning_rate": 1e-3},
-        "eval": {"every_steps": 4, "temperature": 1.0},
-        "checkpoints": {"every_steps": 2},
-        "limits": {"max_steps": 6},
-        **sections,
-    }
-
-
-def supervised_spec(**sections: Any) -> dict[str, Any]:
-    return {
-        "kind": "supervised",
-        "model": TINY,
-        "data": {"train": {"source": "inline", "rows": ROWS}, "prompt": "rev {q}>", "answer": "{a}"},
-        "update": {"batch_size": 8},
-        "optimizer": {"learning_rate": 2e-3},
-        "limits": {"max_steps": 6},
-        **sections,
-    }
 
 
 class Stack:

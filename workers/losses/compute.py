@@ -1,7 +1,7 @@
 """One item: from checked tensors to loss, gradient and whatever else was asked for.
 
 `prepare` does what looks at the whole batch (advantages, selection, aggregation and correction weights), which is the
-item's alone; `outcome` is what `merge` makes of its rows. The item is an optimizer step of its own, unless it brings the
+item's alone; `merge` makes an `Answer` of its rows. The item is an optimizer step of its own, unless it brings the
 step's `weights`.
 """
 
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from service.errors import FieldError
+from service.errors import FieldError, Portable
 from workers.losses.batch import Item
 from workers.losses.checks import Findings, check
 from workers.objectives import LossOutputs, Objective
@@ -25,7 +25,7 @@ GROUP_SCALES = ("group_std", "group_mean")  # of the advantage axis: statistics 
 MEASURED = ("old_log_probs", "rollout_log_probs", "ref_log_probs", "entropy")  # where given, needed or not
 
 
-class ItemRefused(Exception):
+class ItemRefused(Portable):
     """The item cannot be computed as it was sent."""
 
     def __init__(self, errors: list[FieldError]) -> None:

@@ -1,0 +1,1 @@
+"""The methods of `Ratchet`, one module a resource of the service."""

@@ -1,0 +1,65 @@
+"""Checkpoints: listed, downloaded, kept, deleted."""
+
+from collections.abc import Iterable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from ratchet_client import archive
+from ratchet_client.resources.base import CHUNK_BYTES, Resource, given, part
+from ratchet_client.types import Checkpoint, Page
+
+
+class Checkpoints(Resource):
+    def list_checkpoints(
+        self, *, job_id: str | None = None, after: str | None = None, limit: int | None = None
+    ) -> Page[Checkpoint]:
+        return self._get("/v1/checkpoints", {"job_id": job_id, "after": after, "limit": limit})
+
+    def get_checkpoint(self, checkpoint_id: str) -> Checkpoint:
+        return self._get(f"/v1/checkpoints/{part(checkpoint_id)}")
+
+    def download_checkpoint(self, checkpoint_id: str, directory: str | Path) -> Path:
+        """Unpack a checkpoint into a new folder, which peft or transformers load as it is. Returns the folder.
+
+        Only regular files below that folder are taken; their sha256 sums are compared with the checkpoint's manifest.
+        """
+        directory = Path(directory)
+        response = self._transport.request("GET", f"/v1/checkpoints/{part(checkpoint_id)}/archive", stream=True)
+        with closing(response):
+            try:
+                archive.unpack(response.iter_bytes(CHUNK_BYTES), directory)
+            except httpx.TransportError as error:
+                raise self._transport.unreachable(error) from error
+        return directory
+
+    def delete_checkpoint(self, checkpoint_id: str) -> None:
+        self._transport.request("DELETE", f"/v1/checkpoints/{part(checkpoint_id)}")
+
+    def pin_checkpoint(self, checkpoint_id: str) -> Checkpoint:
+        """Keep it whatever comes, until `unpin_checkpoint`."""
+        return self._transport.json("POST", f"/v1/checkpoints/{part(checkpoint_id)}/pin")
+
+    def unpin_checkpoint(self, checkpoint_id: str) -> Checkpoint:
+        return self._transport.json("POST", f"/v1/checkpoints/{part(checkpoint_id)}/unpin")
+
+    def checkpoint_lineage(self, checkpoint_id: str) -> dict[str, Any]:
+        """`data`: the checkpoint and those that it comes from, back to `base`, the model that the first job started from."""
+        return self._get(f"/v1/checkpoints/{part(checkpoint_id)}/lineage")
+
+    def delete_checkpoints(
+        self,
+        *,
+        ids: Iterable[str] | None = None,
+        job_id: str | None = None,
+        older_than_s: float | None = None,
+        keep_last: int | None = None,
+        final: bool | None = None,
+        dry_run: bool = True,
+    ) -> dict[str, Any]:
+        """Delete all that fit, save what is pinned or needed; by default only say what would go."""
+        which = given(ids=None if ids is None else list(ids), job_id=job_id, older_than_s=older_than_s)
+        body = {**which, **given(keep_last=keep_last, final=final), "dry_run": dry_run}
+        return self._transport.json("POST", "/v1/checkpoints:delete", json=body)

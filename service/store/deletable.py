@@ -1,0 +1,51 @@
+"""Rows about files: a row is marked as deleted first, its file goes after the commit, and the row itself later or never."""
+
+from typing import Generic, TypeVar
+
+from sqlalchemy import ColumnElement, select
+from sqlalchemy.orm import Session
+
+from service.errors import NotFound
+from service.store.paging import newest_first
+from service.store.tables import Checkpoint, Dataset
+
+Row = TypeVar("Row", Checkpoint, Dataset)
+
+
+class Deletable(Generic[Row]):
+    """The queries that see only those of a table's rows that were not deleted."""
+
+    def __init__(self, table: type[Row]) -> None:
+        self.table = table
+        self.there: ColumnElement[bool] = table.deleted_at.is_(None)
+
+    def get(self, session: Session, project: str, row_id: str) -> Row:
+        """The one of this project that was not deleted; NotFound else."""
+        row = session.get(self.table, row_id)
+        if row is None or row.project != project or row.deleted_at is not None:
+            raise NotFound(f"no {self.table.__name__.lower()} {row_id} in this project")
+        return row
+
+    def lock(self, session: Session, project: str, row_id: str) -> Row:
+        """As `get`, as it stands now, and nobody else's to change until this transaction ends."""
+        return self._locked(session, project, row_id, read=False)
+
+    def hold(self, session: Session, project: str, row_id: str) -> Row:
+        """As `get`, kept from being deleted until this transaction ends."""
+        return self._locked(session, project, row_id, read=True)
+
+    def page(
+        self, session: Session, project: str, *where: ColumnElement[bool], after: str | None = None, limit: int = 20
+    ) -> tuple[list[Row], bool]:
+        """Newest first. Answers the rows and whether there is more."""
+        query = select(self.table).where(self.table.project == project, self.there, *where)
+        return newest_first(session, query, project, self.table.created_at, self.table.id, after=after, limit=limit)
+
+    def live_paths(self, session: Session) -> set[str]:
+        """Where the files of all projects lie."""
+        return set(session.scalars(select(self.table.path).where(self.there)))
+
+    def _locked(self, session: Session, project: str, row_id: str, *, read: bool) -> Row:
+        query = select(self.table).where(self.table.id == row_id).with_for_update(read=read)
+        session.scalar(query.execution_options(populate_existing=True))
+        return self.get(session, project, row_id)

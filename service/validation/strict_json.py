@@ -1,0 +1,72 @@
+"""JSON from others: no key twice, no halves of characters. Each kind of document says in its own words what is wrong."""
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, Literal
+
+from service.errors import Portable
+
+LONE_SURROGATE = "half of a character (a lone surrogate)"
+Reason = Literal["encoding", "syntax", "too_deep", "number", "key_twice", "constant"]
+
+
+class BadJson(Portable):
+    """Why a text is not taken.
+
+    `what` is the byte that is not UTF-8 (two hex digits), the parser's message, the key that stands twice, or the constant.
+    `at` counts from 0, `line` and `column` from 1: in bytes where the encoding is wrong, else in characters.
+    """
+
+    def __init__(self, reason: Reason, what: str = "", *, at: int = 0, line: int = 1, column: int = 1) -> None:
+        super().__init__(f"{reason}: {what}")
+        self.reason: Reason = reason
+        self.what, self.at, self.line, self.column = what, at, line, column
+
+
+def read(raw: bytes, loads: Callable[[str], Any]) -> Any:
+    """What `loads` makes of the text. Raises BadJson; what the hooks of `loads` raise beside it goes through."""
+    text = decoded(raw)
+    try:
+        return loads(text)
+    except json.JSONDecodeError as error:
+        raise BadJson("syntax", error.msg, at=error.pos, line=error.lineno, column=error.colno) from None
+    except RecursionError:
+        raise BadJson("too_deep") from None
+    except ValueError as error:  # Python converts no integer of more than 4300 digits
+        raise BadJson("number", str(error)) from None
+
+
+def decoded(raw: bytes) -> str:
+    """UTF-8 as text. Raises BadJson that says where it is none."""
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as error:
+        before = raw[: error.start]
+        line, column = before.count(b"\n") + 1, error.start - before.rfind(b"\n")
+        raise BadJson("encoding", f"{raw[error.start]:02x}", at=error.start, line=line, column=column) from None
+
+
+def no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object, as `object_pairs_hook`. Raises BadJson."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        times = Counter(key for key, _ in pairs)
+        raise BadJson("key_twice", next(key for key in times if times[key] > 1))
+    return found
+
+
+def no_constant(name: str) -> Any:
+    """As `parse_constant`: NaN and the infinities, which Python writes, are no JSON. Raises BadJson."""
+    raise BadJson("constant", name)
+
+
+def has_lone_surrogate(text: str) -> bool:
+    """JSON's escapes can write what no UTF-8 can hold."""
+    if text.isascii():
+        return False
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
