@@ -71,7 +71,7 @@ def bare(objective: Objective, padded: Batch) -> Tensor:
     policy = padded["log_probs"].detach().requires_grad_()
     known: Any = {name: values for name, values in padded.items() if name != "log_probs"}
     step = objective.prepare(**known)
-    loss, outputs = objective.loss(policy, **step.rows())
+    loss, outputs = objective.loss(policy, step.rows())
     loss.backward()
     (step.metrics + outputs.metrics).finish()
     assert policy.grad is not None

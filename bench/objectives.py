@@ -111,10 +111,10 @@ def ours(case: Case, b: Batch) -> tuple[Loss, Loss, Callable[[], object]]:
     step = prepare()
 
     def bare(log_probs: Tensor) -> Tensor:
-        return objective.loss(log_probs, **step.rows())[0]
+        return objective.loss(log_probs, step.rows())[0]
 
     def measured(log_probs: Tensor) -> Tensor:
-        value, outputs = objective.loss(log_probs, **step.rows())
+        value, outputs = objective.loss(log_probs, step.rows())
         outputs.metrics.finish()
         return value
 

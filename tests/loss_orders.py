@@ -1,6 +1,7 @@
 """Orders as the API would have written them, and what the loss worker answers."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -142,7 +143,7 @@ def directly(objective: Any, batch: dict[str, Tensor], advantages: Tensor | None
         **known,
     )
     log_probs = batch["log_probs"].clone().requires_grad_()
-    loss, outputs = made.loss(log_probs, **{**step.rows(), "picked": None})
+    loss, outputs = made.loss(log_probs, replace(step.rows(), picked=None))
     (gradient,) = torch.autograd.grad(loss, log_probs)
     metrics = (step.metrics + made.group_metrics(rewards, ids) + outputs.metrics).finish()
     returned = {name: tensor_of(outputs).detach() for name, tensor_of in RETURNED.items()}

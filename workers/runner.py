@@ -19,6 +19,7 @@ from service.jobs.lease import Lease
 from service.rewards import Rewards
 from service.settings import get_settings
 from service.spec.job import JobSpec, RLSpec, SupervisedSpec
+from service.spec.tensors import OF_A_JOB, uses
 from service.states import Phase
 from service.store import checkpoints, datasets
 from service.store.session import Store, open_store
@@ -168,7 +169,7 @@ def _learner(
         seed=spec.seed,
         start=Start(weights, weights if resume_from or with_optimizer else None, new_schedule=resume_from is None),
     )
-    if not isinstance(spec, RLSpec) or "ref_log_probs" not in spec.objective.needs():
+    if not isinstance(spec, RLSpec) or "ref_log_probs" not in uses(spec.objective, OF_A_JOB).needed:
         return learner, None
     return learner, open_reference(learner, spec.model, start_from)
 

@@ -54,7 +54,7 @@ def example_of(spec: Any, advantages: Tensor | None = None) -> tuple[float, Tens
     mask = padded([[1.0] * n for _, n in lengths()])
     given = torch.tensor(ADVANTAGES, dtype=torch.float64) if advantages is None else advantages
     step = objective.prepare(response_mask=mask, advantages=given, old_log_probs=old)
-    loss, outputs = objective.loss(log_probs, **step.rows())
+    loss, outputs = objective.loss(log_probs, step.rows())
     return float(loss.detach()), torch.autograd.grad(loss, log_probs)[0], outputs
 
 

@@ -54,7 +54,7 @@ def compute(spec: Any, log_ratios: Tensor, advantages: Tensor, old_log_prob: flo
     old = torch.full_like(log_ratios, old_log_prob)
     log_probs = (old + log_ratios).requires_grad_()
     step = objective.prepare(response_mask=torch.ones_like(old), advantages=advantages, old_log_probs=old)
-    loss, outputs = objective.loss(log_probs, **step.rows())
+    loss, outputs = objective.loss(log_probs, step.rows())
     return torch.autograd.grad(loss, log_probs)[0], outputs
 
 

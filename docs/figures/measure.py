@@ -59,7 +59,7 @@ def loss(part: Seen, ratio: Any, clip: float = 0.2) -> LossOutputs:
     step = objective.prepare(
         response_mask=part.response_mask, advantages=part.advantages, old_log_probs=part.old_log_probs.double()
     )
-    return objective.loss(part.log_probs.double(), **step.rows())[1]
+    return objective.loss(part.log_probs.double(), step.rows())[1]
 
 
 def spread(seen: list[Seen]) -> list[dict[str, float]]:

@@ -117,7 +117,7 @@ def update(policy: Learner, objective: Objective, rollout: Rollout, advantages: 
 
     def loss(log_probs: Tensor, index: Tensor) -> Tensor:
         log_probs_now[index] = log_probs.detach()
-        return objective.loss(log_probs, **step.rows(index))[0]
+        return objective.loss(log_probs, step.rows(index))[0]
 
     policy.accumulate(sequences, loss)
     policy.step()

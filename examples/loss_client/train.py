@@ -44,7 +44,7 @@ def local_loss(log_probs: Tensor, *, rewards: Tensor, group_ids: Tensor, respons
     advantages = objective.advantages(rewards, group_ids, lengths=response_mask.sum(dim=1))
     mask = objective.select(response_mask, rewards=rewards, group_ids=group_ids)
     step = objective.prepare(response_mask=mask, advantages=advantages, group_ids=group_ids, **known)
-    loss, _ = objective.loss(log_probs, **step.rows())
+    loss, _ = objective.loss(log_probs, step.rows())
     return loss
 
 

@@ -6,28 +6,19 @@ B sequences. Per token: in JSON an array for each sequence, of any lengths; as t
 
 from typing import Annotated, Any
 
-from pydantic import Field, PlainValidator, WithJsonSchema
+from pydantic import Field, PlainValidator, WithJsonSchema, create_model
 from pydantic_core import PydanticKnownError
 
 from service.relay.tensors import Tensor
 from service.spec.section import Section
+from service.spec.tensors import TENSORS, BatchTensor
 
-FLOATS = ("F64", "F32", "BF16")
-INTEGERS = ("I64", "I32")
-FLAGS = (*FLOATS, "BOOL", "U8", *INTEGERS)
-# The dtypes that are taken, by name.
-PER_TOKEN = {
-    "log_probs": FLOATS,
-    "old_log_probs": FLOATS,
-    "rollout_log_probs": FLOATS,
-    "ref_log_probs": FLOATS,
-    "entropy": FLOATS,
-    "weights": FLOATS,
-    "response_mask": FLAGS,
-    "segment_ids": INTEGERS,
-}
-PER_SEQUENCE = {"rewards": FLOATS, "group_ids": INTEGERS, "truncated": FLAGS}
-TAKEN = PER_TOKEN | PER_SEQUENCE | {"advantages": FLOATS, "reward_weights": FLOATS, "cu_seqlens": INTEGERS}
+PER_TOKEN = sorted(
+    (name for name, tensor in TENSORS.items() if tensor.per == ("token",)), key=lambda name: not TENSORS[name].is_float
+)
+PER_SEQUENCE = [name for name, tensor in TENSORS.items() if "row" in tensor.per and "token" not in tensor.per]
+# The dtypes that are taken, by name, in the order of openapi.json.
+TAKEN = {name: TENSORS[name].dtypes for name in dict.fromkeys((*PER_TOKEN, *PER_SEQUENCE, *TENSORS))}
 
 
 def _array_or_tensor(sent: Any) -> Any:
@@ -36,46 +27,38 @@ def _array_or_tensor(sent: Any) -> Any:
     return sent
 
 
-def _array(items: dict[str, Any]) -> dict[str, Any]:
-    return {"type": "array", "items": items}
-
-
-UNSEEN = PlainValidator(_array_or_tensor)  # pydantic does not look inside
-_NUMBER = {
+_NUMBER: dict[str, Any] = {
     "anyOf": [{"type": "number"}, {"type": "string", "enum": ["NaN", "Infinity", "-Infinity"]}, {"type": "null"}]
 }  # JSON has no word for what is not finite
-_FLAG = {"enum": [0, 1, False, True]}
-Numbers = Annotated[Any, UNSEEN, WithJsonSchema(_array(_NUMBER))]
-Rows = Annotated[Any, UNSEEN, WithJsonSchema(_array(_array(_NUMBER)))]
-NumbersOrRows = Annotated[Any, UNSEEN, WithJsonSchema({"anyOf": [_array(_NUMBER), _array(_array(_NUMBER))]})]
-Flags = Annotated[Any, UNSEEN, WithJsonSchema(_array(_FLAG))]
-FlagRows = Annotated[Any, UNSEEN, WithJsonSchema(_array(_array(_FLAG)))]
-IdRows = Annotated[Any, UNSEEN, WithJsonSchema(_array(_array({"type": "integer"})))]
-Labels = Annotated[Any, UNSEEN, WithJsonSchema(_array({"type": ["integer", "string"]}))]
-TensorOnly = Annotated[Any, UNSEEN, WithJsonSchema({"not": {}})]
+_IN_JSON: dict[str, dict[str, Any]] = {
+    "log_prob": _NUMBER,
+    "number": _NUMBER,
+    "flag": {"enum": [0, 1, False, True]},
+    "id": {"type": "integer"},
+    "label": {"type": ["integer", "string"]},
+}
 
 
-class LossBatch(Section):
+def _schema(tensor: BatchTensor) -> dict[str, Any]:
+    """An array, or an array of arrays."""
+    if tensor.holds not in _IN_JSON:
+        return {"not": {}}
+    flat = {"type": "array", "items": _IN_JSON[tensor.holds]}
+    shapes = [flat if per in ("row", "reward") else {"type": "array", "items": flat} for per in tensor.per]
+    return shapes[0] if len(shapes) == 1 else {"anyOf": shapes}
+
+
+def _field(tensor: BatchTensor) -> Any:
+    unseen = PlainValidator(_array_or_tensor)  # pydantic does not look inside
+    return Annotated[Any, unseen, WithJsonSchema(_schema(tensor)), Field(description=tensor.meaning)]
+
+
+_FIELDS: dict[str, Any] = {name: (_field(tensor), ... if name == "log_probs" else None) for name, tensor in TENSORS.items()}
+
+
+class LossBatch(create_model("LossTensors", __base__=Section, **_FIELDS)):
     """B sequences. Per token: an array for each sequence, of any lengths. What the objective does not need may be left out."""
 
-    log_probs: Annotated[Rows, Field(description="per token, of the policy that is trained: what gradients are taken of")]
-    old_log_probs: Annotated[Rows, Field(description="per token, of the same policy when it sampled")] = None
-    rollout_log_probs: Annotated[Rows, Field(description="per token, as the sampler reported them")] = None
-    ref_log_probs: Annotated[Rows, Field(description="per token, of the reference policy")] = None
-    entropy: Annotated[Rows, Field(description="per token, of the policy's distribution")] = None
-    response_mask: Annotated[FlagRows, Field(description="per token, 0 or 1: what counts; default: all of it")] = None
-    segment_ids: Annotated[IdRows, Field(description="per token: the segment that it belongs to")] = None
-    weights: Annotated[
-        Rows, Field(description="per token: aggregation weights, as `return` gives them, in place of the aggregate axis")
-    ] = None
-    advantages: Annotated[NumbersOrRows, Field(description="one a sequence, or per token")] = None
-    rewards: Annotated[
-        NumbersOrRows,
-        Field(description="one a sequence, or several, [B, R]; advantages are made of them unless given"),
-    ] = None
-    group_ids: Annotated[Labels, Field(description="one a sequence: which of them answer the same prompt")] = None
-    truncated: Annotated[Flags, Field(description="one a sequence: whether it was cut at the token limit")] = None
-    reward_weights: Annotated[Numbers, Field(description="[R], of several rewards; default: all 1")] = None
-    cu_seqlens: Annotated[TensorOnly, Field(description="of flat tensors [B + 1]: where each sequence begins, and the end")] = (
-        None
-    )
+    def sent(self) -> dict[str, Any]:
+        """What came, by name."""
+        return {name: value for name, value in self if value is not None}

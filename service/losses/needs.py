@@ -1,38 +1,17 @@
-"""What an objective needs of a batch, and what becomes of it where parts that are not needed did not come."""
+"""What is missing of a batch, and what becomes of an objective where parts that it does not need did not come."""
 
 from collections.abc import Collection
 from typing import Any
 
 from service.errors import FieldError
-from service.spec.axes import Plain
 from service.spec.objective import ObjectiveSpec
-
-GROUP_CENTRES = ("group_mean", "leave_one_out", "length_weighted", "best_minus_second")
-GROUP_SCALES = ("group_std", "group_mean")
+from service.spec.tensors import uses
 
 
 def missing(objective: ObjectiveSpec, has: Collection[str]) -> list[FieldError]:
     """A FieldError for each tensor that the objective cannot do without; their pointers begin at the batch."""
-    from_rewards = "advantages" not in has and "rewards" in has
-    wanted = dict(sorted(objective.needs(rewards=from_rewards).items()))
-    if "weights" in has:  # they say which tokens count, and by how much
-        wanted.pop("entropy", None)
-    elif objective.aggregate.kind == "prompt":
-        wanted["group_ids"] = "aggregate prompt takes means over groups"
-    if from_rewards and _looks_at_groups(objective):
-        wanted["group_ids"] = "advantages are made of rewards within their group"
-    if "advantages" not in has and not from_rewards and not _is_plain(objective):
-        wanted["advantages"] = "send them, or rewards (with group_ids) of which they are made"
-    return [FieldError(f"/{name}", f"is missing: {why}", "missing_tensor") for name, why in wanted.items() if name not in has]
-
-
-def _looks_at_groups(objective: ObjectiveSpec) -> bool:
-    return objective.advantage.centre in GROUP_CENTRES or objective.advantage.scale in GROUP_SCALES
-
-
-def _is_plain(objective: ObjectiveSpec) -> bool:
-    """-log p, whose advantages are 1 unless they are given (cross-entropy)."""
-    return objective.ratio.constant and isinstance(objective.surrogate, Plain) and objective.advantage.centre == "given"
+    needed = uses(objective, has).needed.items()
+    return [FieldError(f"/{name}", f"is missing: {why}", "missing_tensor") for name, why in needed if name not in has]
 
 
 def resolved(objective: ObjectiveSpec, has: Collection[str]) -> tuple[dict[str, Any], list[str]]:

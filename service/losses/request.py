@@ -197,10 +197,10 @@ def _with_batch(raw: Any, tensors: Tensors, index: int) -> Any:
 
 def _sound(request: _Request, item: LossItem, index: int) -> tuple[dict[str, Any], Tensors]:
     """The item as it stands in a work order, and its tensors. Raises InvalidRequest with everything that is wrong."""
-    log_probs = item.batch.log_probs
+    sent = item.batch.sent()
+    log_probs = sent["log_probs"]
     dtype = request.dtype or (DTYPES.get(log_probs.dtype, "float32") if isinstance(log_probs, Tensor) else "float64")
     batch = shapes.check(item.batch, "f" if dtype == "float32" else "d")
-    sent = {name for name, value in item.batch if value is not None}
     if errors := batch.errors + needs.missing(item.objective, sent):
         raise invalid([replace(error, pointer=f"/items/{index}/batch{error.pointer}") for error in errors])
     objective, warnings = needs.resolved(item.objective, sent)

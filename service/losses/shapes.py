@@ -12,9 +12,10 @@ from typing import Any, Literal
 
 from service.errors import FieldError
 from service.losses import numbers
-from service.losses.batch import INTEGERS, PER_SEQUENCE, PER_TOKEN, TAKEN, LossBatch
+from service.losses.batch import PER_SEQUENCE, PER_TOKEN, TAKEN, LossBatch
 from service.losses.numbers import NotThese
 from service.relay.tensors import Tensor, Tensors
+from service.spec.tensors import TENSORS
 
 MAX_CELLS = 2**24  # sequences times the longest of them: ragged batches are padded to be computed
 MAX_SEQUENCES = 2**20  # they are looked at one by one
@@ -84,8 +85,8 @@ def _known(rows: int | None) -> str:
 
 def check(sent: LossBatch, floats: str) -> Batch:
     """`floats`: the typecode of `array` that JSON's numbers become."""
-    parts = {name: value for name, value in sent if value is not None}
-    batch = _of_tensors(parts) if isinstance(sent.log_probs, Tensor) else _of_json(parts, floats)
+    parts = sent.sent()
+    batch = _of_tensors(parts) if isinstance(parts["log_probs"], Tensor) else _of_json(parts, floats)
     batch.check_per_sequence()
     batch.check_size()
     return batch
@@ -116,9 +117,10 @@ def _of_json(parts: dict[str, Any], floats: str) -> Batch:
 
 def _rows_of_json(batch: Batch, name: str, value: list[Any], floats: str, wanted: "array[int] | None") -> "array[int] | None":
     """Put the numbers into the batch; their lengths, or None when they are no numbers."""
-    typecode = "q" if name == "segment_ids" else "d" if name == "response_mask" else floats
+    holds = TENSORS[name].holds
+    typecode = "q" if holds == "id" else "d" if holds == "flag" else floats
     try:
-        found, lengths = numbers.rows(value, f"/{name}", typecode, flags=name == "response_mask")
+        found, lengths = numbers.rows(value, f"/{name}", typecode, flags=holds == "flag")
     except NotThese as error:
         batch.errors.append(error.error)
         return None
@@ -142,14 +144,14 @@ def _say_lengths(batch: Batch, name: str, lengths: "array[int]", wanted: "array[
 
 
 def _flat_of_json(batch: Batch, name: str, value: list[Any], floats: str) -> None:
-    pointer = f"/{name}"
+    pointer, holds = f"/{name}", TENSORS[name].holds
     try:
-        if name == "group_ids":
+        if holds == "label":
             batch.tensors[name] = numbers.tensor(numbers.labels(value, pointer))
         elif name == "rewards" and value and isinstance(value[0], list):
             batch.tensors[name] = _several_rewards(value, pointer, floats)
         else:
-            flags = name == "truncated"
+            flags = holds == "flag"
             batch.tensors[name] = numbers.tensor(numbers.flat(value, pointer, "d" if flags else floats, flags=flags))
             if name == "advantages" and batch.rows is not None and len(value) != batch.rows:
                 batch.refuse(
@@ -208,7 +210,7 @@ def _cut(batch: Batch) -> None:
             "missing_tensor",
         )
         return
-    if tensor.dtype not in INTEGERS:
+    if tensor.dtype not in TAKEN["cu_seqlens"]:
         return  # said already
     if len(tensor.shape) != 1 or not len(tensor):
         batch.refuse("cu_seqlens", f"has the shape {_shape(tensor)}; it is [B + 1]")

@@ -14,6 +14,7 @@ from service.spec.data import DataSpec
 from service.spec.objective import ObjectiveSpec
 from service.spec.reward import RewardSpec
 from service.spec.section import Section
+from service.spec.tensors import OF_A_JOB, uses
 from service.spec.training import OptimizerSpec, RolloutSpec, SupervisedUpdateSpec, UpdateSpec
 from service.spec.work import WorkLimits, WorkSpec
 
@@ -129,10 +130,11 @@ class RLSpec(ManagedSpec):
                 "objective.advantage.centre is `given`, but a job has no advantages beside its rewards; "
                 "set another centre, for example group_mean, leave_one_out or none"
             )
-        if "segment_ids" in self.objective.needs():
+        needed = uses(self.objective, OF_A_JOB).needed
+        if "segment_ids" in needed:
             axis = "ratio" if self.objective.ratio.kind == "segment" else "correct"
             raise ValueError(f"objective.{axis}.chunk is missing: a job has no segment_ids; say how many tokens a segment has")
-        if "entropy" in self.objective.needs():
+        if "entropy" in needed:
             raise ValueError("objective.select.top_entropy is not offered in a job")
         return self
 

@@ -141,31 +141,14 @@ class ObjectiveSpec(Section):
         """Every axis with every parameter, as plain JSON; legal input again, and then it resolves to itself."""
         return self.model_dump(mode="json")
 
-    def needs(self, *, rewards: bool = True) -> dict[str, str]:
-        """The tensors that it cannot do without, beside log_probs and advantages, and what each is for. `rewards`: the
-        advantages are made from rewards, so what changes those is needed too."""
-        kl_acts = self.kl.acts(rewards=rewards)
-        kl_off = f"kl.place {self.kl.place} compares with it (kl: none switches that off)"
-        corrects = f"correct.action {self.correct.action} weighs by old over rollout"
-        uses = [
-            (self.correct.wants_segments, "segment_ids", "correct.level segment, without a chunk length"),
-            (self._has_segments, "segment_ids", "ratio segment, without a chunk length"),
-            (self.select.top_entropy is not None, "entropy", "select.top_entropy keeps the tokens of highest entropy"),
-            (self.correct.sequence_delta is not None, "old_log_probs", "correct.sequence_delta looks how far the policy moved"),
-            (self.correct.weighs, "old_log_probs", corrects),
-            (self.correct.weighs, "rollout_log_probs", corrects),
-            (kl_acts and self.kl.in_reward, "old_log_probs", "kl.place reward takes the KL of the old policy"),
-            (kl_acts, f"{self.kl.reference}_log_probs", kl_off),
-            (self._compares_with_anchor, f"{self.anchor}_log_probs", f"anchor {self.anchor}: the ratio's denominator"),
-        ]
-        return {name: why for needed, name, why in uses if needed}
-
     @property
-    def _has_segments(self) -> bool:
+    def has_segments(self) -> bool:
+        """Whether the batch brings the segments of the ratio."""
         return isinstance(self.ratio, axes.SegmentRatio) and self.ratio.chunk is None
 
     @property
-    def _compares_with_anchor(self) -> bool:
+    def compares_with_anchor(self) -> bool:
+        """Whether the anchor's log-probs change anything."""
         weighs_kl = self.kl.in_loss and self.kl.coef > 0 and self.kl.gradient == "token_ratio_weighted"
         return not self.ratio.constant or self.surrogate.through_anchor or weighs_kl
 

@@ -84,7 +84,7 @@ def in_process(objective: Any, log_probs: Tensor, **known: Any) -> tuple[Tensor,
     """Loss and gradient as a job computes them."""
     ours = Objective(ObjectiveSpec.model_validate(objective).resolve())
     policy = log_probs.detach().clone().requires_grad_()
-    loss, _ = ours.loss(policy, **ours.prepare(**known, dtype=torch.promote_types(policy.dtype, torch.float32)).rows())
+    loss, _ = ours.loss(policy, ours.prepare(**known, dtype=torch.promote_types(policy.dtype, torch.float32)).rows())
     loss.backward()
     assert policy.grad is not None
     return loss.detach(), policy.grad

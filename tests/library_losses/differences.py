@@ -8,7 +8,7 @@ import torch
 
 from library_losses.figures import mapped
 from library_losses.options import Case, Entry, Figures, rows
-from workers.objectives import tensors
+from workers.objectives import kernels
 
 
 def counting_masked_rows(library: str, entry: Entry, case: Case) -> Figures:
@@ -25,7 +25,7 @@ def masked_rows_have_a_loss(library: str, entry: Entry, case: Case) -> Figures:
 
 def unbounded(library: str, entry: Entry, case: Case) -> Figures:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tensors, "MAX_LOG_RATIO", 500.0)
+        patch.setattr(kernels, "MAX_LOG_RATIO", 500.0)
         return mapped(library, entry, case)[0]
 
 

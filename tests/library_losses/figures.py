@@ -1,6 +1,7 @@
 """Our loss and gradient for an entry, theirs, and whether they agree."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ def ours(axes: Mapping[str, Any], case: Case, **changed: Any) -> tuple[Figures, 
     log_probs = case["log_probs"].clone().requires_grad_()
     step = objective.prepare(**given)
     # picked tokens are left to the loss: with one batch it can use the current log-probs, as the libraries do
-    loss, outputs = objective.loss(log_probs, **{**step.rows(), "picked": None})
+    loss, outputs = objective.loss(log_probs, replace(step.rows(), picked=None))
     (gradient,) = torch.autograd.grad(loss, log_probs)
     return (loss.detach(), gradient), outputs
 

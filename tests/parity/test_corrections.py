@@ -3,8 +3,8 @@
 import torch
 
 from workers.objectives import correct
-from workers.objectives.metrics import Reductions
-from workers.objectives.tensors import bounded_exp
+from workers.objectives.kernels import bounded_exp
+from workers.objectives.reductions import Reductions
 
 WEIGHTS = {"token": "token", "sequence": "product"}
 # their masks by a k1 bound: -log of our weight between the logs of the thresholds, so our bounds are their inverses

@@ -174,5 +174,5 @@ def ours(spec: Spec, case: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     objective = Objective(ObjectiveSpec.model_validate(spec).resolve())
     log_probs = case["log_probs"].clone().requires_grad_()
     given: dict[str, Any] = {key: case[key] for key in ("response_mask", "advantages", *LOG_PROBS[1:])}
-    loss, _ = objective.loss(log_probs, **objective.prepare(**given).rows())
+    loss, _ = objective.loss(log_probs, objective.prepare(**given).rows())
     return loss.detach(), torch.autograd.grad(loss, log_probs)[0]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from workers.objectives import kl
+from workers.objectives import kernels, kl
 
 # their name -> estimator, gradient
 NAMES = {
@@ -30,8 +30,8 @@ def figures(entry: dict[str, Any], case: dict[str, Tensor], bound: Callable[[Ten
     estimator, gradient = NAMES[entry["kl"]]
     log_probs = case["log_probs"].clone().requires_grad_()
     x = log_probs - case[f"{entry['reference']}_log_probs"]
-    ratio = (log_probs - case["old_log_probs"]).exp()
-    value = kl.penalty(x, kl.Ratios(ratio, lambda: ratio), estimator=estimator, gradient=gradient)
+    delta = log_probs - case["old_log_probs"]
+    value = kl.penalty(x, kl.Ratios(delta.exp(), delta), estimator=estimator, gradient=gradient)
     value = value if bound is None else bound(value)
     return value.detach(), torch.autograd.grad(value.sum(), log_probs)[0]
 
@@ -67,7 +67,7 @@ def explanations(entry, case):
         yield (capped_at_10(value), gradient), tolerance
     yield figures(entry, case, capped_at_10), tolerance
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kl, "MAX_LOG_RATIO", 500.0)
+        patch.setattr(kernels, "MAX_LOG_RATIO", 500.0)
         yield figures(entry, case), tolerance
 
 

@@ -191,7 +191,7 @@ def test_the_metrics_are_those_that_are_reported():
     some = torch.full((2, 3), -1.0)
     given: dict[str, Any] = {"old_log_probs": some, "rollout_log_probs": some, "ref_log_probs": some, "entropy": some}
     step = objective.prepare(response_mask=torch.ones(2, 3), advantages=torch.ones(2), **given)
-    _, outputs = objective.loss(some.clone(), **step.rows())
+    _, outputs = objective.loss(some.clone(), step.rows())
     groups = objective.group_metrics(torch.tensor([0.0, 1.0]), torch.tensor([0, 0]))
     reported = (step.metrics + outputs.metrics).finish().keys() | groups.finish().keys()
     assert sorted(name for cell, _ in table("## Metrics") for name in code(cell)) == sorted(reported)

@@ -146,7 +146,7 @@ def update(
 
         def loss(log_probs: Tensor, index: Tensor, prepared: Prepared = prepared, suspects: Suspects = suspects) -> Tensor:
             nonlocal measured
-            value, outputs = objective.loss(log_probs, **prepared.rows(index))
+            value, outputs = objective.loss(log_probs, prepared.rows(index))
             measured += outputs.metrics
             return suspects.watch(value, log_probs, index)
 

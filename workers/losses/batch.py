@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from service.relay import tensors
+from service.spec.tensors import TENSORS
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -35,9 +36,6 @@ COMPUTED_IN = {
     "float32": (torch.float32, None),
     "bfloat16": (torch.float32, torch.bfloat16),
 }
-LOG_PROBS = ("log_probs", "old_log_probs", "rollout_log_probs", "ref_log_probs")
-ROUNDED = (*LOG_PROBS, "entropy", "advantages", "rewards")  # what a bfloat16 model would give; weights are constants of a step
-FLOATS = (*ROUNDED, "weights", "reward_weights")
 
 
 def viewed(raw: tensors.Tensor) -> Tensor:
@@ -164,8 +162,9 @@ def read(entry: Mapping[str, Any], sent: Mapping[str, Tensor]) -> Item:
 
 
 def _cast(name: str, values: Tensor, dtype: torch.dtype, rounded: torch.dtype | None) -> Tensor:
-    if name not in FLOATS:
+    known = TENSORS[name]
+    if not known.is_float:
         return values
-    if rounded is not None and name in ROUNDED:
+    if rounded is not None and known.of_model:
         values = values.to(rounded)
     return values.to(dtype)

@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 
 from service.errors import FieldError
-from workers.losses.batch import LOG_PROBS, Item
+from service.spec.tensors import TENSORS
+from workers.losses.batch import Item
 
 NAMED = 4  # places named in a message, of however many
-PER_TOKEN = (*LOG_PROBS, "entropy", "weights", "advantages")
-PER_ROW = ("advantages", "rewards")
 
 
 @dataclass
@@ -70,11 +69,12 @@ def _numbers(item: Item, used: frozenset[str], found: Findings) -> None:
     for name, values in item.tensors.items():
         if name not in used or not values.numel():
             continue
-        if name in PER_TOKEN and (name not in PER_ROW or item.layout.is_per_token(values)):
+        per = TENSORS[name].per
+        if "token" in per and ("row" not in per or item.layout.is_per_token(values)):
             _tokens(item, name, values, found)
-        elif name in PER_ROW:
+        elif "row" in per:
             _rows(item, name, values, found)
-        elif name == "reward_weights" and not bool(values.isfinite().all()):
+        elif not bool(values.isfinite().all()):
             detail = f"must be finite, got {_shown(values[~values.isfinite()][0])}"
             found.errors.append(FieldError(item.pointer(name), detail, "nonfinite"))
 
@@ -86,7 +86,7 @@ def _tokens(item: Item, name: str, values: Tensor, found: Findings) -> None:
         if bool(wrong.any()):
             behind = "" if found.mask is None else ", where response_mask is 1"
             _refuse_or_mask(item, name, wrong, lambda: _places(item, wrong) + behind, found)
-    if name in LOG_PROBS and not greatest <= 0:
+    if TENSORS[name].holds == "log_prob" and not greatest <= 0:
         positive = _counted((values > 0) & values.isfinite(), found.mask)
         if count := int(positive.count_nonzero()):
             what = "a log-probability" if count == 1 else f"{count} log-probabilities"

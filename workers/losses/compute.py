@@ -1,28 +1,27 @@
 """One item: from checked tensors to loss, gradient and whatever else was asked for.
 
 `prepare` does what looks at the whole batch (advantages, selection, aggregation and correction weights), which is the
-item's alone; `merge` makes an `Answer` of its rows. The item is an optimizer step of its own, unless it brings the
-step's `weights`.
+item's alone. The loss of its rows is computed in `merge`, alone or together with those of other items, and `returned` reads
+from it what was asked for. The item is an optimizer step of its own, unless it brings the step's `weights`.
 """
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from service.errors import FieldError, Portable
+from service.spec.objective import ObjectiveSpec
+from service.spec.tensors import MEASURED, Uses, uses
 from workers.losses.batch import Item
 from workers.losses.checks import Findings, check
-from workers.objectives import LossOutputs, Objective
-from workers.objectives.advantage import BASELINES
+from workers.objectives import LossOutputs, Objective, Rows
 from workers.objectives.metrics import Metrics
 from workers.objectives.surrogate import PICKS
-
-GROUP_SCALES = ("group_std", "group_mean")  # of the advantage axis: statistics of the group
-MEASURED = ("old_log_probs", "rollout_log_probs", "ref_log_probs", "entropy")  # where given, needed or not
 
 
 class ItemRefused(Portable):
@@ -52,7 +51,7 @@ class Prepared:
     item: Item
     objective: Objective
     log_probs: Tensor
-    tensors: dict[str, Any]  # keyword arguments of Objective.loss, [B, ...]
+    rows: Rows
     metrics: Metrics
     warnings: list[str]
     nonfinite: list[int]  # rows that were left out because of what came in
@@ -64,60 +63,40 @@ class Prepared:
     @property
     def kind(self) -> str:
         """Items of one kind can be computed as one batch: the same axes, dtype, tensors and metrics."""
-        shapes = {name: tensor.dim() for name, tensor in self.tensors.items() if tensor is not None}
+        shapes = {name: tensor.dim() for name, tensor in self.rows.known().items()}
         measured = [part[:2] for part in self.metrics.parts]
         return json.dumps([self.item.axes, str(self.item.dtype), shapes, measured, self.wants_gradient], sort_keys=True)
 
 
 def prepare(item: Item) -> Prepared:
     """Raises ItemRefused when the content of a tensor cannot be taken, or one is missing."""
-    objective, facts = Objective(item.axes), _facts(item)
-    found = check(item, used=facts.used, in_groups=facts.in_groups, in_segments=facts.in_segments)
+    objective, used = Objective(item.axes), uses(_spec(json.dumps(item.axes)), item.tensors)
+    found = check(item, used=used.reads, in_groups=used.in_groups, in_segments=used.in_segments)
     if found.errors:
         raise ItemRefused(found.errors)
     try:
-        return _prepared(item, objective, facts, found)
+        return _prepared(item, objective, used, found)
     except ValueError as error:  # what an axis needs and did not get, in its words
         raise ItemRefused([FieldError(f"/items/{item.index}/batch", str(error), "missing_tensor")]) from None
 
 
-@dataclass(frozen=True)
-class _Facts:
-    used: frozenset[str]
-    makes_advantages: bool
-    in_groups: bool
-    in_segments: bool
-
-
-def _facts(item: Item) -> _Facts:
-    """What the axes do with this item's tensors."""
-    axes, tensors = item.axes, item.tensors
-    makes = "advantages" not in tensors and "rewards" in tensors
-    ratio, correct, advantage = axes["ratio"], axes["correct"], axes["advantage"]
-    correct_in_segments = correct["action"] != "none" and "segment" in (correct["level"], correct["mask_level"])
-    used = {"log_probs", "weights", "advantages", *MEASURED}
-    used |= {"rewards", "reward_weights"} if makes else set()
-    used |= {"rewards"} if axes["select"]["zero_variance"] and "weights" not in tensors else set()
-    return _Facts(
-        used=frozenset(used),
-        makes_advantages=makes,
-        in_groups=makes and (advantage["centre"] in BASELINES or advantage["scale"] in GROUP_SCALES),
-        in_segments=(ratio["kind"] == "segment" and ratio["chunk"] is None)
-        or (correct_in_segments and correct["chunk"] is None),
-    )
+@lru_cache(maxsize=256)
+def _spec(axes: str) -> ObjectiveSpec:
+    """Of a resolved objective as JSON; the items of a request, and of many requests, have few different ones."""
+    return ObjectiveSpec.model_validate_json(axes)
 
 
 @torch.no_grad()
-def _prepared(item: Item, objective: Objective, facts: _Facts, found: Findings) -> Prepared:
+def _prepared(item: Item, objective: Objective, used: Uses, found: Findings) -> Prepared:
     layout, sent, warnings = item.layout, item.tensors, [*item.warnings, *found.warnings]
     valid_B = None if found.nonfinite_B is None else ~found.nonfinite_B
     mask = _mask(item, found.mask, valid_B)
     known: dict[str, Any] = {name: layout.pad(sent[name]) if name in sent else None for name in MEASURED}
     rewards, group_ids, weights = sent.get("rewards"), sent.get("group_ids"), sent.get("weights")
 
-    advantages = _advantages(item, objective, facts, mask, valid_B, known)
+    advantages = _advantages(item, objective, used, mask, valid_B, known)
     if weights is None:
-        kept, selected = _selected(item, objective, facts, mask, valid_B, known["entropy"])
+        kept, selected = _selected(item, objective, used, mask, valid_B, known["entropy"])
     else:  # of the whole step: what it selected is in them
         weights = torch.where(mask, layout.pad(weights), 0.0)
         kept, selected = mask, weights != 0
@@ -126,23 +105,23 @@ def _prepared(item: Item, objective: Objective, facts: _Facts, found: Findings) 
         response_mask=kept,
         selected=selected,
         advantages=advantages,
-        segment_ids=_dense(layout.pad(sent["segment_ids"]), kept) if facts.in_segments else None,
+        segment_ids=layout.pad(sent["segment_ids"]) if used.in_segments and "segment_ids" in sent else None,
         group_ids=_one_group(layout.rows) if group_ids is None and weights is not None else group_ids,
         dtype=item.dtype,
         seed=item.seed,
         **known,
     )
-    tensors, metrics, log_probs = step.rows(), step.metrics, layout.pad(sent["log_probs"])
+    rows, metrics, log_probs = step.rows(), step.metrics, layout.pad(sent["log_probs"])
     if weights is not None:
-        tensors |= {"weights": weights, "row_weights": weights.sum(dim=1)}
+        rows = replace(rows, weights=weights, row_weights=weights.sum(dim=1))
     if rewards is not None and group_ids is not None:
         metrics = metrics + objective.group_metrics(rewards, group_ids, valid_B)
     if objective.surrogate_kind in PICKS:
-        tensors["picked"] = _picked(objective, log_probs, tensors, item.seed)
+        rows = replace(rows, picked=_picked(objective, log_probs, rows, item.seed))
     left_out = [] if found.nonfinite_B is None else found.nonfinite_B.nonzero().flatten().tolist()
     if left_out:
         warnings.append(f"{len(left_out)} of {layout.rows} rows hold NaN or infinite numbers and were left out")
-    return Prepared(item, objective, log_probs, tensors, metrics, warnings, left_out)
+    return Prepared(item, objective, log_probs, rows, metrics, warnings, left_out)
 
 
 def _mask(item: Item, sent: Tensor | None, valid_B: Tensor | None) -> Tensor:
@@ -158,11 +137,11 @@ def _one_group(rows: int) -> Tensor:
 
 
 def _selected(
-    item: Item, objective: Objective, facts: _Facts, mask: Tensor, valid_B: Tensor | None, entropy: Tensor | None
+    item: Item, objective: Objective, used: Uses, mask: Tensor, valid_B: Tensor | None, entropy: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """The mask without the answers that the select axis leaves out, which count nowhere; and without the tokens that it
     leaves out, which take part in their sequence's ratio (None: there are none)."""
-    looks = "rewards" in facts.used
+    looks = "rewards" in used.reads
     selected = objective.select(
         mask,
         rewards=item.tensors.get("rewards") if looks else None,
@@ -177,7 +156,7 @@ def _selected(
 def _advantages(
     item: Item,
     objective: Objective,
-    facts: _Facts,
+    used: Uses,
     mask: Tensor,
     valid_B: Tensor | None,
     known: Mapping[str, Tensor | None],
@@ -187,7 +166,7 @@ def _advantages(
     if "advantages" in sent:
         given = sent["advantages"]
         return layout.pad(given) if layout.is_per_token(given) else given
-    if not facts.makes_advantages:
+    if not used.makes_advantages:
         return torch.ones(layout.rows, dtype=item.dtype)
     rewards, weights_R = sent["rewards"], sent.get("reward_weights")
     if item.axes["kl"]["place"] == "reward":
@@ -218,20 +197,10 @@ def _sees_less(axes: Mapping[str, Any]) -> list[str]:
     return [f"{name} looks at this item alone, not at the step that its weights belong to" for name in seen]
 
 
-def _dense(ids_B_T: Tensor | None, mask: Tensor) -> Tensor | None:
-    """Ids that are any numbers as 0, 1, 2 ... within each row, so that nothing grows with how many there are in all."""
-    if ids_B_T is None or not ids_B_T.numel():
-        return ids_B_T
-    ordered, order = torch.where(mask, ids_B_T, 0).sort(dim=1)
-    starts = torch.zeros_like(order)
-    starts[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
-    return torch.zeros_like(order).scatter_(1, order, starts.cumsum(dim=1))
-
-
-def _picked(objective: Objective, log_probs: Tensor, tensors: Mapping[str, Any], seed: int) -> Tensor:
+def _picked(objective: Objective, log_probs: Tensor, rows: Rows, seed: int) -> Tensor:
     """The tokens that clip_cov or kl_cov picks, by the log-probs of the policy that is trained: here they are known."""
-    counted = tensors["weights"] != 0
-    _, outputs = objective.loss(log_probs, **{**tensors, "picked": torch.zeros_like(counted)})
+    counted = rows.weights != 0
+    _, outputs = objective.loss(log_probs, replace(rows, picked=torch.zeros_like(counted)))
     bounded, policy = outputs.clipped_low | outputs.clipped_high, torch.where(counted, log_probs, 0.0)
     pick = PICKS[objective.surrogate_kind]
     return pick(policy, outputs.advantages, counted, seed, clipped_B_T=bounded, **objective.surrogate_parameters)

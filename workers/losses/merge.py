@@ -8,13 +8,12 @@ many items can stand in one batch, and every item gets its own rows back: losses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from workers.losses.compute import Answer, Prepared, returned
-from workers.objectives import LossOutputs
+from workers.objectives import LossOutputs, Rows
 from workers.objectives.metrics import Metrics
 
 SMALL_CELLS = 2**16  # a larger item gains nothing from company
@@ -53,24 +52,21 @@ class Batch:
     """The rows of one or many items, padded to one length."""
 
     log_probs: Tensor
-    tensors: dict[str, Any]
+    rows: Rows
     metrics: Metrics
 
 
 def batch_of(prepared: Sequence[Prepared]) -> Batch:
     if len(prepared) == 1:
         (one,) = prepared
-        return Batch(one.log_probs, one.tensors, one.metrics)
+        return Batch(one.log_probs, one.rows, one.metrics)
     longest = max(one.item.layout.longest for one in prepared)
 
-    def together(parts: Sequence[Tensor | None]) -> Tensor | None:
-        present = [part for part in parts if part is not None]
-        return _stacked(present, longest) if present else None
-
+    known = [one.rows.known() for one in prepared]
     parts = zip(*(one.metrics.parts for one in prepared), strict=True)
     return Batch(
         log_probs=_stacked([one.log_probs for one in prepared], longest),
-        tensors={name: together([one.tensors[name] for one in prepared]) for name in prepared[0].tensors},
+        rows=Rows(**{name: _stacked([part[name] for part in known], longest) for name in known[0]}),
         metrics=Metrics([(*same[0][:2], tuple(map(torch.cat, zip(*(p[2] for p in same), strict=True)))) for same in parts]),
     )
 
@@ -90,7 +86,7 @@ def compute(prepared: Sequence[Prepared]) -> list[Answer]:
     batch, objective = batch_of(prepared), prepared[0].objective
     with torch.set_grad_enabled(prepared[0].wants_gradient):
         log_probs = batch.log_probs.detach().requires_grad_(prepared[0].wants_gradient)
-        loss, outputs = objective.loss(log_probs, **batch.tensors)
+        loss, outputs = objective.loss(log_probs, batch.rows)
         gradient = torch.autograd.grad(loss, log_probs)[0] if prepared[0].wants_gradient else None
     return _shared_out(prepared, outputs, gradient, batch.metrics)
 

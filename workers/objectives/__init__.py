@@ -1,7 +1,8 @@
 """The loss mathematics: seven axes, one file each, and `Objective`, which composes them. torch and nothing else of ours."""
 
 from workers.objectives.metrics import Metrics
-from workers.objectives.objective import Objective, Step
+from workers.objectives.objective import Objective
 from workers.objectives.outputs import LossOutputs
+from workers.objectives.step import Rows, Step
 
-__all__ = ["LossOutputs", "Metrics", "Objective", "Step"]
+__all__ = ["LossOutputs", "Metrics", "Objective", "Rows", "Step"]

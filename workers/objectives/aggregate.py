@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from workers.objectives.tensors import cleared, group_indices, group_sum, ones_of, tokens_of
+from workers.objectives import kernels
+from workers.objectives.tensors import group_indices, group_sum
 
 
 @dataclass(frozen=True)
@@ -18,10 +19,18 @@ class Counts:
     """Of a whole optimizer step; all in the weights' dtype."""
 
     tokens_B: Tensor  # n_i
-    tokens: Tensor  # N
-    rows: Tensor  # rows that have tokens
     group_ids_B: Tensor | None
     longest: float  # the longest possible answer
+
+    @property
+    def tokens(self) -> Tensor:
+        """N"""
+        return self.tokens_B.sum()
+
+    @property
+    def rows(self) -> Tensor:
+        """Rows that have tokens."""
+        return (self.tokens_B > 0).sum().double()
 
 
 def token(c: Counts) -> Tensor:
@@ -75,23 +84,29 @@ def weights(
     length_power: float = 0.0,
     group_ids_B: Tensor | None = None,
     longest: float | None = None,
+    tokens_B: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
     **parameters: float | None,
 ) -> Tensor:
-    """The weights [B, T] of a whole optimizer step, 0 where masked; float64 inside. The mask is boolean, or ones in integers.
+    """The weights [B, T] of a whole optimizer step, 0 where masked; float64 inside. The mask is boolean, or that of `kernels`.
 
     `length_power` multiplies each row's weight by n_i to that power (LUSPO, arXiv 2602.05261: 1). `longest` is the longest
-    possible answer, by default T.
+    possible answer, by default T. `tokens_B`: each row's tokens under the mask, where they are known.
     """
-    tokens_B = tokens_of(mask_B_T).double()
+    tokens_B = (kernels.tokens_of(mask_B_T) if tokens_B is None else tokens_B).double()
     counts = Counts(
         tokens_B=tokens_B,
-        tokens=tokens_B.sum(),
-        rows=(tokens_B > 0).sum().double(),
         group_ids_B=group_ids_B,
         longest=float(max(1, mask_B_T.shape[1]) if longest is None else longest),
     )
     weights_B = AGGREGATES[kind](counts, **parameters)
     if length_power:
         weights_B = weights_B * tokens_B.clamp(min=1).pow(length_power)
-    return cleared(weights_B.to(dtype).unsqueeze(1).expand(mask_B_T.shape), ones_of(mask_B_T, dtype))
+    return kernels.cleared(weights_B.to(dtype).unsqueeze(1).expand(mask_B_T.shape), mask_B_T)
+
+
+def rows(token_loss: Tensor, weights_B_T: Tensor, row_weights_B: Tensor) -> Tensor:
+    """sum_t w L of each row, [B]; of one loss a row, [B, 1], it is taken out of the sum: `row_weights_B` are those of w."""
+    if token_loss.shape != weights_B_T.shape:
+        return token_loss.squeeze(1) * row_weights_B
+    return (token_loss * weights_B_T).sum(dim=1)

@@ -12,16 +12,16 @@ import torch
 from torch import Tensor
 
 from workers.objectives import ratio
-from workers.objectives.tensors import bounded_exp, neutral, tokens_of
+from workers.objectives.kernels import bounded_exp, cleared, tokens_of
 
 
 def over_tokens(weights: Tensor, mask_B_T: Tensor) -> Tensor:
-    return neutral(weights, mask_B_T).sum() / mask_B_T.sum().clamp(min=1)
+    return cleared(weights, mask_B_T).sum() / mask_B_T.sum().clamp(min=1)
 
 
 def over_sequences(weights: Tensor, mask_B_T: Tensor) -> Tensor:
     lengths_B = tokens_of(mask_B_T)
-    means_B = neutral(weights, mask_B_T).sum(dim=1) / lengths_B.clamp(min=1)
+    means_B = cleared(weights, mask_B_T).sum(dim=1) / lengths_B.clamp(min=1)
     return means_B.sum() / (lengths_B > 0).sum().clamp(min=1)
 
 
@@ -108,7 +108,7 @@ def correction(
     if mask_level is not None:
         masked = outside(raw_at(mask_level), low, high)
         weights = weights.masked_fill(masked, 0.0)
-    return Correction(neutral(weights, mask_B_T), neutral(raw, mask_B_T), truncated & mask_B_T, masked & mask_B_T)
+    return Correction(cleared(weights, mask_B_T), cleared(raw, mask_B_T), truncated & mask_B_T, masked & mask_B_T)
 
 
 @torch.no_grad()

@@ -4,12 +4,12 @@ x = log p - log p_ref [B, T], 0 where masked. The estimators are Schulman's (htt
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from workers.objectives.tensors import MAX_LOG_RATIO
+from workers.objectives import kernels
 
 
 def k1(x: Tensor) -> Tensor:
@@ -23,25 +23,8 @@ def k2(x: Tensor) -> Tensor:
 
 
 def k3(x: Tensor) -> Tensor:
-    """exp(-x) + x - 1. Unbiased and never negative (GRPO). Of tiny x it is a tiny difference: expm1 keeps its digits."""
-    return _K3.apply(x)  # pyright: ignore[reportReturnType]
-
-
-class _K3(torch.autograd.Function):
-    """k3 with its derivative, 1 - exp(-x), in three passes; of the bounded exponential it is 1 beyond the bound."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        grown = torch.neg(x).clamp_(max=MAX_LOG_RATIO).expm1_()
-        ctx.save_for_backward(x, grown)
-        return grown + x
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        x, grown = ctx.saved_tensors
-        through_exp = torch.addcmul(grads[0], grads[0], grown)
-        torch.ops.aten.hardtanh_backward.grad_input(through_exp, x, -MAX_LOG_RATIO, torch.inf, grad_input=through_exp)
-        return through_exp.neg_().add_(grads[0])
+    """exp(-x) - 1 + x. Unbiased and never negative (GRPO)."""
+    return kernels.k3(x)
 
 
 def absolute(x: Tensor) -> Tensor:
@@ -56,7 +39,7 @@ class Ratios(NamedTuple):
     """How much likelier the trained policy makes what was sampled, differentiable."""
 
     pooled: Tensor  # as the ratio axis has it, [B, T] or [B, 1]
-    of_token: Callable[[], Tensor]  # [B, T]
+    delta: Tensor  # the logarithm of each token's own, [B, T]
 
 
 def plain(value: Tensor, x: Tensor, ratios: Ratios) -> Tensor:
@@ -77,7 +60,7 @@ def ratio_weighted(value: Tensor, x: Tensor, ratios: Ratios) -> Tensor:
 
 def token_ratio_weighted(value: Tensor, x: Tensor, ratios: Ratios) -> Tensor:
     """The same with the token's own ratio, where the surrogate's is of something larger."""
-    return ratios.of_token() * value
+    return kernels.bounded_exp(ratios.delta) * value
 
 
 def score(value: Tensor, x: Tensor, ratios: Ratios) -> Tensor:

@@ -5,10 +5,11 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from workers.objectives.metrics import Metrics, Reductions
-from workers.objectives.moved import Moved
-from workers.objectives.surrogate import Flags, Terms, TokenLoss, seen
-from workers.objectives.tensors import neutral
+from workers.objectives.kernels import cleared
+from workers.objectives.metrics import Metrics
+from workers.objectives.reductions import Reductions
+from workers.objectives.step import Rows
+from workers.objectives.surrogate import Terms, TokenLoss
 
 
 class LossOutputs:
@@ -19,25 +20,13 @@ class LossOutputs:
     """
 
     def __init__(
-        self,
-        token_loss: Tensor,
-        bounded: TokenLoss,
-        terms: Terms,
-        log_ratio: Tensor,
-        loss_B: Tensor,
-        *,
-        moved: Moved,
-        lengths_B: Tensor,
-        counts_B: Tensor,
-        entropy: Tensor | None,
+        self, rows: Rows, terms: Terms, log_ratio: Tensor, bounded: TokenLoss, token_loss: Tensor, loss_B: Tensor
     ) -> None:
-        self._token_loss = token_loss
-        self._ratio = terms.ratio.detach()
-        self._log_ratio = log_ratio
-        self._advantages = terms.advantages
+        self._rows, self._moved = rows, terms.moved
+        self._ratio, self._log_ratio, self._advantages = terms.ratio.detach(), log_ratio.detach(), terms.advantages
         self._low, self._high, self._dual = bounded.low, bounded.high, bounded.dual
-        self._moved, self._lengths_B, self._counts_B, self._entropy = moved, lengths_B, counts_B, entropy
-        self.weights = terms.weights
+        self._token_loss = token_loss
+        self.weights = rows.weights
         self.loss_B = loss_B.detach()
 
     @cached_property
@@ -51,16 +40,16 @@ class LossOutputs:
     @property
     def ratio(self) -> Tensor:
         """The importance ratio before the surrogate bounds it."""
-        return neutral(self._ratio, self._counted)
+        return cleared(self._ratio, self._counted)
 
     @property
     def log_importance_ratio(self) -> Tensor:
         """Its logarithm, before the bound that keeps exp finite; 0 where masked only."""
-        return neutral(self._log_ratio, self._moved.mask)
+        return cleared(self._log_ratio, self._rows.mask)
 
     @property
     def advantages(self) -> Tensor:
-        return neutral(self._advantages, self._counted)
+        return cleared(self._advantages, self._counted)
 
     @property
     def clipped_low(self) -> Tensor:
@@ -78,17 +67,16 @@ class LossOutputs:
     def _counted(self) -> Tensor:
         return self.weights != 0
 
-    def _flag(self, flags: Flags) -> Tensor:
-        found = seen(flags)
-        return torch.zeros_like(self._moved.mask) if found is None else found.bool() & self._counted
+    def _flag(self, flags: Tensor | None) -> Tensor:
+        return torch.zeros_like(self._counted) if flags is None else flags.bool() & self._counted
 
     @cached_property
     @torch.no_grad()
     def metrics(self) -> Metrics:
         """approx_kl is the KL of the old policy to the trained one (tokens come from the old one), kl/ref that of the trained
         one to the reference."""
-        moved = self._moved
-        measured = Reductions(self.weights, moved.dtype, counts_B=self._counts_B, lengths_B=self._lengths_B)
+        rows, moved = self._rows, self._moved
+        measured = Reductions(self.weights, moved.dtype, counts_B=rows.counts, lengths_B=rows.lengths)
         metrics = measured.metrics
         metrics.add("sum", "policy/loss", self.loss_B)
         metrics.add("sum", "batch/tokens", measured.tokens_B)
@@ -96,13 +84,13 @@ class LossOutputs:
         metrics.add("sum", "batch/nonfinite_rows", self.nonfinite_rows)
         measured.mean("policy/ratio_mean", self._ratio)
         measured.extremes("policy/ratio", self._ratio)
-        measured.fraction("policy/clip_fraction_low", seen(self._low))
-        measured.fraction("policy/clip_fraction_high", seen(self._high))
-        measured.fraction("policy/clip_fraction_dual", seen(self._dual))
+        measured.fraction("policy/clip_fraction_low", self._low)
+        measured.fraction("policy/clip_fraction_high", self._high)
+        measured.fraction("policy/clip_fraction_dual", self._dual)
         if moved.knows("old_log_probs"):
             measured.kl("policy/approx_kl", moved.value("old_log_probs"), sign=-1)
         if moved.knows("ref_log_probs"):
             measured.kl("kl/ref", moved.value("ref_log_probs"))
-        if self._entropy is not None:
-            measured.mean("policy/entropy", self._entropy)
+        if rows.entropy is not None:
+            measured.mean("policy/entropy", rows.entropy)
         return metrics

@@ -1,7 +1,7 @@
 """The ratio axis: how per-token log ratios d = log p - log p_anchor are pooled into the log importance ratio.
 
-Every function maps d [B, T] (0 where masked) and what is known of the answers to the log ratio, [B, T] or, where a sequence
-has one for all its tokens, [B, 1]; what it gives where masked is finite and not looked at.
+Every function maps d [B, T] (0 where masked) and what is known of the answers to log r, [B, T] or, where a sequence
+has one for all its tokens, [B, 1]; what it gives where masked is finite and not looked at. The ratio r is its exponential.
 
 The segment ratio, for segments of any kind (a turn: arXiv 2511.20718; a part of a sentence: 2511.04256; so many tokens). Cut
 an answer y_i into segments S and ask for one weight a segment. The exact weight of a
@@ -24,12 +24,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from workers.objectives.tensors import tokens_of
+from workers.objectives import kernels
 
 
 @dataclass(frozen=True)
 class Answers:
-    """Which tokens are answers, how many of them a row has (of none: 1), and what segment each belongs to."""
+    """Which tokens are answers, how many of them a row has (of none: 1), and what segment each belongs to (see `segments`)."""
 
     mask_B_T: Tensor
     lengths_B: Tensor
@@ -37,7 +37,7 @@ class Answers:
 
     @classmethod
     def of(cls, mask_B_T: Tensor, segments_B_T: Tensor | None = None) -> "Answers":
-        return cls(mask_B_T, tokens_of(mask_B_T).clamp(min=1), segments_B_T)
+        return cls(mask_B_T, kernels.tokens_of(mask_B_T).clamp(min=1), segments_B_T)
 
 
 Pool = Callable[[Tensor, Answers], Tensor]
@@ -73,14 +73,13 @@ def product_token(delta_B_T: Tensor, answers: Answers) -> Tensor:
 
 def segment(delta_B_T: Tensor, answers: Answers) -> Tensor:
     """The mean of d inside a token's segment; the derivation stands above."""
-    mask_B_T, segments_B_T = answers.mask_B_T, answers.segments_B_T
-    if segments_B_T is None:
+    place_B_T = answers.segments_B_T
+    if place_B_T is None:
         raise ValueError("the segment ratio needs segment_ids [B, T] in the batch, or a chunk length in the objective")
-    ids, place = torch.unique(torch.where(mask_B_T, segments_B_T, 0), return_inverse=True)
-    shape = (delta_B_T.shape[0], max(1, ids.numel()))
-    sums = delta_B_T.new_zeros(shape).scatter_add(1, place, delta_B_T)
-    counts = delta_B_T.new_zeros(shape).scatter_add(1, place, mask_B_T.to(delta_B_T.dtype)).clamp(min=1)
-    return (sums / counts).gather(1, place)
+    nothing = torch.zeros_like(delta_B_T)
+    sums = nothing.scatter_add(1, place_B_T, delta_B_T)
+    counts = nothing.scatter_add(1, place_B_T, answers.mask_B_T.to(delta_B_T.dtype))
+    return (sums / counts.clamp(min=1)).gather(1, place_B_T)
 
 
 def one(delta_B_T: Tensor, answers: Answers) -> Tensor:
@@ -107,6 +106,21 @@ RATIOS: dict[str, Ratio] = {
 }
 
 
+def segments(mask_B_T: Tensor, ids_B_T: Tensor | None, chunk: int | None) -> Tensor | None:
+    """The segments of each row's answer tokens, numbered from 0: chunks of so many tokens, or else by the given ids. [B, T]"""
+    if chunk is not None:
+        return chunks(mask_B_T, chunk)
+    return None if ids_B_T is None else dense(ids_B_T, mask_B_T)
+
+
 def chunks(mask_B_T: Tensor, length: int) -> Tensor:
-    """Segment ids of consecutive chunks of `length` answer tokens (masked positions in between do not count). [B, T]"""
+    """Consecutive chunks of `length` answer tokens (masked positions in between do not count). [B, T]"""
     return (mask_B_T.long().cumsum(dim=1) - 1).clamp(min=0) // length
+
+
+def dense(ids_B_T: Tensor, mask_B_T: Tensor) -> Tensor:
+    """Ids that are any numbers as 0, 1, 2 ... within each row. [B, T]"""
+    ordered, order = torch.where(mask_B_T, ids_B_T, 0).sort(dim=1)
+    starts = torch.zeros_like(order)
+    starts[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+    return torch.zeros_like(order).scatter_(1, order, starts.cumsum(dim=1))

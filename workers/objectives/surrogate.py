@@ -6,80 +6,65 @@ p the policy; sg is stop-gradient. "Through r" and "through log p" say where the
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from math import inf
 
 import torch
 from torch import Tensor
 
-from workers.objectives import covariance
-from workers.objectives.tensors import bounded_exp, clamped, flag
+from workers.objectives import covariance, kernels
+from workers.objectives.step import Moved
+from workers.objectives.tensors import either
 
 
 @dataclass(frozen=True)
 class Terms:
     """What a surrogate may use. [B, T], or [B, 1] where a sequence has one value; where masked, finite and of no effect."""
 
-    policy: Callable[[], Tensor]  # log_probs, computed when a surrogate asks for it; the others likewise
-    anchor: Callable[[], Tensor]
-    weights: Tensor
-    delta: Tensor  # log_probs - anchor_log_probs, a token each
-    ratio: Tensor  # exp of the pooled delta
+    ratio: Tensor  # r, the exponential of what the ratio axis gives
+    advantages: Tensor  # A
+    delta: Tensor  # d = log p - log p_anchor, a token each
+    weights: Tensor  # of the aggregate axis: 0 where a token does not count
     constant: bool  # whether the ratio axis gives the constant 1
-    advantages: Tensor
     pool: Callable[[Tensor], Tensor]  # the ratio axis, for rules that bound tokens before they are pooled
-    picked: Tensor | None = None  # tokens picked by covariance over the whole optimizer step; None: this batch is the whole
+    picked: Tensor | None  # tokens picked by covariance over the whole optimizer step; None: this batch is the whole
+    moved: Moved
+    anchor: str  # whose log-probs p_anchor are
 
-    @cached_property
+    @property
     def log_probs(self) -> Tensor:
-        return self.policy()
+        """log p"""
+        return self.moved.less(None)
 
-    @cached_property
+    @property
     def anchor_log_probs(self) -> Tensor:
-        return self.anchor()
-
-    @cached_property
-    def linear(self) -> Tensor:
-        """What the plain objective multiplies A by: the ratio, or log p where the ratio is the constant 1."""
-        return self.log_probs if self.constant else self.ratio
-
-    @cached_property
-    def mask(self) -> Tensor:
-        """The tokens that count in the loss."""
-        return self.weights != 0
-
-
-Flags = Tensor | Callable[[], Tensor] | None
-
-
-def seen(flags: Flags) -> Tensor | None:
-    return flags() if callable(flags) else flags
+        """log p_anchor"""
+        return self.moved.other(self.anchor) if self.moved.knows(self.anchor) else self.log_probs.detach()
 
 
 @dataclass(frozen=True)
 class TokenLoss:
-    """The loss a token, and where it was bounded from below, from above, or by the bound on negative advantages: flags of any
-    type, 1 and 0 in that of the loss being the fastest, or functions that give them."""
+    """The loss a token, and where it was bounded from below, from above, or by the bound on negative advantages: booleans, or
+    1 and 0 in any type."""
 
     loss: Tensor
-    low: Flags = None
-    high: Flags = None
-    dual: Flags = None
+    low: Tensor | None = None
+    high: Tensor | None = None
+    dual: Tensor | None = None
 
 
 def ppo(t: Terms, *, clip_low: float, clip_high: float, dual_clip: float | None = None) -> TokenLoss:
     """-min(r A, clip(r, 1 - low, 1 + high) A); with a dual clip c, at least c A where A < 0. Through r.
 
-    Written as one clamp whose bounds depend on the sign of A: from above where A > 0, from below where A < 0, and there
+    That is one clamp whose bounds depend on the sign of A: from above where A > 0, from below where A < 0, and there
     by c from above. PPO (arXiv 1707.06347, eq. 7); dual clip (1912.09729).
     """
     r, a = t.ratio, t.advantages
-    negative = a < 0
-    lower = _by_sign(negative, 1 - clip_low, -torch.inf, r)
-    upper = _by_sign(a > 0, 1 + clip_high, torch.inf if dual_clip is None else dual_clip, r)
-    bounded, below, above = clamped(r, lower, upper)
+    lower = either(a < 0, 1 - clip_low, -inf, r)
+    upper = either(a > 0, 1 + clip_high, inf if dual_clip is None else dual_clip, r)
+    bounded, below, above = kernels.clamp(r, lower, upper)
     if dual_clip is None:
         return TokenLoss(-a * bounded, below, above)
-    return TokenLoss(-a * bounded, below, lambda: above() * ~negative, lambda: above() * negative)
+    return TokenLoss(-a * bounded, below, above * ~(a < 0), above * (a < 0))
 
 
 def two_sided(t: Terms, *, clip_low: float, clip_high: float, delta: float) -> TokenLoss:
@@ -90,24 +75,25 @@ def two_sided(t: Terms, *, clip_low: float, clip_high: float, delta: float) -> T
 def cispo(t: Terms, *, weight_min: Sequence[float], weight_max: Sequence[float]) -> TokenLoss:
     """-sg(clip(r, min, max)) A log p, bounds for A >= 0 and for A < 0. Through log p, so no token loses its gradient while the
     weights are positive (MiniMax-M1, arXiv 2506.13585, eq. 4; with [1, 1] and [0, 1] TOPR, 2503.14286)."""
-    r, negative = t.ratio.detach(), t.advantages < 0
-    lower, upper = _by_sign(negative, weight_min[1], weight_min[0], r), _by_sign(negative, weight_max[1], weight_max[0], r)
-    weight = torch.maximum(torch.minimum(r, upper), lower)
-    return TokenLoss(-(weight * t.advantages) * t.log_probs, flag(torch.lt, r, lower), flag(torch.gt, r, upper))
+    r, a = t.ratio.detach(), t.advantages
+    lower, upper = either(a < 0, weight_min[1], weight_min[0], r), either(a < 0, weight_max[1], weight_max[0], r)
+    weight, below, above = kernels.clamp(r, lower, upper)
+    return TokenLoss(-(weight * a) * t.log_probs, below, above)
 
 
 def sapo(t: Terms, *, tau_positive: float, tau_negative: float) -> TokenLoss:
     """-(4 / tau) sigmoid(tau (r - 1)) A, tau by the sign of A. Through r, damped away from r = 1 (arXiv 2511.20347)."""
-    tau = _by_sign(t.advantages > 0, tau_positive, tau_negative, t.ratio)
-    return TokenLoss(-4 / tau * torch.sigmoid(tau * (t.ratio - 1)) * t.advantages)
+    r, a = t.ratio, t.advantages
+    tau = either(a > 0, tau_positive, tau_negative, r)
+    return TokenLoss(-4 / tau * torch.sigmoid(tau * (r - 1)) * a)
 
 
 def gmpo(t: Terms, *, clip_low: float, clip_high: float) -> TokenLoss:
     """-A exp(pool(clip(d))): token log ratios bounded on the harmful side, then pooled. Through r (arXiv 2507.20673)."""
-    lower = _by_sign(t.advantages < 0, -clip_low, -torch.inf, t.delta)
-    upper = _by_sign(t.advantages > 0, clip_high, torch.inf, t.delta)
-    bounded, low, high = clamped(t.delta, lower, upper)
-    return TokenLoss(-t.advantages * bounded_exp(t.pool(bounded)), low, high)
+    d, a = t.delta, t.advantages
+    lower, upper = either(a < 0, -clip_low, -inf, d), either(a > 0, clip_high, inf, d)
+    bounded, below, above = kernels.clamp(d, lower, upper)
+    return TokenLoss(-a * kernels.bounded_exp(t.pool(bounded)), below, above)
 
 
 def tv(t: Terms, *, low: float, high: float) -> TokenLoss:
@@ -141,10 +127,10 @@ def dro(t: Terms, *, beta: float) -> TokenLoss:
 
 def vespo(t: Terms, *, k: Sequence[float], lam: Sequence[float]) -> TokenLoss:
     """-sg(w) A log p, w = r^k exp(lam (1 - r)); k and lam for A >= 0 and for A < 0. Through log p (arXiv 2602.10693)."""
-    r, negative = t.ratio.detach(), t.advantages < 0
-    shape, rate = _by_sign(negative, k[1], k[0], r), _by_sign(negative, lam[1], lam[0], r)
+    r, a = t.ratio.detach(), t.advantages
+    shape, rate = either(a < 0, k[1], k[0], r), either(a < 0, lam[1], lam[0], r)
     weight = torch.exp(shape * r.log() + rate * (1 - r))
-    return TokenLoss(-weight * t.advantages * t.log_probs)
+    return TokenLoss(-weight * a * t.log_probs)
 
 
 def clip_cov(t: Terms, *, clip_low: float, clip_high: float, share: float, cov_low: float, cov_high: float) -> TokenLoss:
@@ -152,22 +138,21 @@ def clip_cov(t: Terms, *, clip_low: float, clip_high: float, share: float, cov_l
     clipped = ppo(t, clip_low=clip_low, clip_high=clip_high)
     picked = t.picked
     if picked is None:
-        bounded = (t.advantages > 0) & (t.ratio > 1 + clip_high) | (t.advantages < 0) & (t.ratio < 1 - clip_low)
-        picked = covariance.draw(
-            t.log_probs, t.advantages, t.mask, share=share, cov_low=cov_low, cov_high=cov_high, clipped_B_T=bounded
-        )
+        r, a, counted = t.ratio, t.advantages, t.weights != 0
+        outside = (a > 0) & (r > 1 + clip_high) | (a < 0) & (r < 1 - clip_low)
+        picked = covariance.draw(t.log_probs, a, counted, share=share, cov_low=cov_low, cov_high=cov_high, clipped_B_T=outside)
     return TokenLoss(torch.where(picked, 0.0, clipped.loss), clipped.low, clipped.high)
 
 
 def kl_cov(t: Terms, *, share: float, coef: float) -> TokenLoss:
     """-r A, plus coef |d| on the picked tokens (see `covariance.top`). Through r (arXiv 2505.22617)."""
-    picked = covariance.top(t.log_probs, t.advantages, t.mask, share=share) if t.picked is None else t.picked
+    picked = covariance.top(t.log_probs, t.advantages, t.weights != 0, share=share) if t.picked is None else t.picked
     return TokenLoss(torch.where(picked, coef * t.delta.abs(), 0.0) - t.ratio * t.advantages)
 
 
 def none(t: Terms) -> TokenLoss:
     """-r A; -A log p where the ratio is the constant 1 (REINFORCE)."""
-    return TokenLoss(-t.linear * t.advantages)
+    return TokenLoss(-(t.log_probs if t.constant else t.ratio) * t.advantages)
 
 
 SURROGATES: dict[str, Callable[..., TokenLoss]] = {
@@ -184,18 +169,6 @@ SURROGATES: dict[str, Callable[..., TokenLoss]] = {
     "kl_cov": kl_cov,
     "none": none,
 }
-
-
-def _by_sign(condition: Tensor, then: float, otherwise: float, like: Tensor) -> Tensor:
-    """torch.where of two numbers in the dtype of `like`; of bare numbers it would be float32."""
-    if condition.shape[1] == 1:
-        return torch.where(condition, _constant(then, like.dtype, like.device), _constant(otherwise, like.dtype, like.device))
-    return like.new_full(condition.shape, otherwise).masked_fill_(condition, then)
-
-
-@lru_cache(maxsize=256)  # the numbers may be a caller's
-def _constant(number: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.tensor(number, dtype=dtype, device=device)
 
 
 def _pick_drawn(

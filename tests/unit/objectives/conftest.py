@@ -25,7 +25,7 @@ def loss_of(spec: Any, batch: Batch) -> tuple[Tensor, Tensor, LossOutputs]:
     objective = objective_of(spec)
     log_probs = batch["log_probs"].detach().clone().requires_grad_()
     step = objective.prepare(**{name: value for name, value in batch.items() if name != "log_probs"})
-    loss, outputs = objective.loss(log_probs, **step.rows())
+    loss, outputs = objective.loss(log_probs, step.rows())
     (gradient,) = torch.autograd.grad(loss, log_probs)
     return loss.detach(), gradient, outputs
 

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 from service.spec.objective import ObjectiveSpec
 from workers.objectives import Objective
-from workers.objectives.tensors import clamped
+from workers.objectives.kernels import clamp
 
 DIFFERENTIATED = {
     "ppo": {"surrogate": {"kind": "ppo", "clip_low": 0.1, "clip_high": 0.15}},
@@ -63,7 +63,7 @@ def test_gradient_is_the_derivative_of_the_loss(name, ratio, batch):
     objective, step = prepared(spec, batch)
 
     def loss(log_probs: Tensor) -> Tensor:
-        return objective.loss(log_probs, **step.rows())[0]
+        return objective.loss(log_probs, step.rows())[0]
 
     assert gradcheck(loss, (batch["log_probs"].requires_grad_(),), eps=1e-6, atol=1e-8, rtol=1e-6)
 
@@ -73,14 +73,14 @@ def test_gradient_is_the_derivative_of_the_loss(name, ratio, batch):
 )
 def test_aggregation_weights_enter_value_and_gradient_alike(aggregate, batch):
     objective, step = prepared({"aggregate": aggregate}, batch)
-    assert gradcheck(lambda log_probs: objective.loss(log_probs, **step.rows())[0], (batch["log_probs"].requires_grad_(),))
+    assert gradcheck(lambda log_probs: objective.loss(log_probs, step.rows())[0], (batch["log_probs"].requires_grad_(),))
 
 
 def gradient_of(spec, batch) -> tuple[Tensor, Tensor, Tensor]:
     """The gradient, the weights, and d = log p - log p_old, 0 where masked."""
     objective, step = prepared(spec, batch)
     log_probs = batch["log_probs"].clone().requires_grad_()
-    loss, outputs = objective.loss(log_probs, **step.rows())
+    loss, outputs = objective.loss(log_probs, step.rows())
     (gradient,) = torch.autograd.grad(loss, log_probs)
     delta = torch.where(batch["response_mask"].bool(), batch["log_probs"] - batch["old_log_probs"], 0.0)
     return gradient, outputs.weights, delta
@@ -151,7 +151,7 @@ def test_straight_through_has_the_estimators_value_and_k2s_gradient(batch):
     away = torch.where(batch["response_mask"].bool(), batch["log_probs"] - batch["ref_log_probs"], 0.0)
     assert_close(straight, weights * away)
     losses = [prepared({"kl": {**kl, "gradient": gradient}}, free) for gradient in ("straight_through", "plain")]
-    values = [objective.loss(batch["log_probs"], **step.rows())[0] for objective, step in losses]
+    values = [objective.loss(batch["log_probs"], step.rows())[0] for objective, step in losses]
     assert_close(values[0], values[1])
 
 
@@ -187,9 +187,9 @@ def test_at_a_bound_nothing_is_flagged_and_the_gradient_passes(width):
     """One number a sequence goes another way than one a token."""
     values = torch.tensor([0.8, 0.79, 1.2, 1.21, 1.0], dtype=torch.float64).unsqueeze(1).repeat(1, width).requires_grad_()
     lower, upper = torch.full_like(values, 0.8), torch.full_like(values, 1.2)
-    bounded, below, above = clamped(values, lower, upper)
+    bounded, below, above = clamp(values, lower, upper)
     assert bounded[:, 0].tolist() == [0.8, 0.8, 1.2, 1.2, 1.0]
-    assert below()[:, 0].bool().tolist() == [False, True, False, False, False]
-    assert above()[:, 0].bool().tolist() == [False, False, False, True, False]
+    assert below[:, 0].bool().tolist() == [False, True, False, False, False]
+    assert above[:, 0].bool().tolist() == [False, False, False, True, False]
     (gradient,) = torch.autograd.grad(bounded.sum(), values)
     assert gradient[:, 0].tolist() == [1, 0, 1, 0, 1]

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 from service.spec.objective import ObjectiveSpec
 from service.spec.presets import PRESETS
-from workers.objectives import Objective, tensors
+from workers.objectives import Objective, Rows, kernels
 
 property_test = settings(max_examples=75, deadline=None, derandomize=True)
 
@@ -130,7 +130,7 @@ def run(spec: Any, batch: dict[str, Any]) -> dict[str, Any]:
     """Loss, gradient, and outputs of a batch taken as one step."""
     objective, log_probs = build(spec), batch["log_probs"].detach().clone().requires_grad_()
     step = objective.prepare(**{name: value for name, value in batch.items() if name != "log_probs"})
-    loss, outputs = objective.loss(log_probs, **step.rows())
+    loss, outputs = objective.loss(log_probs, step.rows())
     (gradient,) = torch.autograd.grad(loss, log_probs)
     metrics = (step.metrics + outputs.metrics).finish()
     return {"loss": loss.detach(), "gradient": gradient, "outputs": outputs, "metrics": metrics}
@@ -241,11 +241,11 @@ def test_micro_batches_add_up_to_the_step(batch, spec, data):
     parts = [part for part in torch.tensor(order).tensor_split(cuts) if len(part)]
     objective, log_probs = build(spec), batch["log_probs"].clone().requires_grad_()
     step = objective.prepare(**{name: value for name, value in batch.items() if name != "log_probs"})
-    whole_loss, whole = objective.loss(log_probs, **step.rows())
+    whole_loss, whole = objective.loss(log_probs, step.rows())
     (gradient,) = torch.autograd.grad(whole_loss, log_probs)
     metrics, total = step.metrics, torch.zeros((), dtype=torch.float64)
     for part in parts:
-        loss, outputs = objective.loss(log_probs[part], **step.rows(part))
+        loss, outputs = objective.loss(log_probs[part], step.rows(part))
         loss.backward()
         total, metrics = total + loss.detach(), metrics + outputs.metrics
     assert_same({"loss": total, "gradient": log_probs.grad}, {"loss": whole_loss.detach(), "gradient": gradient})
@@ -262,17 +262,16 @@ def test_metrics_of_merged_items_split_into_those_of_each_item_alone(batch, spec
     objective, alone = build(spec), list[dict[str, float]]()
     given = {name: value for name, value in batch.items() if name != "log_probs"}
     whole = objective.prepare(**given)
-    together: dict[str, Any] = {name: None if tensor is None else tensor.clone() for name, tensor in whole.rows().items()}
+    together = {name: tensor.clone() for name, tensor in whole.rows().known().items()}
     for item in range(items):
         index = (item_of_row == item).nonzero().squeeze(1)
         step = objective.prepare(**rows_of(given, index))
-        _, outputs = objective.loss(batch["log_probs"][index], **step.rows())
+        _, outputs = objective.loss(batch["log_probs"][index], step.rows())
         groups = objective.group_metrics(rewards[index], batch["group_ids"][index])
         alone.append((step.metrics + outputs.metrics + groups).finish())
-        for name, tensor in step.rows().items():
-            if tensor is not None:
-                together[name][index] = tensor
-    _, outputs = objective.loss(batch["log_probs"], **together)
+        for name, tensor in step.rows().known().items():
+            together[name][index] = tensor
+    _, outputs = objective.loss(batch["log_probs"], Rows(**together))
     metrics = whole.metrics + outputs.metrics + objective.group_metrics(rewards, batch["group_ids"] + 10 * item_of_row)
     assert len(metrics.split(item_of_row, items)) == items
     for split, finished in zip(metrics.split(item_of_row, items), alone, strict=True):
@@ -284,11 +283,23 @@ def test_metrics_of_merged_items_split_into_those_of_each_item_alone(batch, spec
 def test_how_many_rows_are_taken_at_a_time_does_not_matter(batch, spec):
     whole = run(spec, batch)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tensors, "BLOCK", 1)
+        patch.setattr(kernels, "BLOCK", 1)
         alone = run(spec, batch)
     assert torch.equal(whole["loss"], alone["loss"])
     assert torch.equal(whole["gradient"], alone["gradient"])
     assert whole["metrics"] == pytest.approx(alone["metrics"], rel=1e-12, abs=1e-12)
+
+
+@property_test
+@given(batches(), objectives)
+def test_plain_operations_give_what_the_fast_ones_do(batch, spec):
+    fast = run(spec, batch)
+    with kernels.plain():
+        plain = run(spec, batch)
+    assert_same(fast, plain)
+    assert fast["metrics"] == pytest.approx(plain["metrics"], rel=1e-12, abs=1e-12)
+    for name in ("ratio", "token_loss", "log_importance_ratio", "clipped_low", "clipped_high", "clipped_dual", "weights"):
+        assert_close(getattr(fast["outputs"], name), getattr(plain["outputs"], name), rtol=1e-12, atol=1e-12)
 
 
 @property_test

@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from workers.objectives.metrics import Metrics, Reductions
+from workers.objectives.metrics import Metrics
+from workers.objectives.reductions import Reductions
 
 EVERY_OBJECTIVE = {
     "policy/loss",
@@ -25,7 +26,7 @@ def test_what_every_objective_measures(example, make_objective):
     step = objective.prepare(
         response_mask=example["response_mask"], advantages=example["advantages"], rollout_log_probs=example["old_log_probs"]
     )
-    _, outputs = objective.loss(example["log_probs"], **step.rows())
+    _, outputs = objective.loss(example["log_probs"], step.rows())
     assert set((step.metrics + outputs.metrics).finish()) == EVERY_OBJECTIVE
 
 
@@ -39,7 +40,7 @@ def test_what_is_given_is_measured_though_no_axis_needs_it(example, make_objecti
         rollout_log_probs=old - 0.2,
         entropy=torch.full_like(old, 0.7),
     )
-    _, outputs = make_objective("gspo").loss(example["log_probs"], **step.rows())
+    _, outputs = make_objective("gspo").loss(example["log_probs"], step.rows())
     measured = (step.metrics + outputs.metrics).finish()
     more = {"policy/approx_kl", "kl/ref", "rollout/approx_kl"}
     assert set(measured) == EVERY_OBJECTIVE | more | {f"{name}_k3" for name in more} | {
@@ -153,7 +154,7 @@ def test_only_weights_count_whatever_their_precision(example, make_objective):
             dtype=weights_in,
         )
         log_probs = example["log_probs"].detach().to(computed_in).requires_grad_()
-        loss, outputs = objective.loss(log_probs, **step.rows())
+        loss, outputs = objective.loss(log_probs, step.rows())
         loss.backward()
         assert log_probs.grad is not None
         found.append({**outputs.metrics.finish(), **dict(enumerate(log_probs.grad.flatten().tolist()))})

@@ -71,7 +71,7 @@ def test_masked_corrections_leave_the_divisor_alone(batch, compute):
 def test_normalised_corrections_have_mean_one_over_the_step(batch, make_objective):
     objective = make_objective({"correct": {"action": "truncate", "cap": 9.0, "normalize": True}})
     step = objective.prepare(**{name: value for name, value in batch.items() if name != "log_probs"})
-    correction = step.tensors["correction"]
+    correction = step.tensors.correction
     assert_close(correction.sum() / MASK.sum(), torch.tensor(1.0, dtype=torch.float64))
 
 
@@ -104,7 +104,7 @@ def test_selection_comes_before_the_weights(make_objective):
         truncated=torch.tensor([False, True, False, False]),
     )
     assert mask.tolist() == [[True] * 3, [False] * 3, [False] * 3, [False] * 3]
-    weights = objective.prepare(response_mask=mask, advantages=torch.ones(4)).tensors["weights"]
+    weights = objective.prepare(response_mask=mask, advantages=torch.ones(4)).tensors.weights
     assert weights is not None
     assert_close(weights[0], torch.full((3,), 1 / 3))
 
@@ -128,7 +128,7 @@ def test_tokens_left_out_of_the_loss_still_belong_to_their_sequences_ratio(batch
     selected[0, 1] = False
     step = objective.prepare(selected=selected, **{name: value for name, value in batch.items() if name != "log_probs"})
     log_probs = batch["log_probs"].requires_grad_()
-    _, outputs = objective.loss(log_probs, **step.rows())
+    _, outputs = objective.loss(log_probs, step.rows())
     expected = (batch["log_probs"] - batch["old_log_probs"])[0].mean().exp()
     assert_close(outputs.ratio[0], torch.stack([expected, expected * 0, expected]).detach())
 
@@ -142,7 +142,7 @@ def test_what_is_left_out_of_the_loss_is_in_no_count_and_its_advantage_may_be_an
         batch["advantages"] = batch["advantages"].unsqueeze(1).repeat(1, 3)
     objective, log_probs = make_objective("gspo"), batch.pop("log_probs").requires_grad_()
     step = objective.prepare(selected=selected, **batch)
-    loss, outputs = objective.loss(log_probs, **step.rows())
+    loss, outputs = objective.loss(log_probs, step.rows())
     (gradient,) = torch.autograd.grad(loss, log_probs)
     assert gradient.isfinite().all() and (gradient[2] == 0).all()
     measured = outputs.metrics.finish()
@@ -213,7 +213,7 @@ def test_a_training_loop_raises_the_reward_with_every_preset(preset, make_object
             optimizer.zero_grad()
             for micro in torch.arange(32).split(10):
                 log_probs = logits.log_softmax(0)[answers[minibatch][micro]].unsqueeze(1)
-                loss, _ = objective.loss(log_probs, **step.rows(micro))
+                loss, _ = objective.loss(log_probs, step.rows(micro))
                 (loss / 32 if sums else loss).backward()
             optimizer.step()
     assert mean_reward() > before + 0.002

@@ -11,6 +11,7 @@ from service.errors import InvalidRequest
 from service.spec import axes
 from service.spec.objective import ObjectiveSpec
 from service.spec.presets import BASE, PRESETS
+from service.spec.tensors import OF_A_JOB, uses
 from service.validation import parse
 from workers.objectives import Objective, advantage, aggregate, correct, kl, ratio, select, surrogate
 
@@ -79,7 +80,7 @@ def test_nothing_said_means_a_clipped_token_ratio_and_nothing_else():
     spec = ObjectiveSpec()
     assert spec == ObjectiveSpec.model_validate({})
     assert spec.kl.place == "none"
-    assert spec.needs().keys() == {"old_log_probs"}
+    assert needs(spec) == {"old_log_probs"}
     assert ObjectiveSpec.model_validate("gspo") == ObjectiveSpec(preset="gspo")
 
 
@@ -133,16 +134,21 @@ def test_schema_and_mathematics_know_the_same_names():
     assert set(axes.Select.model_fields) == set(select.SELECTORS)
 
 
+def needs(spec, given=OF_A_JOB):
+    """The tensors that are missing of a batch."""
+    return uses(ObjectiveSpec.model_validate(spec), given).needed.keys() - given
+
+
 def test_what_each_objective_needs():
-    assert ObjectiveSpec(preset="grpo").needs().keys() == {"old_log_probs", "ref_log_probs"}
-    assert ObjectiveSpec(preset="dppo").needs().keys() == {"rollout_log_probs"}
-    assert not ObjectiveSpec(preset="cross_entropy").needs()
-    assert ObjectiveSpec(preset="ppo").needs(rewards=False).keys() == {"old_log_probs"}  # a KL in rewards that are not there
-    assert ObjectiveSpec(preset="rloo").needs().keys() == {"old_log_probs", "ref_log_probs"}
-    assert "segment_ids" in ObjectiveSpec.model_validate({"ratio": "segment"}).needs()
-    assert "segment_ids" not in ObjectiveSpec.model_validate({"ratio": {"kind": "segment", "chunk": 8}}).needs()
-    assert "ref_log_probs" not in ObjectiveSpec.model_validate({"preset": "grpo", "kl": {"coef": 0}}).needs()
-    assert ObjectiveSpec.model_validate({"correct": "truncate"}).needs().keys() == {"old_log_probs", "rollout_log_probs"}
+    assert needs("grpo") == {"old_log_probs", "ref_log_probs"}
+    assert needs("dppo") == {"rollout_log_probs"}
+    assert not needs("cross_entropy")
+    assert needs("ppo", frozenset({"advantages"})) == {"old_log_probs"}  # a KL in rewards that are not there
+    assert needs("rloo") == {"old_log_probs", "ref_log_probs"}
+    assert "segment_ids" in needs({"ratio": "segment"})
+    assert "segment_ids" not in needs({"ratio": {"kind": "segment", "chunk": 8}})
+    assert "ref_log_probs" not in needs({"preset": "grpo", "kl": {"coef": 0}})
+    assert needs({"correct": "truncate"}) == {"old_log_probs", "rollout_log_probs"}
 
 
 # ---------------------------------------------------------------- what is refused

@@ -1,0 +1,84 @@
+"""Numbers of each row of a batch, written into Metrics."""
+
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from workers.objectives import kernels
+from workers.objectives.metrics import Metrics
+
+
+class Reductions:
+    """Sums, extremes and fractions over the counted tokens of each row of a batch, written into Metrics.
+
+    `mask_B_T` is boolean, or weights that are not 0 where a token counts. Values are [B, T], or [B, 1] where a sequence has one
+    for all its tokens; not counted ones may be anything. Temporaries have the size of a few blocks of rows.
+    """
+
+    def __init__(
+        self,
+        mask_B_T: Tensor,
+        dtype: torch.dtype,
+        metrics: Metrics | None = None,
+        counts_B: Tensor | None = None,
+        lengths_B: Tensor | None = None,
+    ) -> None:
+        """`counts_B`: the counted tokens of each row, where they are known; `lengths_B`: those at which differences are not 0
+        anyway. If they are all counted, `kl` need not look."""
+        self.metrics = Metrics() if metrics is None else metrics
+        self._mask, self.dtype = mask_B_T, dtype
+        self.tokens_B = (kernels.tokens_of(self.mask) if counts_B is None else counts_B).to(dtype)
+        self.counted_B = self.tokens_B > 0
+        self.nothing_B = torch.zeros_like(self.tokens_B)
+        self.all_counted = lengths_B is not None and kernels.surely_equal(lengths_B, self.tokens_B)
+
+    @cached_property
+    def mask(self) -> Tensor:
+        return kernels.as_mask(self._mask, self.dtype)
+
+    def mean(self, name: str, values: Tensor) -> None:
+        """Over tokens."""
+        if values.shape == self._mask.shape:
+            total_B = self._sums(values)
+        else:
+            total_B = torch.where(self.counted_B, values.squeeze(1) * self.tokens_B, 0.0)
+        self.metrics.add("mean", name, total_B, self.tokens_B)
+
+    def extremes(self, name: str, values: Tensor) -> None:
+        """NAME_min and NAME_max; of nothing they are inf and -inf, which `finish` leaves out."""
+        if not self._mask.numel():
+            return
+        if values.shape == self._mask.shape:
+            least_B, greatest_B = kernels.row_extremes(values.to(self.dtype), self.mask)
+        else:
+            least_B, greatest_B = (torch.where(self.counted_B, values.squeeze(1), end) for end in (torch.inf, -torch.inf))
+        self.metrics.add("min", f"{name}_min", least_B)
+        self.metrics.add("max", f"{name}_max", greatest_B)
+
+    def fraction(self, name: str, flags: Tensor | None) -> None:
+        """Of tokens, and as NAME_sequence the mean over sequences of their fractions. None: nothing is flagged."""
+        count_B = share_B = self.nothing_B
+        if flags is not None and flags.shape == self._mask.shape:
+            count_B = self._sums(flags)
+            share_B = count_B / self.tokens_B.clamp(min=1)
+        elif flags is not None:
+            flags_B = flags.squeeze(1)
+            count_B, share_B = flags_B * self.tokens_B, flags_B * self.counted_B
+        self.metrics.add("mean", name, count_B, self.tokens_B)
+        self.metrics.add("mean", f"{name}_sequence", share_B, self.counted_B)
+
+    def kl(self, name: str, difference_B_T: Tensor, sign: int = 1) -> None:
+        """NAME (k1) and NAME_k3 from `sign` times log-probs under the sampled policy less those under the other."""
+        mask = None if self.all_counted else self.mask
+        k1_B, k3_B = kernels.row_kl(difference_B_T.to(self.dtype), mask, sign)
+        self.metrics.add("mean", name, k1_B, self.tokens_B)
+        self.metrics.add("mean", f"{name}_k3", k3_B, self.tokens_B)
+
+    def effective(self, name: str, weights_B_T: Tensor) -> None:
+        """(sum w)^2 / (n sum w^2): the share of the tokens that the weights leave in effect."""
+        self.metrics.add("effective", name, self._sums(weights_B_T), self._sums(weights_B_T.square()), self.tokens_B)
+
+    def _sums(self, values_B_T: Tensor) -> Tensor:
+        """Over the counted tokens of each row."""
+        return kernels.row_sums(values_B_T.to(self.dtype), self.mask)
