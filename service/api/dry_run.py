@@ -12,8 +12,9 @@ from service.edge.auth import Caller, CallerDep
 from service.edge.bodies import DocumentDep, documented
 from service.edge.context import Context, ContextDep
 from service.edge.problems import BODY, responses
-from service.jobs.resolve import Resolved, resolve
+from service.jobs.resolve import Resolved
 from service.rewards.preview import Preview, run_preview
+from service.rewards.references import resolve_and_read
 from service.spec.job import JobSpec
 from service.validation import parse
 
@@ -23,6 +24,17 @@ PREVIEW_ROWS = 4
 PREVIEW_TIMEOUT_S = 20.0
 
 
+class ProbeView(BaseModel):
+    """An answer that was tried on the graders."""
+
+    kind: Annotated[Literal["right", "near", "wrong", "stand_in"], Field(description="stand_in: no right answer is known")]
+    answer: str
+    made: Annotated[str, Field(description="how it was made from the reference")]
+    total: Annotated[float | None, Field(description="the reward; null: a grader could not grade it")]
+    scores: Annotated[dict[str, float | None], Field(description="by grader; near and wrong answers are not sent to http ones")]
+    errors: dict[str, str]
+
+
 class SampleView(BaseModel):
     """A row as the job will put it, and what its own right answer gets from the graders."""
 
@@ -30,6 +42,7 @@ class SampleView(BaseModel):
     reference: Annotated[str | None, Field(description="the right answer, where the spec says what it is")]
     graded: Annotated[dict[str, Any] | None, Field(description="total and scores of the right answer")]
     errors: list[str]
+    probes: Annotated[list[ProbeView], Field(description="what the graders would pay for right, near and wrong answers")] = []
 
 
 class DryRun(BaseModel):
@@ -61,7 +74,7 @@ async def validate_job(context: ContextDep, caller: CallerDep, document: Documen
 
 
 def _resolve(context: Context, caller: Caller, sent: Any) -> Resolved:
-    return resolve(context.store, context.settings, caller.project, parse(JobSpec, sent))
+    return resolve_and_read(context.store, context.settings, caller.project, parse(JobSpec, sent))
 
 
 def _preview(context: Context, resolved: Resolved) -> Preview:

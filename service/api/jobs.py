@@ -20,7 +20,7 @@ from service.edge.tails import POLL_S
 from service.jobs import lifecycle
 from service.jobs.fork import forked_spec
 from service.jobs.lifecycle import CANCEL_GRACE_S
-from service.jobs.resolve import resolve
+from service.rewards.references import resolve_and_read
 from service.spec.job import JobSpec
 from service.spec.model import CheckpointRef
 from service.spec.section import Section
@@ -123,7 +123,7 @@ def fork_job(
 
 
 def _create(context: Context, caller: Caller, sent: dict[str, Any], turn: Once, *, parent_id: str | None = None) -> JobView:
-    resolved = resolve(context.store, context.settings, caller.project, parse(JobSpec, sent))
+    resolved = resolve_and_read(context.store, context.settings, caller.project, parse(JobSpec, sent))
     job = lifecycle.create_job(
         context.store,
         context.doorbell,

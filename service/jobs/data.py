@@ -7,22 +7,18 @@ row when it is asked for. Every choice derives from (seed, epoch), so a resumed 
 import json
 import os
 import random
-import re
 from array import array
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, overload
 
 from service.errors import FieldError, InvalidRequest
+from service.jobs.gym import check_task, open_task
 from service.spec.data import DatasetSource, DataSpec, InlineSource, Message, ReasoningGymSource, SplitSource, TrainSource
 from service.spec.templates import render
-from service.validation import did_you_mean, escape
-
-NAMES_A_FILE = re.compile(r"file|path|dir|url|folder")  # a setting of a reasoning-gym task, by its name
-PLAIN_NAME = re.compile(r"\w[\w.-]*", re.ASCII)
 
 Row = dict[str, Any]
 Prompt = str | list[dict[str, str]]
@@ -92,20 +88,26 @@ class JsonlRows(Rows):
 
 
 class ReasoningGymRows(Rows):
-    """Rows that a task of reasoning-gym makes: question, answer, metadata. Row i is always the same for the same seed."""
+    """Rows that a task of reasoning-gym makes: question, answer, metadata (with the
+    task's settings as source_config). Row i is always the same for the same seed."""
 
     def __init__(self, source: ReasoningGymSource, pointer: str = "/data/train") -> None:
         check_task(source, pointer)
-        from reasoning_gym import create_dataset
-
         self._size = min(source.size, source.max_rows or source.size)
-        self._task = create_dataset(source.task, **source.config, seed=source.seed, size=source.size)
+        self._config = source.config
+        self._task = open_task(source.task, source.config, seed=source.seed, size=source.size)
 
     def __len__(self) -> int:
         return self._size
 
     def _row(self, index: int) -> Row:
-        return self._task[index]
+        row = self._task[index]
+        return {**row, "metadata": {**row["metadata"], "source_config": self._config_of(row["metadata"])}}
+
+    def _config_of(self, metadata: dict[str, Any]) -> dict[str, Any]:
+        """With what the row was made, which its scorer must know too; a part of a composite has its own."""
+        parts = {part["name"]: part.get("config", {}) for part in self._config.get("datasets", [])}
+        return parts.get(metadata.get("source_dataset"), {}) if "datasets" in self._config else self._config
 
 
 class Subset(Rows):
@@ -203,44 +205,3 @@ def _epoch(n: int, epoch: int, seed: int) -> "array[int]":
 def _random(seed: int, purpose: str) -> random.Random:
     digest = blake2b(f"{seed}/data/{purpose}".encode(), digest_size=16).digest()
     return random.Random(int.from_bytes(digest, "big"))
-
-
-def check_task(source: ReasoningGymSource, pointer: str) -> None:
-    """Look at the task's name and config without making a row. Raises InvalidRequest, with the code that fits."""
-    try:
-        from reasoning_gym.factory import DATASETS  # slow to import, and an extra
-    except ImportError:
-        raise InvalidRequest(
-            "the source reasoning_gym needs the package reasoning-gym, which is not installed here",
-            [FieldError(f"{pointer}/source", "reasoning-gym is not installed", "missing_extra", got="reasoning_gym")],
-            code="missing_extra",
-            hint="the operator can install it: pip install 'ratchet-rl[reasoning-gym]', for the API and for the workers",
-        ) from None
-    if source.task not in DATASETS:
-        detail = f"reasoning-gym has no task {source.task!r}{did_you_mean(source.task, list(DATASETS))}"
-        raise InvalidRequest(detail, [FieldError(f"{pointer}/task", detail, "unknown_task", source.task, sorted(DATASETS))])
-    _, config_class = DATASETS[source.task]
-    legal = sorted(field.name for field in fields(config_class) if field.name not in ("seed", "size"))
-    if unknown := [name for name in source.config if name not in legal]:
-        details = [
-            f"{source.task} has no setting {name!r}{did_you_mean(name, legal)}; legal: {', '.join(legal)}" for name in unknown
-        ]
-        raise InvalidRequest(
-            details[0],
-            [
-                FieldError(f"{pointer}/config/{escape(name)}", detail, "unknown_key", allowed=legal)
-                for name, detail in zip(unknown, details, strict=True)
-            ],
-        )
-    for name, value in source.config.items():  # spell_backward reads any file that its data_file names, and shows its words
-        if NAMES_A_FILE.search(name) and isinstance(value, str) and not PLAIN_NAME.fullmatch(value):
-            detail = f"{name} names a file that comes with reasoning-gym; a path is not taken"
-            where = f"{pointer}/config/{escape(name)}"
-            raise InvalidRequest(f"{where}: {detail}", [FieldError(where, detail, "path_refused", got=value)])
-    try:
-        config = config_class(**source.config, seed=source.seed, size=source.size)
-        if hasattr(config, "validate"):
-            config.validate()
-    except Exception as error:  # each task checks its config in its own way
-        detail = f"reasoning-gym refuses this config of {source.task}: {str(error) or type(error).__name__}"
-        raise InvalidRequest(detail, [FieldError(f"{pointer}/config", detail, "task_config")]) from None

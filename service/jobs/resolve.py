@@ -11,7 +11,9 @@ from typing import Any, TypeVar
 from sqlalchemy.orm import Session
 
 from service.errors import FieldError, InvalidRequest, NotFound
-from service.jobs.data import Data, InlineRows, Rows, check_task, open_source, split
+from service.jobs.data import Data, InlineRows, Rows, open_source, split
+from service.jobs.gym import check_task
+from service.jobs.reference_checks import Formula, check_references
 from service.jobs.resolve_model import resolve_model
 from service.jobs.resolve_reward import check_metrics, check_reward
 from service.jobs.row_checks import check_rows
@@ -44,6 +46,7 @@ class Resolved:
     estimates: dict[str, Any]
     warnings: list[str] = field(default_factory=list)
     dataset_paths: dict[str, Path] = field(default_factory=dict)
+    formulas: list[Formula] = field(default_factory=list)  # references that are left to service.rewards.references
 
 
 def resolve(store: Store, settings: Settings, project: str, spec: RLSpec | SupervisedSpec) -> Resolved:
@@ -60,8 +63,13 @@ def resolve(store: Store, settings: Settings, project: str, spec: RLSpec | Super
     errors += check_reward(spec, settings)
     errors += check_metrics(spec)
     errors += _check_context(spec, context)
+    formulas: list[Formula] = []
     if data is not None:
-        errors += check_rows(spec, data, uploaded)
+        wrong = check_rows(spec, data, uploaded)
+        errors += wrong
+        if not wrong:
+            unread, formulas = check_references(spec, data)
+            errors += unread
     if errors or data is None:
         raise _refused(errors)
     full = spec.model_dump(mode="json", by_alias=True)
@@ -76,6 +84,7 @@ def resolve(store: Store, settings: Settings, project: str, spec: RLSpec | Super
         estimates=estimates,
         warnings=_warnings(spec, estimates),
         dataset_paths=paths,
+        formulas=formulas,
     )
 
 

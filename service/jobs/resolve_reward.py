@@ -10,6 +10,8 @@ from service.spec.job import RLSpec, SupervisedSpec
 from service.spec.reward import HttpGrader
 from service.validation import did_you_mean
 
+# Tasks of reasoning-gym whose rows have no answer, only a scorer (docs/graders.md).
+WITHOUT_ANSWER = {"boxnet", "graph_color", "propositional_logic", "rubiks_cube", "rush_hour"}
 ADDRESS_REFUSED = "the host is no public address; the operator can allow its network (RATCHET_GRADER_NETWORKS=10.1.0.0/16)"
 
 
@@ -21,6 +23,9 @@ def check_reward(spec: RLSpec | SupervisedSpec, settings: Settings) -> list[Fiel
         if grader.kind == "reasoning_gym" and (others := _other_sources(spec)):
             detail = f"the grader reasoning_gym scores rows of the source reasoning_gym only, but {others}"
             errors.append(FieldError(f"{pointer}/kind", detail, "grader_without_source", grader.kind))
+        if grader.kind == "reasoning_gym" and grader.strict and (without := sorted(_tasks(spec) & WITHOUT_ANSWER)):
+            detail = f"strict pays the task's own answer only, and {', '.join(without)} gives none (reasoning-gym 0.1.25)"
+            errors.append(FieldError(f"{pointer}/strict", detail, "task_without_answer", got=True))
         if isinstance(grader, HttpGrader):
             address = literal(urlsplit(grader.url).hostname or "")  # a name is looked up by who connects, and then only
             if address is not None and not may_reach(address, settings.grader_networks):
@@ -30,6 +35,12 @@ def check_reward(spec: RLSpec | SupervisedSpec, settings: Settings) -> list[Fiel
             detail = f"the operator has set no secret of this name (RATCHET_GRADER_SECRETS){did_you_mean(grader.secret, names)}"
             errors.append(FieldError(f"{pointer}/secret", detail, "unknown_secret", allowed=names))
     return errors
+
+
+def _tasks(spec: RLSpec | SupervisedSpec) -> set[str]:
+    sources = [source for source in (spec.data.train, spec.data.eval) if isinstance(source, ReasoningGymSource)]
+    parts = [part for source in sources if source.task == "composite" for part in source.config.get("datasets") or []]
+    return {source.task for source in sources} | {str(part.get("name")) for part in parts if isinstance(part, dict)}
 
 
 def _other_sources(spec: RLSpec | SupervisedSpec) -> str:

@@ -17,21 +17,17 @@ from pydantic import SecretStr
 
 from service.errors import JobFailed, RatchetError
 from service.jobs.data import Data, Row, open_data
-from service.rewards.rewards import Rewards
-from service.rewards.samples import Sample
+from service.rewards.probes import expected_of
+from service.rewards.trial import Trial
 from service.spec.addresses import Networks
 from service.spec.job import JobSpec, RLSpec, SupervisedSpec
-from service.spec.reward import HttpGrader, RewardSpec
-from service.spec.templates import render
 from service.validation import parse
-
-HTTP_TIMEOUT_S = 10.0  # a dry run tries a reward service once, and not for long
-CHARACTERS_PER_TOKEN = 4  # a guess for `length` graders; the tiny model's is exact
 
 
 @dataclass(frozen=True)
 class Preview:
-    """`samples` have prompt, reference, graded and errors each; `warnings` tell why there are none."""
+    """`samples` have prompt, reference, graded, errors and probes each; `warnings` tell why there are none, and what graders
+    pay that they should not."""
 
     samples: list[dict[str, Any]]
     warnings: list[str]
@@ -78,59 +74,28 @@ def preview(
     rows: int,
     networks: Networks = (),
 ) -> Preview:
-    """The first rows as prompts, with the reference answer graded as if the model had given it."""
+    """The first rows as prompts, with the reference answer graded as if the model had given it, and near and wrong ones."""
     data = open_data(spec.data, spec.seed, dataset_paths.__getitem__)
     first = data.train[:rows]
-    samples = [
+    samples: list[dict[str, Any]] = [
         {"prompt": data.prompt(row), "reference": reference_of(spec, data, row), "graded": None, "errors": []} for row in first
     ]
     if spec.reward is None:
         return Preview(samples, [])
-    gradable = [i for i, sample in enumerate(samples) if sample["reference"] is not None]
-    if not gradable:
-        return Preview(samples, ["nothing was graded: the spec says no right answer (data.answer, or a grader's reference)"])
+    trial = Trial(spec, spec.reward, first, samples, secrets, networks)
     try:
-        with Rewards(_brisk(spec.reward), job_id="job_preview", secrets=secrets, networks=networks) as rewards:
-            answers = [_as_sampled(spec, samples[i], first[i]) for i in gradable]
-            for i, graded in zip(gradable, rewards.grade(answers), strict=True):
-                samples[i] |= {
-                    "graded": asdict(graded),
-                    "errors": [f"{name}: {error}" for name, error in graded.errors.items()],
-                }
+        warnings = trial.run()
     except JobFailed as error:
-        return Preview(samples, [f"{error.code}: {error.detail}"])
-    return Preview(samples, _no_reward_for_the_right_answer(samples))
+        warnings = [f"{error.code}: {error.detail}", *trial.stands_in()]
+    return Preview(samples, warnings)
 
 
 def reference_of(spec: RLSpec | SupervisedSpec, data: Data, row: Row) -> str | None:
-    """The right answer: data.answer, else the reference of the first grader that has one."""
+    """The right answer: data.answer, else what the first grader that has one takes for right."""
     if data.answer_template is not None:
         return data.answer(row)
-    references = [getattr(grader, "reference", None) for grader in (spec.reward.graders if spec.reward else [])]
-    return next((render(reference, row) for reference in references if reference is not None), None)
-
-
-def _brisk(spec: RewardSpec) -> RewardSpec:
-    graders = [
-        grader.model_copy(update={"max_retries": 0, "timeout_s": min(grader.timeout_s, HTTP_TIMEOUT_S)})
-        if isinstance(grader, HttpGrader)
-        else grader
-        for grader in spec.graders
-    ]
-    return spec.model_copy(update={"graders": graders})
-
-
-def _as_sampled(spec: RLSpec | SupervisedSpec, sample: dict[str, Any], row: Row) -> Sample:
-    answer: str = sample["reference"]
-    tokens = len(answer) if spec.model.source == "tiny" else -(-len(answer) // CHARACTERS_PER_TOKEN)
-    return Sample(sample["prompt"], answer, tokens + 1, False, row)  # the end token counts
-
-
-def _no_reward_for_the_right_answer(samples: list[dict[str, Any]]) -> list[str]:
-    totals = [sample["graded"]["total"] for sample in samples if sample["graded"] and sample["graded"]["total"] is not None]
-    if totals and max(totals) <= 0:
-        return ["the right answers of the sample rows get no reward; look at the graders' references and extract patterns"]
-    return []
+    expected = [expected_of(grader, row) for grader in (spec.reward.graders if spec.reward else [])]
+    return next((answer for answer in expected if answer is not None), None)
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """The reward of a job: each grader's scores, and their weighted sum."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from types import TracebackType
@@ -51,10 +51,11 @@ class Rewards:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
-    def grade(self, samples: Sequence[Sample]) -> list[Graded]:
-        """One Graded a sample, in order. A sample that cannot be graded carries its errors; raises JobFailed only where
-        a grader cannot work at all (its service is down, its package is missing)."""
-        outcomes = {name: self._outcomes(self._specs[name], grader, samples) for name, grader in self._graders.items()}
+    def grade(self, samples: Sequence[Sample], *, only: Collection[str] | None = None) -> list[Graded]:
+        """One Graded a sample, in order, by all graders or `only` these. A sample that cannot be graded carries its errors;
+        raises JobFailed only where a grader cannot work at all (its service is down, its package is missing)."""
+        asked = self._graders if only is None else {name: self._graders[name] for name in only}
+        outcomes = {name: self._outcomes(self._specs[name], grader, samples) for name, grader in asked.items()}
         return [self._graded({name: column[i] for name, column in outcomes.items()}) for i in range(len(samples))]
 
     def close(self) -> None:
@@ -65,7 +66,8 @@ class Rewards:
         """Grade what `extract` leaves of each answer; an answer in which it finds nothing gets 0."""
         if spec.extract is None:
             return [_finite(outcome) for outcome in grader.grade(samples)]
-        parts = one_by_one(partial(text.extract, spec.extract), [sample.completion for sample in samples])
+        pattern = spec.extract
+        parts = one_by_one(lambda sample: text.extract(pattern, sample.completion, cut=sample.truncated), samples)
         outcomes: list[Outcome] = [part if isinstance(part, Problem) else 0.0 for part in parts]
         found = [i for i, part in enumerate(parts) if isinstance(part, str)]
         left = [replace(sample, completion=part) for sample, part in zip(samples, parts, strict=True) if isinstance(part, str)]

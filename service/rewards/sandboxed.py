@@ -23,7 +23,14 @@ class Sandboxed(Grader):
 
 
 def number(spec: NumberGrader, context: Context) -> Grader:
-    return _compare(Sandbox("number", {}, context.pointer), spec.reference)
+    options = {"tolerance": spec.tolerance, "units": spec.units, "percent": spec.percent}
+    sandbox = Sandbox("number", options, context.pointer)
+
+    def request(sample: Sample) -> tuple[Any, ...]:
+        # What `extract` found is whole: a match at the end of an answer that was cut off is none.
+        return sample.completion, render(spec.reference, sample.row), sample.truncated and spec.extract is None
+
+    return Sandboxed(sandbox, request)
 
 
 def similarity(spec: SimilarityGrader, context: Context) -> Grader:
@@ -35,7 +42,9 @@ def json_schema(spec: JsonSchemaGrader, context: Context) -> Grader:
 
 
 def reasoning_gym(spec: ReasoningGymGrader, context: Context) -> Grader:
-    return Sandboxed(Sandbox("reasoning_gym", {}, context.pointer), lambda sample: (sample.completion, sample.row))
+    return Sandboxed(
+        Sandbox("reasoning_gym", {"strict": spec.strict}, context.pointer), lambda sample: (sample.completion, sample.row)
+    )
 
 
 def _compare(sandbox: Sandbox, reference: str) -> Grader:

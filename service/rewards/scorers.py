@@ -3,32 +3,68 @@
 import json
 import logging
 from collections.abc import Callable
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
+from importlib import import_module
+from math import isfinite
 from typing import Any
 
 READ_CHARACTERS = 4096  # the end of an answer, where its result stands
 
 
-def number() -> Callable[[str, str], float]:
-    """1 if the answer's last number or formula equals the reference's."""
-    from math_verify import parse, verify
+def number(tolerance: float, units: str, percent: str) -> Callable[[str, str, bool], float]:
+    """1 if the answer's final number or formula equals the reference's. Raises ValueError for a reference that is none."""
+    from service.rewards.formulas import Comparison
+    from service.spec.maths.reading import answers
 
     logging.disable()  # math-verify warns that somebody else must keep the time: the sandbox does
+    comparison = Comparison(tolerance, units)
 
-    @lru_cache(maxsize=4096)  # a group's answers repeat, and they share the reference
-    def read(text: str) -> list[Any]:
-        # LaTeX outside of math mode would be read as the numbers that stand in it.
-        bare = "\\" in text and not any(sign in text for sign in ("$", "\\(", "\\[", "\\boxed", "\\begin"))
-        return (parse(f"${text}$", parsing_timeout=0) if bare else []) or parse(text, parsing_timeout=0)
+    read = lru_cache(maxsize=1024)(partial(read_reference, percent=percent))  # a group's answers share the reference
 
     @lru_cache(maxsize=4096)
-    def score(answer: str, reference: str) -> float:
+    def score(answer: str, reference: str, cut: bool) -> float:
+        """`cut`: the answer ends where the token limit was, so its last number may be a part of one."""
         expected = read(reference)
-        if not expected:
-            raise ValueError(f"the reference {reference[:80]!r} holds no number or formula")
-        return float(verify(expected, read(answer[-READ_CHARACTERS:]), timeout_seconds=0))
+        try:
+            given = answers(end_of(answer), expected, cut=cut, percent=percent)
+            return float(any(comparison.same(expected, one) for one in given))
+        except Exception:  # whatever a model wrote that algebra stumbles over is not the right answer
+            return 0.0
 
     return score
+
+
+def reference() -> Callable[[str, str], float]:
+    """1 for a reference that a `number` grader can read. Raises ValueError for others."""
+    import_module("service.rewards.formulas")  # before the fence
+    logging.disable()
+
+    def score(text: str, percent: str) -> float:
+        read_reference(text, percent)
+        return 1.0
+
+    return score
+
+
+def read_reference(text: str, percent: str) -> Any:
+    """The value that a reference names. Raises ValueError where it names none, or a formula that sympy cannot read."""
+    from service.rewards.formulas import unreadable
+    from service.spec.maths import reading
+
+    expected = reading.reference(text, percent)
+    if (formula := unreadable(expected)) is not None:
+        raise ValueError(
+            f"the reference {text[:80]!r} holds no formula that can be read: {formula[:80]!r}; allowed are {reading.ALLOWED}"
+        )
+    return expected
+
+
+def end_of(answer: str) -> str:
+    """The last READ_CHARACTERS, without the piece of a word or number that they begin with."""
+    if len(answer) <= READ_CHARACTERS:
+        return answer
+    _, _, whole = answer[-READ_CHARACTERS - 1 :].partition(" ")
+    return whole
 
 
 def json_schema(schema: dict[str, Any]) -> Callable[[str], float]:
@@ -36,14 +72,17 @@ def json_schema(schema: dict[str, Any]) -> Callable[[str], float]:
     from jsonschema.validators import validator_for
     from referencing import Registry
 
-    validator = validator_for(schema)(schema, registry=Registry())  # an empty registry: nothing is ever fetched
+    from service.spec.schemas import ending_at_the_end
+
+    # An empty registry: nothing is ever fetched.
+    validator = validator_for(schema)(ending_at_the_end(schema), registry=Registry())
 
     def score(answer: str) -> float:
         try:
-            value = json.loads(answer, parse_constant=_refuse_constant)
-        except (ValueError, RecursionError):
+            value = json.loads(answer, parse_constant=_refuse_constant, parse_float=_finite)
+            return float(validator.is_valid(value))
+        except Exception:  # no JSON, or JSON that the schema's keywords cannot look at: nested too deeply, for example
             return 0.0
-        return float(validator.is_valid(value))
 
     return score
 
@@ -53,26 +92,38 @@ def similarity(metric: str) -> Callable[[str, str], float]:
     from rapidfuzz import fuzz
     from rapidfuzz.distance import JaroWinkler
 
-    if metric == "jaro_winkler":
-        return JaroWinkler.similarity
-    measure = getattr(fuzz, metric)
-    return lambda answer, reference: measure(answer, reference) / 100
+    measure = JaroWinkler.similarity if metric == "jaro_winkler" else getattr(fuzz, metric)
+    whole = 1 if metric == "jaro_winkler" else 100
+    # Two equal texts are alike, also where rapidfuzz finds no word to compare (token_set_ratio of two empty ones is 0).
+    parts = str.split if metric.startswith("token_") else str
+    return lambda answer, reference: 1.0 if parts(answer) == parts(reference) else measure(answer, reference) / whole
 
 
-def reasoning_gym() -> Callable[[str, dict[str, Any]], float]:
-    """The scorer of the task that the row's metadata names."""
-    from reasoning_gym.factory import get_score_answer_fn
+def reasoning_gym(strict: bool) -> Callable[[str, dict[str, Any]], float]:
+    """The scorer of the task that the row's metadata names, with the configuration that made the row (0 to 1)."""
+    import_module("reasoning_gym")  # now: what is imported later is imported behind the fence
+    import_module("reasoning_gym")  # now: what is imported later is imported behind the fence
+    from service.jobs.gym import open_task
 
     @cache
-    def scorer(task: str) -> Any:
-        return get_score_answer_fn(task)
+    def scorer(task: str, config: str) -> Any:
+        return open_task(task, json.loads(config)).score_answer
 
     def score(answer: str, row: dict[str, Any]) -> float:
         metadata = row.get("metadata")
-        task = metadata.get("source_dataset") if isinstance(metadata, dict) else None
-        if task is None:
+        if not isinstance(metadata, dict) or (task := metadata.get("source_dataset")) is None:
             raise ValueError("the row was not made by reasoning-gym: its metadata names no source_dataset")
-        return scorer(task)(answer.strip(), row)
+        answer = answer.strip()
+        if strict:
+            if row.get("answer") is None:
+                raise ValueError(f"strict compares with the task's own answer, and {task} gives none")
+            return float(answer == str(row["answer"]).strip())
+        scored = scorer(task, json.dumps(metadata.get("source_config", {}), sort_keys=True))
+        try:
+            value = float(scored(answer, row))
+        except BaseException:  # scorers raise on texts that they cannot read, and an evaluated answer may raise SystemExit
+            return 0.0
+        return min(max(value, 0.0), 1.0) if value == value else 0.0  # spell_backward pays more than 1
 
     return score
 
@@ -81,8 +132,16 @@ def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
 
 
+def _finite(text: str) -> float:
+    value = float(text)
+    if not isfinite(value):
+        raise ValueError(f"{text} is no finite number")
+    return value
+
+
 SCORERS: dict[str, Callable[..., Callable[..., float]]] = {
     "number": number,
+    "reference": reference,
     "json_schema": json_schema,
     "similarity": similarity,
     "reasoning_gym": reasoning_gym,

@@ -57,15 +57,23 @@ class EachText(Grader):
         return one_by_one(lambda sample: self._score(self._spec, sample), samples)
 
 
-def extract(pattern: str, answer: str) -> str | Problem | None:
-    """The last match of the pattern (its first group, if it has one); None without a match."""
+def extract(pattern: str, answer: str, *, cut: bool = False) -> str | Problem | None:
+    """The last match of the pattern that is not empty: the first of its groups that took part, if it has any. None without a
+    match, and (`cut`: the token limit ended the answer) where it is a number that may have gone on."""
     last = None
     try:
         for match in regex.finditer(pattern, answer, timeout=PATTERN_WITHIN_S):
-            last = match
+            if last is None or match.group():
+                last = match
     except TimeoutError:
         return _too_slow(pattern)
-    return None if last is None else last.group(1 if last.re.groups else 0)
+    if last is None:
+        return None
+    group = next((number for number, part in enumerate(last.groups(), 1) if part is not None), None) if last.re.groups else 0
+    if group is None:
+        return None
+    found = last.group(group)
+    return None if cut and last.end(group) == len(answer) and found[-1:].isdigit() else found
 
 
 def _too_slow(pattern: str) -> Problem:

@@ -13,6 +13,8 @@ import regex
 from jsonschema import SchemaError
 from jsonschema.validators import validator_for
 
+from service.spec.schemas import check_dialect, check_inside
+
 MAX_UNROLLED = 2_000_000  # nodes; about half a second and 500 MB
 
 
@@ -39,11 +41,17 @@ def check_json_schema(schema: dict[str, Any]) -> dict[str, Any]:
         validator_for(schema).check_schema(schema)
         outside = next((reference for reference in _references(schema) if not reference.startswith("#")), None)
     except SchemaError as error:
+        if error.validator == "format" and error.validator_value == "regex" and isinstance(error.instance, str):
+            check_dialect(error.instance)
         raise ValueError(f"not a JSON Schema: {error.message} at /{'/'.join(map(str, error.absolute_path))}") from None
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     if outside is not None:
         raise ValueError(f"it refers to {outside!r}; only references inside the schema (#/...) are followed")
+    try:
+        check_inside(schema)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
     return schema
 
 

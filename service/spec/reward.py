@@ -9,6 +9,8 @@ from service.spec.patterns import check_json_schema, check_pattern
 from service.spec.section import Section
 from service.spec.templates import Template
 
+METRICS = ("mean", "std", "error_rate", "zero_variance_fraction")  # of the whole reward, beside one of each grader
+
 
 class GraderBase(Section):
     name: Annotated[
@@ -19,9 +21,16 @@ class GraderBase(Section):
         str | None,
         Field(
             max_length=1000,
-            description="regular expression; its last match (first group, if any) is graded instead of the answer; no match: 0",
+            description="regular expression; its last match (of groups the first that took part) is graded; no match: 0",
         ),
     ] = None
+
+    @field_validator("name")
+    @classmethod
+    def leaves_metrics_alone(cls, value: str | None) -> str | None:
+        if value in METRICS:
+            raise ValueError(f"reward/{value} is a metric of every job; names that are taken: {', '.join(METRICS)}")
+        return value
 
     @field_validator("extract")
     @classmethod
@@ -65,13 +74,24 @@ class RegexGrader(GraderBase):
 
 
 class NumberGrader(GraderBase):
-    """1 if the answer's last number or formula equals the reference's (math-verify: LaTeX, fractions, percent), else 0.
+    """1 if the answer's final number or formula equals the reference's, else 0 (sympy and math-verify; docs/graders.md).
 
     Only the last 4,096 characters of an answer are read; one that takes longer than five seconds is an error of that sample.
     """
 
     kind: Literal["number"]
     reference: Reference
+    tolerance: Annotated[
+        float, Field(ge=0, lt=1, description="how far off a number may be, as a share of the reference: 0.01 is one percent")
+    ] = 0.0
+    units: Annotated[
+        Literal["if_given", "required", "ignored"],
+        Field(description="an answer's unit must agree with the reference's: where it gives one, always, never"),
+    ] = "if_given"
+    percent: Annotated[
+        Literal["hundredths", "sign"],
+        Field(description="hundredths: 50% is 0.5; sign: % is a mere sign, and 50% is 50"),
+    ] = "hundredths"
 
 
 class JsonSchemaGrader(GraderBase):
@@ -119,9 +139,13 @@ class LengthGrader(GraderBase):
 
 
 class ReasoningGymGrader(GraderBase):
-    """The task's own scorer, 0 to 1; for rows of the source reasoning_gym."""
+    """The task's own scorer with the source's configuration, 0 to 1; a text that it cannot read gets 0. Some scorers pay
+    wrong answers (docs/graders.md). For rows of the source reasoning_gym."""
 
     kind: Literal["reasoning_gym"]
+    strict: Annotated[
+        bool, Field(description="1 for the task's own answer and 0 for all others, white space at the ends aside")
+    ] = False
 
 
 class HttpGrader(GraderBase):

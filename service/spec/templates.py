@@ -1,12 +1,15 @@
 """Templates over a row's columns: `{column}`, with `{{` and `}}` for braces. Plain names only: nothing is evaluated."""
 
 import json
+import re
+from decimal import Decimal
 from functools import lru_cache
 from string import Formatter
 from typing import Annotated, Any
 
 from pydantic import AfterValidator
 
+JSON_TOKENS = re.compile(r'"(?:[^"\\]|\\.)*"|-?\d+(?:\.\d+)?[eE][+-]?\d+')
 BRACES = "write {{ and }} for braces that shall stand in the text"
 
 
@@ -36,12 +39,20 @@ def check(template: str) -> str:
 
 
 def render(template: str, row: dict[str, Any]) -> str:
-    """Fill in a row. Strings stand as they are, everything else as JSON. Raises KeyError for an absent column."""
+    """Fill in a row. Strings stand as they are, everything else as JSON, its numbers in plain decimals.
+    Raises KeyError for an absent column."""
     return "".join(text + ("" if name is None else _shown(row[name])) for text, name in parts_of(template))
 
 
 def _shown(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    if isinstance(value, str):
+        return value
+    return JSON_TOKENS.sub(_in_decimals, json.dumps(value, ensure_ascii=False, default=str))
+
+
+def _in_decimals(token: re.Match[str]) -> str:
+    """A number without an exponent, for a reader who takes 1e-05 for 1; a string as it is."""
+    return token[0] if token[0].startswith('"') else format(Decimal(token[0]), "f")
 
 
 Template = Annotated[str, AfterValidator(check)]

@@ -92,6 +92,31 @@ def test_dry_run_resolves_grades_and_keeps_nothing(client, spec):
     assert (dry["spec_sha256"], dry["data_sha256"]) == (job["spec_sha256"], job["data_sha256"])
 
 
+def test_a_dry_run_shows_what_graders_pay_for_right_near_and_wrong_answers(client, spec):
+    rows = [{"q": "1+1=", "a": 2}, {"q": "2+2=", "a": 4}]
+    reward = {"graders": [{"kind": "number", "reference": "{a}"}]}
+    dry = client.post("/v1/jobs:validate", json=spec(data={"train": {"source": "inline", "rows": rows}}, reward=reward)).json()
+    tried = {probe["answer"]: (probe["kind"], probe["total"]) for probe in dry["samples"][0]["probes"]}
+    assert tried[r"\boxed{2}"] == ("right", 1.0)
+    assert tried["3"] == tried["-2"] == tried["21"] == ("near", 0.0)
+    assert tried["4"] == tried[""] == tried["I do not know"] == ("wrong", 0.0)
+
+
+def test_a_reference_that_is_no_number_is_refused_by_row(client, spec):
+    rows = [{"q": "1+1=", "a": "2"}, {"q": "2+2=", "a": "2025-12-26"}, {"q": "3", "a": "true"}]
+    reward = {"graders": [{"kind": "number", "reference": "{a}"}]}
+    for path in ("/v1/jobs", "/v1/jobs:validate"):
+        answer = client.post(path, json=spec(data={"train": {"source": "inline", "rows": rows}}, reward=reward))
+        [error] = answer.json()["errors"]
+        assert (answer.status_code, error["pointer"], error["code"]) == (
+            422,
+            "/reward/graders/0/reference",
+            "reference_unreadable",
+        )
+        assert "row 1 of data.train: the reference '2025-12-26' is a date" in error["detail"]
+        assert "1 further rows" in error["detail"] and "allowed are a number" in error["detail"]
+
+
 def test_a_dry_run_that_takes_too_long_says_so(client, spec, monkeypatch):
     monkeypatch.setattr("service.api.dry_run.PREVIEW_TIMEOUT_S", 0.01)
     dry = client.post("/v1/jobs:validate", json=spec()).json()

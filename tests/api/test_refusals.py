@@ -57,6 +57,26 @@ def field(answer, status=422):
             "/reward/graders/0/reference",
             "{b} names no column",
         ),
+        (
+            {"reward": {"graders": [{"kind": "number", "reference": "on 2025-12-26"}]}},
+            "/reward/graders/0/reference",
+            "row 0 of data.train: the reference 'on 2025-12-26'",
+        ),
+        (
+            {"reward": {"graders": [{"kind": "number", "reference": r"\foo{{3}}"}]}},
+            "/reward/graders/0/reference",
+            "holds no formula that can be read",
+        ),
+        (
+            {"reward": {"graders": [{"kind": "json_schema", "schema": {"$ref": "#/$defs/x"}}]}},
+            "/reward/graders/0/schema",
+            "points to nothing in the schema",
+        ),
+        (
+            {"reward": {"graders": [{"kind": "exact", "reference": "1", "name": "mean"}]}},
+            "/reward/graders/0/name",
+            "reward/mean is a metric of every job",
+        ),
         ({"reward": {"graders": [{"kind": "reasoning_gym"}]}}, "/reward/graders/0/kind", "source reasoning_gym only"),
         (
             {"reward": {"graders": [{"kind": "http", "url": "http://x/", "secret": "judgee"}]}},

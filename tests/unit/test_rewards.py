@@ -2,14 +2,18 @@
 
 import time
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from service.errors import JobFailed
+from service.jobs.data import open_source
+from service.jobs.resolve_reward import WITHOUT_ANSWER
 from service.rewards import Graded, Rewards, Sample, samples, sandbox, text
-from service.spec.reward import RewardSpec
+from service.spec.data import ReasoningGymSource
+from service.spec.reward import METRICS, RewardSpec
 
 
 def sample(completion: str, *, tokens: int | None = None, **row: Any) -> Sample:
@@ -106,6 +110,20 @@ def test_json_schema_wants_json_that_fits() -> None:
     assert totals({"kind": "json_schema", "schema": schema}, *answers) == [1, 1, 0, 0, 0, 0, 0]
 
 
+def test_json_that_a_schema_cannot_look_at_is_wrong_and_no_error() -> None:
+    tenths = {"kind": "json_schema", "schema": {"type": "number", "multipleOf": 0.1}}
+    assert totals(tenths, "1e999", "-1e999", "NaN", "1" * 5000, "0.5") == [0, 0, 0, 0, 1]
+    nested = {"kind": "json_schema", "schema": {"properties": {"c": {"$ref": "#"}}}}
+    assert totals(nested, '{"c":' * 900 + "{}" + "}" * 900, '{"c": {}}') == [0, 1]
+
+
+def test_the_end_of_a_schemas_pattern_is_the_end_of_the_text() -> None:
+    cents = {"kind": "json_schema", "schema": {"type": "string", "pattern": r"^[$a]+\$$"}}
+    assert totals(cents, '"a$"', '"a$\\n"', '"$$"', '"a"') == [1, 0, 1, 0]
+    keys = {"kind": "json_schema", "schema": {"patternProperties": {"^a$": {"type": "integer"}}, "additionalProperties": False}}
+    assert totals(keys, '{"a": 1}', '{"a\\n": 1}') == [1, 0]
+
+
 def test_json_schema_never_fetches_a_reference() -> None:
     with pytest.raises(ValueError, match="only references inside the schema"):
         RewardSpec.model_validate({"graders": [{"kind": "json_schema", "schema": {"$ref": "http://127.0.0.1:9/schema.json"}}]})
@@ -123,6 +141,9 @@ def test_json_schema_never_fetches_a_reference() -> None:
         ("position", "abcd", "ab", 1 / 2),
         ("position", "ab", "abcd", 1 / 2),
         ("position", "", "", 1),
+        *((metric, "", "", 1) for metric in ("ratio", "partial_ratio", "token_sort_ratio", "token_set_ratio", "jaro_winkler")),
+        *((metric, "", "a", 0) for metric in ("ratio", "partial_ratio", "token_sort_ratio", "token_set_ratio", "jaro_winkler")),
+        ("token_set_ratio", " ", "\n", 1),
     ],
 )
 def test_similarity_runs_from_0_to_1(metric: str, answer: str, reference: str, expected: float) -> None:
@@ -143,6 +164,30 @@ def test_extract_grades_the_last_match() -> None:
     assert totals(grader, "answer: 6, no, answer: 7", "answer: 7, no, answer: 6", "7", a="7") == [1, 0, 0]
     assert totals({"kind": "exact", "reference": "{a}", "extract": r"\d+"}, "6 or 7", a="7") == [1]
     assert totals({"kind": "exact", "reference": "{a}", "extract": r"x|(\d+)"}, "7 x", a="7") == [0]
+
+
+def test_extract_takes_the_group_that_took_part_and_no_empty_match() -> None:
+    either = {"kind": "exact", "reference": "{a}", "extract": r"answer: (\d+)|#### (\d+)"}
+    assert totals(either, "answer: 6, no\n#### 7", "#### 6, no, answer: 7", "answer: 7\n#### 6", a="7") == [1, 1, 0]
+    assert totals({"kind": "exact", "reference": "{a}", "extract": r"\d*"}, "it is 7", "7 it is", a="7") == [1, 1]
+
+
+def test_extract_finds_no_number_that_the_token_limit_cut_off() -> None:
+    grader = {"kind": "exact", "reference": "42", "extract": r"#### (\d+)"}
+    answers = [("#### 42", True), ("#### 42", False), ("#### 42\n", True)]
+    graded = grade(grader, of=[Sample("p", text, 9, truncated, {}) for text, truncated in answers])
+    assert [one.total for one in graded] == [0, 1, 1]
+
+
+def test_number_knows_when_the_token_limit_cut_an_answer_off() -> None:
+    of = [Sample("p", "so 42", 9, truncated, {}) for truncated in (True, False)]
+    assert [one.total for one in grade({"kind": "number", "reference": "42"}, of=of)] == [0, 1]
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_a_graders_name_leaves_the_metrics_of_the_whole_reward_alone(name: str) -> None:
+    with pytest.raises(ValueError, match=f"reward/{name} is a metric of every job"):
+        RewardSpec.model_validate({"graders": [{"kind": "exact", "reference": "x", "name": name}]})
 
 
 def test_the_reward_is_the_weighted_sum() -> None:
@@ -190,6 +235,71 @@ def test_reasoning_gym_scores_with_the_tasks_own_scorer(gym_scorers: Rewards) ->
     graded = gym_scorers.grade(of)
     assert [one.total for one in graded] == [1, 0, 1, None]
     assert "not made by reasoning-gym" in graded[3].errors["reasoning_gym"]
+
+
+def rows_of(task: str, **config: Any) -> list[dict[str, Any]]:
+    pytest.importorskip("reasoning_gym")
+    source = ReasoningGymSource(source="reasoning_gym", task=task, config=config, size=4, seed=1)
+    return [dict(row) for row in open_source(source, lambda _: Path(), "/data/train")[:]]
+
+
+@pytest.mark.parametrize(
+    ("task", "config"),
+    [
+        ("word_ladder", {"min_word_length": 3, "max_word_length": 3}),
+        ("decimal_arithmetic", {"min_num_decimal_places": 6, "max_num_decimal_places": 6, "precision": 12}),
+        ("composite", {"datasets": [{"name": "chain_sum", "weight": 2}, {"name": "gcd", "config": {"max_value": 50}}]}),
+        ("word_sorting", {"transformation": "lowercase"}),
+        ("time_intervals", {"min_date": "2000-01-01", "max_date": "2001-01-01", "min_time": "08:00:00"}),
+        ("arc_agi", {"board_format_opts": {"alphabet": list("abcdefghij")}}),
+    ],
+)
+def test_reasoning_gym_scores_with_the_sources_configuration(task: str, config: dict[str, Any], gym_scorers: Rewards) -> None:
+    rows = rows_of(task, **config)
+    graded = gym_scorers.grade([Sample("p", row["answer"], 1, False, row) for row in rows])
+    assert [(one.total, one.errors) for one in graded] == [(1.0, {})] * 4
+
+
+def test_six_decimal_places_are_six_decimal_places(gym_scorers: Rewards) -> None:
+    [row, *_] = rows_of("decimal_arithmetic", min_num_decimal_places=6, max_num_decimal_places=6, precision=12)
+    off = f"{float(row['answer']) + 0.0004:.6f}"
+    assert [one.total for one in gym_scorers.grade([Sample("p", text, 1, False, row) for text in (row["answer"], off)])] == [
+        1,
+        0,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("task", "text"),
+    [("prime_factorization", "I do not know"), ("game_of_life", "{}"), ("boxnet", "0"), ("spell_backward", "x")],
+)
+def test_a_text_that_a_scorer_cannot_read_gets_nothing(task: str, text: str, gym_scorers: Rewards) -> None:
+    graded = gym_scorers.grade([Sample("p", text, 1, False, row) for row in rows_of(task)])
+    assert [(one.total, one.errors) for one in graded] == [(0.0, {})] * 4
+
+
+def test_no_scorer_pays_more_than_1(gym_scorers: Rewards) -> None:
+    rows = rows_of("spell_backward")
+    graded = gym_scorers.grade([Sample("p", row["answer"] * 3, 1, False, row) for row in rows])
+    assert all(0 <= one.total <= 1 for one in graded if one.total is not None)
+
+
+def test_strict_pays_the_tasks_own_answer_only(gym_scorers: Rewards) -> None:
+    rows = rows_of("puzzle24")
+    of = [Sample("p", text, 1, False, rows[0]) for text in (rows[1]["answer"], rows[0]["answer"], f" {rows[0]['answer']}\n")]
+    assert [one.total for one in gym_scorers.grade(of)] == [1, 1, 1]
+    assert [one.total for one in grade({"kind": "reasoning_gym", "strict": True}, of=of)] == [0, 1, 1]
+
+
+def test_the_docs_tell_what_every_task_of_the_measured_version_pays() -> None:
+    pytest.importorskip("reasoning_gym")
+    from reasoning_gym.factory import DATASETS
+
+    told = (Path(__file__).parents[2] / "docs" / "graders.md").read_text()
+    assert f"Measured with reasoning-gym {version('reasoning-gym')}" in told
+    assert [task for task in DATASETS if f"`{task}`" not in told and f"| {task} |" not in told] == []
+    without = {task for task in DATASETS if f"| {task} | none |" in told}
+    assert without == WITHOUT_ANSWER
 
 
 def test_an_answer_that_a_scorer_evaluates_can_do_no_harm(gym_scorers: Rewards, tmp_path: Path) -> None:

@@ -61,6 +61,52 @@ def test_a_grader_that_cannot_grade_is_told_by_sample() -> None:
     assert done.samples[0]["errors"][0].startswith("number: ValueError: the reference 'no number' holds no number")
 
 
+def probes(done: Preview, row: int = 0) -> dict[str, dict[str, float]]:
+    return {probe["answer"]: probe["scores"] for probe in done.samples[row]["probes"]}
+
+
+def test_right_near_and_wrong_answers_are_tried_on_each_grader() -> None:
+    graders = [{"kind": "number", "reference": "{a}"}, {"kind": "contains", "reference": "{a}"}]
+    rows = [{"q": "x", "a": 42}, {"q": "y", "a": "5 cm"}, {"q": "z", "a": 0.00001}]
+    done = here(spec(data={"train": {"source": "inline", "rows": rows}, "prompt": "{q}"}, reward={"graders": graders}), rows=3)
+    tried = probes(done)
+    assert tried[r"\boxed{42}"] == {"number": 1.0, "contains": 1.0}
+    assert tried["43"] == tried["4"] == tried["I do not know"] == tried[""] == tried["5 cm"] == {"number": 0.0, "contains": 0.0}
+    assert tried["-42"] == tried["421"] == {"number": 0.0, "contains": 1.0}
+    assert probes(done, 1)["5 kg"]["number"] == 0
+    assert probes(done, 2)[r"\boxed{0.00001}"]["number"] == 1 and probes(done, 2)["0.00002"]["number"] == 0
+    [warning] = done.warnings
+    assert warning.startswith("grader contains pays 1 for '-42' (the other sign) where '42' is right")
+
+
+def test_a_near_miss_that_the_spec_asks_to_pay_is_no_warning() -> None:
+    rows = [{"q": "x", "a": "5 cm"}, {"q": "y", "a": "50%"}]
+    data = {"train": {"source": "inline", "rows": rows}, "prompt": "{q}"}
+    loose = {"kind": "number", "reference": "{a}", "units": "ignored", "percent": "sign", "tolerance": 0.5}
+    done = here(spec(data=data, reward={"graders": [loose]}))
+    assert probes(done)["5 kg"] == {"number": 1.0} and done.warnings == []
+
+
+def test_without_a_right_answer_a_stand_in_shows_whether_graders_work() -> None:
+    data = {"train": {"source": "inline", "rows": ROWS}, "prompt": "{q}"}
+    graders = [{"kind": "regex", "pattern": "stand-in"}]
+    done = here(spec(data=data, reward={"graders": graders}))
+    assert done.samples[0]["graded"] is None and list(probes(done).values()) == [{"regex": 1.0}]
+    assert "says no right answer" in done.warnings[0] and "stand-in answer" in done.warnings[0]
+    down = {"kind": "http", "url": "http://127.0.0.1:9/score"}
+    local = (ip_network("127.0.0.0/8"),)
+    done = run_preview(spec(data=data, reward={"graders": [down]}), dataset_paths={}, secrets={}, networks=local)
+    assert "grader_unhealthy" in done.warnings[0] and "stand-in" in done.warnings[1]
+
+
+def test_a_scorer_of_reasoning_gym_that_pays_wrong_answers_is_told() -> None:
+    pytest.importorskip("reasoning_gym")
+    data = {"train": {"source": "reasoning_gym", "task": "game_of_life_halting", "size": 10}, "prompt": "{question}"}
+    lax = run_preview(spec(data=data, reward={"graders": [{"kind": "reasoning_gym"}]}), dataset_paths={}, secrets={}, rows=2)
+    assert probes(lax)["I do not know"] == {"reasoning_gym": 1.0}
+    assert "pays 1 for " in lax.warnings[0] and "strict: true" in lax.warnings[0]
+
+
 def test_a_reward_service_that_is_down_is_tried_once_and_told() -> None:
     http = {"kind": "http", "url": "http://127.0.0.1:9/score", "max_retries": 10, "secret": "judge"}
     began = time.monotonic()

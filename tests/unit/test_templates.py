@@ -29,3 +29,15 @@ def test_an_absent_column_is_named() -> None:
 def test_what_could_be_evaluated_or_is_half_a_brace_is_refused(template: str) -> None:
     with pytest.raises(ValueError, match=r"write \{\{ and \}\} for braces"):
         check(template)
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (1e-05, "0.00001"), (1e21, "1000000000000000000000"), (0.1, "0.1"), (-0.0, "-0.0"), (2**60 + 1, "1152921504606846977"),
+        (1.0, "1.0"), (-1e-9, "-0.000000001"), ([1e-7, '1e-5 "x" 1e-6'], '[0.0000001, "1e-5 \\"x\\" 1e-6"]'),
+        ({"1e5": 1e22}, '{"1e5": 10000000000000000000000}'),
+    ],
+)  # fmt: skip
+def test_numbers_are_written_in_plain_decimals(value: object, shown: str) -> None:
+    assert render("{a}", {"a": value}) == shown

@@ -1,0 +1,82 @@
+"""The references of `number` graders, before the queue: one that cannot be read is no reward, or a wrong one."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from time import monotonic
+
+from service.errors import FieldError
+from service.jobs.data import Data, Rows
+from service.spec.data import ReasoningGymSource, SplitSource
+from service.spec.job import RLSpec, SupervisedSpec
+from service.spec.maths.reading import reference
+from service.spec.maths.values import Atom, Listing, Value
+from service.spec.reward import NumberGrader
+from service.spec.templates import render
+
+READ_WITHIN_S = 5.0  # of an API thread; rows beyond are read by the worker
+MAX_FORMULAS = 200
+
+
+@dataclass(frozen=True)
+class Formula:
+    """A reference with a formula that only sympy can read, and where it stands."""
+
+    pointer: str
+    where: str
+    text: str
+    percent: str
+
+
+def check_references(spec: RLSpec | SupervisedSpec, data: Data) -> tuple[list[FieldError], list[Formula]]:
+    """What cannot be read, once a grader and part of the data; and the first formulas, which are left to the sandbox."""
+    errors: list[FieldError] = []
+    formulas: dict[str, Formula] = {}
+    until = monotonic() + READ_WITHIN_S
+    for number, grader in enumerate(spec.reward.graders if spec.reward else []):
+        if not isinstance(grader, NumberGrader):
+            continue
+        pointer = f"/reward/graders/{number}/reference"
+        for part, rows in _graded(spec, data):
+            first: FieldError | None = None
+            bad = 0
+            for where, text in _references(grader, rows, part):
+                if monotonic() > until:
+                    break
+                try:
+                    read = reference(text, grader.percent)
+                except ValueError as error:
+                    bad += 1
+                    first = first or FieldError(pointer, f"{where}: {error}", "reference_unreadable", text[:200])
+                    continue
+                if len(formulas) < MAX_FORMULAS and text not in formulas and not _is_plain(read):
+                    formulas[text] = Formula(pointer, where, text, grader.percent)
+            if first is not None:
+                others = f" ({bad - 1} further rows have such references)" if bad > 1 else ""
+                errors.append(FieldError(pointer, first.detail + others, first.code, first.got))
+    return errors, list(formulas.values())
+
+
+def _graded(spec: RLSpec | SupervisedSpec, data: Data) -> Iterator[tuple[str, Rows]]:
+    """The rows that answers are graded with, but for procedural ones: the worker makes them."""
+    train_is_made = isinstance(spec.data.train, ReasoningGymSource)
+    eval_is_made = isinstance(spec.data.eval, ReasoningGymSource) or (isinstance(spec.data.eval, SplitSource) and train_is_made)
+    if isinstance(spec, RLSpec) and not train_is_made:
+        yield "train", data.train
+    if data.eval is not None and not eval_is_made:
+        yield "eval", data.eval
+
+
+def _references(grader: NumberGrader, rows: Rows, part: str) -> Iterator[tuple[str, str]]:
+    seen: set[str] = set()
+    for index, row in enumerate(rows):
+        text = render(grader.reference, row)
+        if text not in seen:
+            seen.add(text)
+            yield f"row {rows.number(index)} of data.{part}", text
+
+
+def _is_plain(read: Value) -> bool:
+    """Whether nothing in it needs algebra to be read."""
+    if isinstance(read, Listing):
+        return all(map(_is_plain, read.items))
+    return not isinstance(read, Atom) or read.numeral is not None or read.base is not None

@@ -1,0 +1,163 @@
+"""Where an answer's final result stands: in a box, an <answer> tag, after #### or "answer:", else at the end of the text."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from service.spec.maths.units import is_unit
+from service.spec.maths.values import FUNCTIONS, PROSE
+
+BOX = re.compile(r"\\(?:boxed|fbox)\s*(?P<brace>\{)?")
+TAG = re.compile(r"<answer>(?P<inside>.*?)(?P<end></answer>|\Z)", re.DOTALL | re.IGNORECASE)
+HASHES = re.compile(r"^[ \t]*####[ \t]*(?P<inside>[^\n#][^\n]*)", re.MULTILINE)
+SAYS = re.compile(
+    r"(?:\banswers?\b[*_\"]*(?:\s+(?:to|of|for|in)\s[^.\n:=]{1,60}?)?[*_]*\s*(?:(?:is|are|was|be|equals)\b\s*:?|[:=])|答案\s*[是为:]+)"
+    r"[*_\s]*(?P<inside>[^\n]+)",
+    re.IGNORECASE,
+)
+MAX_BOXES = 20  # the last ones
+ORDINAL = re.compile(r"\d+(?:st|nd|rd|th)", re.IGNORECASE)
+MATHS = re.compile(
+    r"\$\$(.+?)\$\$|(?<![\\$])\$(?=\S)((?:[^$\n]|\\\$)+?)(?<=\S)(?<!\\)\$(?!\d)|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL
+)
+UNFINISHED = re.compile(r"[\w.,^/*+\-\\{}(\[=%$]\Z")
+
+
+@dataclass(frozen=True)
+class Final:
+    """A text that may be the final answer. `open`: it reaches the end of what was sampled, so more may have been to come;
+    `exact`: the whole of it is the answer, no prose around."""
+
+    text: str
+    at: int
+    open: bool = False
+    exact: bool = False
+
+
+def marked(text: str) -> list[Final]:
+    """What stands in a box, a tag or behind a mark, the last first."""
+    found = [*_boxes(text)]
+    found += [Final(match["inside"], match.start("inside"), not match["end"]) for match in TAG.finditer(text)]
+    for pattern, exact in ((HASHES, True), (SAYS, False)):
+        found += [
+            Final(match["inside"], match.start("inside"), match.end() == len(text), exact)
+            for match in _overlapping(pattern, text)
+        ]
+    return sorted(found, key=lambda final: final.at, reverse=True)
+
+
+def _overlapping(pattern: re.Pattern[str], text: str) -> Iterator[re.Match[str]]:
+    """Also the marks that stand inside the line of another: `the answer is 41. No, the answer is 42`."""
+    at = 0
+    while match := pattern.search(text, at):
+        yield match
+        at = match.start("inside")
+
+
+def _boxes(text: str) -> Iterator[Final]:
+    for match in list(BOX.finditer(text))[-MAX_BOXES:]:
+        if not match["brace"]:
+            yield Final(*_word(text, match.end()), exact=True)
+            continue
+        depth, end = 1, match.end()
+        while end < len(text) and depth:
+            depth += {"{": 1, "}": -1}.get(text[end], 0) if text[end - 1] != "\\" else 0
+            end += 1
+        yield Final(text[match.end() : end - (depth == 0)], match.end(), depth > 0, exact=True)
+
+
+def _word(text: str, start: int) -> tuple[str, int, bool]:
+    match = re.compile(r"\s*(\S+)").match(text, start)
+    return (match[1], match.start(1), match.end() == len(text)) if match else ("", start, True)
+
+
+def neighbours(text: str) -> list[str]:
+    """The contents of the boxes that stand together at the end, with only `and`, commas or dollar signs between them."""
+    boxes = list(_boxes(text))
+    together = boxes[-1:]
+    for box in reversed(boxes[:-1]):
+        between = text[box.at + len(box.text) + 1 : together[0].at]
+        if not re.fullmatch(r"[\s,;$]*(?:\\text\{\s*)?(?:and|or)?[\s}$,]*(?:[a-z]\s*=\s*)?\\(?:boxed|fbox)\s*\{", between):
+            break
+        together.insert(0, box)
+    return [box.text for box in together]
+
+
+def runs(text: str) -> list[Final]:
+    """Formulas and numbers in prose, in order: what stands between math signs, and words of digits, signs and letters."""
+    found, end = [], 0
+    for match in MATHS.finditer(text):
+        inside = next(group for group in match.groups() if group is not None)
+        if (
+            any(len(word) > 3 and word not in FUNCTIONS for word in re.findall(r"(?<![\\{A-Za-z])[A-Za-z]+", inside))
+            and "\\" not in inside
+        ):
+            continue
+        found += [*_plain_runs(text[end : match.start()], end, False), Final(inside, match.start(), exact=True)]
+        end = match.end()
+    return [*found, *_plain_runs(text[end:], end, True)]
+
+
+def _plain_runs(text: str, offset: int, last: bool) -> Iterator[Final]:
+    run: list[str] = []
+    start = 0
+    tokens = [(match[0], match.start(), match.end()) for match in re.finditer(r"\S+", text)]
+    for number, (token, begins, ends) in enumerate(tokens):
+        kind, bare = _kind(token)
+        if kind and not (run and _bullet(text, begins, token)):
+            start = start if run else begins
+            run.append(bare)
+            if (bare == token or token.endswith(",")) and (number + 1 < len(tokens) or not last):
+                continue
+        if run:
+            following = "" if kind else _unit_of([token for token, _, _ in tokens[number : number + 4]])
+            whole = " ".join([*run, following]).strip()
+            reaches = last and kind and ends == len(text) and bool(UNFINISHED.search(text))
+            minus = re.search(r"\b(?:minus|negative)\s+\Z", text[max(0, start - 12) : start], re.IGNORECASE)
+            if re.search(r"\d|\\[a-z]|[a-z]\s*[-+*/^=]|[-+*/^=]\s*[a-z]", whole):
+                yield Final(
+                    ("-" if minus and whole[0].isdigit() else "") + _without_bullet(whole, text, start), offset + start, reaches
+                )
+        run = []
+
+
+def _kind(token: str) -> tuple[bool, str]:
+    """Whether the word belongs to a formula, and the word without Markdown's signs and the sentence's end."""
+    bare = token.strip("*_`\"'").rstrip(".:;!?*_`\"'").removeprefix("*").strip("*_`")
+    bare = re.sub(r"^=+$", "=", bare) or bare
+    if not bare:
+        return token in ("-", "+", "*", "/", "="), token
+    if re.fullmatch(r"[-+*/^=,<>~]|\\(?:times|cdot|pm|le|ge|frac|pi|infty|cup)\b.*", bare):
+        return True, bare
+    letters = re.findall(r"[A-Za-z]+", re.sub(r"\\[a-zA-Z]+", "", bare))
+    known = all(len(word) == 1 or word in FUNCTIONS or is_unit(word) or (len(word) < 4 and bare != word) for word in letters)
+    if not known or ORDINAL.fullmatch(bare) or any(word.casefold() in PROSE for word in letters):
+        return False, bare
+    if any(sign.isdigit() for sign in bare):
+        return bool(not letters or re.match(r"[-+(\[{]*[\d.]", bare) or re.search(r"[-+*/^=(\\{]", bare)), bare
+    return bare not in ("a", "A", "I") and bool(
+        re.fullmatch(r"[a-zA-Z]|[({\[]+[-+]?[a-zA-Z\\].*|.*[a-zA-Z][)}\]]+,?|.*[-+*/^=\\].*", bare)
+    ), bare
+
+
+def _unit_of(words: list[str]) -> str:
+    """The unit that the words begin with: `square feet in all` -> `square feet`."""
+    words = [word.rstrip(".,;:!?*") for word in words]
+    if words and (
+        words[0] in ("%", "percent", "pct") or words[0].casefold() in ("million", "billion", "thousand", "trillion", "dozen")
+    ):
+        return words[0]
+    return next(
+        (" ".join(words[:count]) for count in (3, 2, 1) if len(words) >= count and is_unit(" ".join(words[:count]))), ""
+    )
+
+
+def _bullet(text: str, start: int, token: str) -> bool:
+    return token in ("-", "*", "+") and "\n" in text[:start][len(text[:start].rstrip()) :]
+
+
+def _without_bullet(run: str, text: str, start: int) -> str:
+    """A minus that begins a line among others that begin so is a mark of a list."""
+    line_start = start == 0 or text[:start].rstrip(" ").endswith("\n")
+    bullet = line_start and re.match(r"[-*+]\s", run) and len(re.findall(r"^\s*[-*+]\s", text, re.MULTILINE)) > 1
+    return run[1:].strip() if bullet else run

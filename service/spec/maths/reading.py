@@ -1,0 +1,129 @@
+"""The reference of a row and the final answer of a text, read alike."""
+
+import re
+from collections.abc import Iterator
+
+from service.spec.maths.finals import Final, marked, neighbours, runs
+from service.spec.maths.signs import plain
+from service.spec.maths.units import is_unit
+from service.spec.maths.values import Listing, Unreadable, Value, Words, value, words_of
+
+COUNTED = re.compile(r"\b(\d+) \d+(?:\.\d+)?[ -]?([A-Za-z]+) ([a-z]{3,})")  # three of a size: `3 250 ml bottles`
+MAX_TRIED = 5  # marks, or formulas behind one, that are looked at before the answer counts as none
+MAX_WORDS, MAX_SENTENCE = 40, 500  # a model that repeats itself must not keep the grader busy
+CALCULATED = re.compile(r"<<[^<>]*>>")  # GSM8K's calculator
+SEAMS = re.compile(r"(?<=[A-Za-z]{2}:)(?=[\d$\\(-])|(?<![\w-])[=-]+>|[→⇒]")  # where a word or an arrow touches a number
+ALLOWED = (
+    "a number (1,000, 1.5e3, 3 1/2, 50%, 5 cm), a LaTeX formula, a list, tuple, interval or set of these, one word or "
+    "\\text{...}, or a text with its final answer in \\boxed{...}, <answer> or after ####"
+)
+
+
+def reference(text: str, percent: str = "hundredths") -> Value:
+    """What the reference says. Raises ValueError with what came and what is allowed."""
+    text = plain(text)
+    try:
+        finals = marked(text)
+        if finals and (
+            finals[0].exact
+            or "<answer>" in text.casefold()
+            or re.match(r"\W*(?:the )?(?:final )?answer\b", text.strip(), re.IGNORECASE)
+        ):
+            return value(finals[0].text, percent)
+        return value(text, percent)
+    except RecursionError:
+        raise ValueError("the reference is nested too deeply") from None
+    except Unreadable as error:
+        raise ValueError(f"the reference {text[:80]!r} {error}; allowed are {ALLOWED}") from None
+
+
+def answers(text: str, expected: Value, *, cut: bool, percent: str = "hundredths") -> Iterator[Value]:
+    """What the answer's final result may say, best first; nothing where it has none or was cut off in the middle of it."""
+    text = COUNTED.sub(lambda match: f"{match[1]} {match[3]}" if is_unit(match[2]) else match[0], plain(text))
+    text = SEAMS.sub(" ", CALCULATED.sub("", text))
+    wants_list = isinstance(expected, Listing)
+    if wants_list and len(boxes := neighbours(text)) > 1:
+        yield from _read(", ".join(boxes), percent)
+    for final in marked(text)[:MAX_TRIED]:
+        if final.open and cut and _in_the_middle(final, text):
+            return
+        if found := list(_within(final, expected, percent, cut)):
+            yield from found
+            return
+    if isinstance(expected, Words):
+        yield Words(words_of(text))
+        return
+    one_line = "\n" not in text.strip() or re.match(r"[\s$]*\\(?:begin|\[|\()", text)
+    if one_line and not cut and (whole := list(_read(text, percent))):
+        yield from whole
+        return
+    yield from _last_run(text, expected, percent, cut)
+
+
+def _in_the_middle(final: Final, text: str) -> bool:
+    """Whether the value itself may go on, and not only the words behind it."""
+    if not final.exact and (found := runs(final.text)):
+        return found[0].open or (
+            len(found) == 1 and bool(re.search(r"[\d.,\\{^/]\s*\Z", text)) and final.text.rstrip().endswith(found[0].text)
+        )
+    return True
+
+
+def _within(final: Final, expected: Value, percent: str, cut: bool) -> Iterator[Value]:
+    """The value of a marked answer: all of it, or what its prose says first."""
+    if isinstance(expected, Words):
+        sentence = re.split(r"(?<=[\w)}*])[.!?](?=\s|$)", final.text.strip())[0]
+        yield Words(words_of(sentence))
+        if option := re.match(r"\W*([A-Za-z])[).:]", final.text):  # `C) 42` of several choices
+            yield Words(option[1].lower())
+        return
+    if not final.exact and final.text.rstrip(" *\n").endswith("!"):  # the end of a sentence, or a factorial
+        yield from _read(final.text.rstrip(" *!\n"), percent)
+    if found := list(_read(final.text, percent)):
+        yield from found
+        return
+    if final.exact and not re.search(r"[A-Za-z]{2,}.*\d|\d.*[A-Za-z]{2,}", final.text):
+        return
+    sentence = re.split(r"(?<=\w)[.!?](?=\s)", final.text)[0]
+    if found := list(_read(sentence, percent)):
+        yield from found
+        return
+    for run in runs(sentence[:MAX_SENTENCE])[:MAX_TRIED]:
+        if found := list(_read(run.text, percent)):
+            yield from found
+            return
+
+
+def _last_run(text: str, expected: Value, percent: str, cut: bool) -> Iterator[Value]:
+    found = runs(text)
+    if not found or (cut and found[-1].open):
+        return
+    last = found[-1].text
+    if isinstance(expected, Listing) and not expected.brackets:
+        joined = re.search(r"[^.!?\n]*\Z", text.rstrip(" .\n"))
+        for tail in _tails(joined[0] if joined else ""):
+            if read := list(_read(tail, percent)):
+                yield from read
+                return
+    if read := list(_read(last, percent)):
+        yield from read
+    elif " " in last:  # words side by side: the last of them
+        yield from _read(last.split()[-1], percent)
+
+
+def _tails(sentence: str) -> Iterator[str]:
+    """The ends of a sentence that may be a list, the longest first."""
+    words = sentence.split()[-MAX_WORDS:]
+    for start in range(len(words)):
+        tail = " ".join(words[start:])
+        if re.search(r",|\b(?:and|or)\b", tail):
+            yield tail
+
+
+def _read(text: str, percent: str) -> Iterator[Value]:
+    try:
+        read = value(text, percent)
+    except (Unreadable, RecursionError):
+        return
+    if not isinstance(read, Words) or len(read.text) == 1:
+        yield read

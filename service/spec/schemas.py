@@ -1,0 +1,116 @@
+"""What a JSON Schema says that can never work, found before anything is graded: a reference to nothing, a foreign pattern."""
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from referencing import Registry, Resource
+from referencing.exceptions import Unresolvable
+from referencing.jsonschema import DRAFT202012, UnknownDialect, specification_with
+
+PATTERN_PARTS = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\$", re.DOTALL)
+LITERAL = re.compile(r"/(?:\^.*|.*\$)/[dgimsuvy]*", re.DOTALL)  # a pattern as it stands in JavaScript's source
+BY_NAME = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")  # schemas under names of their own
+DATA = ("const", "enum", "default", "examples")  # keywords that hold values and no schemas
+
+
+def check_inside(schema: dict[str, Any]) -> None:
+    """Raises ValueError for a $ref that points to nothing or round in a circle, and for a pattern that Python cannot take."""
+    try:
+        specification = specification_with(schema["$schema"]) if isinstance(schema.get("$schema"), str) else DRAFT202012
+    except UnknownDialect:
+        specification = DRAFT202012
+    root = specification.create_resource(schema)
+    applied: dict[int, list[int]] = {}
+    _check(root, Registry().resolver_with_root(root), specification, applied)
+    if _has_circle(applied):
+        raise ValueError("its references go round in a circle without looking into the value")
+
+
+def _check(resource: Resource[Any], resolver: Any, specification: Any, applied: dict[int, list[int]]) -> None:
+    """`applied` takes which schemas each schema applies to the very value that it is applied to itself."""
+    schema = resource.contents
+    if isinstance(schema, bool) or id(schema) in applied:
+        return
+    if not isinstance(schema, dict):
+        raise ValueError("a $ref points to what is no schema")
+    same = applied[id(schema)] = [id(part) for part in _applied_to_the_same(schema)]
+    for pattern in _patterns(schema):
+        check_dialect(pattern)
+    for keyword in ("$ref", "$dynamicRef", "$recursiveRef"):
+        if isinstance(reference := schema.get(keyword), str):
+            try:
+                found = resolver.lookup(reference)
+            except (Unresolvable, ValueError, TypeError, KeyError):
+                raise ValueError(f"its {keyword} {reference!r} points to nothing in the schema") from None
+            if keyword == "$ref":
+                same.append(id(found.contents))
+            _check(specification.create_resource(found.contents), found.resolver, specification, applied)
+    for part in resource.subresources():
+        _check(part, resolver.in_subresource(part), specification, applied)
+
+
+def _has_circle(follows: dict[int, list[int]]) -> bool:
+    left = {node: {after for after in then if after in follows} for node, then in follows.items()}
+    while ends := {node for node, then in left.items() if not then}:
+        left = {node: then - ends for node, then in left.items() if node not in ends}
+    return bool(left)
+
+
+def _applied_to_the_same(schema: dict[str, Any]) -> Iterator[Any]:
+    for keyword in ("allOf", "anyOf", "oneOf"):
+        yield from schema.get(keyword) or ()
+    for keyword in ("not", "if", "then", "else"):
+        if keyword in schema:
+            yield schema[keyword]
+
+
+def _patterns(schema: dict[str, Any]) -> Iterator[str]:
+    if isinstance(pattern := schema.get("pattern"), str):
+        yield pattern
+    if isinstance(properties := schema.get("patternProperties"), dict):
+        yield from properties
+
+
+def check_dialect(pattern: str) -> None:
+    """Raises ValueError for a pattern in JavaScript's dialect, which JSON Schema's own documents use."""
+    try:
+        re.compile(pattern)
+    except (re.error, OverflowError) as error:
+        reason = str(error)
+    except RecursionError:
+        reason = "its groups are nested too deeply"
+    else:
+        if not LITERAL.fullmatch(pattern):
+            return
+        reason = "the slashes around it would have to stand in the text"
+    raise ValueError(
+        f"the pattern {pattern[:80]!r} is none in Python's dialect, in which patterns are read here: {reason}"
+        " (JavaScript's (?<name>...), \\p{...}, \\u{...} and /.../ are not Python's)"
+    )
+
+
+def ending_at_the_end(schema: Any) -> Any:
+    """The schema with each `$` of a pattern as the end of the text: Python's also matches before a newline at the end."""
+    if isinstance(schema, list):
+        return [ending_at_the_end(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return {key: _ending(key, value) for key, value in schema.items()}
+
+
+def _ending(keyword: str, value: Any) -> Any:
+    if keyword in DATA:
+        return value
+    if keyword == "pattern" and isinstance(value, str):
+        return _at_the_end(value)
+    if keyword in BY_NAME and isinstance(value, dict):
+        name_of = _at_the_end if keyword == "patternProperties" else str
+        return {name_of(name): ending_at_the_end(part) for name, part in value.items()}
+    return ending_at_the_end(value)
+
+
+def _at_the_end(pattern: str) -> str:
+    if re.compile(pattern).flags & re.MULTILINE:
+        return pattern
+    return PATTERN_PARTS.sub(lambda part: r"\Z" if part[0] == "$" else part[0], pattern)
