@@ -92,7 +92,8 @@ def gather(attempt: Attempt, objective: Objective, groups: Sequence[Group]) -> t
     given = [reward for group in groups for reward in group.rewards]
     device = old_log_probs.device
     valid = torch.tensor([reward is not None for reward in given], device=device)
-    rewards = torch.tensor([reward or 0.0 for reward in given], dtype=torch.float64, device=device)
+    rewards, weights = rewards_of(spec, groups)
+    rewards = rewards.to(device)
     group_ids = torch.arange(len(groups), device=device).repeat_interleave(spec.rollout.group_size)
     truncated = torch.tensor([completion.finish_reason == "length" for completion in completions], device=device)
     score = objective.with_kl(
@@ -102,7 +103,9 @@ def gather(attempt: Attempt, objective: Objective, groups: Sequence[Group]) -> t
         ref_log_probs=ref_log_probs,
         rollout_log_probs=rollout_log_probs,
     )
-    advantages = objective.advantages(score, group_ids, lengths=answered.sum(1), valid=valid)
+    advantages = objective.advantages(
+        score, group_ids, lengths=answered.sum(1), valid=valid, reward_weights=None if weights is None else weights.to(device)
+    )
     mask = objective.select(answered, rewards=rewards, group_ids=group_ids, truncated=truncated, valid=valid)
     if spec.rollout.mask_truncated:
         mask = mask & ~truncated.unsqueeze(1)
@@ -111,6 +114,20 @@ def gather(attempt: Attempt, objective: Objective, groups: Sequence[Group]) -> t
     metrics["advantage/abs_mean"] = float(advantages.abs().mean())
     experience = Experience(sequences, mask, old_log_probs, rollout_log_probs, ref_log_probs, advantages, group_ids)
     return experience, metrics
+
+
+def rewards_of(spec: RLSpec, groups: Sequence[Group]) -> tuple[Tensor, Tensor | None]:
+    """The rewards [B] that the graders' weighted sum gives, in float64, 0 where there is none.
+
+    Where each grader's scores are normalised by themselves (GDPO): those [B, R], and the graders' weights [R].
+    """
+    if spec.objective.advantage.several == "sum_then_normalize":
+        return torch.tensor([reward or 0.0 for group in groups for reward in group.rewards], dtype=torch.float64), None
+    names = [grader.name or grader.kind for grader in spec.reward.graders]
+    graded = [one for group in groups for one in group.graded]
+    scores = [[0.0 if one.total is None else one.scores[name] or 0.0 for name in names] for one in graded]
+    weights = torch.tensor([grader.weight for grader in spec.reward.graders], dtype=torch.float64)
+    return torch.tensor(scores, dtype=torch.float64), weights
 
 
 def update(
