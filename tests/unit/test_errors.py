@@ -27,6 +27,7 @@ PROBLEM = {"code": "busy", "detail": "too many wait", "hint": "wait", "retryable
 MADE_OF: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
     "Exception": (("what went wrong",), {}),
     "RuntimeError": (("what went wrong",), {}),
+    "ValueError": (("what went wrong",), {}),
     "RatchetError": (("what went wrong",), {"code": "odd", "hint": "look", "allowed_moves": ["resume"]}),
     "InvalidRequest": (("what went wrong", [WRONG]), {"code": "odd", "hint": "look", "line": 3}),
     "JobFailed": (("model_not_found", "no such model"), {"hint": "look", "pointer": "/model", "tried": ["tiny2"]}),
