@@ -4,6 +4,7 @@ Nothing is copied that need not be: a tensor is a view of the order's bytes, and
 of one length, stay that view. So they are read-only: nothing in here is written in place.
 """
 
+import json
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -135,6 +136,11 @@ class Item:
     zero_singletons: bool = False
     seed: int = 0
     warnings: tuple[str, ...] = field(default=())
+
+    @cached_property
+    def objective(self) -> str:
+        """The axes as text, which is the same for the same axes."""
+        return json.dumps(self.axes, sort_keys=True)
 
     def pointer(self, name: str) -> str:
         return f"/items/{self.index}/batch/{name}"

@@ -65,12 +65,12 @@ class Prepared:
         """Items of one kind can be computed as one batch: the same axes, dtype, tensors and metrics."""
         shapes = {name: tensor.dim() for name, tensor in self.rows.known().items()}
         measured = [part[:2] for part in self.metrics.parts]
-        return json.dumps([self.item.axes, str(self.item.dtype), shapes, measured, self.wants_gradient], sort_keys=True)
+        return json.dumps([self.item.objective, str(self.item.dtype), shapes, measured, self.wants_gradient], sort_keys=True)
 
 
 def prepare(item: Item) -> Prepared:
     """Raises ItemRefused when the content of a tensor cannot be taken, or one is missing."""
-    objective, used = Objective(item.axes), uses(_spec(json.dumps(item.axes)), item.tensors)
+    objective, used = _known(item.objective, frozenset(item.tensors))
     found = check(item, used=used.reads, in_groups=used.in_groups, in_segments=used.in_segments)
     if found.errors:
         raise ItemRefused(found.errors)
@@ -80,10 +80,10 @@ def prepare(item: Item) -> Prepared:
         raise ItemRefused([FieldError(f"/items/{item.index}/batch", str(error), "missing_tensor")]) from None
 
 
-@lru_cache(maxsize=256)
-def _spec(axes: str) -> ObjectiveSpec:
-    """Of a resolved objective as JSON; the items of a request, and of many requests, have few different ones."""
-    return ObjectiveSpec.model_validate_json(axes)
+@lru_cache(maxsize=256)  # the items of a request, and of many requests, have few different ones
+def _known(axes: str, given: frozenset[str]) -> tuple[Objective, Uses]:
+    """An objective that is resolved, and what it does with a batch that brings the tensors of these names."""
+    return Objective(json.loads(axes)), uses(ObjectiveSpec.model_validate_json(axes), given)
 
 
 @torch.no_grad()
