@@ -7,7 +7,6 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
-from pydantic import TypeAdapter
 from sqlalchemy.exc import InterfaceError, OperationalError
 
 from service.doorbell import Doorbell
@@ -20,10 +19,12 @@ from service.rewards import Rewards
 from service.settings import get_settings
 from service.spec.job import JobSpec, RLSpec, SupervisedSpec
 from service.spec.tensors import OF_A_JOB, uses
+from service.spec.work import WorkLimits
 from service.states import Phase
 from service.store import checkpoints, datasets
 from service.store.session import Store, open_store
 from service.store.tables import Checkpoint, Job
+from service.validation import parse
 from workers.identity import WORKER_ID, has_gpu, resource_classes
 from workers.loops.attempt import Attempt
 from workers.loops.managed import drive
@@ -70,20 +71,21 @@ def _keeper() -> Keeper:
 
 def run(keeper: Keeper, lease: Lease, job: Job) -> None:
     """Run a claimed job and write down how it ended, unless another attempt has taken over meanwhile."""
-    spec: RLSpec | SupervisedSpec = TypeAdapter(JobSpec).validate_python(job.spec)
+    stall_timeout_s = job.spec.get("limits", {}).get("stall_timeout_s", WorkLimits().stall_timeout_s)
     try:
-        with Tenure(keeper, lease, job, stall_timeout_s=spec.limits.stall_timeout_s) as tenure:
+        with Tenure(keeper, lease, job, stall_timeout_s=stall_timeout_s) as tenure:
             log.info("job %s: attempt %d starts", job.id, lease.attempt)
-            RUNS[spec.kind](tenure, spec)
+            RUNS[job.kind](tenure)
     except LeaseLost as lost:
         log.warning("job %s: attempt %d is over, %s", job.id, lease.attempt, lost.detail)
 
 
-def _managed(tenure: Tenure, spec: RLSpec | SupervisedSpec) -> None:
+def _managed(tenure: Tenure) -> None:
     """A job whose loop is ours: load, drive, settle."""
     attempt: Attempt | None = None
     try:
-        attempt = _load(tenure, spec)
+        # As it is read today: an older version may have stored what this one refuses. Raises InvalidRequest then.
+        attempt = _load(tenure, parse(JobSpec, tenure.job.spec))
         tenure.settle(drive(attempt))
     except LeaseLost:
         raise

@@ -36,13 +36,11 @@ def compare(
         raise typer.BadParameter("name two jobs or more")
     with connect(context) as ratchet:
         jobs = [ratchet.get_job(job_id) for job_id in job_ids]
-        series = [ratchet.metrics(job_id, [])["series"] for job_id in job_ids]
+        wanted = [] if all_metrics else [*CURVES, EVAL, EVAL_GREEDY, EVAL_LOSS]  # none named: every one
+        series = [ratchet.metrics(job_id, wanted)["series"] for job_id in job_ids]
     differences = differing([dict(flat(job["spec"])) for job in jobs])
-    names = list(dict.fromkeys(name for one in series for name in one))
-    if not all_metrics:
-        headlines = (*CURVES, EVAL, EVAL_GREEDY, EVAL_LOSS)
-        names = [name for name in names if name in headlines]
-    newest = {name: [one[name]["value"][-1] if name in one else None for one in series] for name in sorted(names)}
+    last = [{name: curve["value"][-1] for name, curve in one.items() if curve["value"]} for one in series]
+    newest = {name: [one.get(name) for one in last] for name in sorted({name for one in last for name in one})}
     if as_json:
         print_json({"jobs": job_ids, "spec": differences, "metrics": newest})
         return

@@ -95,6 +95,7 @@ class ReasoningGymRows(Rows):
         check_task(source, pointer)
         self._size = min(source.size, source.max_rows or source.size)
         self._config = source.config
+        self._parts = {part["name"]: part.get("config", {}) for part in source.config.get("datasets", [])}
         self._task = open_task(source.task, source.config, seed=source.seed, size=source.size)
 
     def __len__(self) -> int:
@@ -106,8 +107,7 @@ class ReasoningGymRows(Rows):
 
     def _config_of(self, metadata: dict[str, Any]) -> dict[str, Any]:
         """With what the row was made, which its scorer must know too; a part of a composite has its own."""
-        parts = {part["name"]: part.get("config", {}) for part in self._config.get("datasets", [])}
-        return parts.get(metadata.get("source_dataset"), {}) if "datasets" in self._config else self._config
+        return self._parts.get(metadata.get("source_dataset"), {}) if self._parts else self._config
 
 
 class Subset(Rows):

@@ -30,7 +30,7 @@ class Formula:
 def check_references(spec: RLSpec | SupervisedSpec, data: Data) -> tuple[list[FieldError], list[Formula]]:
     """What cannot be read, once a grader and part of the data; and the first formulas, which are left to the sandbox."""
     errors: list[FieldError] = []
-    formulas: dict[str, Formula] = {}
+    formulas: dict[tuple[str, str], Formula] = {}
     until = monotonic() + READ_WITHIN_S
     for number, grader in enumerate(spec.reward.graders if spec.reward else []):
         if not isinstance(grader, NumberGrader):
@@ -48,8 +48,9 @@ def check_references(spec: RLSpec | SupervisedSpec, data: Data) -> tuple[list[Fi
                     bad += 1
                     first = first or FieldError(pointer, f"{where}: {error}", "reference_unreadable", text[:200])
                     continue
-                if len(formulas) < MAX_FORMULAS and text not in formulas and not _is_plain(read):
-                    formulas[text] = Formula(pointer, where, text, grader.percent)
+                asked = text, grader.percent
+                if len(formulas) < MAX_FORMULAS and asked not in formulas and not _is_plain(read):
+                    formulas[asked] = Formula(pointer, where, *asked)
             if first is not None:
                 others = f" ({bad - 1} further rows have such references)" if bad > 1 else ""
                 errors.append(FieldError(pointer, first.detail + others, first.code, first.got))

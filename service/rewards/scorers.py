@@ -102,7 +102,6 @@ def similarity(metric: str) -> Callable[[str, str], float]:
 def reasoning_gym(strict: bool) -> Callable[[str, dict[str, Any]], float]:
     """The scorer of the task that the row's metadata names, with the configuration that made the row (0 to 1)."""
     import_module("reasoning_gym")  # now: what is imported later is imported behind the fence
-    import_module("reasoning_gym")  # now: what is imported later is imported behind the fence
     from service.jobs.gym import open_task
 
     @cache

@@ -1,7 +1,8 @@
 """The dry run's graded rows, in the process of their own in which the API asks for them."""
 
-import os
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from ipaddress import ip_network
 from pathlib import Path
 from typing import Any
@@ -122,35 +123,35 @@ def test_a_supervised_job_without_graders_shows_its_rows() -> None:
     assert done.warnings == [] and done.samples[0] == {"prompt": "0+0=", "reference": "0", "graded": None, "errors": []}
 
 
-def test_what_takes_too_long_is_ended_with_everything_it_started() -> None:
-    before = processes()
+def test_what_takes_too_long_is_ended_with_everything_it_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))  # handed on from process to process: by it we know those of this test
     slow = spec(reward={"graders": [{"kind": "json_schema", "schema": {"type": "string", "pattern": "^(a|aa)+$"}}]})
     slow["data"] = {
         "train": {"source": "inline", "rows": [{"q": "1", "a": '"' + "a" * 90 + '!"'}]},
         "prompt": "{q}",
         "answer": "{a}",
     }
-    done = run_preview(slow, dataset_paths={}, secrets={}, timeout_s=3)
-    assert done == Preview([], ["the sample rows were not graded: it took longer than 3 s"])
+    with ThreadPoolExecutor(1) as threads:
+        asked = threads.submit(run_preview, slow, dataset_paths={}, secrets={}, timeout_s=3)
+        most = 0
+        while not asked.done():
+            most = max(most, len(processes(tmp_path)))
+            time.sleep(0.02)
+        assert asked.result() == Preview([], ["the sample rows were not graded: it took longer than 3 s"])
+    assert most == 2  # the dry run's own, and its grader's
     deadline = time.monotonic() + 10  # the grader's own process ends with its alarm, or when its pipe closes
-    while processes() - before:
-        assert time.monotonic() < deadline, processes() - before
+    while left := processes(tmp_path):
+        assert time.monotonic() < deadline, left
         time.sleep(0.05)
 
 
-def processes() -> set[str]:
-    """Graders' processes of this user, anywhere."""
+def processes(mark: Path) -> set[str]:
+    """Graders' processes that were started with this folder in their environment."""
     found = set()
     for entry in Path("/proc").iterdir():
-        try:
-            if (
-                entry.name.isdigit()
-                and entry.stat().st_uid == os.getuid()
-                and b"service.rewards" in (entry / "cmdline").read_bytes()
-            ):
-                found.add(entry.name)
-        except OSError:
-            continue
+        with suppress(OSError):  # gone meanwhile, or not ours
+            if entry.name.isdigit() and str(mark).encode() in (entry / "environ").read_bytes():
+                found |= {entry.name} if b"service.rewards" in (entry / "cmdline").read_bytes() else set()
     return found
 
 

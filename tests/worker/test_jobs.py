@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from sqlalchemy import select, text
+from sqlalchemy import select, text, update
 
 from service.jobs import lifecycle
 from service.relay.line import losses
@@ -158,6 +158,19 @@ def test_paused_and_resumed_equals_undisturbed(shared: Any, specs: Any) -> None:
     job = shared.succeeded(job_id)
     assert_same_weights(shared, job, undisturbed)
     assert_log_is_whole(shared, job)
+
+
+@SQLITE
+def test_a_stored_spec_that_this_version_refuses_fails_its_job_by_name(stack: Any, specs: Any) -> None:
+    job = stack.submit(specs.rl())
+    older = deepcopy(job.spec)
+    older["reward"]["graders"][0]["name"] = "mean"  # taken once; it overwrote the metric reward/mean
+    with stack.store.begin() as session:
+        session.execute(update(Job).where(Job.id == job.id).values(spec=older))
+    stack.start_worker()
+    failed = stack.finished(job.id)
+    assert (failed.status, failed.attempt, failed.error["code"]) == ("failed", 1, "invalid_request")
+    assert failed.error["pointer"] == "/reward/graders/0/name" and "mean" in failed.error["detail"]
 
 
 def test_a_running_job_is_cancelled_within_a_step(shared: Any, specs: Any) -> None:

@@ -110,9 +110,8 @@ class Keeper:
         with self._changing:
             self._holds.append(hold)
             self._wanted.set()
-        for job_id in self._listened_for - {hold.lease.job_id}:  # the thread listens for what was held before: this wakes it
-            self.doorbell.signal(job_id, "wish")
-            break
+        if before := next(iter(self._listened_for - {hold.lease.job_id}), None):
+            self.doorbell.signal(before, "wish")  # wakes the thread, which listens for what was held before and not for this
 
     def let_go(self, hold: Hold) -> None:
         """Keep it no longer. Waits for nothing: what the thread is about to write for it, the store refuses or may have."""

@@ -24,6 +24,7 @@ from pydantic import SecretStr
 from safetensors.torch import save_file
 
 from chaos.servers import own_redis_server
+from job_specs import DIGITS, rl_spec, supervised_spec
 from service.settings import Settings
 from service.store.session import open_store, upgrade
 
@@ -36,7 +37,7 @@ def main(out: Path, work: Path) -> None:
     conftest = importlib.util.module_from_spec(found)
     found.loader.exec_module(conftest)
     tiny = {"source": "tiny", "tiny": {"hidden_size": 16, "layers": 1, "heads": 2, "intermediate_size": 32}}
-    rl = conftest.rl_spec(
+    rl = rl_spec(
         name="was running",
         model={**tiny, "adapter": {"kind": "lora", "rank": 4, "alpha": 8, "dropout": 0.1}},
         limits={"max_steps": LAST},
@@ -44,9 +45,9 @@ def main(out: Path, work: Path) -> None:
         eval={"every_steps": 200, "temperature": 1.0},
         log_rollouts={"every_steps": 400, "groups": 1},
     )
-    supervised = conftest.supervised_spec(name="was queued", model=tiny)
+    supervised = supervised_spec(name="was queued", model=tiny)
     for spec in (rl, supervised):
-        spec["data"]["train"]["rows"] = conftest.ROWS[:60]
+        spec["data"]["train"]["rows"] = DIGITS[:60]
     data = work / "data"
     data.mkdir(parents=True)
     upgrade(f"sqlite:///{data}/ratchet.db")
