@@ -89,11 +89,11 @@ def _compare(folder: Path) -> None:
         expected = json.loads((folder / MANIFEST).read_bytes())["files"]
     except (OSError, ValueError, KeyError, TypeError):
         raise RatchetArchiveError(f"the archive holds no readable {MANIFEST}") from None
-    found = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
-    found.pop(MANIFEST)
-    if missing := sorted(expected.keys() ^ found.keys()):
+    unpacked = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    unpacked.pop(MANIFEST)
+    if missing := sorted(expected.keys() ^ unpacked.keys()):
         raise RatchetArchiveError(f"the archive and its {MANIFEST} disagree about {missing[0]}")
-    for name, path in found.items():
+    for name, path in unpacked.items():
         with path.open("rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != expected[name]["sha256"]:
                 raise RatchetArchiveError(f"{name} is not what was saved: its sha256 differs from that of the {MANIFEST}")

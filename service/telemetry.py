@@ -50,8 +50,8 @@ class Scrubber:
 
 def _secrets_of(settings: Settings) -> set[str]:
     """Short and well-known words are left out: they would strike out innocent text."""
-    found = [*settings.grader_secrets.values(), settings.bootstrap_key]
-    texts = {one.get_secret_value() for one in found if isinstance(one, SecretStr)}
+    secrets = [*settings.grader_secrets.values(), settings.bootstrap_key]
+    texts = {secret.get_secret_value() for secret in secrets if isinstance(secret, SecretStr)}
     for url in (settings.sql_url, settings.redis_url.get_secret_value()):
         with suppress(ValueError):  # no URL at all: whoever connects will say so
             password = urlsplit(url).password or ""

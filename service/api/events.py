@@ -14,7 +14,7 @@ from starlette.concurrency import run_in_threadpool
 from service.edge.auth import Caller, CallerDep
 from service.edge.context import Context, ContextDep
 from service.edge.problems import responses
-from service.edge.tails import Line, Look
+from service.edge.tails import Look, TailLine
 from service.errors import Malformed, NotFound
 from service.ids import utcnow
 from service.states import FINAL, Status
@@ -99,8 +99,8 @@ async def list_events(
         after = query.after if last_event_id is None else last_event_id
         stream = _stream(context, caller, job_id, after)
         return EventSourceResponse(stream, headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
-    found = await run_in_threadpool(_read, context, caller, job_id, query.after, query.limit + 1)
-    data, more = found[: query.limit], len(found) > query.limit
+    rows = await run_in_threadpool(_read, context, caller, job_id, query.after, query.limit + 1)
+    data, more = rows[: query.limit], len(rows) > query.limit
     seqs = [event.seq for event in data]
     page = EventPage(data=data, has_more=more, first_id=seqs[0] if seqs else None, last_id=seqs[-1] if seqs else None)
     return JSONResponse(page.model_dump(mode="json"))
@@ -121,13 +121,13 @@ def _look(context: Context, project: str, job_id: str, after: int | None, key_id
         status, last = jobs.standing(session, project, job_id)  # before the events: a final status comes with its event
         rows = [] if after is None or last <= after else events.after(session, job_id, after, BATCH)
     lines = [_line(EventView.of(row)) for row in rows]
-    told = lines[-1].seq if lines else last if after is None else after
+    newest = lines[-1].seq if lines else last if after is None else after
     has_more = len(lines) == BATCH
-    return Look(lines, told, has_more, Status(status) in FINAL and not has_more, key_ids - in_force)
+    return Look(lines, newest, has_more, Status(status) in FINAL and not has_more, key_ids - in_force)
 
 
-def _line(event: EventView) -> Line:
-    return Line(event.seq, format_sse_event(id=str(event.seq), event=event.type, data_str=event.model_dump_json()))
+def _line(event: EventView) -> TailLine:
+    return TailLine(event.seq, format_sse_event(id=str(event.seq), event=event.type, data_str=event.model_dump_json()))
 
 
 async def _stream(context: Context, caller: Caller, job_id: str, after: int) -> AsyncIterator[bytes]:
@@ -153,5 +153,5 @@ async def _stream(context: Context, caller: Caller, job_id: str, after: int) -> 
                 yield b": still here\n\n"
 
 
-def _lines(context: Context, caller: Caller, job_id: str, after: int) -> list[Line]:
+def _lines(context: Context, caller: Caller, job_id: str, after: int) -> list[TailLine]:
     return [_line(event) for event in _read(context, caller, job_id, after, BATCH)]

@@ -141,10 +141,10 @@ async def _answer(
         if left <= 0 or context.stopping.is_set():
             return None
         rung = await bell.wait(min(left, RING_AGAIN_S))
-        raw, found = await look()
+        raw, standing = await look()
         if raw is not None:
             return raw
-        if found is None:
+        if standing is None:
             raise Unavailable("this request was lost: the queue was emptied; send it again", code="loss_lost")
         if not rung and await context.losses.must_ring():
             await run_in_threadpool(context.doorbell.ring_losses)

@@ -50,8 +50,8 @@ def read_metrics(context: ContextDep, caller: CallerDep, job_id: str, query: Ann
     """Curves by name and range of steps. One of more than `points` points is downsampled; spikes stay in `min` and `max`."""
     with context.store.begin(readonly=True) as session:
         jobs.standing(session, caller.project, job_id)
-        found = metrics.series(
+        curves = metrics.series(
             session, job_id, query.name, from_step=query.from_step, to_step=query.to_step, points=query.points
         )
-    view = MetricsView(job_id=job_id, series={name: SeriesView.of(series) for name, series in found.items()})
+    view = MetricsView(job_id=job_id, series={name: SeriesView.of(series) for name, series in curves.items()})
     return Response(view.model_dump_json(exclude_none=True), media_type="application/json")

@@ -130,7 +130,7 @@ def read_usage(context: ContextDep, caller: CallerDep, query: Annotated[UsageQue
     with context.store.begin(readonly=True) as session:
         total = usage.report(session, project, **filters)[0]
         groups = usage.report(session, project, group_by=query.group_by, **filters)
-    data = [UsageGroup(**_sums(one), group=one.group) for one in groups]
+    data = [UsageGroup(**_sums(sums), group=sums.group) for sums in groups]
     return UsageView(project=project, group_by=query.group_by, total=UsageTotals.of(total), data=data)
 
 

@@ -39,8 +39,8 @@ def compare(
         wanted = [] if all_metrics else [*CURVES, EVAL, EVAL_GREEDY, EVAL_LOSS]  # none named: every one
         series = [ratchet.metrics(job_id, wanted)["series"] for job_id in job_ids]
     differences = differing([dict(flat(job["spec"])) for job in jobs])
-    last = [{name: curve["value"][-1] for name, curve in one.items() if curve["value"]} for one in series]
-    newest = {name: [one.get(name) for one in last] for name in sorted({name for one in last for name in one})}
+    last = [{name: curve["value"][-1] for name, curve in curves.items() if curve["value"]} for curves in series]
+    newest = {name: [curves.get(name) for curves in last] for name in sorted({name for curves in last for name in curves})}
     if as_json:
         print_json({"jobs": job_ids, "spec": differences, "metrics": newest})
         return
@@ -84,4 +84,4 @@ def differing(specs: list[dict[str, Any]]) -> dict[str, list[Any]]:
     """The places whose values are not all the same; None where a spec has no such place."""
     places = list(dict.fromkeys(place for spec in specs for place in spec))
     values = {place: [spec.get(place) for spec in specs] for place in places}
-    return {place: found for place, found in values.items() if any(value != found[0] for value in found[1:])}
+    return {place: several for place, several in values.items() if any(value != several[0] for value in several[1:])}

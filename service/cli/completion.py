@@ -21,7 +21,9 @@ def complete_checkpoint(context: typer.Context, incomplete: str) -> list[tuple[s
 
 
 def complete_dataset(context: typer.Context, incomplete: str) -> list[tuple[str, str]]:
-    return list(_offer(context, incomplete, lambda ratchet: ratchet.list_datasets(limit=OFFERED), lambda one: str(one["name"])))
+    return list(
+        _offer(context, incomplete, lambda ratchet: ratchet.list_datasets(limit=OFFERED), lambda dataset: str(dataset["name"]))
+    )
 
 
 def complete_status(incomplete: str) -> list[str]:
@@ -32,8 +34,8 @@ def _job(job: Any) -> str:
     return f"{job['status']}  {job['name']}"
 
 
-def _checkpoint(one: Any) -> str:
-    return f"step {one['step']} of {one['job_id']}"
+def _checkpoint(checkpoint: Any) -> str:
+    return f"step {checkpoint['step']} of {checkpoint['job_id']}"
 
 
 def _offer(
@@ -41,9 +43,9 @@ def _offer(
 ) -> Iterator[tuple[str, str]]:
     try:
         with connect(context) as ratchet:
-            found = ask(ratchet)["data"]
+            items = ask(ratchet)["data"]
     except Exception:  # a shell that completes must never show an error
         return
-    for one in found:
-        if one["id"].startswith(incomplete):
-            yield one["id"], describe(one)
+    for item in items:
+        if item["id"].startswith(incomplete):
+            yield item["id"], describe(item)

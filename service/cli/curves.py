@@ -59,24 +59,24 @@ def metrics(
     wanted = names or ([] if list_names or whole else list(CURVES))
     with connect(context) as ratchet:
         points = None if whole else 4 * width
-        found = [ratchet.metrics(one, wanted, from_step=from_step, to_step=to_step, points=points) for one in job_ids]
+        answers = [ratchet.metrics(each_id, wanted, from_step=from_step, to_step=to_step, points=points) for each_id in job_ids]
     if as_json:
-        print_json(found if len(found) > 1 else found[0])
+        print_json(answers if len(answers) > 1 else answers[0])
         return
     if as_csv:
-        print_csv(job_ids, [one["series"] for one in found])
+        print_csv(job_ids, [each_id["series"] for each_id in answers])
         return
-    for one, curves in zip(job_ids, found, strict=True):
+    for each_id, curves in zip(job_ids, answers, strict=True):
         if len(job_ids) > 1:
-            say(Text(one, style="bold"))
-        _print_curves(one, curves["series"], wanted, names, list_names=list_names, width=width)
+            say(Text(each_id, style="bold"))
+        _print_curves(each_id, curves["series"], wanted, names, list_names=list_names, width=width)
 
 
-def print_csv(job_ids: Sequence[str], found: Sequence[Mapping[str, Series]]) -> None:
+def print_csv(job_ids: Sequence[str], curves_of_jobs: Sequence[Mapping[str, Series]]) -> None:
     """One row a point; a value that is not finite is empty."""
     rows = csv.writer(sys.stdout, lineterminator="\n")
     rows.writerow(("job", "metric", "step", "value"))
-    for job_id, series in zip(job_ids, found, strict=True):
+    for job_id, series in zip(job_ids, curves_of_jobs, strict=True):
         for name, curve in series.items():
             rows.writerows((job_id, name, step, value) for step, value in zip(curve["step"], curve["value"], strict=True))
 

@@ -68,11 +68,11 @@ def validate(context: typer.Context, file: SpecFile = "-", as_json: Json = False
     spec with every default filled in, estimates, and sample rows with what their right answers would get.
     """
     with connect(context) as ratchet:
-        found = ratchet.validate_job(read_spec(file))
+        validation = ratchet.validate_job(read_spec(file))
     if as_json:
-        print_json(found)
+        print_json(validation)
     else:
-        _print_validation(found)
+        _print_validation(validation)
 
 
 def list_jobs(
@@ -344,25 +344,25 @@ def _metrics(values: dict[str, float | None] | None) -> str:
     return "  ".join(f"{name} {number(values[name])}" for name in EVALUATION if values and name in values)
 
 
-def _print_validation(found: Validation) -> None:
+def _print_validation(validation: Validation) -> None:
     say("the spec is valid; nothing was created")
-    spec = found["spec"]
+    spec = validation["spec"]
     print_facts(
         {
             "kind": spec.get("kind"),
             "model": spec.get("model", {}).get("source") or spec.get("model", {}).get("from_checkpoint"),
             "objective": spec.get("objective", {}).get("preset"),
-            **{name.replace("_", " "): value for name, value in found["estimates"].items()},
-            "spec sha256": found["spec_sha256"],
-            "data sha256": found["data_sha256"],
+            **{name.replace("_", " "): value for name, value in validation["estimates"].items()},
+            "spec sha256": validation["spec_sha256"],
+            "data sha256": validation["data_sha256"],
         }
     )
-    for warning in found["warnings"]:
+    for warning in validation["warnings"]:
         complain(f"warning: {warning}")
-    if found["samples"]:
+    if validation["samples"]:
         say("\nsample rows, graded as if the reference itself had been answered:")
         columns = ("prompt", "reference", "reward")
-        print_table(columns, [_sample(sample) for sample in found["samples"]], nothing="")
+        print_table(columns, [_sample(sample) for sample in validation["samples"]], nothing="")
 
 
 def _sample(sample: dict[str, Any]) -> tuple[str, str, str]:

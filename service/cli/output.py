@@ -69,8 +69,8 @@ def print_facts(facts: Mapping[str, Any]) -> None:
 
 def print_error_json(problem: Mapping[str, Any]) -> None:
     """An error for programs: one JSON object on standard error, `code` and `detail` in it, and what the service said beside."""
-    told = {name: value for name, value in problem.items() if name != "error"}  # that repeats it in another shape
-    sys.stderr.write(json.dumps({"error": told}, ensure_ascii=False) + "\n")
+    members = {name: value for name, value in problem.items() if name != "error"}  # that repeats it in another shape
+    sys.stderr.write(json.dumps({"error": members}, ensure_ascii=False) + "\n")
 
 
 def print_problem(error: RatchetApiError) -> None:

@@ -62,15 +62,15 @@ def list_checkpoints(
         return
     rows = [
         (
-            one["id"],
-            one["job_id"],
-            one["step"],
-            one["adapter"],
-            size(one["size_bytes"]),
-            _score(one),
-            ago(one["created_at"]),
+            checkpoint["id"],
+            checkpoint["job_id"],
+            checkpoint["step"],
+            checkpoint["adapter"],
+            size(checkpoint["size_bytes"]),
+            _score(checkpoint),
+            ago(checkpoint["created_at"]),
         )
-        for one in page["data"]
+        for checkpoint in page["data"]
     ]
     print_table(("checkpoint", "job", "step", "adapter", "size", "reward", "created"), rows, nothing="no checkpoints")
     if page["has_more"]:
@@ -125,16 +125,17 @@ def unpin(context: typer.Context, checkpoint_id: CheckpointId) -> None:
 def lineage(context: typer.Context, checkpoint_id: CheckpointId, as_json: Json = False) -> None:
     """Show where a checkpoint comes from, back to the base model."""
     with connect(context) as ratchet:
-        found = ratchet.checkpoint_lineage(checkpoint_id)
+        answer = ratchet.checkpoint_lineage(checkpoint_id)
     if as_json:
-        print_json(found)
+        print_json(answer)
         return
     rows = [
-        (one["checkpoint_id"], one["step"], one["job_id"], one["job_name"], ago(one["created_at"])) for one in found["data"]
+        (ancestor["checkpoint_id"], ancestor["step"], ancestor["job_id"], ancestor["job_name"], ago(ancestor["created_at"]))
+        for ancestor in answer["data"]
     ]
     print_table(("checkpoint", "step", "job", "name", "created"), rows, nothing="")
-    revision = found["base"]["revision"]
-    say(f"base: {found['base']['source']}" + (f" at {revision}" if revision else ""))
+    revision = answer["base"]["revision"]
+    say(f"base: {answer['base']['source']}" + (f" at {revision}" if revision else ""))
 
 
 def prune(
@@ -155,18 +156,27 @@ def prune(
     """
     which = {"job_id": job, "older_than_s": older_than_s, "keep_last": keep_last, "final": final}
     with connect(context) as ratchet:
-        found = ratchet.delete_checkpoints(**which, dry_run=not yes)
+        answer = ratchet.delete_checkpoints(**which, dry_run=not yes)
     if as_json:
-        print_json(found)
+        print_json(answer)
         return
-    rows = [(one["id"], one["job_id"], one["step"], size(one["size_bytes"]), ago(one["created_at"])) for one in found["data"]]
+    rows = [
+        (
+            checkpoint["id"],
+            checkpoint["job_id"],
+            checkpoint["step"],
+            size(checkpoint["size_bytes"]),
+            ago(checkpoint["created_at"]),
+        )
+        for checkpoint in answer["data"]
+    ]
     print_table(("checkpoint", "job", "step", "size", "created"), rows, nothing="nothing to delete")
-    for one in found["kept"]:
-        complain(f"{one['id']} stays: {one['reason']}")
+    for kept in answer["kept"]:
+        complain(f"{kept['id']} stays: {kept['reason']}")
     verb = "deleted" if yes else "would go (--yes deletes them)"
     say(
-        f"{len(found['data'])} checkpoints, {size(found['size_bytes'])}: {verb}"
-        + (", and there are more" if found["has_more"] else "")
+        f"{len(answer['data'])} checkpoints, {size(answer['size_bytes'])}: {verb}"
+        + (", and there are more" if answer["has_more"] else "")
     )
 
 
@@ -191,8 +201,15 @@ def list_datasets(context: typer.Context, limit: Limit = 20, after: After = None
         print_json(page)
         return
     rows = [
-        (one["id"], one["name"], one["rows"], size(one["size_bytes"]), list(one["columns"]), ago(one["created_at"]))
-        for one in page["data"]
+        (
+            dataset["id"],
+            dataset["name"],
+            dataset["rows"],
+            size(dataset["size_bytes"]),
+            list(dataset["columns"]),
+            ago(dataset["created_at"]),
+        )
+        for dataset in page["data"]
     ]
     print_table(("dataset", "name", "rows", "size", "columns", "created"), rows, nothing="no datasets")
     if page["has_more"]:
@@ -256,7 +273,7 @@ def models(context: typer.Context, as_json: Json = False) -> None:
     if as_json:
         print_json(page)
         return
-    rows = [(one["id"], one["kind"], one["description"]) for one in page["data"]]
+    rows = [(model["id"], model["kind"], model["description"]) for model in page["data"]]
     print_table(("model.source", "kind", "what it is"), rows, nothing="no models")
 
 
@@ -275,17 +292,17 @@ def list_keys(context: typer.Context, as_json: Json = False) -> None:
         return
     table = [
         (
-            one["id"],
-            one["name"],
-            one["project"],
-            f"...{one['ends_with']}",
-            one["scopes"][-1],
-            _rate(one),
-            ago(one["created_at"]),
-            (one["expires_at"] or "never")[:16],
-            ago(one["last_used_at"]),
+            key["id"],
+            key["name"],
+            key["project"],
+            f"...{key['ends_with']}",
+            key["scopes"][-1],
+            _rate(key),
+            ago(key["created_at"]),
+            (key["expires_at"] or "never")[:16],
+            ago(key["last_used_at"]),
         )
-        for one in page["data"]
+        for key in page["data"]
     ]
     columns = ("key", "name", "project", "ends with", "scope", "rate", "created", "expires", "last used")
     print_table(columns, table, nothing="no keys")

@@ -35,20 +35,20 @@ def usage(
     """
     filters: dict[str, Any] = {"group_by": by, "first_day": first, "last_day": last, "job_id": job, "key_id": key}
     with connect(context) as ratchet:
-        found = ratchet.usage(**filters, project=project)
+        answer = ratchet.usage(**filters, project=project)
     if as_json:
-        print_json(found)
+        print_json(answer)
         return
     rows = [
         (
-            one.get("group", "total"),
-            one["attempts"],
-            one["sampled_tokens"],
-            one["trained_tokens"],
-            duration(one["worker_s"]),
-            duration(one["wasted"]["worker_s"]),
+            sums.get("group", "total"),
+            sums["attempts"],
+            sums["sampled_tokens"],
+            sums["trained_tokens"],
+            duration(sums["worker_s"]),
+            duration(sums["wasted"]["worker_s"]),
         )
-        for one in ([*found["data"], found["total"]] if found["data"] else [])
+        for sums in ([*answer["data"], answer["total"]] if answer["data"] else [])
     ]
     print_table((by, "attempts", "sampled", "trained", "worker", "wasted"), rows, nothing="nothing was spent")
 
@@ -71,14 +71,14 @@ def budget(
     """
     with connect(context) as ratchet:
         if set_tokens is None and set_worker_s is None and not unbounded:
-            found = ratchet.get_budget(project=project)
+            answer = ratchet.get_budget(project=project)
         elif project is None:
             raise typer.BadParameter("say whose budget is set: --project NAME")
         else:
-            found = ratchet.set_budget(project, tokens=set_tokens, worker_s=set_worker_s, since=since)
+            answer = ratchet.set_budget(project, tokens=set_tokens, worker_s=set_worker_s, since=since)
     if as_json:
-        print_json(found)
+        print_json(answer)
         return
-    bounds = {name: found[name] for name in ("tokens", "worker_s") if found[name] is not None}  # pyright: ignore[reportGeneralTypeIssues]
-    print_facts({"project": found["project"], "may spend": bounds or "without bound", "since": found["since"]})
-    say(f"spent since then: {spent_text(found['spent']) or 'nothing'}")
+    bounds = {name: answer[name] for name in ("tokens", "worker_s") if answer[name] is not None}  # pyright: ignore[reportGeneralTypeIssues]
+    print_facts({"project": answer["project"], "may spend": bounds or "without bound", "since": answer["since"]})
+    say(f"spent since then: {spent_text(answer['spent']) or 'nothing'}")

@@ -48,7 +48,9 @@ def up(
         complain(f"error: {error.detail}")
         raise typer.Exit(exits.REFUSED) from None
     except ValidationError as error:
-        wrong = "; ".join(f"RATCHET_{'_'.join(map(str, one['loc'])).upper()}: {one['msg']}" for one in error.errors())
+        wrong = "; ".join(
+            f"RATCHET_{'_'.join(map(str, complaint['loc'])).upper()}: {complaint['msg']}" for complaint in error.errors()
+        )
         complain(f"error: the settings cannot be used: {wrong}")
         raise typer.Exit(exits.REFUSED) from None
 

@@ -54,9 +54,9 @@ class _Decoder(JSONDecoder):
 
     def _text(self, *state: Any) -> tuple[str, int]:
         self._count()
-        found, end = self._string(*state)
-        _whole(found)
-        return found, end
+        text, end = self._string(*state)
+        _whole(text)
+        return text, end
 
     def _count(self) -> None:
         self._parts += 1

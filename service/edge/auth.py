@@ -12,7 +12,7 @@ from sqlalchemy.exc import OperationalError
 from starlette.concurrency import run_in_threadpool
 
 from service.edge.context import Context, ContextDep
-from service.edge.rate import Taken, Turn
+from service.edge.rate import RateReply, Turn
 from service.errors import Forbidden, RateLimited, Unauthorized
 from service.ids import utcnow
 from service.store import keys
@@ -71,9 +71,9 @@ async def _known(
     if not text.startswith(keys.PREFIX) or len(text) > MAX_KEY_LENGTH:
         raise Unauthorized("what came is not an API key: these begin with tml-", code="invalid_api_key", hint=HINT)
     key = taken = None
-    if (kept := context.keyring.find(text)) is not None:
-        taken = await _take_turn(context, kept.key)
-        key = kept.key if taken.edition == kept.edition else None
+    if (known := context.keyring.find(text)) is not None:
+        taken = await _take_turn(context, known.key)
+        key = known.key if taken.edition == known.edition else None
     if key is None:
         key = await _looked_up(context, text)
     _check_in_force(key, utcnow())
@@ -111,7 +111,7 @@ def _check_in_force(key: Known, now: datetime) -> None:
         raise Unauthorized("this API key has expired", code="expired_api_key", hint="ask for a new one")
 
 
-async def _take_turn(context: Context, key: Known) -> Taken:
+async def _take_turn(context: Context, key: Known) -> RateReply:
     return await context.limiter.take(key.id, context.limiter.rate(key.requests_per_s, key.burst))
 
 

@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 from service.edge.auth import Caller
 from service.errors import Malformed
 from service.store import idempotency
-from service.store.idempotency import Answer, Claim
+from service.store.idempotency import Claim, StoredAnswer
 from service.store.session import Store
 
 log = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ def once(store: Store, caller: Caller, key: str | None, *, route: str, body_sha2
         return
     with store.begin() as session:
         state = idempotency.begin(session, project=caller.project, route=route, key=key, body_sha256=body_sha256)
-    if isinstance(state, Answer):
+    if isinstance(state, StoredAnswer):
         yield Once(_replay(state.status, state.body), None)
         return
     try:

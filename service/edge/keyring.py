@@ -30,8 +30,8 @@ class Keyring:
         self._kept: dict[str, Kept] = {}
 
     def find(self, text: str) -> Kept | None:
-        kept = self._kept.get(digest(text))
-        return None if kept is None or kept.until < self.now() else kept
+        known = self._kept.get(digest(text))
+        return None if known is None or known.until < self.now() else known
 
     def keep(self, text: str, key: Known, edition: bytes, looked_at: float) -> None:
         """`looked_at`: when, of `now`, the looking began."""

@@ -16,8 +16,8 @@ def accepted(request: Request, offered: Sequence[str]) -> str:
     wanted = ",".join(request.headers.getlist("accept"))
     if not wanted.strip():
         return offered[0]
-    ranges = [_range(one) for one in wanted.split(",")]
-    best = max(offered, key=lambda one: _quality(one, ranges))
+    ranges = [_range(media_type) for media_type in wanted.split(",")]
+    best = max(offered, key=lambda media_type: _quality(media_type, ranges))
     if _quality(best, ranges) <= 0:
         raise NotAcceptable(f"Accept is {wanted[:200]!r}; answers come as {' or '.join(offered)}")
     return best
@@ -31,11 +31,11 @@ def _range(text: str) -> tuple[str, float]:
 
 def _quality(offer: str, ranges: list[tuple[str, float]]) -> float:
     """Of the range that names it most closely; 0: not wanted."""
-    found = dict(ranges)
-    return next((found[one] for one in (offer, f"{offer.partition('/')[0]}/*", "*/*") if one in found), 0.0)
+    qualities = dict(ranges)
+    return next((qualities[pattern] for pattern in (offer, f"{offer.partition('/')[0]}/*", "*/*") if pattern in qualities), 0.0)
 
 
 def wait_s(request: Request) -> float:
     """For how long the caller would like the answer to be held; 0: not at all. What cannot be read is no preference."""
-    found = _WAIT.search(",".join(request.headers.getlist("prefer")))
-    return float(min(int(found[1]), MAX_WAIT_S)) if found else 0.0
+    match = _WAIT.search(",".join(request.headers.getlist("prefer")))
+    return float(min(int(match[1]), MAX_WAIT_S)) if match else 0.0

@@ -127,7 +127,7 @@ def problem(
         error = RatchetError(
             "something went wrong here; the log has it under this request_id", hint="try again, then report it"
         )
-    errors = [_field(one) for one in error.errors] if isinstance(error, InvalidRequest) else []
+    errors = [_field(field_error) for field_error in error.errors] if isinstance(error, InvalidRequest) else []
     detail = without_secrets(error.detail)
     body = Problem(
         type=f"urn:ratchet:problem:{error.code}",
@@ -194,18 +194,18 @@ async def _ours(request: Request, error: Any) -> JSONResponse:
 
 async def _parameters(request: Request, error: Any) -> JSONResponse:
     """Query parameters, headers and paths that FastAPI refused."""
-    found = [one for one in error.errors() if one["type"] != "extra_forbidden"]
-    errors = field_errors(Any, found)
-    for one in error.errors():
-        if one["type"] == "extra_forbidden":
-            place, name = one["loc"]
+    complaints = [complaint for complaint in error.errors() if complaint["type"] != "extra_forbidden"]
+    errors = field_errors(Any, complaints)
+    for complaint in error.errors():
+        if complaint["type"] == "extra_forbidden":
+            place, name = complaint["loc"]
             errors.append(unknown_key(f"/{place}/{name}", str(name), _legal_parameters(request, place)))
     return problem(request, invalid(errors))
 
 
 def _legal_parameters(request: Request, place: str) -> list[str]:
     operation = _documented(request).get(request.method.lower(), {})
-    return sorted(one["name"] for one in operation.get("parameters", []) if one["in"] == place)
+    return sorted(parameter["name"] for parameter in operation.get("parameters", []) if parameter["in"] == place)
 
 
 def _documented(request: Request) -> dict[str, Any]:
@@ -276,7 +276,9 @@ DESCRIPTIONS = {
 def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """For a route's `responses`: problems with these statuses."""
     schema = {"$ref": "#/components/schemas/Problem"}
-    return {one: {"description": DESCRIPTIONS[one], "content": {PROBLEM: {"schema": schema}}} for one in sorted(statuses)}
+    return {
+        status: {"description": DESCRIPTIONS[status], "content": {PROBLEM: {"schema": schema}}} for status in sorted(statuses)
+    }
 
 
 COMMON = (400, 401, 403, 414, 422, 429, 431, 500, 503)

@@ -77,7 +77,7 @@ class Turn:
         return {"RateLimit-Policy": f'"key";q={self.rate.burst};w={full_s}', "RateLimit": f'"key";r={int(self.tokens)};t={t}'}
 
 
-class Taken(NamedTuple):
+class RateReply(NamedTuple):
     """`turn`: None where the key has no limit. `edition`: of the keys; None where Redis did not say."""
 
     turn: Turn | None
@@ -101,16 +101,16 @@ class Limiter:
         """A key's own rate, else the operator's; None is no limit."""
         return self._default if requests_per_s is None or burst is None else Rate(requests_per_s, burst)
 
-    async def take(self, key_id: str, rate: Rate | None) -> Taken:
+    async def take(self, key_id: str, rate: Rate | None) -> RateReply:
         """One token, if there is one. Never raises."""
         arguments = ["", ""] if rate is None else [rate.requests_per_s, rate.burst]
-        found = await self._asked(lambda: self._take(keys=[f"ratchet:rate:{key_id}", KEYS_EDITION], args=arguments))
+        reply = await self._asked(lambda: self._take(keys=[f"ratchet:rate:{key_id}", KEYS_EDITION], args=arguments))
         if rate is None:
-            return Taken(None, found and found[0])
-        if found is None:
-            return Taken(self._take_here(key_id, rate), None)
-        edition, allowed, tokens = found
-        return Taken(Turn(bool(allowed), float(tokens), rate), edition)
+            return RateReply(None, reply and reply[0])
+        if reply is None:
+            return RateReply(self._take_here(key_id, rate), None)
+        edition, allowed, tokens = reply
+        return RateReply(Turn(bool(allowed), float(tokens), rate), edition)
 
     async def edition(self) -> bytes | None:
         """The edition of the keys, which begins here where there is none. Never raises; None while Redis is away."""

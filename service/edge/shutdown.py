@@ -20,18 +20,18 @@ def on_stop_signal(do: Callable[[], object]) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before: dict[int, Any] = {one: signal.getsignal(one) for one in SIGNALS}
+    before: dict[int, Any] = {stop_signal: signal.getsignal(stop_signal) for stop_signal in SIGNALS}
 
     def handle(number: int, frame: FrameType | None) -> None:
         do()
         if callable(before[number]):
             before[number](number, frame)
 
-    taken = [one for one in SIGNALS if callable(before[one])]
-    for one in taken:
-        signal.signal(one, handle)
+    taken = [stop_signal for stop_signal in SIGNALS if callable(before[stop_signal])]
+    for stop_signal in taken:
+        signal.signal(stop_signal, handle)
     try:
         yield
     finally:
-        for one in taken:
-            signal.signal(one, before[one])
+        for stop_signal in taken:
+            signal.signal(stop_signal, before[stop_signal])

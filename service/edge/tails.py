@@ -17,7 +17,7 @@ KEPT = 1000  # events of a job, for followers that are a little behind
 
 
 @dataclass(frozen=True)
-class Line:
+class TailLine:
     """An event as it is sent."""
 
     seq: int
@@ -28,7 +28,7 @@ class Line:
 class Look:
     """What one look at the log found."""
 
-    lines: list[Line]
+    lines: list[TailLine]
     last: int  # number of the newest event that was looked for
     has_more: bool
     is_over: bool  # these are the last ones that will ever be
@@ -43,7 +43,7 @@ class Tail:
 
     def __init__(self, signals: Signals, job_id: str, look: Looking) -> None:
         self._signals, self._job_id, self._look = signals, job_id, look
-        self._lines: deque[Line] = deque(maxlen=KEPT)
+        self._lines: deque[TailLine] = deque(maxlen=KEPT)
         self._changed = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self.followers: Counter[str] = Counter()  # by the id of their key
@@ -63,7 +63,7 @@ class Tail:
         if self._task is not None:
             self._task.cancel()
 
-    def behind(self, seq: int) -> list[Line] | None:
+    def behind(self, seq: int) -> list[TailLine] | None:
         """The events that follow number `seq`; None where one of them is not kept here."""
         if self.last is None or seq >= self.last:
             return []
@@ -80,9 +80,9 @@ class Tail:
     async def _run(self, bell: Watch) -> None:
         try:
             while not self.ended:
-                found = await run_in_threadpool(self._look, self.last, frozenset(self.followers))
-                self._take(found)
-                if not found.has_more and not self.ended:
+                look = await run_in_threadpool(self._look, self.last, frozenset(self.followers))
+                self._take(look)
+                if not look.has_more and not self.ended:
                     await bell.wait(POLL_S)
         except NotFound:  # deleted meanwhile
             self.end()
@@ -90,11 +90,11 @@ class Tail:
             self.error = error
             self.end()
 
-    def _take(self, found: Look) -> None:
-        news = found.lines or found.is_over or self.last is None or found.revoked - self.revoked
-        self._lines.extend(found.lines)
-        self.last, self.revoked = found.last, found.revoked
-        if found.is_over:
+    def _take(self, look: Look) -> None:
+        news = look.lines or look.is_over or self.last is None or look.revoked - self.revoked
+        self._lines.extend(look.lines)
+        self.last, self.revoked = look.last, look.revoked
+        if look.is_over:
             self.end()
         elif news:
             self._wake()

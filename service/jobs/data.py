@@ -24,7 +24,7 @@ Row = dict[str, Any]
 Prompt = str | list[dict[str, str]]
 
 
-class Rows(Sequence[Row]):
+class DataRows(Sequence[Row]):
     """Rows by number. `columns` are those of the first row."""
 
     def _row(self, index: int) -> Row:
@@ -50,7 +50,7 @@ class Rows(Sequence[Row]):
         return index
 
 
-class InlineRows(Rows):
+class InlineRows(DataRows):
     """Rows that stand in the spec."""
 
     def __init__(self, rows: Sequence[Row]) -> None:
@@ -63,7 +63,7 @@ class InlineRows(Rows):
         return self._rows[index]
 
 
-class JsonlRows(Rows):
+class JsonlRows(DataRows):
     """Rows of a file with one JSON object a line. Only the offsets of the lines are kept in memory."""
 
     def __init__(self, path: Path, max_rows: int | None = None) -> None:
@@ -87,7 +87,7 @@ class JsonlRows(Rows):
         return json.loads(os.pread(self._descriptor, end - start, start))
 
 
-class ReasoningGymRows(Rows):
+class ReasoningGymRows(DataRows):
     """Rows that a task of reasoning-gym makes: question, answer, metadata (with the
     task's settings as source_config). Row i is always the same for the same seed."""
 
@@ -110,10 +110,10 @@ class ReasoningGymRows(Rows):
         return self._parts.get(metadata.get("source_dataset"), {}) if self._parts else self._config
 
 
-class Subset(Rows):
+class Subset(DataRows):
     """Some rows of others, by number."""
 
-    def __init__(self, rows: Rows, indices: Sequence[int]) -> None:
+    def __init__(self, rows: DataRows, indices: Sequence[int]) -> None:
         self._rows = rows
         self._indices = array("Q", indices)
 
@@ -131,8 +131,8 @@ class Subset(Rows):
 class Data:
     """The rows of a job and how they are put."""
 
-    train: Rows
-    eval: Rows | None
+    train: DataRows
+    eval: DataRows | None
     prompt_template: str | None
     chat: list[Message] | str | None
     answer_template: str | None
@@ -156,7 +156,7 @@ def open_data(data: DataSpec, seed: int, dataset_path: Callable[[str], Path]) ->
     Raises InvalidRequest where reasoning-gym is absent or refuses its task or config, or a split leaves nothing to train on.
     """
     train = open_source(data.train, dataset_path, "/data/train")
-    held_out: Rows | None = None
+    held_out: DataRows | None = None
     if isinstance(data.eval, SplitSource):
         train, held_out = split(train, data.eval.rows, seed)
     elif data.eval is not None:
@@ -164,7 +164,7 @@ def open_data(data: DataSpec, seed: int, dataset_path: Callable[[str], Path]) ->
     return Data(train, held_out, data.prompt, data.chat, data.answer)
 
 
-def open_source(source: TrainSource, dataset_path: Callable[[str], Path], pointer: str) -> Rows:
+def open_source(source: TrainSource, dataset_path: Callable[[str], Path], pointer: str) -> DataRows:
     """The rows of one source; `pointer` is where it stands in the spec."""
     match source:
         case DatasetSource():
@@ -175,7 +175,7 @@ def open_source(source: TrainSource, dataset_path: Callable[[str], Path], pointe
             return ReasoningGymRows(source, pointer)
 
 
-def split(rows: Rows, held_out: int, seed: int) -> tuple[Rows, Rows]:
+def split(rows: DataRows, held_out: int, seed: int) -> tuple[DataRows, DataRows]:
     """What is trained on and what is held out, drawn from the seed, both in their old order."""
     if held_out >= len(rows):
         detail = f"the split holds out {held_out} rows of {len(rows)}: nothing would be left to train on"

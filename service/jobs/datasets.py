@@ -34,7 +34,7 @@ WRONG_JSON = {
 TYPES = {str: "string", bool: "boolean", int: "integer", float: "number", list: "array", dict: "object", type(None): "null"}
 
 
-class Line(Exception):
+class BadLine(Exception):
     """What is wrong with one line."""
 
 
@@ -103,7 +103,7 @@ class _Checked:
                     if text:
                         self._row(read_row(text))
                         self._write(file, text + b"\n")
-                except Line as error:
+                except BadLine as error:
                     errors.append(FieldError(f"/lines/{number}", str(error), "bad_line", allowed="a JSON object"))
                     if len(errors) >= MAX_ERRORS:
                         break
@@ -123,7 +123,7 @@ class _Checked:
             types.add(TYPES[type(value)])
             self.columns[name] = (types, rows + 1)
         if len(self.columns) > MAX_COLUMNS:
-            raise Line(f"brings the number of different columns above {MAX_COLUMNS}")
+            raise BadLine(f"brings the number of different columns above {MAX_COLUMNS}")
         self.rows += 1
 
     def _write(self, file: BinaryIO, line: bytes) -> None:
@@ -133,17 +133,17 @@ class _Checked:
 
 
 def read_row(line: bytes) -> dict[str, Any]:
-    """The JSON object that a line holds. Raises Line: not UTF-8, not JSON, a key twice, NaN, not an object, empty."""
+    """The JSON object that a line holds. Raises BadLine: not UTF-8, not JSON, a key twice, NaN, not an object, empty."""
     try:
         row = read(line, partial(json.loads, object_pairs_hook=no_key_twice, parse_constant=no_constant))
     except BadJson as error:
-        raise Line(WRONG_JSON[error.reason].format_map(vars(error))) from None
+        raise BadLine(WRONG_JSON[error.reason].format_map(vars(error))) from None
     if not isinstance(row, dict):
-        raise Line(f"must be a JSON object, got {TYPES[type(row)]}")
+        raise BadLine(f"must be a JSON object, got {TYPES[type(row)]}")
     if not row:
-        raise Line("is an object without a column")
+        raise BadLine("is an object without a column")
     if errors := not_storable(row):
-        raise Line(f"{errors[0].pointer} {errors[0].detail}")
+        raise BadLine(f"{errors[0].pointer} {errors[0].detail}")
     return row
 
 

@@ -42,9 +42,9 @@ def _as(kind: Any, value: Any) -> Any:
     origin, arguments = get_origin(kind), get_args(kind)
     if origin is tuple and isinstance(value, list):
         inner = arguments[0] if arguments else Any
-        return tuple(_as(inner, one) for one in value)
+        return tuple(_as(inner, item) for item in value)
     if origin is list and isinstance(value, list):
-        return [_as(arguments[0], one) for one in value]
+        return [_as(arguments[0], item) for item in value]
     return value
 
 

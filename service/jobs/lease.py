@@ -80,9 +80,9 @@ def claim(store: Store, settings: Settings, owner: str, classes: Collection[str]
 
 def _rest(session: Session, job: Job, now: datetime) -> None:
     """A queued job that may not spend anything pauses, unless it was changed meanwhile."""
-    found = jobs.find(session, job.id, lock=True, light=True)
-    if found is not None and found.status == Status.QUEUED:
-        moves.move(session, found, Status.PAUSED, "budget_spent", now)
+    current = jobs.find(session, job.id, lock=True, light=True)
+    if current is not None and current.status == Status.QUEUED:
+        moves.move(session, current, Status.PAUSED, "budget_spent", now)
 
 
 def _take(session: Session, job: Job, owner: str, now: datetime, settings: Settings) -> bool:
@@ -116,7 +116,7 @@ def renew_all(store: Store, settings: Settings, held: Collection[Lease]) -> dict
     with store.begin() as session:
         renewed = jobs.renew(session, [(lease.job_id, lease.attempt, lease.owner) for lease in held], until)
         answers: dict[Lease, Wish | LeaseLost | None] = {
-            Lease(one.id, one.attempt, one.owner): _wish(one.status, one.wish, draining=bool(one.draining)) for one in renewed
+            Lease(row.id, row.attempt, row.owner): _wish(row.status, row.wish, draining=bool(row.draining)) for row in renewed
         }
         for lease in held:
             if lease not in answers:
@@ -186,8 +186,8 @@ def commit_step(
         metrics.write(session, job.id, step, metrics_, attempt=lease.attempt, now=now)
         rollouts.write(session, job.id, rollouts_, attempt=lease.attempt, now=now)
         headline = {name: value for name, value in finite(metrics_).items() if HEADLINE.fullmatch(name)}
-        told = ("step", {"step": step, "max_steps": job.max_steps, "metrics": headline})
-        events.append_all(session, job.id, [told, *((type_, _jsonable(data)) for type_, data in events_)], now=now)
+        event = ("step", {"step": step, "max_steps": job.max_steps, "metrics": headline})
+        events.append_all(session, job.id, [event, *((type_, _jsonable(data)) for type_, data in events_)], now=now)
         usage.add(session, job, spent, now)
         return usage.is_spent(session, job)
 
@@ -199,9 +199,9 @@ def finite(values: Mapping[str, float | None]) -> dict[str, float | None]:
 
 def _jsonable(value: Any) -> Any:
     if isinstance(value, dict):
-        return {name: _jsonable(one) for name, one in value.items()}
+        return {name: _jsonable(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_jsonable(one) for one in value]
+        return [_jsonable(item) for item in value]
     return None if isinstance(value, float) and not isfinite(value) else value
 
 
@@ -227,18 +227,18 @@ def retain(store: Store, lease: Lease, keep: CheckpointsSpec) -> list[str]:
     """
     with _holding(store, lease) as (session, job):
         there = checkpoints.of_job(session, job.id)
-        kept = {*(one.id for one in there[: keep.keep_last]), *_best(there, keep)}
-        removed, _ = checkpoints.remove(session, [one.id for one in there if one.id not in kept], utcnow())
-        return [one.path for one in removed]
+        kept_ids = {*(row.id for row in there[: keep.keep_last]), *_best(there, keep)}
+        removed, _ = checkpoints.remove(session, [row.id for row in there if row.id not in kept_ids], utcnow())
+        return [row.path for row in removed]
 
 
 def _best(there: list[Checkpoint], keep: CheckpointsSpec) -> list[str]:
     best = keep.keep_best
     if best is None:
         return []
-    measured = [one for one in there if isinstance(one.metrics.get(best.metric), int | float)]
-    measured.sort(key=lambda one: one.metrics[best.metric], reverse=best.mode == "max")
-    return [one.id for one in measured[: best.count]]
+    measured = [row for row in there if isinstance(row.metrics.get(best.metric), int | float)]
+    measured.sort(key=lambda row: row.metrics[best.metric], reverse=best.mode == "max")
+    return [row.id for row in measured[: best.count]]
 
 
 # ---------------------------------------------------------------- letting go
@@ -264,16 +264,16 @@ def cancelled(store: Store, lease: Lease, *, spent: Spent = NOTHING) -> Status:
 
 def succeed(store: Store, lease: Lease, result: dict[str, Any], reason: str, *, spent: Spent = NOTHING) -> Status:
     """The job did what was asked. A cancel that came first is obeyed, and the result kept all the same."""
-    kept = {"result": _jsonable(result), "error": None}
-    return _end(store, lease, spent, lambda session, job, now: moves.end(session, job, Status.SUCCEEDED, reason, now, **kept))
+    values = {"result": _jsonable(result), "error": None}
+    return _end(store, lease, spent, lambda session, job, now: moves.end(session, job, Status.SUCCEEDED, reason, now, **values))
 
 
 def fail(
     store: Store, lease: Lease, failure: Failure, result: dict[str, Any] | None = None, *, spent: Spent = NOTHING
 ) -> Status:
     """The job ends with a named failure."""
-    kept = {} if result is None else {"result": _jsonable(result)}
-    return _end(store, lease, spent, lambda session, job, now: moves.fail(session, job, failure, now, **kept))
+    values = {} if result is None else {"result": _jsonable(result)}
+    return _end(store, lease, spent, lambda session, job, now: moves.fail(session, job, failure, now, **values))
 
 
 def park(store: Store, lease: Lease, failure: Failure, *, spent: Spent = NOTHING) -> Status:

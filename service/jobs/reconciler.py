@@ -47,7 +47,7 @@ class Report:
     forgotten_keys: int = 0
 
     def moves(self) -> dict[str, int]:
-        return {one.name: len(value) for one in fields(self) if isinstance(value := getattr(self, one.name), list) and value}
+        return {part.name: len(value) for part in fields(self) if isinstance(value := getattr(self, part.name), list) and value}
 
 
 def reconcile(store: Store, settings: Settings, doorbell: Doorbell, now: datetime) -> Report:
@@ -100,7 +100,7 @@ def _is_overdue(job: Runtime, settings: Settings, now: datetime) -> bool:
 
 
 def _end_overdue(session: Session, job: Job, settings: Settings, now: datetime) -> Status | None:
-    overdue = [one for one in jobs.runtimes(session, job.id) if _is_overdue(one, settings, now)]
+    overdue = [runtime for runtime in jobs.runtimes(session, job.id) if _is_overdue(runtime, settings, now)]
     if not overdue:
         return None
     ran = job.run_s + moves.running_s(job, now)
@@ -179,7 +179,7 @@ def _abandoned(blobs: Blobs, now: datetime) -> list[Path]:
 def _is_older(path: Path, moment: datetime) -> bool:
     """Nothing in it was written, and it was not renamed, since `moment`."""
     try:
-        stats = [one.lstat() for one in [path, *path.rglob("*")]]
+        stats = [member.lstat() for member in [path, *path.rglob("*")]]
     except FileNotFoundError:
         return False  # somebody is at work there
     return max(max(stat.st_mtime, stat.st_ctime) for stat in stats) < moment.timestamp()

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from time import monotonic
 
 from service.errors import FieldError
-from service.jobs.data import Data, Rows
+from service.jobs.data import Data, DataRows
 from service.spec.data import ReasoningGymSource, SplitSource
 from service.spec.job import RLSpec, SupervisedSpec
 from service.spec.maths.reading import reference
@@ -57,7 +57,7 @@ def check_references(spec: RLSpec | SupervisedSpec, data: Data) -> tuple[list[Fi
     return errors, list(formulas.values())
 
 
-def _graded(spec: RLSpec | SupervisedSpec, data: Data) -> Iterator[tuple[str, Rows]]:
+def _graded(spec: RLSpec | SupervisedSpec, data: Data) -> Iterator[tuple[str, DataRows]]:
     """The rows that answers are graded with, but for procedural ones: the worker makes them."""
     train_is_made = isinstance(spec.data.train, ReasoningGymSource)
     eval_is_made = isinstance(spec.data.eval, ReasoningGymSource) or (isinstance(spec.data.eval, SplitSource) and train_is_made)
@@ -67,7 +67,7 @@ def _graded(spec: RLSpec | SupervisedSpec, data: Data) -> Iterator[tuple[str, Ro
         yield "eval", data.eval
 
 
-def _references(grader: NumberGrader, rows: Rows, part: str) -> Iterator[tuple[str, str]]:
+def _references(grader: NumberGrader, rows: DataRows, part: str) -> Iterator[tuple[str, str]]:
     seen: set[str] = set()
     for index, row in enumerate(rows):
         text = render(grader.reference, row)

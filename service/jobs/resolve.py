@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from sqlalchemy.orm import Session
 
 from service.errors import FieldError, InvalidRequest, NotFound
-from service.jobs.data import Data, InlineRows, Rows, open_source, split
+from service.jobs.data import Data, DataRows, InlineRows, open_source, split
 from service.jobs.gym import check_task
 from service.jobs.reference_checks import Formula, check_references
 from service.jobs.resolve_model import resolve_model
@@ -97,14 +97,14 @@ def sha256_of(value: Any) -> str:
 
 
 def _datasets(session: Session, project: str, spec: RLSpec | SupervisedSpec, errors: list[FieldError]) -> dict[str, Dataset]:
-    found: dict[str, Dataset] = {}
+    by_part: dict[str, Dataset] = {}
     for part, source in (("train", spec.data.train), ("eval", spec.data.eval)):
         if isinstance(source, DatasetSource):
             try:
-                found[source.id] = datasets.get(session, project, source.id)
+                by_part[source.id] = datasets.get(session, project, source.id)
             except NotFound as error:
                 errors.append(FieldError(f"/data/{part}/id", error.detail, "dataset_not_found", source.id))
-    return found
+    return by_part
 
 
 def _open(spec: RLSpec | SupervisedSpec, paths: dict[str, Path], errors: list[FieldError]) -> Data | None:
@@ -123,7 +123,7 @@ def _open(spec: RLSpec | SupervisedSpec, paths: dict[str, Path], errors: list[Fi
     return Data(train, held_out, spec.data.prompt, spec.data.chat, spec.data.answer)
 
 
-def _source(source: TrainSource, paths: dict[str, Path], pointer: str) -> Rows | None:
+def _source(source: TrainSource, paths: dict[str, Path], pointer: str) -> DataRows | None:
     if isinstance(source, DatasetSource) and source.id not in paths:
         return None  # reported already
     if isinstance(source, ReasoningGymSource):
@@ -257,6 +257,6 @@ def _warnings(spec: RLSpec | SupervisedSpec, estimates: dict[str, Any]) -> list[
 def _refused(errors: list[FieldError]) -> InvalidRequest:
     """As `invalid`, under the code that says most when there is one thing to say."""
     error = invalid(errors)
-    if len({one.code for one in errors}) == 1 and errors[0].code in ("model_not_found", "missing_extra"):
+    if len({field_error.code for field_error in errors}) == 1 and errors[0].code in ("model_not_found", "missing_extra"):
         error.code = errors[0].code
     return error

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from service.errors import FieldError
-from service.jobs.data import Data, Row, Rows
+from service.jobs.data import Data, DataRows, Row
 from service.spec.data import DatasetSource, ReasoningGymSource, SplitSource
 from service.spec.job import RLSpec, SupervisedSpec
 from service.spec.templates import columns_of
@@ -25,13 +25,13 @@ def check_rows(spec: RLSpec | SupervisedSpec, data: Data, uploaded: dict[str, Da
         if rows is None:
             continue
         source = spec.data.train if part == "train" or isinstance(spec.data.eval, SplitSource) else spec.data.eval
-        found = [] if _known_complete(source, templates, spec, uploaded) else _missing_columns(rows, part, templates)
-        if not found and not isinstance(source, ReasoningGymSource):
-            found = [*_bad_chats(spec, rows, part), *_unreadable(spec, data, rows, part)]
-        elif not found and spec.model.source == "tiny" and source is getattr(spec.data, part):
+        complaints = [] if _known_complete(source, templates, spec, uploaded) else _missing_columns(rows, part, templates)
+        if not complaints and not isinstance(source, ReasoningGymSource):
+            complaints = [*_bad_chats(spec, rows, part), *_unreadable(spec, data, rows, part)]
+        elif not complaints and spec.model.source == "tiny" and source is getattr(spec.data, part):
             detail = "the tiny model reads digits, small letters and a few signs only; rows of reasoning_gym hold others"
-            found = [FieldError(f"/data/{part}/source", detail, "unknown_character")]
-        for error in found:
+            complaints = [FieldError(f"/data/{part}/source", detail, "unknown_character")]
+        for error in complaints:
             errors.setdefault((error.pointer, error.code + str(error.got)), error)
     return list(errors.values())
 
@@ -70,7 +70,7 @@ class _Gap:
     null: bool = False
 
 
-def _missing_columns(rows: Rows, part: str, templates: dict[str, list[str]]) -> list[FieldError]:
+def _missing_columns(rows: DataRows, part: str, templates: dict[str, list[str]]) -> list[FieldError]:
     wanted = {column for columns in templates.values() for column in columns}
     gaps: dict[str, _Gap] = {}
     seen: dict[str, None] = {}
@@ -101,7 +101,7 @@ def _absent(pointer: str, column: str, gap: _Gap, part: str, columns: list[str],
 # ---------------------------------------------------------------- chat columns
 
 
-def _bad_chats(spec: RLSpec | SupervisedSpec, rows: Rows, part: str) -> Iterator[FieldError]:
+def _bad_chats(spec: RLSpec | SupervisedSpec, rows: DataRows, part: str) -> Iterator[FieldError]:
     """The first row whose chat column is no list of messages."""
     column = spec.data.chat
     if not isinstance(column, str):
@@ -120,7 +120,10 @@ def _is_chat(value: Any) -> bool:
     return (
         isinstance(value, list)
         and len(value) > 0
-        and all(isinstance(one, dict) and one.get("role") in ROLES and isinstance(one.get("content"), str) for one in value)
+        and all(
+            isinstance(message, dict) and message.get("role") in ROLES and isinstance(message.get("content"), str)
+            for message in value
+        )
     )
 
 
@@ -137,7 +140,7 @@ class _Room:
     answers: bool = field(default=False)  # whether answers are read too
 
 
-def _unreadable(spec: RLSpec | SupervisedSpec, data: Data, rows: Rows, part: str) -> Iterator[FieldError]:
+def _unreadable(spec: RLSpec | SupervisedSpec, data: Data, rows: DataRows, part: str) -> Iterator[FieldError]:
     """For the tiny model, where a character is a token: what it cannot read, and what does not fit its context."""
     if spec.model.source != "tiny" or spec.model.tiny is None:
         return

@@ -147,11 +147,13 @@ def _snapshot_postgresql(url: str, folder: Path) -> set[str]:
 
 def _revision(connection: Connection, url: str) -> str:
     """The version of the tables. Raises BackupFailed when it is not this program's, which would copy other columns."""
-    found = MigrationContext.configure(connection).get_current_revision()
+    revision = MigrationContext.configure(connection).get_current_revision()
     ours = ScriptDirectory.from_config(alembic_config(url)).get_current_head()
-    if found is None or found != ours:
-        raise BackupFailed(f"the tables are at version {found}, this program's at {ours}; take the ratchet that runs on them")
-    return found
+    if revision is None or revision != ours:
+        raise BackupFailed(
+            f"the tables are at version {revision}, this program's at {ours}; take the ratchet that runs on them"
+        )
+    return revision
 
 
 def _speak_plainly(connection: Connection) -> None:

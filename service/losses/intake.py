@@ -39,7 +39,7 @@ def order(raw: bytes, sent_as: str, loss_id: str, project: str, deadline: float)
 def errors_of(data: list[dict[str, Any]]) -> list[FieldError]:
     """What a worker found wrong with the items of an order, as it stands in its answer."""
     said = [error for item in data if "error" in item for error in item.get("errors", [item["error"]])]
-    return [FieldError(**{name: one.get(name) for name in ("pointer", "detail", "code", "got", "allowed")}) for one in said]
+    return [FieldError(**{name: entry.get(name) for name in ("pointer", "detail", "code", "got", "allowed")}) for entry in said]
 
 
 def none_answered(items: list[dict[str, Any]], errors: list[FieldError]) -> InvalidRequest:

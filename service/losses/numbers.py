@@ -47,35 +47,35 @@ def _refuse(pointer: str, must_be: str, got: Any) -> NoReturn:
 
 def flat(values: list[Any], pointer: str, typecode: str, *, flags: bool = False) -> "array[Any]":
     """[n] numbers. `flags`: true and false are numbers too. Raises NotThese."""
-    found = array(typecode)
-    _extend(found, values, pointer, flags)
-    return found
+    numbers = array(typecode)
+    _extend(numbers, values, pointer, flags)
+    return numbers
 
 
 def rows(
     values: list[Any], pointer: str, typecode: str, *, flags: bool = False, each: str = "a sequence"
 ) -> "tuple[array[Any], array[int]]":
     """Numbers in arrays of any lengths, one behind the other, and the lengths. Raises NotThese."""
-    found, lengths = array(typecode), array("q")
+    numbers, lengths = array(typecode), array("q")
     for number, row in enumerate(values):
         if type(row) is not list:
             _refuse(f"{pointer}/{number}", f"an array: one for {each}", row)
-        _extend(found, row, pointer, flags, number)
+        _extend(numbers, row, pointer, flags, number)
         lengths.append(len(row))
-    return found, lengths
+    return numbers, lengths
 
 
-def _extend(found: "array[Any]", values: list[Any], pointer: str, flags: bool, row: int | None = None) -> None:
+def _extend(numbers: "array[Any]", values: list[Any], pointer: str, flags: bool, row: int | None = None) -> None:
     kinds = set(map(type, values))
-    if kinds <= PLAIN[found.typecode] or (flags and kinds <= {float, int, bool}):
+    if kinds <= PLAIN[numbers.typecode] or (flags and kinds <= {float, int, bool}):
         try:
-            found.fromlist(values)
+            numbers.fromlist(values)
             return
         except OverflowError:
             pass
-    whole = found.typecode == "q"
+    whole = numbers.typecode == "q"
     pointer = pointer if row is None else f"{pointer}/{row}"
-    found.extend(_one_by_one(values, pointer, whole, flags))
+    numbers.extend(_one_by_one(values, pointer, whole, flags))
 
 
 def _one_by_one(values: Iterable[Any], pointer: str, whole: bool, flags: bool) -> Iterator[Any]:
@@ -121,5 +121,5 @@ def labels(values: list[Any], pointer: str) -> "array[int]":
 
 def integers(values: Tensor) -> "array[int]":
     """An I64 or I32 tensor's numbers."""
-    found = array("q" if values.dtype == "I64" else "i", values.data.tobytes())
-    return found if found.typecode == "q" else array("q", found)
+    numbers = array("q" if values.dtype == "I64" else "i", values.data.tobytes())
+    return numbers if numbers.typecode == "q" else array("q", numbers)

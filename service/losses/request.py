@@ -116,19 +116,19 @@ def check(sent: Any, tensors: Tensors | None = None) -> Checked:
     """`tensors`: those of a safetensors body, whose metadata `request` was `sent`. Raises InvalidRequest when not even the
     items can be told apart."""
     request = parse(ENVELOPE, sent)
-    found = Checked(request.all_or_nothing)
+    checked = Checked(request.all_or_nothing)
     by_item = None if tensors is None else _by_item(tensors, len(request.items))
     for index, raw in enumerate(request.items):
         try:
             item = parse(ITEM, raw if by_item is None else _with_batch(raw, by_item[index], index), f"/items/{index}")
             entry, parts = _sound(request, item, index)
         except InvalidRequest as error:
-            found.items.append(refused(index, error.errors))
-            found.errors += error.errors
+            checked.items.append(refused(index, error.errors))
+            checked.errors += error.errors
             continue
-        found.items.append(entry)
-        found.tensors.update((f"{index}/{name}", tensor) for name, tensor in parts.items())
-    return found
+        checked.items.append(entry)
+        checked.tensors.update((f"{index}/{name}", tensor) for name, tensor in parts.items())
+    return checked
 
 
 def refused(index: int, errors: list[FieldError]) -> dict[str, Any]:
@@ -164,7 +164,7 @@ def decoded(raw: bytes) -> tuple[Tensors, str]:
 
 def _by_item(tensors: Tensors, items: int) -> list[Tensors]:
     """Sorted by the item that their names begin with. Raises InvalidRequest where there is no such item."""
-    found: list[Tensors] = [{} for _ in range(items)]
+    by_item: list[Tensors] = [{} for _ in range(items)]
     errors = []
     for name, tensor in tensors.items():
         match = _NAME.fullmatch(name)
@@ -173,14 +173,14 @@ def _by_item(tensors: Tensors, items: int) -> list[Tensors]:
             detail = f"the tensor {shown(name)!r} belongs to no item: names are i/NAME, i from 0{last}{_meant(name)}"
             errors.append(FieldError(f"/items/{match[1]}" if match else "/items", detail, "unknown_tensor", got=name))
         else:
-            found[int(match[1])][match[2]] = tensor
+            by_item[int(match[1])][match[2]] = tensor
     if errors:
         raise invalid(errors)
-    return found
+    return by_item
 
 
 def _meant(name: str) -> str:
-    return did_you_mean(name, [f"0/{one}" for one in TAKEN])
+    return did_you_mean(name, [f"0/{tensor}" for tensor in TAKEN])
 
 
 def _with_batch(raw: Any, tensors: Tensors, index: int) -> Any:

@@ -22,7 +22,7 @@ MAX_SEQUENCES = 2**20  # they are looked at one by one
 
 
 @dataclass
-class Batch:
+class CheckedBatch:
     """Parts that agree, or the errors (their pointers begin at the batch)."""
 
     layout: Literal["ragged", "padded"]
@@ -83,7 +83,7 @@ def _known(rows: int | None) -> str:
     return "B" if rows is None else str(rows)
 
 
-def check(sent: LossBatch, floats: str) -> Batch:
+def check(sent: LossBatch, floats: str) -> CheckedBatch:
     """`floats`: the typecode of `array` that JSON's numbers become."""
     parts = sent.sent()
     batch = _of_tensors(parts) if isinstance(parts["log_probs"], Tensor) else _of_json(parts, floats)
@@ -95,8 +95,8 @@ def check(sent: LossBatch, floats: str) -> Batch:
 # ---------------------------------------------------------------- of JSON
 
 
-def _of_json(parts: dict[str, Any], floats: str) -> Batch:
-    batch = Batch("ragged")
+def _of_json(parts: dict[str, Any], floats: str) -> CheckedBatch:
+    batch = CheckedBatch("ragged")
     if parts.pop("cu_seqlens", None) is not None:
         batch.refuse("cu_seqlens", "goes with flat tensors; in JSON write an array for each sequence", "unknown_key")
     lengths = _rows_of_json(batch, "log_probs", parts.pop("log_probs"), floats, None)
@@ -115,22 +115,24 @@ def _of_json(parts: dict[str, Any], floats: str) -> Batch:
     return batch
 
 
-def _rows_of_json(batch: Batch, name: str, value: list[Any], floats: str, wanted: "array[int] | None") -> "array[int] | None":
+def _rows_of_json(
+    batch: CheckedBatch, name: str, value: list[Any], floats: str, wanted: "array[int] | None"
+) -> "array[int] | None":
     """Put the numbers into the batch; their lengths, or None when they are no numbers."""
     holds = TENSORS[name].holds
     typecode = "q" if holds == "id" else "d" if holds == "flag" else floats
     try:
-        found, lengths = numbers.rows(value, f"/{name}", typecode, flags=holds == "flag")
+        cells, lengths = numbers.rows(value, f"/{name}", typecode, flags=holds == "flag")
     except NotThese as error:
         batch.errors.append(error.error)
         return None
     if wanted is not None and lengths != wanted:
         _say_lengths(batch, name, lengths, wanted)
-    batch.tensors[name] = numbers.tensor(found)
+    batch.tensors[name] = numbers.tensor(cells)
     return lengths
 
 
-def _say_lengths(batch: Batch, name: str, lengths: "array[int]", wanted: "array[int]") -> None:
+def _say_lengths(batch: CheckedBatch, name: str, lengths: "array[int]", wanted: "array[int]") -> None:
     if len(lengths) != len(wanted):
         batch.refuse(name, f"has {len(lengths)} sequences, log_probs has {len(wanted)}", got=len(lengths), allowed=len(wanted))
         return
@@ -143,7 +145,7 @@ def _say_lengths(batch: Batch, name: str, lengths: "array[int]", wanted: "array[
     )
 
 
-def _flat_of_json(batch: Batch, name: str, value: list[Any], floats: str) -> None:
+def _flat_of_json(batch: CheckedBatch, name: str, value: list[Any], floats: str) -> None:
     pointer, holds = f"/{name}", TENSORS[name].holds
     try:
         if holds == "label":
@@ -162,19 +164,19 @@ def _flat_of_json(batch: Batch, name: str, value: list[Any], floats: str) -> Non
 
 
 def _several_rewards(value: list[Any], pointer: str, floats: str) -> Tensor:
-    found, lengths = numbers.rows(value, pointer, floats)
+    cells, lengths = numbers.rows(value, pointer, floats)
     if odd := next((row for row, length in enumerate(lengths) if length != lengths[0]), None):
         detail = f"has {lengths[odd]} rewards, the sequences before have {lengths[0]}"
         raise NotThese(FieldError(f"{pointer}/{odd}", detail, "shape_mismatch", lengths[odd], lengths[0]))
-    return numbers.tensor(found, len(lengths), lengths[0])
+    return numbers.tensor(cells, len(lengths), lengths[0])
 
 
 # ---------------------------------------------------------------- of tensors
 
 
-def _of_tensors(parts: Tensors) -> Batch:
+def _of_tensors(parts: Tensors) -> CheckedBatch:
     log_probs = parts["log_probs"]
-    batch = Batch("padded" if len(log_probs.shape) == 2 else "ragged", dict(parts))
+    batch = CheckedBatch("padded" if len(log_probs.shape) == 2 else "ragged", dict(parts))
     for name, tensor in parts.items():
         if tensor.dtype not in TAKEN[name]:
             taken = ", ".join(TAKEN[name])
@@ -200,7 +202,7 @@ def _of_tensors(parts: Tensors) -> Batch:
     return batch
 
 
-def _cut(batch: Batch) -> None:
+def _cut(batch: CheckedBatch) -> None:
     """Check where the sequences begin and end."""
     tensor, tokens = batch.tensors.get("cu_seqlens"), len(batch.tensors["log_probs"])
     if tensor is None:
@@ -242,7 +244,7 @@ AMBIGUOUS = (
 )
 
 
-def _check_advantages(batch: Batch) -> None:
+def _check_advantages(batch: CheckedBatch) -> None:
     """One a sequence, or per token."""
     shape, tokens = batch.tensors["advantages"].shape, batch.tensors["log_probs"].shape
     if batch.rows is None:

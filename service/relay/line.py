@@ -23,7 +23,7 @@ from typing import NamedTuple
 from service.settings import Settings
 
 
-class Keys(NamedTuple):
+class RedisKeys(NamedTuple):
     """Of one request."""
 
     head: str
@@ -48,8 +48,8 @@ class Line:
     def key(self, name: str) -> str:
         return f"ratchet:{self.name}:{name}"
 
-    def of_request(self, project: str, request_id: str) -> Keys:
-        return Keys(*(self.key(f"{project}:{request_id}:{part}") for part in Keys._fields))
+    def of_request(self, project: str, request_id: str) -> RedisKeys:
+        return RedisKeys(*(self.key(f"{project}:{request_id}:{part}") for part in RedisKeys._fields))
 
 
 def losses(settings: Settings) -> Line:

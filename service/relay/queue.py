@@ -53,8 +53,8 @@ class Standing(NamedTuple):
     deadline: float | None
 
 
-def _standing(found: list[Any]) -> Standing:
-    answer, deadline = found
+def _standing(values: list[Any]) -> Standing:
+    answer, deadline = values
     return Standing(answer, None if deadline is None else float(deadline))
 
 
@@ -108,8 +108,8 @@ class RequestQueue:
         """Where it stands; nothing changes."""
         keys = self._line.of_request(project, request_id)
         async with self._turns, self._answering():
-            found: list[Any] = await self._redis.mget(keys.answer, keys.state)
-        return _standing(found)
+            values: list[Any] = await self._redis.mget(keys.answer, keys.state)
+        return _standing(values)
 
     async def collect(self, project: str, request_id: str) -> Standing:
         """Where it stands; an answer is handed over, and forgotten here."""
@@ -205,8 +205,8 @@ class WorkerQueue:
 
     def _fetched(self, entries: list[bytes]) -> list[bytes | None]:
         """The two parts of each, one behind the other."""
-        found: Any = self._redis.mget([key for entry in entries for key in self._parts(entry)]) if entries else []
-        return found
+        parts: Any = self._redis.mget([key for entry in entries for key in self._parts(entry)]) if entries else []
+        return parts
 
     def _parts(self, entry: bytes) -> tuple[str, str]:
         """The keys of its two parts."""

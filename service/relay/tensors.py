@@ -98,12 +98,12 @@ def _count(text: str) -> int | float:
     return int(text) if text.isdecimal() and len(text) < 20 else float("nan")
 
 
-def _metadata(found: Any) -> dict[str, str]:
-    if not isinstance(found, dict) or not all(isinstance(text, str) for text in found.values()):
+def _metadata(value: Any) -> dict[str, str]:
+    if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
         raise BadTensors(f"the header's {METADATA} must be an object whose values are texts")
-    for text in (*found, *found.values()):
+    for text in (*value, *value.values()):
         _whole_characters(text, METADATA)
-    return found
+    return value
 
 
 def _whole_characters(text: str, where: str) -> None:

@@ -37,14 +37,14 @@ class Comparison:
         if expected.name and given.name and expected.name != given.name:
             return False
         if (texts := _relations(expected, given)) is not None:
-            one, other = (expression(Atom(text)) for text in texts)
+            item, other = (expression(Atom(text)) for text in texts)
             return (
-                one is not None
+                item is not None
                 and other is not None
-                and bool(verify(one, other, allow_set_relation_comp=True, timeout_seconds=0))
+                and bool(verify(item, other, allow_set_relation_comp=True, timeout_seconds=0))
             )
         if isinstance(expected, Listing) or isinstance(given, Listing):
-            return self._same_lists(*(_list(one) for one in (expected, given)))
+            return self._same_lists(*(_list(item) for item in (expected, given)))
         return self._same_atoms(expected, given)
 
     def _same_words(self, expected: Value, given: Value) -> bool:

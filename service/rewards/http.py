@@ -15,7 +15,7 @@ import httpx
 
 from service.errors import JobFailed
 from service.jobs.resolve_reward import ADDRESS_REFUSED
-from service.rewards.samples import Context, Grader, Outcome, Problem, Sample
+from service.rewards.samples import Grader, GraderContext, NotGraded, Outcome, Sample
 from service.spec.addresses import Address, literal, may_reach
 from service.spec.reward import HttpGrader
 
@@ -46,7 +46,7 @@ def sign(secret: str, body: bytes, timestamp: int) -> str:
 class HttpRewards(Grader):
     """Posts batches side by side. A service that is down after all retries pauses the job as grader_unhealthy."""
 
-    def __init__(self, spec: HttpGrader, context: Context) -> None:
+    def __init__(self, spec: HttpGrader, context: GraderContext) -> None:
         self._spec, self._context = spec, context
         self._runner: asyncio.Runner | None = None
         self._client: httpx.AsyncClient | None = None
@@ -130,10 +130,10 @@ class HttpRewards(Grader):
             url = httpx.URL(self._spec.url)
         except httpx.InvalidURL as error:
             raise self._down(f"its URL is none: {error}") from None
-        found = await _look_up(url)
-        if not all(may_reach(address, self._context.networks) for address in found):
+        addresses = await _look_up(url)
+        if not all(may_reach(address, self._context.networks) for address in addresses):
             raise JobFailed("grader_address_refused", f"{self._named}: {ADDRESS_REFUSED}", pointer=self._context.pointer)
-        address = found[attempt % len(found)]
+        address = addresses[attempt % len(addresses)]
         host = f"[{address}]" if address.version == 6 else str(address)
         return url.copy_with(host=host), url.netloc.decode("ascii"), {"sni_hostname": url.raw_host.decode("ascii")}
 
@@ -180,10 +180,10 @@ async def _look_up(url: httpx.URL) -> list[Address]:
         return [address]
     port = url.port or (443 if url.scheme == "https" else 80)
     try:
-        found = await asyncio.get_running_loop().getaddrinfo(name, port, type=socket.SOCK_STREAM)
+        addresses = await asyncio.get_running_loop().getaddrinfo(name, port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
         raise Retry(f"its host is not found: {error}") from None
-    return [ip_address(str(entry[4][0]).partition("%")[0]) for entry in found]
+    return [ip_address(str(entry[4][0]).partition("%")[0]) for entry in addresses]
 
 
 def read_rewards(answer: bytes, expected: int) -> list[Outcome]:
@@ -191,26 +191,26 @@ def read_rewards(answer: bytes, expected: int) -> list[Outcome]:
     try:
         value = json.loads(answer)
     except (ValueError, RecursionError):
-        return [Problem(f"the reward service did not answer JSON{_shown(answer)}")] * expected
+        return [NotGraded(f"the reward service did not answer JSON{_shown(answer)}")] * expected
     rewards = value.get("rewards") if isinstance(value, dict) else None
     if not isinstance(rewards, list):
-        return [Problem(f'the reward service must answer {{"rewards": [...]}}, got{_shown(answer)}')] * expected
+        return [NotGraded(f'the reward service must answer {{"rewards": [...]}}, got{_shown(answer)}')] * expected
     if len(rewards) != expected:
-        return [Problem(f"the reward service answered {len(rewards)} rewards to {expected} samples")] * expected
-    return [_reward(one) for one in rewards]
+        return [NotGraded(f"the reward service answered {len(rewards)} rewards to {expected} samples")] * expected
+    return [_reward(reward) for reward in rewards]
 
 
 def _reward(value: Any) -> Outcome:
     if isinstance(value, dict):
         if value.get("error") is not None:
-            return Problem(f"the reward service says: {str(value['error'])[:SHOWN]}")
+            return NotGraded(f"the reward service says: {str(value['error'])[:SHOWN]}")
         value = value.get("reward")
     if isinstance(value, bool) or not isinstance(value, int | float):
-        return Problem(f"a reward must be a number, {{reward: number}} or {{error: text}}, got {json.dumps(value)[:SHOWN]}")
+        return NotGraded(f"a reward must be a number, {{reward: number}} or {{error: text}}, got {json.dumps(value)[:SHOWN]}")
     try:
         return float(value)  # NaN and infinities are refused with everyone else's
     except OverflowError:
-        return Problem("the reward is too large for a float")
+        return NotGraded("the reward is too large for a float")
 
 
 async def _read(response: httpx.Response) -> bytes:

@@ -6,7 +6,7 @@ from time import monotonic
 from service.errors import FieldError, JobFailed
 from service.jobs.reference_checks import Formula
 from service.jobs.resolve import Resolved, resolve
-from service.rewards.samples import Problem
+from service.rewards.samples import NotGraded
 from service.rewards.sandbox import Sandbox
 from service.settings import Settings
 from service.spec.job import RLSpec, SupervisedSpec
@@ -37,7 +37,7 @@ def unreadable(formulas: list[Formula]) -> list[FieldError]:
                 if monotonic() > until:
                     break
                 [outcome] = sandbox.ask_all([(formula.text, formula.percent)])
-                if isinstance(outcome, Problem):
+                if isinstance(outcome, NotGraded):
                     detail = f"{formula.where}: {outcome.detail.removeprefix('ValueError: ')}"
                     error = FieldError(formula.pointer, detail, "reference_unreadable", formula.text[:200])
                     errors.setdefault(formula.pointer, error)

@@ -11,16 +11,16 @@ from pydantic import SecretStr
 
 from service.rewards import sandboxed, text
 from service.rewards.http import HttpRewards
-from service.rewards.samples import Context, Graded, Grader, Outcome, Problem, Sample, one_by_one
+from service.rewards.samples import Graded, Grader, GraderContext, NotGraded, Outcome, Sample, one_by_one
 from service.spec.addresses import Networks
 from service.spec.reward import GraderBase, RewardSpec
 
 
-def _similarity(spec: Any, context: Context) -> Grader:
+def _similarity(spec: Any, context: GraderContext) -> Grader:
     return text.EachText(text.position, spec, context) if spec.metric == "position" else sandboxed.similarity(spec, context)
 
 
-GRADERS: dict[str, Callable[[Any, Context], Grader]] = {
+GRADERS: dict[str, Callable[[Any, GraderContext], Grader]] = {
     "exact": partial(text.EachText, text.exact),
     "contains": partial(text.EachText, text.contains),
     "regex": partial(text.EachText, text.pattern),
@@ -41,7 +41,7 @@ class Rewards:
         addresses. Nothing is started or connected yet."""
         self._specs = {grader.name or grader.kind: grader for grader in spec.graders}
         self._graders = {
-            name: GRADERS[grader.kind](grader, Context(job_id, name, f"/reward/graders/{number}", secrets, networks))
+            name: GRADERS[grader.kind](grader, GraderContext(job_id, name, f"/reward/graders/{number}", secrets, networks))
             for number, (name, grader) in enumerate(self._specs.items())
         }
 
@@ -68,23 +68,23 @@ class Rewards:
             return [_finite(outcome) for outcome in grader.grade(samples)]
         pattern = spec.extract
         parts = one_by_one(lambda sample: text.extract(pattern, sample.completion, cut=sample.truncated), samples)
-        outcomes: list[Outcome] = [part if isinstance(part, Problem) else 0.0 for part in parts]
-        found = [i for i, part in enumerate(parts) if isinstance(part, str)]
+        outcomes: list[Outcome] = [part if isinstance(part, NotGraded) else 0.0 for part in parts]
+        places = [i for i, part in enumerate(parts) if isinstance(part, str)]
         left = [replace(sample, completion=part) for sample, part in zip(samples, parts, strict=True) if isinstance(part, str)]
-        for i, outcome in zip(found, grader.grade(left), strict=True):
+        for i, outcome in zip(places, grader.grade(left), strict=True):
             outcomes[i] = _finite(outcome)
         return outcomes
 
     def _graded(self, outcomes: dict[str, Outcome]) -> Graded:
         scores: dict[str, float | None] = {
-            name: None if isinstance(outcome, Problem) else outcome for name, outcome in outcomes.items()
+            name: None if isinstance(outcome, NotGraded) else outcome for name, outcome in outcomes.items()
         }
-        errors = {name: outcome.detail for name, outcome in outcomes.items() if isinstance(outcome, Problem)}
+        errors = {name: outcome.detail for name, outcome in outcomes.items() if isinstance(outcome, NotGraded)}
         total = None if errors else sum(self._specs[name].weight * score for name, score in scores.items() if score is not None)
         return Graded(total, scores, errors)
 
 
 def _finite(outcome: Outcome) -> Outcome:
     if isinstance(outcome, float) and not math.isfinite(outcome):
-        return Problem(f"the score is {outcome}, not a finite number")
+        return NotGraded(f"the score is {outcome}, not a finite number")
     return outcome

@@ -34,35 +34,35 @@ class Graded:
 
 
 @dataclass(frozen=True)
-class Problem:
+class NotGraded:
     """Why one grader could not grade one sample."""
 
     detail: str
 
 
-Outcome = float | Problem
+Outcome = float | NotGraded
 A = TypeVar("A")
 B = TypeVar("B")
 
 
-def one_by_one(grade: Callable[[A], B | Problem], samples: Sequence[A]) -> list[B | Problem]:
+def one_by_one(grade: Callable[[A], B | NotGraded], samples: Sequence[A]) -> list[B | NotGraded]:
     """Apply `grade`, which is bounded, to each. After LOST_WITHIN_S went into samples that brought nothing, the rest is given
     up: ten thousand answers, each of which takes its five seconds, must not stop a job for a day."""
-    outcomes: list[B | Problem] = []
+    outcomes: list[B | NotGraded] = []
     lost_s = 0.0
     for sample in samples:
         if lost_s > LOST_WITHIN_S:
-            outcomes.append(Problem(f"not graded: other answers of this batch took {lost_s:.0f} s and brought nothing"))
+            outcomes.append(NotGraded(f"not graded: other answers of this batch took {lost_s:.0f} s and brought nothing"))
             continue
         began = monotonic()
         outcomes.append(grade(sample))
-        if isinstance(outcomes[-1], Problem):
+        if isinstance(outcomes[-1], NotGraded):
             lost_s += monotonic() - began
     return outcomes
 
 
 @dataclass(frozen=True)
-class Context:
+class GraderContext:
     """What graders may know beside their own section of the spec."""
 
     job_id: str
@@ -73,7 +73,7 @@ class Context:
 
 
 class Grader(ABC):
-    """One entry of `reward.graders`. Takes its section of the spec and a Context; is used from one thread."""
+    """One entry of `reward.graders`. Takes its section of the spec and a GraderContext; is used from one thread."""
 
     @abstractmethod
     def grade(self, samples: Sequence[Sample]) -> list[Outcome]:

@@ -15,7 +15,7 @@ from time import monotonic
 from typing import Any
 
 from service.errors import JobFailed
-from service.rewards.samples import Outcome, Problem, one_by_one
+from service.rewards.samples import NotGraded, Outcome, one_by_one
 
 ANSWER_WITHIN_S = 5.0
 START_WITHIN_S = 120.0
@@ -47,11 +47,11 @@ class Sandbox:
         for _ in range(2):  # a child that somebody else ended deserves a second try
             answer = self._exchange(request, ANSWER_WITHIN_S + GRACE_S)
             if answer is not None:
-                return Problem(answer["error"]) if "error" in answer else float(answer["score"])
+                return NotGraded(answer["error"]) if "error" in answer else float(answer["score"])
             code = self._end()
             if code == -signal.SIGALRM:
-                return Problem(f"took longer than {ANSWER_WITHIN_S:g} s to grade")
-        return Problem(f"the grader's process ended with status {code} on this answer")
+                return NotGraded(f"took longer than {ANSWER_WITHIN_S:g} s to grade")
+        return NotGraded(f"the grader's process ended with status {code} on this answer")
 
     def _exchange(self, request: tuple[Any, ...], within_s: float) -> dict[str, Any] | None:
         """The child's answer, or None when it died or is late."""

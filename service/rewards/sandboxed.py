@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from service.rewards.samples import Context, Grader, Outcome, Sample
+from service.rewards.samples import Grader, GraderContext, Outcome, Sample
 from service.rewards.sandbox import Sandbox
 from service.spec.reward import JsonSchemaGrader, NumberGrader, ReasoningGymGrader, SimilarityGrader
 from service.spec.templates import render
@@ -22,7 +22,7 @@ class Sandboxed(Grader):
         self._sandbox.close()
 
 
-def number(spec: NumberGrader, context: Context) -> Grader:
+def number(spec: NumberGrader, context: GraderContext) -> Grader:
     options = {"tolerance": spec.tolerance, "units": spec.units, "percent": spec.percent}
     sandbox = Sandbox("number", options, context.pointer)
 
@@ -33,15 +33,15 @@ def number(spec: NumberGrader, context: Context) -> Grader:
     return Sandboxed(sandbox, request)
 
 
-def similarity(spec: SimilarityGrader, context: Context) -> Grader:
+def similarity(spec: SimilarityGrader, context: GraderContext) -> Grader:
     return _compare(Sandbox("similarity", {"metric": spec.metric}, context.pointer), spec.reference)
 
 
-def json_schema(spec: JsonSchemaGrader, context: Context) -> Grader:
+def json_schema(spec: JsonSchemaGrader, context: GraderContext) -> Grader:
     return Sandboxed(Sandbox("json_schema", {"schema": spec.json_schema}, context.pointer), lambda sample: (sample.completion,))
 
 
-def reasoning_gym(spec: ReasoningGymGrader, context: Context) -> Grader:
+def reasoning_gym(spec: ReasoningGymGrader, context: GraderContext) -> Grader:
     return Sandboxed(
         Sandbox("reasoning_gym", {"strict": spec.strict}, context.pointer), lambda sample: (sample.completion, sample.row)
     )

@@ -27,7 +27,7 @@ def number(tolerance: float, units: str, percent: str) -> Callable[[str, str, bo
         expected = read(reference)
         try:
             given = answers(end_of(answer), expected, cut=cut, percent=percent)
-            return float(any(comparison.same(expected, one) for one in given))
+            return float(any(comparison.same(expected, final) for final in given))
         except Exception:  # whatever a model wrote that algebra stumbles over is not the right answer
             return 0.0
 

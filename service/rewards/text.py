@@ -5,7 +5,7 @@ from typing import Any
 
 import regex
 
-from service.rewards.samples import Context, Grader, Outcome, Problem, Sample, one_by_one
+from service.rewards.samples import Grader, GraderContext, NotGraded, Outcome, Sample, one_by_one
 from service.spec.reward import ContainsGrader, ExactGrader, LengthGrader, RegexGrader, SimilarityGrader
 from service.spec.templates import render
 
@@ -22,7 +22,7 @@ def exact(spec: ExactGrader, sample: Sample) -> float:
 def contains(spec: ContainsGrader, sample: Sample) -> Outcome:
     answer, reference = sample.completion, render(spec.reference, sample.row)
     if not reference:
-        return Problem("the reference is empty, and every answer contains that")
+        return NotGraded("the reference is empty, and every answer contains that")
     return float(reference in answer if spec.case_sensitive else reference.casefold() in answer.casefold())
 
 
@@ -50,14 +50,14 @@ def position(spec: SimilarityGrader, sample: Sample) -> float:
 class EachText(Grader):
     """Applies one of the functions above to each sample."""
 
-    def __init__(self, score: Callable[[Any, Sample], Outcome], spec: Any, context: Context) -> None:
+    def __init__(self, score: Callable[[Any, Sample], Outcome], spec: Any, context: GraderContext) -> None:
         self._score, self._spec = score, spec
 
     def grade(self, samples: Sequence[Sample]) -> list[Outcome]:
         return one_by_one(lambda sample: self._score(self._spec, sample), samples)
 
 
-def extract(pattern: str, answer: str, *, cut: bool = False) -> str | Problem | None:
+def extract(pattern: str, answer: str, *, cut: bool = False) -> str | NotGraded | None:
     """The last match of the pattern that is not empty: the first of its groups that took part, if it has any. None without a
     match, and (`cut`: the token limit ended the answer) where it is a number that may have gone on."""
     last = None
@@ -72,9 +72,9 @@ def extract(pattern: str, answer: str, *, cut: bool = False) -> str | Problem | 
     group = next((number for number, part in enumerate(last.groups(), 1) if part is not None), None) if last.re.groups else 0
     if group is None:
         return None
-    found = last.group(group)
-    return None if cut and last.end(group) == len(answer) and found[-1:].isdigit() else found
+    text = last.group(group)
+    return None if cut and last.end(group) == len(answer) and text[-1:].isdigit() else text
 
 
-def _too_slow(pattern: str) -> Problem:
-    return Problem(f"the pattern {pattern[:80]!r} took longer than {PATTERN_WITHIN_S:g} s on this answer")
+def _too_slow(pattern: str) -> NotGraded:
+    return NotGraded(f"the pattern {pattern[:80]!r} took longer than {PATTERN_WITHIN_S:g} s on this answer")

@@ -47,8 +47,8 @@ class Trial:
         """No right answer is known: an answer that stands in for one shows at least whether the graders work."""
         answers = rewards.grade([self._sample(i, STAND_IN) for i in range(len(self.samples))])
         for sample, graded in zip(self.samples, answers, strict=True):
-            told = _told(Probe("stand_in", STAND_IN, "no right answer is known"), graded)
-            sample |= {"errors": _errors(graded), "probes": [told]}
+            probe = _told(Probe("stand_in", STAND_IN, "no right answer is known"), graded)
+            sample |= {"errors": _errors(graded), "probes": [probe]}
         return self.stands_in()
 
     def stands_in(self) -> list[str]:
@@ -83,7 +83,8 @@ class Trial:
         """For each row, and each answer that a grader takes for right there, what is tried."""
         boxed = any(isinstance(grader, NumberGrader) for grader in graders)
         expected = [
-            list(dict.fromkeys(text for one in graders if (text := expected_of(one, row)) is not None)) for row in self.rows
+            list(dict.fromkeys(text for each_grader in graders if (text := expected_of(each_grader, row)) is not None))
+            for row in self.rows
         ]
         asked: list[tuple[int, Probe]] = []
         for i, texts in enumerate(expected):

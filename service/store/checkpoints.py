@@ -66,7 +66,9 @@ def needed(session: Session, checkpoint_ids: list[str]) -> set[str]:
     query = select(Job.checkpoint_id, Job.from_checkpoint_id).where(
         Job.status.not_in(FINAL), or_(Job.checkpoint_id.in_(checkpoint_ids), Job.from_checkpoint_id.in_(checkpoint_ids))
     )
-    return {one for pair in session.execute(query) for one in pair if one is not None}.intersection(checkpoint_ids)
+    return {
+        checkpoint_id for pair in session.execute(query) for checkpoint_id in pair if checkpoint_id is not None
+    }.intersection(checkpoint_ids)
 
 
 def mark_deleted(session: Session, project: str, checkpoint_id: str, now: datetime) -> Checkpoint:
@@ -132,13 +134,13 @@ def chosen(
     if job_id is not None:
         query = query.where(Checkpoint.job_id == job_id)
     seen = Counter[str | None]()
-    found: list[Checkpoint] = []
+    rows: list[Checkpoint] = []
     for row in session.scalars(query.order_by(Checkpoint.created_at.desc(), Checkpoint.id.desc())):
         seen[row.job_id] += 1
         asked = (ids is None or row.id in ids) and (created_before is None or row.created_at < created_before)
         if asked and seen[row.job_id] > keep_last and (final or not row.is_final):
-            found.append(row)
-    return found[::-1][:limit], len(found) > limit
+            rows.append(row)
+    return rows[::-1][:limit], len(rows) > limit
 
 
 def expired(session: Session, now: datetime, limit: int = 100) -> list[str]:

@@ -27,7 +27,7 @@ class Claim:
 
 
 @dataclass(frozen=True)
-class Answer:
+class StoredAnswer:
     """What the first request was told."""
 
     status: int
@@ -36,7 +36,7 @@ class Answer:
 
 def begin(
     session: Session, *, project: str, route: str, key: str, body_sha256: str, now: datetime | None = None
-) -> Claim | Answer:
+) -> Claim | StoredAnswer:
     """Claim the key, or learn the stored answer. Commit at once, so that others see the claim.
 
     Raises InvalidRequest (code idempotency_key_reused) for another body, InFlight while the first request is at work.
@@ -55,7 +55,7 @@ def begin(
             code="idempotency_key_reused",
         )
     if entry.status is not None:
-        return Answer(entry.status, entry.answer or {})
+        return StoredAnswer(entry.status, entry.answer or {})
     stale = and_(_is(claim), IdempotencyKey.status.is_(None), IdempotencyKey.created_at == entry.created_at)
     taken_over = update(IdempotencyKey).where(stale).values(created_at=now)
     if now - entry.created_at > ABANDONED_AFTER and _count(session, taken_over) == 1:

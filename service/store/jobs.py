@@ -32,10 +32,10 @@ def find(session: Session, job_id: str, *, lock: bool = False, light: bool = Fal
 
 def standing(session: Session, project: str, job_id: str) -> tuple[str, int]:
     """Status and number of the newest event, without loading a spec that may be long; NotFound else."""
-    found = session.execute(select(Job.status, Job.last_event).where(Job.id == job_id, Job.project == project)).first()
-    if found is None:
+    row = session.execute(select(Job.status, Job.last_event).where(Job.id == job_id, Job.project == project)).first()
+    if row is None:
         raise NotFound(f"no job {job_id} in this project")
-    return found.status, found.last_event
+    return row.status, row.last_event
 
 
 def page(
@@ -88,9 +88,9 @@ def take_unheard(session: Session, resource_class: str, now: datetime, rung_befo
     silent = or_(Job.rung_at.is_(None), Job.rung_at < rung_before)
     query = select(Job.id).where(Job.status == Status.QUEUED, Job.resource_class == resource_class, _is_due(now), silent)
     query = query.order_by(Job.priority.desc(), Job.queued_at, Job.id).limit(limit)
-    found = list(session.scalars(query.with_for_update(key_share=True, skip_locked=True)))
-    _note_ring(session, found, now)
-    return found
+    taken = list(session.scalars(query.with_for_update(key_share=True, skip_locked=True)))
+    _note_ring(session, taken, now)
+    return taken
 
 
 def unring(session: Session, job_ids: Collection[str]) -> None:
@@ -140,8 +140,8 @@ def renew(session: Session, held: Collection[tuple[str, int, str]], until: datet
     draining = select(Worker.draining).where(Worker.id == Job.lease_owner).scalar_subquery()
     # The ids alone lead both databases to the primary key; the triples decide.
     ours = (Job.id.in_([job_id for job_id, _, _ in held]), tuple_(Job.id, Job.attempt, Job.lease_owner).in_(list(held)))
-    told = (Job.id, Job.attempt, Job.lease_owner, Job.status, Job.wish, draining)
-    moved = update(Job).where(*ours).values(lease_until=until).returning(*told)
+    columns = (Job.id, Job.attempt, Job.lease_owner, Job.status, Job.wish, draining)
+    moved = update(Job).where(*ours).values(lease_until=until).returning(*columns)
     return [Renewed(*row) for row in session.execute(moved, execution_options={"synchronize_session": False})]
 
 

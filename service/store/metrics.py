@@ -48,10 +48,10 @@ def written(session: Session, job_id: str, step: int, *, attempt: int) -> bool:
 def names(session: Session, job_id: str) -> list[str]:
     """In order, a seek in the index for each: SELECT DISTINCT would read every point."""
     first = select(func.min(Metric.name).label("name")).where(Metric.job_id == job_id)
-    found = first.cte(recursive=True)
-    following = select(func.min(Metric.name)).where(Metric.job_id == job_id, Metric.name > found.c.name).scalar_subquery()
-    found = found.union_all(select(following).where(found.c.name.is_not(None)))
-    return list(session.scalars(select(found.c.name).where(found.c.name.is_not(None))))
+    distinct = first.cte(recursive=True)
+    following = select(func.min(Metric.name)).where(Metric.job_id == job_id, Metric.name > distinct.c.name).scalar_subquery()
+    distinct = distinct.union_all(select(following).where(distinct.c.name.is_not(None)))
+    return list(session.scalars(select(distinct.c.name).where(distinct.c.name.is_not(None))))
 
 
 def series(

@@ -153,14 +153,14 @@ def _totals(session: Session, group_by: GroupBy | None, where: list[ColumnElemen
     query = select(group, attempts, *(func.coalesce(func.sum(getattr(Usage, name)), 0) for name in SUMS)).where(*where)
     if group_by is not None:
         query = query.group_by(group).order_by(group)
-    found = []
+    totals = []
     rows: Any = session.execute(query)
     for name, count, *sums in rows:
         values = dict(zip(SUMS, sums, strict=True))
         phase_s = {phase.value: float(values[f"{phase}_s"]) for phase in Phase}
         tokens = {name: int(values[name]) for name in SUMS if name.endswith("tokens")}
-        found.append(Totals(name, count, **tokens, phase_s=phase_s, wasted_s=float(values["wasted_s"])))
-    return found
+        totals.append(Totals(name, count, **tokens, phase_s=phase_s, wasted_s=float(values["wasted_s"])))
+    return totals
 
 
 # ---------------------------------------------------------------- budgets

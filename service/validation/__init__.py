@@ -53,7 +53,7 @@ def parse(model: Any, raw: Any, pointer: str = "") -> Any:
 
 def field_errors(annotation: Any, details: Iterable[ErrorDetails], pointer: str = "") -> list[FieldError]:
     """Every complaint of pydantic's as a FieldError, those about one place of a plain union made one."""
-    return merge_unions([complaint(walk(annotation, one["loc"], pointer), one) for one in details])
+    return merge_unions([complaint(walk(annotation, detail["loc"], pointer), detail) for detail in details])
 
 
 def invalid(errors: list[FieldError]) -> InvalidRequest:
@@ -71,7 +71,7 @@ def below(pointer: str) -> Iterator[None]:
     try:
         yield
     except InvalidRequest as error:
-        error.errors = [replace(one, pointer=pointer + one.pointer) for one in error.errors]
+        error.errors = [replace(field_error, pointer=pointer + field_error.pointer) for field_error in error.errors]
         if error.detail.startswith("/"):
             error.detail = pointer + error.detail
         raise

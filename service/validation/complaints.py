@@ -111,22 +111,22 @@ def _wrong_tag(place: Place, key: str, sent: Any) -> FieldError:
 
 def merge_unions(complaints: list[Complaint]) -> list[FieldError]:
     """Of a plain union pydantic reports every member. Keep the member that fits so far; else say all that is allowed."""
-    fitting = {one.place.union for one in complaints if one.place.pointer != one.place.union}
+    fitting = {complaint.place.union for complaint in complaints if complaint.place.pointer != complaint.place.union}
     errors: dict[int, FieldError] = {}
     first_of: dict[str, tuple[int, str]] = {}
-    for number, one in enumerate(complaints):
-        pointer = one.place.pointer
-        if pointer != one.place.union or one.must_be is None:
-            errors[number] = one.error
+    for number, complaint in enumerate(complaints):
+        pointer = complaint.place.pointer
+        if pointer != complaint.place.union or complaint.must_be is None:
+            errors[number] = complaint.error
         elif pointer in fitting:
             continue
         elif pointer not in first_of:
-            first_of[pointer] = number, one.must_be
-            errors[number] = one.error
+            first_of[pointer] = number, complaint.must_be
+            errors[number] = complaint.error
         else:
             number, so_far = first_of[pointer]
-            must_be = f"{so_far} or {one.must_be}"
+            must_be = f"{so_far} or {complaint.must_be}"
             first_of[pointer] = number, must_be
-            got = one.error.got
+            got = complaint.error.got
             errors[number] = FieldError(pointer, _sentence(must_be, got), "invalid", got, must_be)
     return list(errors.values())

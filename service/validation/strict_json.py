@@ -49,11 +49,11 @@ def decoded(raw: bytes) -> str:
 
 def no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """The object, as `object_pairs_hook`. Raises BadJson."""
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    members = dict(pairs)
+    if len(members) != len(pairs):
         times = Counter(key for key, _ in pairs)
         raise BadJson("key_twice", next(key for key in times if times[key] > 1))
-    return found
+    return members
 
 
 def no_constant(name: str) -> Any:

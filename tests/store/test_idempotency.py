@@ -9,13 +9,13 @@ import pytest
 from service.errors import InFlight, InvalidRequest
 from service.ids import utcnow
 from service.store import idempotency
-from service.store.idempotency import Answer, Claim
+from service.store.idempotency import Claim, StoredAnswer
 from service.store.session import Store
 
 KEY: dict[str, Any] = {"project": "p", "route": "POST /v1/jobs", "key": "k", "body_sha256": "0" * 64}
 
 
-def begin(store: Store, **changes: Any) -> Claim | Answer:
+def begin(store: Store, **changes: Any) -> Claim | StoredAnswer:
     with store.begin() as session:
         return idempotency.begin(session, **{**KEY, **changes})
 
@@ -29,8 +29,8 @@ def claim(store: Store, **changes: Any) -> Claim:
 def test_the_same_request_gets_the_stored_answer(store: Store) -> None:
     with store.begin() as session:
         idempotency.complete(session, claim(store), 201, {"id": "job_1"})
-    assert begin(store) == Answer(201, {"id": "job_1"})
-    assert begin(store) == Answer(201, {"id": "job_1"})
+    assert begin(store) == StoredAnswer(201, {"id": "job_1"})
+    assert begin(store) == StoredAnswer(201, {"id": "job_1"})
 
 
 def test_another_body_under_the_same_key_is_refused(store: Store) -> None:
@@ -74,7 +74,7 @@ def test_a_dead_request_is_taken_over_and_can_no_longer_answer(store: Store) -> 
     with store.begin() as session:
         idempotency.abandon(session, dead)  # takes nothing from its heir
         idempotency.complete(session, heir, 201, {"id": "once"})
-    assert begin(store) == Answer(201, {"id": "once"})
+    assert begin(store) == StoredAnswer(201, {"id": "once"})
 
 
 def test_a_young_claim_is_not_taken_over(store: Store) -> None:

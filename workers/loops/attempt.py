@@ -10,7 +10,7 @@ from service.spec.job import RLSpec, SupervisedSpec
 from workers.loops.progress import Progress
 from workers.policy.learner import Learner
 from workers.policy.policy import Policy
-from workers.tenure.tenure import Event, Tenure
+from workers.tenure.tenure import EventRow, Tenure
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class StepResult:
 
     metrics: dict[str, float]
     rollouts: list[RolloutRow] = field(default_factory=list)
-    events: list[Event] = field(default_factory=list)
+    events: list[EventRow] = field(default_factory=list)
 
     def __add__(self, other: "StepResult") -> "StepResult":
         metrics = {**self.metrics, **other.metrics}
@@ -39,4 +39,4 @@ class Attempt:
     reference: Policy | None = None  # where the objective needs its log_probs
 
 
-Step = Callable[[Attempt, int], StepResult]
+TrainingStep = Callable[[Attempt, int], StepResult]

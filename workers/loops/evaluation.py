@@ -2,7 +2,7 @@
 
 from service.jobs.lease import RolloutRow
 from workers.loops.attempt import Attempt, StepResult
-from workers.loops.sampling import Group, reward_metrics, rollout_rows, sample_and_grade, sampling_of
+from workers.loops.sampling import Group, draw_of, reward_metrics, rollout_rows, sample_and_grade
 from workers.loops.supervised import answers_loss
 
 PROMPTS_AT_ONCE = 256
@@ -31,8 +31,8 @@ def _sample_all(attempt: Attempt, temperature: float) -> list[Group]:
     groups: list[Group] = []
     for start in range(0, len(rows), PROMPTS_AT_ONCE):
         indices = range(start, min(start + PROMPTS_AT_ONCE, len(rows)))
-        sampling = sampling_of(attempt, purpose=f"eval/{temperature}/{start}", temperature=temperature)
-        groups += sample_and_grade(attempt, [rows[i] for i in indices], [rows.number(i) for i in indices], sampling)
+        draw = draw_of(attempt, purpose=f"eval/{temperature}/{start}", temperature=temperature)
+        groups += sample_and_grade(attempt, [rows[i] for i in indices], [rows.number(i) for i in indices], draw)
     return groups
 
 

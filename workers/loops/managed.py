@@ -1,7 +1,7 @@
 """A job whose loop is ours: driven step by step, from where its attempt was loaded to its end.
 
-A loop only says what one training step is (`Step`). The driver looks for wishes, evaluates, commits, saves, stops early.
-The order inside a step is what makes a resume exact: metrics are committed first, then the checkpoint that covers them,
+A loop only says what one training step is (`TrainingStep`). The driver looks for wishes, evaluates, commits, saves, stops
+early. The order inside a step is what makes a resume exact: metrics are committed first, then the checkpoint that covers them,
 so a process that dies in between repeats the step from the checkpoint before and writes the same rows again.
 """
 
@@ -13,12 +13,12 @@ from service.ids import utcnow
 from service.jobs import moves
 from service.states import Phase, Wish
 from workers.loops import rl, supervised
-from workers.loops.attempt import Attempt, Step, StepResult
+from workers.loops.attempt import Attempt, StepResult, TrainingStep
 from workers.loops.evaluation import evaluate
 from workers.tenure.outcome import Outcome, Paused, Succeeded, obeyed
 from workers.tenure.tenure import Contents
 
-STEPS: dict[str, Step] = {"rl": rl.step, "supervised": supervised.step}
+STEPS: dict[str, TrainingStep] = {"rl": rl.step, "supervised": supervised.step}
 
 
 def drive(attempt: Attempt) -> Outcome:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from service.errors import JobFailed
 from workers.loops.progress import Progress
-from workers.tenure.tenure import Event
+from workers.tenure.tenure import EventRow
 
 NAMED = 64  # rows in one event
 MAX_SKIPPED_IN_A_ROW = 10  # optimizer steps with a non-finite gradient before the job fails
@@ -36,7 +36,7 @@ class Suspects:
         return "gradient", sorted(row for _, _, index in self._seen for row in index.tolist())
 
 
-def step_skipped(step: int, minibatch: int, cause: str, rows: list[dict[str, Any]]) -> Event:
+def step_skipped(step: int, minibatch: int, cause: str, rows: list[dict[str, Any]]) -> EventRow:
     """The event of an optimizer step that was skipped. `rows` say where they came from."""
     return "step_skipped", {"step": step, "minibatch": minibatch, "cause": cause, "rows": rows[:NAMED], "count": len(rows)}
 

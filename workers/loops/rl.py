@@ -17,14 +17,14 @@ from service.spec.job import RLSpec
 from service.states import Phase
 from workers.loops.attempt import Attempt, StepResult
 from workers.loops.nonfinite import Suspects, count_skipped, step_skipped
-from workers.loops.sampling import Group, reward_errors, reward_metrics, rollout_rows, sample_and_grade, sampling_of
+from workers.loops.sampling import Group, draw_of, reward_errors, reward_metrics, rollout_rows, sample_and_grade
 from workers.objectives.advantage import without_spread
 from workers.objectives.metrics import Metrics
 from workers.objectives.objective import Objective
-from workers.objectives.objective import Step as Prepared
+from workers.objectives.objective import OptimizerStep as Prepared
 from workers.policy.score.layout import Sequence as TokenSequence
 from workers.seeds import derive
-from workers.tenure.tenure import Event
+from workers.tenure.tenure import EventRow
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def step(attempt: Attempt, step: int) -> StepResult:
     rows = attempt.data.train
     indices = prompt_indices(len(rows), step, spec.rollout.prompts_per_step, spec.seed, spec.data.train.shuffle)
     groups = sample_and_grade(
-        attempt, [rows[i] for i in indices], [rows.number(i) for i in indices], sampling_of(attempt, purpose="rollout")
+        attempt, [rows[i] for i in indices], [rows.number(i) for i in indices], draw_of(attempt, purpose="rollout")
     )
     updating = perf_counter()
     attempt.tenure.check(Phase.UPDATING)
@@ -70,8 +70,8 @@ def step(attempt: Attempt, step: int) -> StepResult:
         "perf/step_s": ended - started,
     }
     logged = step % spec.log_rollouts.every_steps == 0 or step in (1, spec.limits.max_steps)
-    kept = groups[: spec.log_rollouts.groups] if logged else []
-    return StepResult(metrics, rollout_rows(attempt, kept, "train", step), events + reward_errors(groups, step))
+    shown = groups[: spec.log_rollouts.groups] if logged else []
+    return StepResult(metrics, rollout_rows(attempt, shown, "train", step), events + reward_errors(groups, step))
 
 
 def gather(attempt: Attempt, objective: Objective, groups: Sequence[Group]) -> tuple[Experience, dict[str, float]]:
@@ -124,22 +124,22 @@ def rewards_of(spec: RLSpec, groups: Sequence[Group]) -> tuple[Tensor, Tensor | 
     if spec.objective.advantage.several == "sum_then_normalize":
         return torch.tensor([reward or 0.0 for group in groups for reward in group.rewards], dtype=torch.float64), None
     names = [grader.name or grader.kind for grader in spec.reward.graders]
-    graded = [one for group in groups for one in group.graded]
-    scores = [[0.0 if one.total is None else one.scores[name] or 0.0 for name in names] for one in graded]
+    graded = [sample for group in groups for sample in group.graded]
+    scores = [[0.0 if sample.total is None else sample.scores[name] or 0.0 for name in names] for sample in graded]
     weights = torch.tensor([grader.weight for grader in spec.reward.graders], dtype=torch.float64)
     return torch.tensor(scores, dtype=torch.float64), weights
 
 
 def update(
     attempt: Attempt, objective: Objective, experience: Experience, step: int, numbers: Sequence[int]
-) -> tuple[dict[str, float], list[Event]]:
+) -> tuple[dict[str, float], list[EventRow]]:
     """`minibatches x epochs` optimizer steps on one rollout; metrics are over all of them.
 
     `numbers` are the places of the groups' rows in their source, for events about steps that were skipped.
     """
     spec, policy, e = attempt.spec, attempt.policy, experience
     assert isinstance(spec, RLSpec)
-    measured, norms, events, rate, size = Metrics(), list[float](), list[Event](), 0.0, spec.rollout.group_size
+    measured, norms, events, rate, size = Metrics(), list[float](), list[EventRow](), 0.0, spec.rollout.group_size
     for number, chosen in enumerate(minibatches(len(e.sequences), spec, step)):
         rows = torch.tensor(chosen, device=e.old_log_probs.device)
         width = int(max(len(e.sequences[i].completion) for i in chosen))  # as the policy pads these rows

@@ -14,7 +14,7 @@ from service.states import Phase
 from workers.loops.attempt import Attempt
 from workers.policy.sampler import Completion
 from workers.seeds import derive
-from workers.tenure.tenure import Event
+from workers.tenure.tenure import EventRow
 
 REPORTED = 32  # samples in one event
 
@@ -31,7 +31,7 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Sampling:
+class Draw:
     """How answers are drawn; `purpose` makes the draw its own."""
 
     purpose: str
@@ -43,36 +43,34 @@ class Sampling:
     stop: tuple[str, ...] = ()
 
 
-def sampling_of(attempt: Attempt, *, purpose: str, temperature: float | None = None) -> Sampling:
+def draw_of(attempt: Attempt, *, purpose: str, temperature: float | None = None) -> Draw:
     """The training distribution, or (with a temperature) the plain one of an evaluation: one answer a prompt."""
     spec = attempt.spec
     stop = tuple(spec.rollout.stop) if isinstance(spec, RLSpec) else ()
     if temperature is not None:
         longest = spec.eval.max_completion_tokens or (spec.rollout.max_completion_tokens if isinstance(spec, RLSpec) else 64)
-        return Sampling(purpose, 1, longest, temperature, stop=stop)
+        return Draw(purpose, 1, longest, temperature, stop=stop)
     assert isinstance(spec, RLSpec)
     rollout = spec.rollout
-    return Sampling(
+    return Draw(
         purpose, rollout.group_size, rollout.max_completion_tokens, rollout.temperature, rollout.top_p, rollout.top_k, stop
     )
 
 
-def sample_and_grade(
-    attempt: Attempt, rows: Sequence[dict[str, Any]], numbers: Sequence[int], sampling: Sampling
-) -> list[Group]:
+def sample_and_grade(attempt: Attempt, rows: Sequence[dict[str, Any]], numbers: Sequence[int], draw: Draw) -> list[Group]:
     """One group a row. `numbers` are the rows' places in their source, for error messages."""
     rendered = [attempt.data.prompt(row) for row in rows]
     prompts = [attempt.policy.text.encode(prompt) for prompt in rendered]
-    _check_lengths(attempt, prompts, numbers, sampling.max_tokens)
+    _check_lengths(attempt, prompts, numbers, draw.max_tokens)
     answers = attempt.policy.sample(
         prompts,
-        group_size=sampling.group_size,
-        max_tokens=sampling.max_tokens,
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        top_k=sampling.top_k,
-        stop=sampling.stop,
-        seed=derive(attempt.spec.seed, attempt.progress.step, sampling.purpose),
+        group_size=draw.group_size,
+        max_tokens=draw.max_tokens,
+        temperature=draw.temperature,
+        top_p=draw.top_p,
+        top_k=draw.top_k,
+        stop=draw.stop,
+        seed=derive(attempt.spec.seed, attempt.progress.step, draw.purpose),
     )
     attempt.tenure.meter.sampled(sum(len(answer.tokens) for group in answers for answer in group))
     attempt.tenure.check(Phase.GRADING)
@@ -84,7 +82,7 @@ def sample_and_grade(
     ]
     graded = attempt.rewards.grade(samples)
     rewards = settle_errors(attempt.spec.reward, graded)
-    size = sampling.group_size
+    size = draw.group_size
     return [
         Group(row, prompt, group, graded[i * size : (i + 1) * size], rewards[i * size : (i + 1) * size])
         for i, (row, prompt, group) in enumerate(zip(rows, prompts, answers, strict=True))
@@ -93,7 +91,7 @@ def sample_and_grade(
 
 def settle_errors(spec: RewardSpec, graded: Sequence[Graded]) -> list[float | None]:
     """Apply `on_error` to the samples that could not be graded; too many of them pause the job."""
-    failed = [one for one in graded if one.total is None]
+    failed = [sample for sample in graded if sample.total is None]
     if failed:
         rate, first = len(failed) / len(graded), next(iter(failed[0].errors.items()), ("?", "no reward"))
         detail = f"{len(failed)} of {len(graded)} samples could not be graded; the first: {first[0]}: {first[1]}"
@@ -104,20 +102,20 @@ def settle_errors(spec: RewardSpec, graded: Sequence[Graded]) -> list[float | No
                 "grader_unhealthy", f"{detail} (reward.max_error_rate is {spec.max_error_rate:g})", pointer="/reward"
             )
     if spec.on_error == "zero":
-        return [0.0 if one.total is None else one.total for one in graded]
-    return [one.total for one in graded]
+        return [0.0 if sample.total is None else sample.total for sample in graded]
+    return [sample.total for sample in graded]
 
 
 def reward_metrics(groups: Iterable[Group]) -> dict[str, float]:
     """reward/mean, reward/std, one reward/NAME a grader, and the share that could not be graded."""
     groups = list(groups)
-    graded = [one for group in groups for one in group.graded]
+    graded = [sample for group in groups for sample in group.graded]
     totals = [reward for group in groups for reward in group.rewards if reward is not None]
-    metrics = {"reward/error_rate": 1 - len([one for one in graded if one.total is not None]) / len(graded)}
+    metrics = {"reward/error_rate": 1 - len([sample for sample in graded if sample.total is not None]) / len(graded)}
     if totals:
         metrics |= {"reward/mean": fmean(totals), "reward/std": pstdev(totals)}
     for name in graded[0].scores:
-        scores = [score for one in graded if (score := one.scores.get(name)) is not None]
+        scores = [score for sample in graded if (score := sample.scores.get(name)) is not None]
         if scores:
             metrics[f"reward/{name}"] = fmean(scores)
     completions = [completion for group in groups for completion in group.completions]
@@ -126,17 +124,17 @@ def reward_metrics(groups: Iterable[Group]) -> dict[str, float]:
     return metrics
 
 
-def reward_errors(groups: Sequence[Group], step: int) -> list[Event]:
+def reward_errors(groups: Sequence[Group], step: int) -> list[EventRow]:
     """One event about the samples of a step that could not be graded, each with where it is and why; none when all could."""
     failed = [
-        {"group": g, "sample": i, "errors": one.errors}
+        {"group": g, "sample": i, "errors": graded.errors}
         for g, group in enumerate(groups)
-        for i, one in enumerate(group.graded)
-        if one.total is None
+        for i, graded in enumerate(group.graded)
+        if graded.total is None
     ]
     samples = sum(len(group.graded) for group in groups)
-    told = {"step": step, "count": len(failed), "samples": samples, "failed": failed[:REPORTED]}
-    return [("reward_errors", told)] if failed else []
+    data = {"step": step, "count": len(failed), "samples": samples, "failed": failed[:REPORTED]}
+    return [("reward_errors", data)] if failed else []
 
 
 def rollout_rows(attempt: Attempt, groups: Sequence[Group], split: str, step: int) -> list[RolloutRow]:

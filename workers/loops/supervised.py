@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 from service.errors import JobFailed
-from service.jobs.data import Rows, prompt_indices
+from service.jobs.data import DataRows, prompt_indices
 from service.spec.job import SupervisedSpec
 from service.states import Phase
 from workers.loops.attempt import Attempt, StepResult
 from workers.loops.nonfinite import Suspects, count_skipped, step_skipped
 from workers.policy.score.layout import Sequence as TokenSequence
-from workers.tenure.tenure import Event
+from workers.tenure.tenure import EventRow
 
 ROWS_AT_ONCE = 256
 
@@ -29,7 +29,7 @@ def step(attempt: Attempt, step: int) -> StepResult:
     batch = encode(attempt, rows, indices)
     tokens = sum(len(sequence.completion) for sequence in batch)
 
-    suspects, events = Suspects(), list[Event]()
+    suspects, events = Suspects(), list[EventRow]()
 
     def mean_nll(log_probs: Tensor, index: Tensor) -> Tensor:
         share = -(log_probs * _mask(batch, index, log_probs)).sum() / tokens
@@ -70,7 +70,7 @@ def answers_loss(attempt: Attempt) -> float:
     return total / tokens
 
 
-def encode(attempt: Attempt, rows: Rows, indices: Sequence[int]) -> list[TokenSequence]:
+def encode(attempt: Attempt, rows: DataRows, indices: Sequence[int]) -> list[TokenSequence]:
     """Prompt and answer tokens of these rows; a row that does not fit the context ends the job, by its number."""
     text, sequences = attempt.policy.text, []
     for index in indices:

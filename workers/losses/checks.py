@@ -31,18 +31,18 @@ class Findings:
 def check(item: Item, *, used: frozenset[str], in_groups: bool, in_segments: bool) -> Findings:
     """Everything that is wrong with the item. `used`: the tensors that reach the result; `in_groups`: advantages are made of
     rewards with a statistic of the group; `in_segments`: segment_ids decide something."""
-    found = Findings()
-    found.mask = _binary(item, "response_mask", found)
-    _binary(item, "truncated", found)
-    _numbers(item, used, found)
+    findings = Findings()
+    findings.mask = _binary(item, "response_mask", findings)
+    _binary(item, "truncated", findings)
+    _numbers(item, used, findings)
     if in_groups:
-        _singletons(item, found)
+        _singletons(item, findings)
     if in_segments:
-        _segments(item, found)
-    return found
+        _segments(item, findings)
+    return findings
 
 
-def _binary(item: Item, name: str, found: Findings) -> Tensor | None:
+def _binary(item: Item, name: str, findings: Findings) -> Tensor | None:
     values = item.tensors.get(name)
     if values is None or values.dtype == torch.bool:
         return values
@@ -58,64 +58,66 @@ def _binary(item: Item, name: str, found: Findings) -> Tensor | None:
         where, got = f"rows {_some(wrong.nonzero().flatten().tolist())}", _shown(values[wrong][0])
     else:
         where, got = _places(item, wrong), _shown(values.flatten()[wrong.flatten()][0])
-    found.errors.append(FieldError(item.pointer(name), f"must be 0 or 1, got {got} at {where}", "mask_not_binary", got, [0, 1]))
+    findings.errors.append(
+        FieldError(item.pointer(name), f"must be 0 or 1, got {got} at {where}", "mask_not_binary", got, [0, 1])
+    )
     return flags
 
 
 # ---------------------------------------------------------------- NaN, infinities, positive log-probs
 
 
-def _numbers(item: Item, used: frozenset[str], found: Findings) -> None:
+def _numbers(item: Item, used: frozenset[str], findings: Findings) -> None:
     for name, values in item.tensors.items():
         if name not in used or not values.numel():
             continue
         per = TENSORS[name].per
         if "token" in per and ("row" not in per or item.layout.is_per_token(values)):
-            _tokens(item, name, values, found)
+            _tokens(item, name, values, findings)
         elif "row" in per:
-            _rows(item, name, values, found)
+            _rows(item, name, values, findings)
         elif not bool(values.isfinite().all()):
             detail = f"must be finite, got {_shown(values[~values.isfinite()][0])}"
-            found.errors.append(FieldError(item.pointer(name), detail, "nonfinite"))
+            findings.errors.append(FieldError(item.pointer(name), detail, "nonfinite"))
 
 
-def _tokens(item: Item, name: str, values: Tensor, found: Findings) -> None:
+def _tokens(item: Item, name: str, values: Tensor, findings: Findings) -> None:
     least, greatest = (float(end) for end in values.aminmax())
     if not -torch.inf < least <= greatest < torch.inf:
-        wrong = _counted(~values.isfinite(), found.mask)
+        wrong = _counted(~values.isfinite(), findings.mask)
         if bool(wrong.any()):
-            behind = "" if found.mask is None else ", where response_mask is 1"
-            _refuse_or_mask(item, name, wrong, lambda: _places(item, wrong) + behind, found)
+            behind = "" if findings.mask is None else ", where response_mask is 1"
+            _refuse_or_mask(item, name, wrong, lambda: _places(item, wrong) + behind, findings)
     if TENSORS[name].holds == "log_prob" and not greatest <= 0:
-        positive = _counted((values > 0) & values.isfinite(), found.mask)
+        positive = _counted((values > 0) & values.isfinite(), findings.mask)
         if count := int(positive.count_nonzero()):
             what = "a log-probability" if count == 1 else f"{count} log-probabilities"
-            found.warnings.append(f"{name}: {what} above 0, at {_places(item, positive)}: computed as given")
+            findings.warnings.append(f"{name}: {what} above 0, at {_places(item, positive)}: computed as given")
 
 
-def _rows(item: Item, name: str, values: Tensor, found: Findings) -> None:
+def _rows(item: Item, name: str, values: Tensor, findings: Findings) -> None:
     """One value a row, or one of each reward a row. A row without tokens may hold anything."""
     wrong_B = ~values.isfinite().view(item.layout.rows, -1).all(dim=1)
     if not bool(wrong_B.any()):
         return
-    wrong_B = wrong_B & _with_tokens(item, found.mask)
+    wrong_B = wrong_B & _with_tokens(item, findings.mask)
     if bool(wrong_B.any()):
-        _refuse_or_mask(item, name, wrong_B, lambda: f"rows {_some(wrong_B.nonzero().flatten().tolist())}", found, rows=True)
+        _refuse_or_mask(item, name, wrong_B, lambda: f"rows {_some(wrong_B.nonzero().flatten().tolist())}", findings, rows=True)
 
 
 def _refuse_or_mask(
-    item: Item, name: str, wrong: Tensor, where: Callable[[], str], found: Findings, *, rows: bool = False
+    item: Item, name: str, wrong: Tensor, where: Callable[[], str], findings: Findings, *, rows: bool = False
 ) -> None:
     if not item.mask_nonfinite:
         detail = f'NaN or infinite at {where()}; send finite numbers, or on_nonfinite: "mask" to leave such rows out'
-        found.errors.append(FieldError(item.pointer(name), detail, "nonfinite"))
+        findings.errors.append(FieldError(item.pointer(name), detail, "nonfinite"))
         return
     if not rows:
         wrong_B = torch.zeros(item.layout.rows, dtype=torch.bool)
         wrong_B[_row_of(item, wrong)] = True
     else:
         wrong_B = wrong
-    found.nonfinite_B = wrong_B if found.nonfinite_B is None else found.nonfinite_B | wrong_B
+    findings.nonfinite_B = wrong_B if findings.nonfinite_B is None else findings.nonfinite_B | wrong_B
 
 
 def _row_of(item: Item, flags: Tensor) -> Tensor:
@@ -140,7 +142,7 @@ def _with_tokens(item: Item, mask: Tensor | None) -> Tensor:
 # ---------------------------------------------------------------- ids
 
 
-def _singletons(item: Item, found: Findings) -> None:
+def _singletons(item: Item, findings: Findings) -> None:
     """A group of one has no baseline: its advantage is 0, and its row teaches nothing."""
     ids_B = item.tensors.get("group_ids")
     if ids_B is None or not ids_B.numel():
@@ -151,21 +153,21 @@ def _singletons(item: Item, found: Findings) -> None:
         return
     which = f"row {alone[0]} is alone in its group" if len(alone) == 1 else f"rows {_some(alone)} are each alone in a group"
     if item.zero_singletons:
-        found.warnings.append(f"{which}: advantage 0")
+        findings.warnings.append(f"{which}: advantage 0")
         return
     detail = f'{which}, which leaves no one to compare with; send whole groups, or on_singleton: "zero" for an advantage of 0'
-    found.errors.append(FieldError(item.pointer("group_ids"), detail, "singleton_group"))
+    findings.errors.append(FieldError(item.pointer("group_ids"), detail, "singleton_group"))
 
 
-def _segments(item: Item, found: Findings) -> None:
+def _segments(item: Item, findings: Findings) -> None:
     ids = item.tensors.get("segment_ids")
     if ids is None or not ids.numel() or int(ids.min()) >= 0:
         return
-    negative = _counted(ids < 0, found.mask)
+    negative = _counted(ids < 0, findings.mask)
     if bool(negative.any()):
         got = int(ids[negative][0])
         detail = f"must be at least 0, got {got} at {_places(item, negative)}"
-        found.errors.append(FieldError(item.pointer("segment_ids"), detail, "invalid", got, "at least 0"))
+        findings.errors.append(FieldError(item.pointer("segment_ids"), detail, "invalid", got, "at least 0"))
 
 
 # ---------------------------------------------------------------- where

@@ -33,7 +33,7 @@ class ItemRefused(Portable):
 
 
 @dataclass(frozen=True)
-class Answer:
+class ItemAnswer:
     """An item of the answer: JSON, and its tensors in the layout that was sent."""
 
     body: dict[str, Any]
@@ -71,11 +71,11 @@ class Prepared:
 def prepare(item: Item) -> Prepared:
     """Raises ItemRefused when the content of a tensor cannot be taken, or one is missing."""
     objective, used = _known(item.objective, frozenset(item.tensors))
-    found = check(item, used=used.reads, in_groups=used.in_groups, in_segments=used.in_segments)
-    if found.errors:
-        raise ItemRefused(found.errors)
+    findings = check(item, used=used.reads, in_groups=used.in_groups, in_segments=used.in_segments)
+    if findings.errors:
+        raise ItemRefused(findings.errors)
     try:
-        return _prepared(item, objective, used, found)
+        return _prepared(item, objective, used, findings)
     except ValueError as error:  # what an axis needs and did not get, in its words
         raise ItemRefused([FieldError(f"/items/{item.index}/batch", str(error), "missing_tensor")]) from None
 
@@ -87,10 +87,10 @@ def _known(axes: str, given: frozenset[str]) -> tuple[Objective, Uses]:
 
 
 @torch.no_grad()
-def _prepared(item: Item, objective: Objective, used: Uses, found: Findings) -> Prepared:
-    layout, sent, warnings = item.layout, item.tensors, [*item.warnings, *found.warnings]
-    valid_B = None if found.nonfinite_B is None else ~found.nonfinite_B
-    mask = _mask(item, found.mask, valid_B)
+def _prepared(item: Item, objective: Objective, used: Uses, findings: Findings) -> Prepared:
+    layout, sent, warnings = item.layout, item.tensors, [*item.warnings, *findings.warnings]
+    valid_B = None if findings.nonfinite_B is None else ~findings.nonfinite_B
+    mask = _mask(item, findings.mask, valid_B)
     known: dict[str, Any] = {name: layout.pad(sent[name]) if name in sent else None for name in MEASURED}
     rewards, group_ids, weights = sent.get("rewards"), sent.get("group_ids"), sent.get("weights")
 
@@ -118,7 +118,7 @@ def _prepared(item: Item, objective: Objective, used: Uses, found: Findings) -> 
         metrics = metrics + objective.group_metrics(rewards, group_ids, valid_B)
     if objective.surrogate_kind in PICKS:
         rows = replace(rows, picked=_picked(objective, log_probs, rows, item.seed))
-    left_out = [] if found.nonfinite_B is None else found.nonfinite_B.nonzero().flatten().tolist()
+    left_out = [] if findings.nonfinite_B is None else findings.nonfinite_B.nonzero().flatten().tolist()
     if left_out:
         warnings.append(f"{len(left_out)} of {layout.rows} rows hold NaN or infinite numbers and were left out")
     return Prepared(item, objective, log_probs, rows, metrics, warnings, left_out)

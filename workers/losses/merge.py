@@ -12,7 +12,7 @@ from math import isfinite
 import torch
 from torch import Tensor
 
-from workers.losses.compute import Answer, Prepared, returned
+from workers.losses.compute import ItemAnswer, Prepared, returned
 from workers.objectives import LossOutputs, Rows
 from workers.objectives.metrics import Metrics
 
@@ -25,11 +25,11 @@ def groups(prepared: Sequence[Prepared]) -> list[list[int]]:
     """Which of them to compute together, by their places; each stands in one group."""
     kinds: dict[str, list[int]] = {}
     alone: list[list[int]] = []
-    for place, one in enumerate(prepared):
-        if one.item.layout.cells > SMALL_CELLS:
+    for place, work in enumerate(prepared):
+        if work.item.layout.cells > SMALL_CELLS:
             alone.append([place])
         else:
-            kinds.setdefault(one.kind, []).append(place)
+            kinds.setdefault(work.kind, []).append(place)
     return alone + [group for places in kinds.values() for group in _of_like_length(prepared, places)]
 
 
@@ -48,7 +48,7 @@ def _of_like_length(prepared: Sequence[Prepared], places: list[int]) -> Iterable
 
 
 @dataclass(frozen=True)
-class Batch:
+class MergedBatch:
     """The rows of one or many items, padded to one length."""
 
     log_probs: Tensor
@@ -56,16 +56,16 @@ class Batch:
     metrics: Metrics
 
 
-def batch_of(prepared: Sequence[Prepared]) -> Batch:
+def batch_of(prepared: Sequence[Prepared]) -> MergedBatch:
     if len(prepared) == 1:
-        (one,) = prepared
-        return Batch(one.log_probs, one.rows, one.metrics)
-    longest = max(one.item.layout.longest for one in prepared)
+        (work,) = prepared
+        return MergedBatch(work.log_probs, work.rows, work.metrics)
+    longest = max(work.item.layout.longest for work in prepared)
 
-    known = [one.rows.known() for one in prepared]
-    parts = zip(*(one.metrics.parts for one in prepared), strict=True)
-    return Batch(
-        log_probs=_stacked([one.log_probs for one in prepared], longest),
+    known = [work.rows.known() for work in prepared]
+    parts = zip(*(work.metrics.parts for work in prepared), strict=True)
+    return MergedBatch(
+        log_probs=_stacked([work.log_probs for work in prepared], longest),
         rows=Rows(**{name: _stacked([part[name] for part in known], longest) for name in known[0]}),
         metrics=Metrics([(*same[0][:2], tuple(map(torch.cat, zip(*(p[2] for p in same), strict=True)))) for same in parts]),
     )
@@ -81,7 +81,7 @@ def _stacked(parts: Sequence[Tensor], longest: int) -> Tensor:
     return stacked
 
 
-def compute(prepared: Sequence[Prepared]) -> list[Answer]:
+def compute(prepared: Sequence[Prepared]) -> list[ItemAnswer]:
     """The answers of items of one kind. Raises whatever torch raises; then none of them has an answer."""
     batch, objective = batch_of(prepared), prepared[0].objective
     with torch.set_grad_enabled(prepared[0].wants_gradient):
@@ -92,32 +92,34 @@ def compute(prepared: Sequence[Prepared]) -> list[Answer]:
 
 
 @torch.no_grad()
-def _shared_out(prepared: Sequence[Prepared], outputs: LossOutputs, gradient: Tensor | None, metrics: Metrics) -> list[Answer]:
-    sizes = [one.item.layout.rows for one in prepared]
+def _shared_out(
+    prepared: Sequence[Prepared], outputs: LossOutputs, gradient: Tensor | None, metrics: Metrics
+) -> list[ItemAnswer]:
+    sizes = [work.item.layout.rows for work in prepared]
     item_of_row_B = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
     losses = torch.zeros(len(sizes), dtype=outputs.loss_B.dtype).index_add_(0, item_of_row_B, outputs.loss_B).tolist()
     measured = (metrics + outputs.metrics).split(item_of_row_B, len(sizes))
     wrong_B = outputs.nonfinite_rows.split(sizes) if bool(outputs.nonfinite_rows.any()) else None
-    wanted = frozenset().union(*(one.item.wanted for one in prepared))
+    wanted = frozenset().union(*(work.item.wanted for work in prepared))
     tensors = {name: values.split(sizes) for name, values in returned(wanted, outputs).items()}
     if gradient is not None:
         tensors["gradients"] = gradient.split(sizes)
     return [
         _answer(
-            one,
+            work,
             losses[i],
             measured[i],
             [] if wrong_B is None else wrong_B[i].nonzero().flatten().tolist(),
-            {name: parts[i] for name, parts in tensors.items() if name in one.item.wanted},
+            {name: parts[i] for name, parts in tensors.items() if name in work.item.wanted},
         )
-        for i, one in enumerate(prepared)
+        for i, work in enumerate(prepared)
     ]
 
 
 def _answer(
-    one: Prepared, loss: float, metrics: Mapping[str, float], wrong: list[int], tensors: Mapping[str, Tensor]
-) -> Answer:
-    layout, warnings = one.item.layout, list(one.warnings)
+    work: Prepared, loss: float, metrics: Mapping[str, float], wrong: list[int], tensors: Mapping[str, Tensor]
+) -> ItemAnswer:
+    layout, warnings = work.item.layout, list(work.warnings)
     if wrong:
         warnings.append(f"the loss of {len(wrong)} of {layout.rows} rows is not finite, though what came in was")
     elif not isfinite(loss):
@@ -129,12 +131,12 @@ def _answer(
             warnings.append("the gradient is not finite, though the loss is")
     if layout.offsets is not None and sent:
         sent["cu_seqlens"] = layout.offsets
-    body = {"index": one.item.index, "status": "ok", "loss": loss, "metrics": dict(metrics)}
+    body = {"index": work.item.index, "status": "ok", "loss": loss, "metrics": dict(metrics)}
     if warnings:
         body["warnings"] = warnings
-    if rows := sorted({*one.nonfinite, *wrong}):
+    if rows := sorted({*work.nonfinite, *wrong}):
         body["nonfinite_rows"] = rows
-    return Answer(body, sent)
+    return ItemAnswer(body, sent)
 
 
 def _finite(values: Tensor) -> bool:

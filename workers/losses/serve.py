@@ -24,7 +24,7 @@ from service.settings import get_settings
 from workers.identity import WORKER_ID
 from workers.losses import merge
 from workers.losses.batch import Item, bytes_of, read, viewed
-from workers.losses.compute import Answer, ItemRefused, Prepared, prepare
+from workers.losses.compute import ItemAnswer, ItemRefused, Prepared, prepare
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ class _Open(NamedTuple):
     taken: Taken
     order: Order
     items: dict[int, Item]  # what is to be computed, by its place among the order's items
-    done: dict[int, Answer]
+    done: dict[int, ItemAnswer]
 
 
 class _Work(NamedTuple):
@@ -81,14 +81,14 @@ class _Work(NamedTuple):
     item: Item
 
 
-Answers = Sequence[tuple[Taken, bytes]]
+Answered = Sequence[tuple[Taken, bytes]]
 
 
 class Round:
     """Orders that were taken together. `answer` gets those that were done together with their answers; what it raises ends the
     round."""
 
-    def __init__(self, taken: Sequence[Taken], answer: Callable[[Answers], None], *, merging: bool = True) -> None:
+    def __init__(self, taken: Sequence[Taken], answer: Callable[[Answered], None], *, merging: bool = True) -> None:
         self._taken, self._answer, self._merging = list(taken), answer, merging
         self._finished, self._answered = list[tuple[Taken, bytes]](), set[str]()
 
@@ -144,8 +144,8 @@ class Round:
                 return
             computed = None
         if computed is None:  # whoever fails, fails alone; not in the handler, which holds on to the tensors of the batch
-            for one in group:
-                self._compute_merged([one])
+            for single in group:
+                self._compute_merged([single])
             return
         for (work, _), answer in zip(group, computed, strict=True):
             work.opened.done[work.place] = answer
@@ -190,19 +190,19 @@ def open_order(taken: Taken) -> _Open:
     opened = _Open(taken, order, {}, {})
     for place, entry in enumerate(order.items):
         if "error" in entry:
-            opened.done[place] = Answer({"status": "error", **entry})
+            opened.done[place] = ItemAnswer({"status": "error", **entry})
         else:
             opened.items[place] = read(entry, {name: viewed(raw) for name, raw in sent[entry["index"]].items()})
     return opened
 
 
-def refused_answer(item: Item, refused: ItemRefused) -> Answer:
+def refused_answer(item: Item, refused: ItemRefused) -> ItemAnswer:
     errors = [error.as_dict() for error in refused.errors]
     several = {"errors": errors} if len(errors) > 1 else {}
-    return Answer({"index": item.index, "status": "error", "error": errors[0], **several})
+    return ItemAnswer({"index": item.index, "status": "error", "error": errors[0], **several})
 
 
-def finished(order: Order, items: Sequence[Answer]) -> bytes:
+def finished(order: Order, items: Sequence[ItemAnswer]) -> bytes:
     """The answer of an order. Where nothing, or not all that was wanted, could be computed it holds no tensors."""
     data, ok = [item.body for item in items], [item.ok for item in items]
     tensors: Tensors = {}

@@ -3,6 +3,6 @@
 from workers.objectives.metrics import Metrics
 from workers.objectives.objective import Objective
 from workers.objectives.outputs import LossOutputs
-from workers.objectives.step import Rows, Step
+from workers.objectives.step import OptimizerStep, Rows
 
-__all__ = ["LossOutputs", "Metrics", "Objective", "Rows", "Step"]
+__all__ = ["LossOutputs", "Metrics", "Objective", "OptimizerStep", "Rows"]

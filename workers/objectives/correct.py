@@ -92,7 +92,7 @@ def correction(
     over sequences as the level has it. With `mask_level` what is dropped is judged by the raw weight at that level, and not at
     `level`, whose weights are made (and normalised) as if nothing were.
     """
-    answers = ratio.Answers.of(mask_B_T, segments_B_T)
+    answers = ratio.AnswerTokens.of(mask_B_T, segments_B_T)
 
     def raw_at(level: str) -> Tensor:
         return bounded_exp(LEVELS[level].pool(difference_B_T, answers)).expand_as(mask_B_T)
@@ -112,7 +112,7 @@ def correction(
 
 
 @torch.no_grad()
-def fresh(delta_B_T: Tensor, advantages_B_T: Tensor, answers: ratio.Answers, *, sequence_delta: float) -> Tensor:
+def fresh(delta_B_T: Tensor, advantages_B_T: Tensor, answers: ratio.AnswerTokens, *, sequence_delta: float) -> Tensor:
     """Tokens that stay: all but those with A < 0 in sequences whose mean of log p_old - log p exceeds the bound. [B, T]
 
     `delta_B_T` is log p - log p_old. The policy has already moved away from such answers (DeepSeek-V3.2, arXiv 2512.02556).

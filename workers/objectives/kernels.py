@@ -69,8 +69,8 @@ def difference(values: Tensor, other: Tensor | None, mask: Tensor, dtype: torch.
     gets none."""
     if _fast(values):
         return _Difference.apply(values, other, as_mask(mask, dtype), dtype)  # pyright: ignore[reportReturnType]
-    found = values.to(dtype) if other is None else values.to(dtype) - other.detach().to(dtype)
-    return torch.where(mask.bool(), found, 0.0)
+    moved = values.to(dtype) if other is None else values.to(dtype) - other.detach().to(dtype)
+    return torch.where(mask.bool(), moved, 0.0)
 
 
 class _Difference(torch.autograd.Function):

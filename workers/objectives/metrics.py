@@ -60,20 +60,20 @@ class Metrics:
 
     def finish(self) -> dict[str, float]:
         """The metrics over everything that was merged; a mean over nothing is left out."""
-        found = self._on_host()
-        return found.finished(found.numbers, found.sizes)[0]
+        host = self._on_host()
+        return host.finished(host.numbers, host.sizes)[0]
 
     def split(self, item_of_row_B: Tensor, items: int) -> list[dict[str, float]]:
         """What `finish` would give of each item's rows alone; `item_of_row_B` holds 0..items-1, in the order of the rows.
 
         Raises ValueError unless every metric was measured once of each of the B rows, in one part or in several in their order.
         """
-        found, item_of_row = self._on_host(), item_of_row_B.numpy(force=True)
-        lengths = sorted(set(found.sizes))
+        host, item_of_row = self._on_host(), item_of_row_B.numpy(force=True)
+        lengths = sorted(set(host.sizes))
         if lengths and lengths != [len(item_of_row)]:
             raise ValueError(f"metrics of {lengths} rows cannot be split by the items of {len(item_of_row)} rows")
-        numbers = found.numbers.reshape(len(found.sizes), len(item_of_row))[:, np.argsort(item_of_row, kind="stable")]
-        return found.finished(numbers, np.bincount(item_of_row, minlength=items))
+        numbers = host.numbers.reshape(len(host.sizes), len(item_of_row))[:, np.argsort(item_of_row, kind="stable")]
+        return host.finished(numbers, np.bincount(item_of_row, minlength=items))
 
     def _on_host(self) -> "_OnHost":
         merged = self._merged()
@@ -113,9 +113,9 @@ class _OnHost:
                 values[..., full] = over_rows.reduceat(numbers, starts[full], axis=-1)
             return values.reshape(len(self.sizes), -1).T.tolist()
 
-        found = {rule: reduced(*rule) for rule in {_RULES[how].over_rows for how, *_ in self.metrics}}
+        reductions = {rule: reduced(*rule) for rule in {_RULES[how].over_rows for how, *_ in self.metrics}}
         items = len(sizes) if numbers.ndim == 2 else 1
-        return [self._item({rule: columns[item] for rule, columns in found.items()}) for item in range(items)]
+        return [self._item({rule: columns[item] for rule, columns in reductions.items()}) for item in range(items)]
 
     def _item(self, columns: dict[tuple[np.ufunc, float], list[float]]) -> dict[str, float]:
         values = {}

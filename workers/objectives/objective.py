@@ -32,9 +32,9 @@ from torch import Tensor
 from workers.objectives import advantage, aggregate, correct, kernels, kl, select
 from workers.objectives.metrics import Metrics
 from workers.objectives.outputs import LossOutputs
-from workers.objectives.ratio import RATIOS, Answers, segments
+from workers.objectives.ratio import RATIOS, AnswerTokens, segments
 from workers.objectives.reductions import Reductions
-from workers.objectives.step import Moved, Rows, Step, needed
+from workers.objectives.step import Moved, OptimizerStep, Rows, needed
 from workers.objectives.surrogate import PICKS, SURROGATES, Terms
 from workers.objectives.tensors import by_column
 
@@ -144,7 +144,7 @@ class Objective:
         longest: float | None = None,
         dtype: torch.dtype | None = None,
         seed: int = 0,
-    ) -> Step:
+    ) -> OptimizerStep:
         """What `loss` needs beside the log-probs, computed over all rows of an optimizer step.
 
         `selected` [B, T] may take single tokens out of the loss that still belong to their sequence's ratio; default: none.
@@ -179,7 +179,7 @@ class Objective:
             picked=self._picked(old_log_probs, advantages, weights, seed),
             entropy=entropy,
         )
-        return Step(rows, metrics)
+        return OptimizerStep(rows, metrics)
 
     def _of_counted(self, advantages: Tensor, dtype: torch.dtype, counted_B_T: Tensor, counts_B: Tensor) -> Tensor:
         """0 where nothing counts; in `dtype`, unless they are in float32 or better as they are."""
@@ -236,7 +236,7 @@ class Objective:
         Raises ValueError when a tensor is missing that an axis needs. Of an empty or fully masked batch the loss is 0, with a
         graph.
         """
-        moved, answers = Moved(log_probs, rows), Answers(rows.mask, rows.lengths, rows.segments)
+        moved, answers = Moved(log_probs, rows), AnswerTokens(rows.mask, rows.lengths, rows.segments)
         anchored = self.compares or moved.knows(self.anchor)
         # d = log p - log p_anchor of each token, and r = exp(pool(d))
         delta = moved.less(self.anchor) if anchored else rows.weights.new_zeros(len(log_probs), 1)
@@ -259,8 +259,8 @@ class Objective:
             token_loss = token_loss * rows.correction
         if self.sequence_delta is not None:
             since_old = moved.less("old_log_probs").detach()
-            kept = correct.fresh(since_old, terms.advantages, answers, sequence_delta=self.sequence_delta)
-            token_loss = torch.where(kept, token_loss, 0.0)
+            fresh = correct.fresh(since_old, terms.advantages, answers, sequence_delta=self.sequence_delta)
+            token_loss = torch.where(fresh, token_loss, 0.0)
         if self.kl_in_loss:
             x, ratios = moved.less(self.kl_reference), kl.Ratios(terms.ratio, delta)
             token_loss = torch.add(token_loss, kl.penalty(x, ratios, **self.kl_kinds), alpha=self.kl_axis["coef"])

@@ -28,7 +28,7 @@ from workers.objectives import kernels
 
 
 @dataclass(frozen=True)
-class Answers:
+class AnswerTokens:
     """Which tokens are answers, how many of them a row has (of none: 1), and what segment each belongs to (see `segments`)."""
 
     mask_B_T: Tensor
@@ -36,24 +36,24 @@ class Answers:
     segments_B_T: Tensor | None = None
 
     @classmethod
-    def of(cls, mask_B_T: Tensor, segments_B_T: Tensor | None = None) -> "Answers":
+    def of(cls, mask_B_T: Tensor, segments_B_T: Tensor | None = None) -> "AnswerTokens":
         return cls(mask_B_T, kernels.tokens_of(mask_B_T).clamp(min=1), segments_B_T)
 
 
-Pool = Callable[[Tensor, Answers], Tensor]
+Pool = Callable[[Tensor, AnswerTokens], Tensor]
 
 
-def token(delta_B_T: Tensor, answers: Answers) -> Tensor:
+def token(delta_B_T: Tensor, answers: AnswerTokens) -> Tensor:
     """Each token its own ratio (PPO, GRPO)."""
     return delta_B_T
 
 
-def sequence(delta_B_T: Tensor, answers: Answers) -> Tensor:
+def sequence(delta_B_T: Tensor, answers: AnswerTokens) -> Tensor:
     """mean_t d: the geometric mean of the token ratios (GSPO, arXiv 2507.18071, eq. 7)."""
     return delta_B_T.sum(dim=1, keepdim=True) / answers.lengths_B.unsqueeze(1)
 
 
-def sequence_token(delta_B_T: Tensor, answers: Answers) -> Tensor:
+def sequence_token(delta_B_T: Tensor, answers: AnswerTokens) -> Tensor:
     """sg(mean_t d) + (d - sg d): the sequence ratio's value, each token's own gradient (GSPO-token, eq. 14).
 
     The difference is exactly 0 and is formed first: (mean + d) - d would lose digits in low precision.
@@ -61,17 +61,17 @@ def sequence_token(delta_B_T: Tensor, answers: Answers) -> Tensor:
     return sequence(delta_B_T.detach(), answers) + (delta_B_T - delta_B_T.detach())
 
 
-def product(delta_B_T: Tensor, answers: Answers) -> Tensor:
+def product(delta_B_T: Tensor, answers: AnswerTokens) -> Tensor:
     """sum_t d: the exact ratio of the whole answer."""
     return delta_B_T.sum(dim=1, keepdim=True)
 
 
-def product_token(delta_B_T: Tensor, answers: Answers) -> Tensor:
+def product_token(delta_B_T: Tensor, answers: AnswerTokens) -> Tensor:
     """sg(sum_t d) + (d - sg d): the product's value, each token's own gradient."""
     return product(delta_B_T.detach(), answers) + (delta_B_T - delta_B_T.detach())
 
 
-def segment(delta_B_T: Tensor, answers: Answers) -> Tensor:
+def segment(delta_B_T: Tensor, answers: AnswerTokens) -> Tensor:
     """The mean of d inside a token's segment; the derivation stands above."""
     place_B_T = answers.segments_B_T
     if place_B_T is None:
@@ -82,7 +82,7 @@ def segment(delta_B_T: Tensor, answers: Answers) -> Tensor:
     return (sums / counts.clamp(min=1)).gather(1, place_B_T)
 
 
-def one(delta_B_T: Tensor, answers: Answers) -> Tensor:
+def one(delta_B_T: Tensor, answers: AnswerTokens) -> Tensor:
     """log 1, and no gradient (REINFORCE)."""
     return delta_B_T.new_zeros(len(delta_B_T), 1)
 

@@ -50,8 +50,8 @@ SELECTORS: dict[str, Callable[[Tensor, Facts, float], Tensor]] = {
 @torch.no_grad()
 def select(mask_B_T: Tensor, facts: Facts, **wanted: float | bool | None) -> Tensor:
     """The mask after every selector that is switched on; all look at the mask that came in."""
-    kept = mask_B_T
+    selected_B_T = mask_B_T
     for name, value in wanted.items():
         if value:
-            kept = kept & SELECTORS[name](mask_B_T, facts, value)
-    return kept
+            selected_B_T = selected_B_T & SELECTORS[name](mask_B_T, facts, value)
+    return selected_B_T

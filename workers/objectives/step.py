@@ -38,7 +38,7 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Step:
+class OptimizerStep:
     """All rows of an optimizer step, and what was measured of it."""
 
     tensors: Rows

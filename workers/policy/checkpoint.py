@@ -41,16 +41,16 @@ def verify(folder: Path, manifest_sha256: str | None = None) -> None:
     With `manifest_sha256`, the manifest too must be the one that was written.
     """
     expected = _read_manifest(folder, manifest_sha256)
-    found = _files(folder)
+    present = _files(folder)
     for name, entry in expected.items():
-        if name not in found:
+        if name not in present:
             raise CheckpointBroken(f"{folder.name}: {name} is missing")
-        size = found[name].stat().st_size
+        size = present[name].stat().st_size
         if size != entry["size_bytes"]:
             raise CheckpointBroken(f"{folder.name}: {name} has {size} bytes, written were {entry['size_bytes']}")
-        if _sha256(found[name]) != entry["sha256"]:
+        if _sha256(present[name]) != entry["sha256"]:
             raise CheckpointBroken(f"{folder.name}: {name} was altered, its sha256 is not that of the manifest")
-    if strangers := found.keys() - expected.keys() - {MANIFEST}:
+    if strangers := present.keys() - expected.keys() - {MANIFEST}:
         raise CheckpointBroken(f"{folder.name}: {min(strangers)} is not in the manifest")
 
 
@@ -69,14 +69,14 @@ def _read_manifest(folder: Path, manifest_sha256: str | None) -> dict[str, Any]:
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    found: dict[str, Path] = {}
+    files: dict[str, Path] = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if path.is_symlink():
             raise CheckpointBroken(f"{folder.name}: {name} is a link; a checkpoint holds plain files")
         if path.is_file():
-            found[name] = path
-    return found
+            files[name] = path
+    return files
 
 
 def _sha256(path: Path) -> str:

@@ -112,10 +112,10 @@ def _load_pretrained(source: str, revision: str | None, device: torch.device, dt
         )
     try:
         # A branch may move between these calls, and before the job resumes: from here on it is a commit.
-        found = cached_file(source, "config.json", revision=revision)
-        if found is None:
+        config_path = cached_file(source, "config.json", revision=revision)
+        if config_path is None:
             raise _not_found(source, "there is no config.json in it")
-        commit = None if Path(source).is_dir() else extract_commit_hash(found, None)
+        commit = None if Path(source).is_dir() else extract_commit_hash(config_path, None)
         safe: dict[str, Any] = {"revision": commit or revision, "trust_remote_code": False}
         tokenizer = AutoTokenizer.from_pretrained(source, **safe)
         loaded: Any = AutoModelForCausalLM.from_pretrained(

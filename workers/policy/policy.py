@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from workers.policy.base import Base
-from workers.policy.sampler import Completion, Sampling
+from workers.policy.sampler import Completion, SamplingParams
 from workers.policy.score.layout import Sequence, microbatches, pad, response_mask
 
 
@@ -48,7 +48,7 @@ class Policy:
         The log_probs are of the distribution that was drawn from: at temperature 1 without top_p and top_k (and for greedy
         answers) the policy's own. Raises JobFailed non_finite_logits.
         """
-        how = Sampling(max_tokens, temperature, top_p, top_k, tuple(stop))
+        how = SamplingParams(max_tokens, temperature, top_p, top_k, tuple(stop))
         with self.base.adapters.only(self.adapter):
             return self.base.sampler.sample(prompts, group_size, how, seed)
 

@@ -34,7 +34,7 @@ class Completion:
 
 
 @dataclass(frozen=True)
-class Sampling:
+class SamplingParams:
     """What to draw from: temperature 0 is greedy, top_p 1 and top_k 0 are off."""
 
     max_tokens: int
@@ -60,7 +60,7 @@ class Sampler:
         self._pads = not any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers)
 
     @torch.no_grad()
-    def sample(self, prompts: list[list[int]], group_size: int, how: Sampling, seed: int) -> list[list[Completion]]:
+    def sample(self, prompts: list[list[int]], group_size: int, how: SamplingParams, seed: int) -> list[list[Completion]]:
         """`group_size` answers to each prompt, in the order of the prompts. The same call gives the same answers."""
         if any(not prompt for prompt in prompts):
             raise ValueError(f"prompt {prompts.index([])} is empty; an answer's first token needs something before it")
@@ -106,7 +106,7 @@ class Sampler:
         return max(1, min(MOST_ROWS, int(budget / (per_token * length))))
 
     def _sample_batch(
-        self, prompts: list[list[int]], counts: list[int], how: Sampling, generator: torch.Generator
+        self, prompts: list[list[int]], counts: list[int], how: SamplingParams, generator: torch.Generator
     ) -> list[Completion]:
         """`counts[i]` answers to `prompts[i]`, one prompt's after the other's."""
         batch, logits = self._read(prompts, how.max_tokens)
@@ -127,9 +127,9 @@ class Sampler:
             if not alive or step + 1 == how.max_tokens:
                 break
             if len(rows) - alive >= DROP_AT * len(rows):
-                kept = left.nonzero().squeeze(-1)
-                batch.keep(kept)
-                rows, tokens = rows[kept], tokens[kept]
+                places = left.nonzero().squeeze(-1)
+                batch.keep(places)
+                rows, tokens = rows[places], tokens[places]
             logits = self._forward(tokens.unsqueeze(-1), (batch.lengths + step).unsqueeze(-1), batch)
         return self._completions(answers)
 
@@ -216,7 +216,7 @@ class _Answers:
         return ~self.ended[rows]
 
 
-def draw(logits_B_V: Tensor, how: Sampling, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def draw(logits_B_V: Tensor, how: SamplingParams, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """One token a row, and its log-probability in the distribution that was drawn from.
 
     Greedy answers carry the policy's own log-probability, at temperature 1: that of the distribution drawn from would be 0.

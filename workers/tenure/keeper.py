@@ -116,7 +116,7 @@ class Keeper:
     def let_go(self, hold: Hold) -> None:
         """Keep it no longer. Waits for nothing: what the thread is about to write for it, the store refuses or may have."""
         with self._changing:
-            self._holds = [one for one in self._holds if one is not hold]
+            self._holds = [held for held in self._holds if held is not hold]
             if not self._holds and not self._closed:
                 self._wanted.clear()
 

@@ -27,7 +27,7 @@ from workers.tenure.outcome import Cancelled, Drained, Failed, Outcome, Paused, 
 log = logging.getLogger(__name__)
 
 RETRY_FIRST_S, RETRY_LAST_S = 5.0, 300.0  # the pause before a retry doubles between these
-Event = tuple[str, dict[str, Any]]  # type and data
+EventRow = tuple[str, dict[str, Any]]  # type and data
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Tenure:
         step: int,
         metrics: Mapping[str, float | None],
         rollouts: Sequence[RolloutRow] = (),
-        events: Sequence[Event] = (),
+        events: Sequence[EventRow] = (),
     ) -> None:
         """All that a step leaves behind, in one transaction; `budget_spent` says then whether the work shall rest."""
         spent, tries = self.meter.take(), count()

@@ -36,14 +36,14 @@ class Final:
 
 def marked(text: str) -> list[Final]:
     """What stands in a box, a tag or behind a mark, the last first."""
-    found = [*_boxes(text)]
-    found += [Final(match["inside"], match.start("inside"), not match["end"]) for match in TAG.finditer(text)]
+    finals = [*_boxes(text)]
+    finals += [Final(match["inside"], match.start("inside"), not match["end"]) for match in TAG.finditer(text)]
     for pattern, exact in ((HASHES, True), (SAYS, False)):
-        found += [
+        finals += [
             Final(match["inside"], match.start("inside"), match.end() == len(text), exact)
             for match in _overlapping(pattern, text)
         ]
-    return sorted(found, key=lambda final: final.at, reverse=True)
+    return sorted(finals, key=lambda final: final.at, reverse=True)
 
 
 def _overlapping(pattern: re.Pattern[str], text: str) -> Iterator[re.Match[str]]:
@@ -85,7 +85,7 @@ def neighbours(text: str) -> list[str]:
 
 def runs(text: str) -> list[Final]:
     """Formulas and numbers in prose, in order: what stands between math signs, and words of digits, signs and letters."""
-    found, end = [], 0
+    finals, end = [], 0
     for match in MATHS.finditer(text):
         inside = next(group for group in match.groups() if group is not None)
         if (
@@ -93,9 +93,9 @@ def runs(text: str) -> list[Final]:
             and "\\" not in inside
         ):
             continue
-        found += [*_plain_runs(text[end : match.start()], end, False), Final(inside, match.start(), exact=True)]
+        finals += [*_plain_runs(text[end : match.start()], end, False), Final(inside, match.start(), exact=True)]
         end = match.end()
-    return [*found, *_plain_runs(text[end:], end, True)]
+    return [*finals, *_plain_runs(text[end:], end, True)]
 
 
 def _plain_runs(text: str, offset: int, last: bool) -> Iterator[Final]:

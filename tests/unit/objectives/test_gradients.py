@@ -157,10 +157,10 @@ def test_straight_through_has_the_estimators_value_and_k2s_gradient(batch):
 
 def test_the_order_of_addition_keeps_digits_in_low_precision():
     """sg(mean) + (d - sg d) is the mean to the last bit; (sg(mean) + d) - sg d is not."""
-    from workers.objectives.ratio import Answers, sequence, sequence_token
+    from workers.objectives.ratio import AnswerTokens, sequence, sequence_token
 
     delta = torch.tensor([[300.0, -299.9, 0.01]], dtype=torch.bfloat16)
-    answers = Answers.of(torch.ones(1, 3, dtype=torch.bool))
+    answers = AnswerTokens.of(torch.ones(1, 3, dtype=torch.bool))
     mean = sequence(delta, answers)
     assert torch.equal(sequence_token(delta, answers), mean.expand(1, 3))
     assert not torch.equal((mean + delta) - delta, mean.expand(1, 3))

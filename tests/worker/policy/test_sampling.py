@@ -8,7 +8,7 @@ import torch
 from service.errors import JobFailed
 from service.spec.model import Full, ModelSpec
 from workers.policy import sampler
-from workers.policy.sampler import Sampling, draw
+from workers.policy.sampler import SamplingParams, draw
 from workers.policy.score.layout import Sequence
 
 PROMPTS = ["rev 1>", "ab", "rev 123456="]
@@ -109,12 +109,12 @@ LOGITS = torch.tensor([0.5, 0.25, 0.15, 0.1]).log()
 @pytest.mark.parametrize(
     ("how", "kept"),
     [
-        (Sampling(1, top_k=2), [0.5, 0.25]),
-        (Sampling(1, top_p=0.75), [0.5, 0.25]),
-        (Sampling(1, top_p=0.76), [0.5, 0.25, 0.15]),
-        (Sampling(1, top_p=0.01), [0.5]),
-        (Sampling(1, top_k=3, top_p=0.9), [0.5, 0.25, 0.15]),
-        (Sampling(1, top_k=9), [0.5, 0.25, 0.15, 0.1]),
+        (SamplingParams(1, top_k=2), [0.5, 0.25]),
+        (SamplingParams(1, top_p=0.75), [0.5, 0.25]),
+        (SamplingParams(1, top_p=0.76), [0.5, 0.25, 0.15]),
+        (SamplingParams(1, top_p=0.01), [0.5]),
+        (SamplingParams(1, top_k=3, top_p=0.9), [0.5, 0.25, 0.15]),
+        (SamplingParams(1, top_k=9), [0.5, 0.25, 0.15, 0.1]),
     ],
 )
 def test_truncated_distributions_are_renormalised(how, kept):
@@ -131,7 +131,7 @@ def test_truncated_distributions_are_renormalised(how, kept):
 
 def test_a_token_of_probability_zero_is_never_drawn():
     logits = torch.tensor([float("-inf"), 0.0, float("-inf"), 0.0, float("-inf")]).expand(2000, 5)
-    tokens, log_probs = draw(logits, Sampling(1), torch.Generator().manual_seed(0))
+    tokens, log_probs = draw(logits, SamplingParams(1), torch.Generator().manual_seed(0))
     assert set(tokens.tolist()) == {1, 3}
     assert torch.isfinite(log_probs).all()
 
