@@ -1,6 +1,6 @@
-"""Makes what tests/worker/test_upgrade.py starts from. Run in a checkout of the commit that is left behind:
+"""Makes what tests/worker/test_upgrade.py starts from. Run in a checkout of the commit that is left behind; NEW is this one:
 
-    PYTHONPATH=.:tests python make.py OUT WORK && tar -C OUT -cJf COMMIT.tar.xz .
+    PYTHONPATH=.:tests:NEW/tests python NEW/tests/worker/upgrade/make.py OUT WORK && tar -C OUT -cJf COMMIT.tar.xz .
 
 A worker is killed in the middle of a job (LoRA with dropout, so that adapters, optimizer and draws have to be taken over)
 while another one (supervised, all weights) waits; OUT/data is the data directory as it then lies there. After that the same
@@ -19,8 +19,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-import torch
 from pydantic import SecretStr
+from rounding import rounding
 from safetensors.torch import save_file
 
 from chaos.servers import own_redis_server
@@ -73,7 +73,7 @@ def main(out: Path, work: Path) -> None:
         shutil.copytree(data, out / "data", ignore=shutil.ignore_patterns("*-wal", "*-shm", "lock"))
         stack.store = open_store(settings)
         stack.start_worker()
-        facts = {"torch": torch.__version__, "cpu": torch.backends.cpu.get_cpu_capability(), "jobs": {}}
+        facts = {"rounding": rounding(), "jobs": {}}
         for name, job in jobs.items():
             ended = stack.succeeded(job.id, 180)
             save_file(stack.weights(ended), out / f"{name}.safetensors")
