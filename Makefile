@@ -39,6 +39,7 @@ check: $(VENV)/.for-developing ## lint, types, layers, migrations, openapi.json,
 	  && $(BIN)/alembic upgrade head && $(BIN)/alembic check
 	$(BIN)/python -m service.openapi | diff -u docs/openapi.json - || { echo "docs/openapi.json is not current: make openapi"; exit 1; }
 	$(BIN)/python -m service.spec | diff -u docs/spec.md - || { echo "docs/spec.md is not current: make reference"; exit 1; }
+	$(BIN)/python -m service.metric_names | diff -u docs/metrics.md - || { echo "docs/metrics.md is not current: make reference"; exit 1; }
 	$(BIN)/hadolint Dockerfile tests/stack/images/*/Dockerfile
 	$(DUMMY_SECRETS) $(COMPOSE) --env-file /dev/null --profile gpu config --quiet
 
@@ -53,8 +54,9 @@ openapi: $(VENV)/.for-developing ## write docs/openapi.json anew
 	@mkdir -p docs
 	$(BIN)/python -m service.openapi > docs/openapi.json
 
-reference: $(VENV)/.for-developing ## write docs/spec.md anew, the reference of a job's spec
+reference: $(VENV)/.for-developing ## write docs/spec.md and docs/metrics.md anew: every field of a job's spec, every metric
 	$(BIN)/python -m service.spec > docs/spec.md
+	$(BIN)/python -m service.metric_names > docs/metrics.md
 
 clean: ## remove the virtual environment, builds and caches; data stays
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis

@@ -53,7 +53,7 @@ def worker() -> None:
         for step in range(1, steps + 1):
             due += every_s
             time.sleep(max(0.0, due - time.monotonic()))
-            leases.commit_step(store, lease, step, {"reward/mean": 0.5, "loss": 1.0, "policy/kl": 0.01})
+            leases.commit_step(store, lease, step, {"reward/mean": 0.5, "loss": 1.0, "policy/approx_kl_k3": 0.01})
             committed[step] = time.monotonic()
             doorbell.signal(lease.job_id, "events")
         leases.succeed(store, lease, {"reason": "max_steps"}, "max_steps")

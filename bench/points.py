@@ -23,7 +23,7 @@ from service.jobs.lease import Lease
 from service.store import metrics
 from service.store.session import Store, open_store
 
-NAMES = ["reward/mean", "loss", "grad_norm", "learning_rate", *(f"policy/curve_{i:02}" for i in range(21))]
+NAMES = ["reward/mean", "loss", "optimizer/grad_norm", "optimizer/learning_rate", *(f"policy/curve_{i:02}" for i in range(21))]
 JOBS = 4
 SHORT = 1000  # steps of the job beside
 BY_STEP = 250  # steps that are committed one by one, at the beginning and at the end

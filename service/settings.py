@@ -88,6 +88,9 @@ class Settings(BaseSettings):
     ] = ()
     torch_threads: Annotated[int, Field(ge=1, description="CPU threads of one worker; small models are fastest with one")] = 1
     device: Annotated[Literal["auto", "cpu", "cuda"], Field(description="where a worker trains")] = "auto"
+    strict_metrics: Annotated[
+        bool, Field(description="a metric that no table names ends its job; else it is logged: for tests of the loops")
+    ] = False
     log_format: Annotated[
         Literal["auto", "plain", "json"], Field(description="of log lines; auto: JSON in production, plain in development")
     ] = "auto"

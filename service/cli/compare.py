@@ -8,10 +8,10 @@ import typer
 from ratchet_client.types import Job
 from service.cli.completion import complete_job
 from service.cli.connection import connect
-from service.cli.headline import CURVES, EVAL, EVAL_GREEDY, EVAL_LOSS
 from service.cli.helps import command
 from service.cli.jobs import Json
 from service.cli.output import duration, number, one_line, print_json, print_table, say, shown
+from service.metric_names import DRAWN, EVAL_GREEDY_REWARD_MEAN, EVAL_LOSS, EVAL_REWARD_MEAN
 
 ABSENT = "-"
 APART = ("name", "tags", "metadata")  # for people; no difference between runs
@@ -36,7 +36,7 @@ def compare(
         raise typer.BadParameter("name two jobs or more")
     with connect(context) as ratchet:
         jobs = [ratchet.get_job(job_id) for job_id in job_ids]
-        wanted = [] if all_metrics else [*CURVES, EVAL, EVAL_GREEDY, EVAL_LOSS]  # none named: every one
+        wanted = [] if all_metrics else [*DRAWN, EVAL_REWARD_MEAN, EVAL_GREEDY_REWARD_MEAN, EVAL_LOSS]  # none named: every one
         series = [ratchet.metrics(job_id, wanted)["series"] for job_id in job_ids]
     differences = differing([dict(flat(job["spec"])) for job in jobs])
     last = [{name: curve["value"][-1] for name, curve in curves.items() if curve["value"]} for curves in series]

@@ -13,10 +13,10 @@ from rich.text import Text
 from ratchet_client.types import Rollout, Series
 from service.cli import exits
 from service.cli.connection import connect
-from service.cli.headline import CURVES
 from service.cli.helps import command
 from service.cli.jobs import JobId, Json
 from service.cli.output import ID, clean, complain, console, number, one_line, print_json, print_table, say
+from service.metric_names import DRAWN
 
 PLOT_ROWS = 14
 TICKS = 5
@@ -56,7 +56,7 @@ def metrics(
     names = [name for name in names or [] if not ID.fullmatch(name)]
     width = shutil.get_terminal_size((100, 24)).columns
     whole = as_json or as_csv  # every point, of every metric unless some are named
-    wanted = names or ([] if list_names or whole else list(CURVES))
+    wanted = names or ([] if list_names or whole else list(DRAWN))
     with connect(context) as ratchet:
         points = None if whole else 4 * width
         answers = [ratchet.metrics(each_id, wanted, from_step=from_step, to_step=to_step, points=points) for each_id in job_ids]

@@ -22,9 +22,9 @@ from ratchet_client import Ratchet, RatchetError
 from ratchet_client.discovery import find
 from ratchet_client.types import Job
 from service.cli.curves import answer_text
-from service.cli.headline import EVAL, EVAL_GREEDY
 from service.cli.live import follow
 from service.cli.output import complain, console, number, one_line, say
+from service.metric_names import EVAL_GREEDY_REWARD_MEAN, EVAL_REWARD_MEAN
 
 TRAIN_ROWS, PROBE_ROWS, HELD_OUT_ROWS = 20_000, 128, 512
 SHOWN = 5  # sampled answers, before and after
@@ -64,8 +64,8 @@ def teach(ratchet: Ratchet, seed: int) -> None:
     show_answers(ratchet, job)
     result = job["result"] or {}
     before, after = result["initial"], result["final"]
-    say(f"\n{changed('held-out exact match, greedy', before, after, EVAL_GREEDY)}")
-    say(changed("held-out exact match", before, after, EVAL))
+    say(f"\n{changed('held-out exact match, greedy', before, after, EVAL_GREEDY_REWARD_MEAN)}")
+    say(changed("held-out exact match", before, after, EVAL_REWARD_MEAN))
 
 
 def make_rows(seed: int) -> dict[str, list[Row]]:
@@ -116,7 +116,7 @@ def warm_up_spec(ids: dict[str, str], seed: int) -> dict[str, Any]:
         "update": {"batch_size": 64},
         "optimizer": {"learning_rate": 2e-3, "betas": [0.9, 0.98], "schedule": {"kind": "constant", "warmup_steps": 20}},
         "eval": {"every_steps": 5, "temperature": 1.0, "max_completion_tokens": 8},
-        "early_stopping": {"metric": "eval/reward/mean", "target": 0.2},
+        "early_stopping": {"metric": EVAL_REWARD_MEAN, "target": 0.2},
         "checkpoints": {"every_steps": 1000},
         "limits": {"max_steps": 300},
         "seed": seed,

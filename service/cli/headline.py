@@ -3,13 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-REWARD = "reward/mean"
-EVAL, EVAL_GREEDY, EVAL_LOSS = "eval/reward/mean", "eval/greedy/reward/mean", "eval/loss"
-LOSS, POLICY_LOSS = "loss", "policy/loss"  # of a supervised job; of an rl job
-CLIP_LOW, CLIP_HIGH = "policy/clip_fraction_low", "policy/clip_fraction_high"
-KL = "policy/approx_kl_k3"  # against the policy that sampled
-REF_KL = "kl/ref_k3"  # against the reference, where the objective has one
-CURVES = (REWARD, EVAL, LOSS, POLICY_LOSS, CLIP_LOW, CLIP_HIGH, KL, REF_KL)  # what `ratchet metrics` draws unless told
+from service.metric_names import CLIP_HIGH, CLIP_LOW, EVAL_REWARD_MEAN, LOSS, POLICY_KL_K3, REWARD_MEAN
 
 
 @dataclass
@@ -27,11 +21,11 @@ class Headline:
         clips = [value for name in (CLIP_LOW, CLIP_HIGH) if (value := metrics.get(name)) is not None]
         if clips:
             self.clip_fraction = sum(clips)
-        self.kl = _newer(metrics.get(KL), self.kl)
+        self.kl = _newer(metrics.get(POLICY_KL_K3), self.kl)
         self.loss = _newer(metrics.get(LOSS), self.loss)
-        self.evaluation = _newer(metrics.get(EVAL), self.evaluation)
-        self.reward = _newer(metrics.get(REWARD), self.reward)
-        if metrics.get(REWARD) is not None and self.reward is not None:
+        self.evaluation = _newer(metrics.get(EVAL_REWARD_MEAN), self.evaluation)
+        self.reward = _newer(metrics.get(REWARD_MEAN), self.reward)
+        if metrics.get(REWARD_MEAN) is not None and self.reward is not None:
             self.rewards.append(self.reward)
 
 

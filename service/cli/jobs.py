@@ -13,7 +13,6 @@ from ratchet_client.types import FINAL, Job, JobSummary, UsageTotals, Validation
 from service.cli import exits
 from service.cli.completion import complete_job, complete_status
 from service.cli.connection import connect
-from service.cli.headline import EVAL, EVAL_GREEDY, EVAL_LOSS
 from service.cli.helps import command
 from service.cli.live import follow
 from service.cli.output import (
@@ -29,9 +28,10 @@ from service.cli.output import (
     shown,
     status_text,
 )
+from service.metric_names import EVAL_GREEDY_REWARD_MEAN, EVAL_LOSS, EVAL_REWARD_MEAN
 
 FACTS = ("device", "dtype", "architecture", "parameters", "trainable_parameters", "revision")  # of job.resolved
-EVALUATION = (EVAL, EVAL_GREEDY, EVAL_LOSS)
+EVALUATION = (EVAL_REWARD_MEAN, EVAL_GREEDY_REWARD_MEAN, EVAL_LOSS)
 
 JobId = Annotated[str, typer.Argument(metavar="JOB", help="job_...", autocompletion=complete_job)]
 SpecFile = Annotated[str, typer.Argument(metavar="FILE", help="a job spec in YAML or JSON; - reads standard input")]

@@ -14,8 +14,9 @@ from rich.text import Text
 
 from ratchet_client import FINAL, Ratchet
 from ratchet_client.types import Event, Job
-from service.cli.headline import EVAL, EVAL_GREEDY, Headline
+from service.cli.headline import Headline
 from service.cli.output import clean, console, number, status_text
+from service.metric_names import EVAL_GREEDY_REWARD_MEAN, EVAL_REWARD_MEAN
 
 SPARKS = "▁▂▃▄▅▆▇█"
 SPARK_WIDTH = 24
@@ -171,7 +172,7 @@ def _warning(data: dict[str, Any]) -> Text:
 
 def _evaluation(data: dict[str, Any]) -> Text | None:
     metrics = data.get("metrics", {})
-    reward, greedy = metrics.get(EVAL), metrics.get(EVAL_GREEDY)
+    reward, greedy = metrics.get(EVAL_REWARD_MEAN), metrics.get(EVAL_GREEDY_REWARD_MEAN)
     if reward is None:
         return None
     return Text(

@@ -9,10 +9,10 @@ import typer
 from ratchet_client.types import Checkpoint, Key
 from service.cli.completion import complete_checkpoint, complete_dataset
 from service.cli.connection import connect
-from service.cli.headline import EVAL
 from service.cli.helps import command, group
 from service.cli.jobs import Json
 from service.cli.output import ago, complain, number, print_facts, print_json, print_table, say, shown, size
+from service.metric_names import EVAL_REWARD_MEAN
 
 CheckpointId = Annotated[str, typer.Argument(metavar="CHECKPOINT", help="ckpt_...", autocompletion=complete_checkpoint)]
 DatasetId = Annotated[str, typer.Argument(metavar="DATASET", help="ds_...", autocompletion=complete_dataset)]
@@ -181,7 +181,7 @@ def prune(
 
 
 def _score(checkpoint: Checkpoint) -> str:
-    return number(checkpoint["metrics"].get(EVAL))
+    return number(checkpoint["metrics"].get(EVAL_REWARD_MEAN))
 
 
 # ---------------------------------------------------------------- datasets

@@ -5,7 +5,6 @@ makes the job running, so no two workers ever hold the same one. Times are the w
 more than lease_ttl_s - lease_self_stop_s.
 """
 
-import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from service.doorbell import Doorbell
 from service.errors import Failure, LeaseLost
 from service.ids import utcnow
 from service.jobs import moves
+from service.metric_names import is_live
 from service.settings import Settings
 from service.spec.job import CheckpointsSpec
 from service.states import HELD, Phase, Status, Wish
@@ -31,11 +31,6 @@ from service.store.tables import Checkpoint, Job, Worker
 from service.store.usage import NOTHING, Spent
 
 __all__ = ["CheckpointRow", "Lease", "RolloutRow"]
-
-# What people follow live; everything else is in the metrics.
-HEADLINE = re.compile(
-    r"(.*/)?(reward/mean|loss|grad_norm|learning_rate|clip_fraction\w*|(approx_)?kl\w*|kl/\w+|length_mean|tokens_per_s)"
-)
 
 
 @dataclass(frozen=True)
@@ -185,7 +180,7 @@ def commit_step(
         session.flush()
         metrics.write(session, job.id, step, metrics_, attempt=lease.attempt, now=now)
         rollouts.write(session, job.id, rollouts_, attempt=lease.attempt, now=now)
-        headline = {name: value for name, value in finite(metrics_).items() if HEADLINE.fullmatch(name)}
+        headline = {name: value for name, value in finite(metrics_).items() if is_live(name)}
         event = ("step", {"step": step, "max_steps": job.max_steps, "metrics": headline})
         events.append_all(session, job.id, [event, *((type_, _jsonable(data)) for type_, data in events_)], now=now)
         usage.add(session, job, spent, now)

@@ -3,6 +3,7 @@
 from urllib.parse import urlsplit
 
 from service.errors import FieldError
+from service.metric_names import EVAL, EVAL_GREEDY, EVAL_LOSS, OF_ANSWERS
 from service.settings import Settings
 from service.spec.addresses import literal, may_reach
 from service.spec.data import ReasoningGymSource, SplitSource
@@ -73,18 +74,10 @@ def check_metrics(spec: RLSpec | SupervisedSpec) -> list[FieldError]:
 
 
 def _eval_metrics(spec: RLSpec | SupervisedSpec) -> list[str]:
-    """Names as workers.loops.evaluation gives them."""
-    known = ["eval/loss"] if spec.data.answer is not None else []
+    """What workers.loops.evaluation writes for this job."""
+    known = [EVAL_LOSS] if spec.data.answer is not None else []
     if spec.reward is not None:
-        graders = [f"reward/{grader.name or grader.kind}" for grader in spec.reward.graders]
-        answers = [
-            "reward/mean",
-            "reward/std",
-            *graders,
-            "reward/error_rate",
-            "completion/length_mean",
-            "completion/truncated_fraction",
-        ]
-        prefixes = ["eval/", "eval/greedy/"] if spec.eval.also_greedy else ["eval/"]
-        known = [prefix + name for prefix in prefixes for name in answers] + known
+        graders = [grader.name or grader.kind for grader in spec.reward.graders]
+        prefixes = [EVAL, EVAL_GREEDY] if spec.eval.also_greedy else [EVAL]
+        known = [prefix + name for prefix in prefixes for metric in OF_ANSWERS for name in metric.names(graders)] + known
     return known

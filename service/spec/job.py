@@ -10,6 +10,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from service.metric_names import EVAL_REWARD_MEAN
 from service.spec.data import DataSpec
 from service.spec.objective import ObjectiveSpec
 from service.spec.reward import RewardSpec
@@ -31,7 +32,7 @@ class EvalSpec(Section):
 class KeepBest(Section):
     """The checkpoints with the best evaluations are kept, beside the newest."""
 
-    metric: Annotated[str, Field(description="an evaluation metric")] = "eval/reward/mean"
+    metric: Annotated[str, Field(description="an evaluation metric")] = EVAL_REWARD_MEAN
     mode: Annotated[Literal["max", "min"], Field(description="which is better")] = "max"
     count: Annotated[int, Field(ge=1, le=100, description="how many of the best are kept")] = 1
 
@@ -50,7 +51,7 @@ class CheckpointsSpec(Section):
 class EarlyStopping(Section):
     """The job succeeds early when `target` is reached, or when `patience` evaluations brought no gain of min_delta."""
 
-    metric: Annotated[str, Field(description="an evaluation metric")] = "eval/reward/mean"
+    metric: Annotated[str, Field(description="an evaluation metric")] = EVAL_REWARD_MEAN
     mode: Annotated[Literal["max", "min"], Field(description="which is better")] = "max"
     patience: Annotated[int | None, Field(ge=1, description="evaluations without a gain")] = None
     min_delta: Annotated[float, Field(ge=0, description="a smaller gain counts as none")] = 0.0

@@ -5,11 +5,12 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
+from service.metric_names import taken_from_graders
 from service.spec.patterns import check_json_schema, check_pattern
 from service.spec.section import Section
 from service.spec.templates import Template
 
-METRICS = ("mean", "std", "error_rate", "zero_variance_fraction")  # of the whole reward, beside one of each grader
+TAKEN = taken_from_graders()
 
 
 class GraderBase(Section):
@@ -28,8 +29,8 @@ class GraderBase(Section):
     @field_validator("name")
     @classmethod
     def leaves_metrics_alone(cls, value: str | None) -> str | None:
-        if value in METRICS:
-            raise ValueError(f"reward/{value} is a metric of every job; names that are taken: {', '.join(METRICS)}")
+        if value in TAKEN:
+            raise ValueError(f"reward/{value} is a metric of every job; names that are taken: {', '.join(TAKEN)}")
         return value
 
     @field_validator("extract")

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from sqlalchemy import ColumnElement, cast, func, literal, select, update
 from sqlalchemy.orm import Session
 
+from service.metric_names import STEP_S, TOKENS_SAMPLED, TOKENS_TRAINED
 from service.states import Phase
 from service.store.dialect import insert
 from service.store.tables import Budget, Checkpoint, Job, Metric, Usage
@@ -80,14 +81,14 @@ def revoke(session: Session, job: Job, step: int) -> None:
     broken = None if job.checkpoint_id is None else session.get(Checkpoint, job.checkpoint_id)
     if broken is None or broken.step <= step:
         return
-    names = {"tokens/sampled": "wasted_sampled_tokens", "tokens/trained": "wasted_trained_tokens", "perf/step_s": "wasted_s"}
+    names = {TOKENS_SAMPLED: "wasted_sampled_tokens", TOKENS_TRAINED: "wasted_trained_tokens", STEP_S: "wasted_s"}
     query = select(Metric.attempt, Metric.name, func.sum(Metric.value)).group_by(Metric.attempt, Metric.name)
     covered = (Metric.step > step, Metric.step <= broken.step, Metric.attempt <= broken.attempt)
     for attempt, name, value in session.execute(query.where(Metric.job_id == job.id, Metric.name.in_(names), *covered)):
         last = select(func.max(Usage.day)).where(Usage.job_id == job.id, Usage.attempt == attempt).scalar_subquery()
         row = update(Usage).where(Usage.job_id == job.id, Usage.attempt == attempt, Usage.day == last)
         column = getattr(Usage, names[name])
-        amount = float(value or 0) if name == "perf/step_s" else int(value or 0)
+        amount = float(value or 0) if name == STEP_S else int(value or 0)
         session.execute(row.values({names[name]: column + amount}).execution_options(synchronize_session=False))
 
 

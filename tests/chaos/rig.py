@@ -174,6 +174,7 @@ class Rig:
             "RATCHET_DATABASE_URL": self.settings.sql_url,
             "RATCHET_REDIS_URL": self.settings.redis_url.get_secret_value(),
             "RATCHET_DEVICE": "cpu",
+            "RATCHET_STRICT_METRICS": "true",
             "RATCHET_BOOTSTRAP_KEY": KEY,
             points.FOLDER: str(self.orders),
         }

@@ -13,7 +13,7 @@ from service.jobs.data import open_source
 from service.jobs.resolve_reward import WITHOUT_ANSWER
 from service.rewards import Graded, Rewards, Sample, samples, sandbox, text
 from service.spec.data import ReasoningGymSource
-from service.spec.reward import METRICS, RewardSpec
+from service.spec.reward import TAKEN, RewardSpec
 
 
 def sample(completion: str, *, tokens: int | None = None, **row: Any) -> Sample:
@@ -184,7 +184,7 @@ def test_number_knows_when_the_token_limit_cut_an_answer_off() -> None:
     assert [one.total for one in grade({"kind": "number", "reference": "42"}, of=of)] == [0, 1]
 
 
-@pytest.mark.parametrize("name", METRICS)
+@pytest.mark.parametrize("name", TAKEN)
 def test_a_graders_name_leaves_the_metrics_of_the_whole_reward_alone(name: str) -> None:
     with pytest.raises(ValueError, match=f"reward/{name} is a metric of every job"):
         RewardSpec.model_validate({"graders": [{"kind": "exact", "reference": "x", "name": name}]})

@@ -18,11 +18,13 @@ import torch
 from sqlalchemy import select, text, update
 
 from service.jobs import lifecycle
+from service.metric_names import METRICS
 from service.relay.line import losses
 from service.relay.orders import Answer, Order
 from service.relay.queue import RequestQueue
 from service.spec.objective import ObjectiveSpec
 from service.states import Status, is_legal
+from service.store import metrics
 from service.store.tables import Checkpoint, Event, Job, Metric, Rollout
 from workers.losses.batch import bytes_of
 
@@ -73,6 +75,24 @@ def test_a_job_trains_and_leaves_metrics_rollouts_events_and_checkpoints(stack: 
     kept = rows(stack, select(Checkpoint).where(Checkpoint.job_id == job.id, Checkpoint.deleted_at.is_(None)))
     assert sorted(row.step for row in kept) == [4, 6]
     assert_log_is_whole(stack, job)
+
+
+@pytest.mark.parametrize("kind", ["rl", "supervised"])
+def test_a_job_writes_every_metric_that_the_table_names_for_its_kind_and_no_other(shared: Any, specs: Any, kind: str) -> None:
+    length = {"kind": "length", "name": "short", "max_tokens": 2, "weight": 0.5}
+    sections = {
+        "data": {**specs.rl()["data"], "eval": {"source": "split", "rows": 4}},
+        "reward": {"graders": [*specs.rl()["reward"]["graders"], length]},
+        "eval": {"every_steps": 1, "temperature": 1.0, "also_greedy": True, "max_completion_tokens": 4},
+        "limits": {"max_steps": 1},
+    }
+    objective = {"preset": "gspo", "kl": {"place": "loss", "coef": 0.01}, "correct": "truncate"}
+    spec = specs.rl(**sections, objective=objective) if kind == "rl" else specs.supervised(**sections)
+    job = shared.succeeded(shared.submit(spec).id)
+    with shared.store.begin(readonly=True) as session:
+        written = metrics.names(session, job.id)
+    graders = ["similarity", "short"]
+    assert written == sorted(name for one in METRICS if kind in one.of for name in one.names(graders))
 
 
 @SQLITE

@@ -12,7 +12,7 @@ from service.failures import CODES
 from service.ids import utcnow
 from service.jobs import moves
 from service.states import Phase, Wish
-from workers.loops import rl, supervised
+from workers.loops import known_metrics, rl, supervised
 from workers.loops.attempt import Attempt, StepResult, TrainingStep
 from workers.loops.evaluation import evaluate
 from workers.tenure.outcome import Outcome, Paused, Succeeded, obeyed
@@ -91,6 +91,7 @@ def _evaluation(attempt: Attempt) -> StepResult:
 
 
 def _commit(attempt: Attempt, result: StepResult) -> None:
+    known_metrics.check(result.metrics, attempt.spec.kind, strict=attempt.tenure.settings.strict_metrics)
     progress, events = attempt.progress, [*result.events]
     if progress.evaluated_at == progress.step:
         events.append(("evaluation", {"step": progress.step, "metrics": progress.last}))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from service.jobs.data import prompt_indices
+from service.metric_names import POLICY_LOSS, STEP_S, TOKENS_SAMPLED, TOKENS_TRAINED
 from service.spec.job import RLSpec
 from service.states import Phase
 from workers.loops.attempt import Attempt, StepResult
@@ -63,11 +64,11 @@ def step(attempt: Attempt, step: int) -> StepResult:
     trained = int(experience.response_mask.sum()) * spec.update.epochs
     attempt.tenure.meter.trained(trained)
     metrics |= reward_metrics(groups) | {
-        "tokens/sampled": float(sampled),
-        "tokens/trained": float(trained),
+        TOKENS_SAMPLED: float(sampled),
+        TOKENS_TRAINED: float(trained),
         "perf/sample_tokens_per_s": sampled / (updating - started),
         "perf/update_tokens_per_s": trained / (ended - updating),
-        "perf/step_s": ended - started,
+        STEP_S: ended - started,
     }
     logged = step % spec.log_rollouts.every_steps == 0 or step in (1, spec.limits.max_steps)
     shown = groups[: spec.log_rollouts.groups] if logged else []
@@ -183,7 +184,7 @@ def update(
         norms.append(outcome["grad_norm"])
         attempt.tenure.check(Phase.UPDATING)
     finished = measured.finish()
-    finished["policy/loss"] /= len(norms)  # the mean over optimizer steps; parts of one step add up
+    finished[POLICY_LOSS] /= len(norms)  # the mean over optimizer steps; parts of one step add up
     finished |= {
         "optimizer/grad_norm": fmean(norms),
         "optimizer/learning_rate": rate,

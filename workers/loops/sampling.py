@@ -7,6 +7,7 @@ from typing import Any
 
 from service.errors import JobFailed
 from service.jobs.lease import RolloutRow
+from service.metric_names import REWARD_MEAN
 from service.rewards import Graded, Sample
 from service.spec.job import RLSpec
 from service.spec.reward import RewardSpec
@@ -113,7 +114,7 @@ def reward_metrics(groups: Iterable[Group]) -> dict[str, float]:
     totals = [reward for group in groups for reward in group.rewards if reward is not None]
     metrics = {"reward/error_rate": 1 - len([sample for sample in graded if sample.total is not None]) / len(graded)}
     if totals:
-        metrics |= {"reward/mean": fmean(totals), "reward/std": pstdev(totals)}
+        metrics |= {REWARD_MEAN: fmean(totals), "reward/std": pstdev(totals)}
     for name in graded[0].scores:
         scores = [score for sample in graded if (score := sample.scores.get(name)) is not None]
         if scores:

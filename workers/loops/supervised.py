@@ -8,6 +8,7 @@ from torch import Tensor
 
 from service.errors import JobFailed
 from service.jobs.data import DataRows, prompt_indices
+from service.metric_names import LOSS, STEP_S, TOKENS_TRAINED
 from service.spec.job import SupervisedSpec
 from service.states import Phase
 from workers.loops.attempt import Attempt, StepResult
@@ -45,13 +46,13 @@ def step(attempt: Attempt, step: int) -> StepResult:
     elapsed = perf_counter() - started
     return StepResult(
         {
-            "loss": loss,
+            LOSS: loss,
             "optimizer/grad_norm": update["grad_norm"],
             "optimizer/learning_rate": update["learning_rate"],
             "optimizer/skipped": float(update["skipped"]),
-            "tokens/trained": float(tokens),
+            TOKENS_TRAINED: float(tokens),
             "perf/update_tokens_per_s": tokens / elapsed,
-            "perf/step_s": elapsed,
+            STEP_S: elapsed,
         },
         events=events,
     )
