@@ -134,6 +134,13 @@ class Unavailable(RatchetError):
     retryable = True
 
 
+class DiskFull(RatchetError):
+    """What was to be stored does not fit. Nothing of it is left."""
+
+    code = "disk_full"
+    retryable = True
+
+
 class LeaseLost(RatchetError):
     """This worker is a zombie: another attempt owns the job. It must stop and write nothing."""
 

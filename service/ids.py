@@ -13,5 +13,5 @@ def new_id(prefix: Prefix) -> str:
 
 
 def utcnow() -> datetime:
-    """Aware UTC now: the only clock of the service."""
+    """Aware UTC now, as this machine has it. What several machines compare goes by `service.store.clock`."""
     return datetime.now(UTC)

@@ -24,6 +24,8 @@ CLIP_LOW, CLIP_HIGH = "policy/clip_fraction_low", "policy/clip_fraction_high"
 POLICY_KL_K3 = "policy/approx_kl_k3"
 TOKENS_SAMPLED, TOKENS_TRAINED, STEP_S = "tokens/sampled", "tokens/trained", "perf/step_s"
 
+EVAL_TOKENS_SAMPLED = EVAL + TOKENS_SAMPLED
+
 _PART = "{grader}"
 JOBS: tuple[Origin, ...] = ("rl", "supervised")
 RL: tuple[Origin, ...] = ("rl",)
@@ -97,6 +99,7 @@ SECTIONS: Mapping[str, tuple[Metric, ...]] = MappingProxyType(
         "Evaluations": (
             *_evaluated(EVAL, "evaluation", drawn=True),
             *_evaluated(EVAL_GREEDY, "evaluation, greedy answers", drawn=False),
+            Metric(EVAL_TOKENS_SAMPLED, "tokens", "evaluation: tokens of the answers, the greedy ones too", "neither", JOBS),
             Metric(EVAL_LOSS, "nats/token", "evaluation: mean −log p of a token of the given answers", "down", JOBS, live=True),
         ),
         "Loss": (

@@ -15,7 +15,6 @@ from billiard.process import active_children
 from celery.worker import state
 
 from service.doorbell import RING_TASK, Doorbell
-from service.ids import utcnow
 from service.jobs import lease
 from service.store.session import Store
 
@@ -63,7 +62,7 @@ class Minder:
                 self._idle_since = None
 
     def look(self) -> None:
-        now = utcnow()
+        now = self._store.now()
         for job_id in lease.disobeyed(self._store, self._owner, now):
             log.error("job %s: the training process did not obey in time; killing it", job_id)
             kill_children()

@@ -146,5 +146,5 @@ class Parent:
             resource_classes=resource_classes(self.settings),
             draining=self._draining,
             started_at=self._started_at,
-            last_seen_at=utcnow(),
+            last_seen_at=self._started_at,  # put right by `lease.seen`
         )

@@ -15,7 +15,7 @@ from service.edge.pages import Page, PageQuery
 from service.edge.problems import BODY, files_missing, responses
 from service.ids import utcnow
 from service.spec.section import Section
-from service.store import checkpoints, jobs
+from service.store import checkpoints, clock, jobs
 from service.store.tables import Checkpoint, Job
 from service.validation import below, parse
 
@@ -200,15 +200,16 @@ def _ancestor(row: Checkpoint, job: Job | None) -> AncestorView:
 def delete_checkpoints(context: ContextDep, caller: CallerDep, document: DocumentDep) -> DeletedView:
     """Delete many at once. By default a dry run. What is pinned, or needed by a job that has not ended, stays."""
     asked = parse(DeleteRequest, document.data)
-    before = None if asked.older_than_s is None else utcnow() - timedelta(seconds=asked.older_than_s)
     filters = asked.model_dump(include={"ids", "job_id", "keep_last", "final"})
     with context.store.begin(readonly=asked.dry_run) as session:
+        now = clock.now(session)
+        before = None if asked.older_than_s is None else now - timedelta(seconds=asked.older_than_s)
         rows, more = checkpoints.chosen(session, caller.project, **filters, created_before=before, limit=DELETED_AT_ONCE)
         if asked.dry_run:
             kept = checkpoints.spared(session, rows)
             removed = [row for row in rows if row.id not in kept]
         else:
-            removed, kept = checkpoints.remove(session, [row.id for row in rows], utcnow())
+            removed, kept = checkpoints.remove(session, [row.id for row in rows], now)
     if not asked.dry_run:
         for row in removed:
             context.store.blobs.delete(row.path)

@@ -21,8 +21,9 @@ from service.edge.problems import BODY, files_missing, responses
 from service.errors import Malformed, UnsupportedMedia
 from service.ids import utcnow
 from service.jobs.data import JsonlRows
-from service.jobs.datasets import ingest
+from service.jobs.datasets import STORE, ingest
 from service.store import datasets
+from service.store.blobs import room_on
 from service.store.tables import Dataset
 from service.validation import below, parse
 
@@ -112,18 +113,22 @@ async def _upload(request: Request, caller: CallerDep, context: ContextDep) -> A
             hint="with curl: -H 'Content-Type: application/jsonl' --data-binary @rows.jsonl",
         )
     root = context.store.blobs.root
-    await run_in_threadpool(root.mkdir, parents=True, exist_ok=True)
-    with TemporaryFile(dir=root) as file:
+    with room_on(STORE):
+        await run_in_threadpool(root.mkdir, parents=True, exist_ok=True)
+    with room_on(STORE), TemporaryFile(dir=root) as file:
         if kind == MULTIPART:
             limit = min(limit, MAX_MULTIPART_BYTES)
-            async with limited(request, limit, "a form (send a longer file as the body itself)").form(
-                max_files=1, max_fields=MAX_FIELDS
-            ) as form:
+            form_of = limited(request, limit, "a form (send a longer file as the body itself)").form
+            with room_on("the disk with the service's temporary files (send the rows as the body itself, not as a form)"):
+                form = await form_of(max_files=1, max_fields=MAX_FIELDS)
+            try:
                 part = form.get("file")
                 if not isinstance(part, UploadFile):
                     raise Malformed("the form has no field `file` with a file in it", code="missing_file")
                 digest = await _spool(_chunks_of(part), file)
                 yield Upload(file, digest, part.filename)
+            finally:
+                await form.close()
         else:
             digest = await _spool(limited(request, limit, "a dataset").stream(), file)
             yield Upload(file, digest, None)

@@ -12,9 +12,8 @@ from starlette.responses import JSONResponse
 
 from service.doorbell import CLASSES
 from service.edge.context import Context, ContextDep
-from service.ids import utcnow
 from service.states import Status
-from service.store import jobs, workers
+from service.store import clock, jobs, workers
 from service.store.tables import ApiKey
 
 router = APIRouter(tags=["health"])
@@ -84,7 +83,7 @@ def _ask_database(context: Context) -> bool:
 
 def _workers(context: Context) -> WorkersCheck:
     with context.store.begin(readonly=True) as session:
-        alive = [worker for worker in workers.alive(session, utcnow()) if not worker.draining]
+        alive = [worker for worker in workers.alive(session, clock.now(session)) if not worker.draining]
     trains = any(worker.resource_classes for worker in alive)  # others answer loss requests only
     return WorkersCheck(
         alive=len(alive), detail=None if trains else "no worker for jobs was seen lately: they wait in the queue"
@@ -94,12 +93,12 @@ def _workers(context: Context) -> WorkersCheck:
 @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}})
 def prometheus(context: ContextDep) -> Response:
     """Counters and gauges in Prometheus' text format."""
-    now, gauges = utcnow(), CollectorRegistry()
+    gauges = CollectorRegistry()
     by_status = Gauge("ratchet_jobs", "Jobs by status", ["status"], registry=gauges)
     depth = Gauge("ratchet_queue_depth", "Queued jobs that may start now, by class", ["resource_class"], registry=gauges)
     seen = Gauge("ratchet_workers_alive", "Workers that were seen within the last minute", registry=gauges)
     with context.store.begin(readonly=True) as session:
-        counts = jobs.count_by_status(session)
+        counts, now = jobs.count_by_status(session), clock.now(session)
         for class_ in CLASSES:
             depth.labels(class_).set(jobs.count_queued(session, class_, now))
         seen.set(len(workers.alive(session, now)))

@@ -14,8 +14,9 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
-from sqlalchemy.exc import InterfaceError, OperationalError
+from sqlalchemy.exc import IntegrityError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.orm.exc import ObjectDeletedError, StaleDataError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
@@ -25,6 +26,7 @@ from service.errors import (
     BodyTooSlow,
     Busy,
     Conflict,
+    DiskFull,
     FieldError,
     Forbidden,
     HeadersTooLarge,
@@ -40,6 +42,7 @@ from service.errors import (
     UnsupportedMedia,
     UriTooLong,
 )
+from service.store.blobs import FULL, disk_full
 from service.validation import field_errors, invalid, shown, unknown_key, without_secrets
 
 log = logging.getLogger(__name__)
@@ -60,6 +63,7 @@ STATUSES: Mapping[type[RatchetError], int] = {
     RateLimited: 429,
     HeadersTooLarge: 431,
     Unavailable: 503,
+    DiskFull: 507,
     RatchetError: 500,
 }
 HEADERS: Mapping[type[RatchetError], dict[str, str]] = {
@@ -68,6 +72,7 @@ HEADERS: Mapping[type[RatchetError], dict[str, str]] = {
     Busy: {"Retry-After": "1"},
     BodyTooSlow: {"Connection": "close"},  # what is left of the body shall not hold the connection
     Unavailable: {"Retry-After": "5"},
+    DiskFull: {"Connection": "close"},  # nor what is left of a body that does not fit
 }
 OPENAI_TYPES = {
     401: "authentication_error",
@@ -76,6 +81,7 @@ OPENAI_TYPES = {
     409: "conflict_error",
     429: "rate_limit_error",
 }
+POSTGRES_FULL = "53100"  # disk_full; SQLite says so in words
 CODES = {404: "route_not_found", 405: "method_not_allowed"}  # of errors that the framework raises
 
 
@@ -123,7 +129,8 @@ def problem(
 ) -> JSONResponse:
     """The answer to a request that ended with this error."""
     status = status or int(_of_class(STATUSES, error))
-    if status >= 500 and not isinstance(error, Unavailable):
+    closing = {"Connection": "close"} if status == 500 else {}  # the server does so; a client shall not find out by trying
+    if status >= 500 and not isinstance(error, Unavailable | DiskFull):
         error = RatchetError(
             "something went wrong here; the log has it under this request_id", hint="try again, then report it"
         )
@@ -155,6 +162,7 @@ def problem(
         "X-Request-Id": body.request_id or "",
         **_of_class(HEADERS, error, {}),
         **(headers or {}),
+        **closing,
     }
     if "retry_after_s" in error.extra:
         all_headers["Retry-After"] = str(error.extra["retry_after_s"])
@@ -226,8 +234,25 @@ async def _framework(request: Request, error: Any) -> JSONResponse:
 
 
 async def _store_is_away(request: Request, error: Any) -> JSONResponse:
-    log.warning("the database does not answer: %s", error.orig if isinstance(error, OperationalError) else error)
+    reason = error.orig if isinstance(error, OperationalError) else error
+    if getattr(reason, "sqlstate", None) == POSTGRES_FULL or "disk is full" in str(reason):
+        log.error("the database has no room: %s", reason)
+        return problem(request, disk_full("the disk of the database"))
+    log.warning("the database does not answer: %s", reason)
     return problem(request, Unavailable("the database does not answer just now", code="database_unavailable"))
+
+
+async def _raced(request: Request, error: Any) -> JSONResponse:
+    """Two requests at the same moment, where no query saw it coming: the database let one of them through."""
+    log.error("request %s met a change at the same moment", request.scope.get("request_id"), exc_info=error)
+    detail = "what this request needs was changed or deleted at the same moment; nothing was done"
+    return problem(request, Conflict(detail, code="changed_meanwhile", hint="look again, then decide whether to repeat it"))
+
+
+async def _system(request: Request, error: Any) -> JSONResponse:
+    """What the operating system refused, where nobody expected it."""
+    log.error("request %s failed", request.scope.get("request_id"), exc_info=error)
+    return problem(request, disk_full("a disk of the service") if error.errno in FULL else RatchetError(""))
 
 
 async def _client_went(request: Request, error: Any) -> JSONResponse:
@@ -246,8 +271,12 @@ HANDLERS: Mapping[type[Exception], Any] = {
     HTTPException: _framework,
     OperationalError: _store_is_away,
     InterfaceError: _store_is_away,
+    IntegrityError: _raced,
+    StaleDataError: _raced,
+    ObjectDeletedError: _raced,
     PoolTimeout: _store_is_away,
     ClientDisconnect: _client_went,
+    OSError: _system,
     Exception: _unexpected,
 }
 
@@ -270,6 +299,7 @@ DESCRIPTIONS = {
     431: "The headers are too large.",
     500: "Something went wrong in the service.",
     503: "Something that the service stands on is away; see Retry-After.",
+    507: "A disk of the service is full; `detail` says which. Nothing was stored.",
 }
 
 
@@ -281,5 +311,5 @@ def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
     }
 
 
-COMMON = (400, 401, 403, 414, 422, 429, 431, 500, 503)
+COMMON = (400, 401, 403, 414, 422, 429, 431, 500, 503, 507)
 BODY = (408, 413, 415)

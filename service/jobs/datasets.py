@@ -14,11 +14,13 @@ from service.errors import BodyTooLarge, FieldError, InvalidRequest
 from service.ids import new_id, utcnow
 from service.spec.storable import not_storable
 from service.store import datasets
+from service.store.blobs import room_on
 from service.store.session import Store
 from service.store.tables import Dataset
 from service.validation.strict_json import BadJson, no_constant, no_key_twice, read
 
 CHUNK_BYTES = 2**20
+STORE = "the disk with the files of datasets and checkpoints (RATCHET_DATA_DIR)"
 MAX_LINE_BYTES = 16 * 2**20
 MAX_ERRORS = 20
 MAX_COLUMNS = 1000
@@ -51,15 +53,17 @@ def ingest(
 
     `also` runs in the transaction of the row: there an idempotency key is completed with the answer.
     `stream` gives bytes in any portions. Blank lines, a byte order mark and carriage returns are dropped. Raises
-    InvalidRequest with the first MAX_ERRORS wrong lines by number, BodyTooLarge above `max_bytes`.
+    InvalidRequest with the first MAX_ERRORS wrong lines by number, BodyTooLarge above `max_bytes`, DiskFull.
     """
-    folder = store.blobs.temporary_dir()
+    with room_on(STORE):
+        folder = store.blobs.temporary_dir()
     try:
-        checked = _Checked(folder / "rows.jsonl")
-        checked.take(_bounded(_chunks(stream), max_bytes))
-        dataset_id = new_id("ds")
-        path = f"datasets/{dataset_id}.jsonl"
-        store.blobs.commit_file(checked.path, path)
+        with room_on(STORE):
+            checked = _Checked(folder / "rows.jsonl")
+            checked.take(_bounded(_chunks(stream), max_bytes))
+            dataset_id = new_id("ds")
+            path = f"datasets/{dataset_id}.jsonl"
+            store.blobs.commit_file(checked.path, path)
         try:
             return _insert(store, checked, also, id=dataset_id, project=project, name=name, path=path)
         except BaseException:

@@ -1,8 +1,8 @@
 """What a worker says to the store. Each write holds only while the lease does: a zombie changes nothing and gets LeaseLost.
 
 A lease is (job, attempt, owner). The attempt is the fencing number: it grows by one with each claim, in the statement that
-makes the job running, so no two workers ever hold the same one. Times are the workers' own clocks; they may differ by no
-more than lease_ttl_s - lease_self_stop_s.
+makes the job running, so no two workers ever hold the same one. Moments are told by the database's clock, and durations by
+the workers' monotonic ones: the clocks of the machines may be wrong, and may be set while work is done.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -17,13 +17,12 @@ from sqlalchemy.orm import Session
 
 from service.doorbell import Doorbell
 from service.errors import Failure, LeaseLost
-from service.ids import utcnow
 from service.jobs import moves
 from service.metric_names import is_live
 from service.settings import Settings
 from service.spec.job import CheckpointsSpec
 from service.states import HELD, Phase, Status, Wish
-from service.store import checkpoints, events, jobs, metrics, rollouts, usage, workers
+from service.store import checkpoints, clock, events, jobs, metrics, rollouts, usage, workers
 from service.store.checkpoints import CheckpointRow
 from service.store.rollouts import RolloutRow
 from service.store.session import Store
@@ -64,7 +63,7 @@ def claim(store: Store, settings: Settings, owner: str, classes: Collection[str]
     with store.begin() as session:
         if workers.is_draining(session, owner):
             return None
-        while (job := jobs.next_queued(session, classes, now := utcnow())) is not None:
+        while (job := jobs.next_queued(session, classes, now := clock.now(session))) is not None:
             if usage.is_spent(session, job):
                 _rest(session, job, now)
             elif _take(session, job, owner, now, settings):
@@ -102,14 +101,19 @@ def _take(session: Session, job: Job, owner: str, now: datetime, settings: Setti
     return True
 
 
-def renew_all(store: Store, settings: Settings, held: Collection[Lease]) -> dict[Lease, Wish | LeaseLost | None]:
+def renew_all(
+    store: Store, settings: Settings, held: Collection[Lease] | Mapping[Lease, float]
+) -> dict[Lease, Wish | LeaseLost | None]:
     """Hold all these jobs for another lease_ttl_s, in one statement. A lease that is lost does not harm the others.
 
+    With the seconds that each has run so far, the jobs' claims are put so long before now, whatever the clock did meanwhile.
     Answers what each job's owner wishes (cancel before pause), or that its worker drains; LeaseLost for what is no longer ours.
     """
-    until = utcnow() + timedelta(seconds=settings.lease_ttl_s)
+    ran_s = held if isinstance(held, Mapping) else {}
     with store.begin() as session:
-        renewed = jobs.renew(session, [(lease.job_id, lease.attempt, lease.owner) for lease in held], until)
+        since = {lease.job_id: clock.at(session, -timedelta(seconds=seconds)) for lease, seconds in ran_s.items()}
+        until = clock.at(session, timedelta(seconds=settings.lease_ttl_s))
+        renewed = jobs.renew(session, [(lease.job_id, lease.attempt, lease.owner) for lease in held], until, since)
         answers: dict[Lease, Wish | LeaseLost | None] = {
             Lease(row.id, row.attempt, row.owner): _wish(row.status, row.wish, draining=bool(row.draining)) for row in renewed
         }
@@ -135,13 +139,17 @@ def set_phase(store: Store, lease: Lease, phase: Phase) -> None:
             events.append(session, job.id, "phase_changed", {"phase": job.phase})
 
 
-def rewind(store: Store, lease: Lease, step: int) -> None:
-    """An attempt starts at `step`: what an earlier one wrote beyond it is taken back, and written anew when it gets there."""
+def rewind(store: Store, lease: Lease, step: int, *, anew: bool = False) -> None:
+    """An attempt starts at `step`: what an earlier one wrote beyond it is taken back, and written anew when it gets there.
+
+    `anew`: at the very beginning, without a checkpoint; what was evaluated before the first step is taken back, too.
+    """
+    kept = -1 if anew else step
     with _holding(store, lease) as (session, job):
         job.step = step
-        usage.revoke(session, job, step)
-        metrics.forget_after(session, job.id, step)
-        rollouts.forget_after(session, job.id, step)
+        usage.revoke(session, job, kept)
+        metrics.forget_after(session, job.id, kept)
+        rollouts.forget_after(session, job.id, kept)
 
 
 def set_resolved(store: Store, lease: Lease, facts: dict[str, Any]) -> None:
@@ -175,14 +183,14 @@ def commit_step(
     with _holding(store, lease) as (session, job):
         if again and metrics.written(session, job.id, step, attempt=lease.attempt):
             return usage.is_spent(session, job)
-        now = utcnow()
+        now = clock.now(session)
         job.step = step
         session.flush()
         metrics.write(session, job.id, step, metrics_, attempt=lease.attempt, now=now)
         rollouts.write(session, job.id, rollouts_, attempt=lease.attempt, now=now)
         headline = {name: value for name, value in finite(metrics_).items() if is_live(name)}
         event = ("step", {"step": step, "max_steps": job.max_steps, "metrics": headline})
-        events.append_all(session, job.id, [event, *((type_, _jsonable(data)) for type_, data in events_)], now=now)
+        events.append_all(session, job.id, [event, *events_], now=now)
         usage.add(session, job, spent, now)
         return usage.is_spent(session, job)
 
@@ -192,20 +200,12 @@ def finite(values: Mapping[str, float | None]) -> dict[str, float | None]:
     return {name: value if value is not None and isfinite(value) else None for name, value in values.items()}
 
 
-def _jsonable(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _jsonable(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_jsonable(item) for item in value]
-    return None if isinstance(value, float) and not isfinite(value) else value
-
-
 def commit_checkpoint(store: Store, lease: Lease, row: CheckpointRow, *, spent: Spent = NOTHING) -> None:
     """Point the job at a checkpoint whose folder is in the blob store: from here on a resume starts there. Once is enough."""
     with _holding(store, lease) as (session, job):
         if job.checkpoint_id == row.id:
             return
-        now = utcnow()
+        now = clock.now(session)
         checkpoints.create(session, row, project=job.project, job_id=job.id, attempt=lease.attempt, now=now)
         job.checkpoint_id = row.id
         job.crashes = job.retries = 0  # a job of days may meet any number of faults, as long as it goes on between them
@@ -223,7 +223,7 @@ def retain(store: Store, lease: Lease, keep: CheckpointsSpec) -> list[str]:
     with _holding(store, lease) as (session, job):
         there = checkpoints.of_job(session, job.id)
         kept_ids = {*(row.id for row in there[: keep.keep_last]), *_best(there, keep)}
-        removed, _ = checkpoints.remove(session, [row.id for row in there if row.id not in kept_ids], utcnow())
+        removed, _ = checkpoints.remove(session, [row.id for row in there if row.id not in kept_ids], clock.now(session))
         return [row.path for row in removed]
 
 
@@ -242,7 +242,9 @@ def _best(there: list[Checkpoint], keep: CheckpointsSpec) -> list[str]:
 def _end(store: Store, lease: Lease, spent: Spent, do: Callable[[Session, Job, datetime], Status]) -> Status:
     """`spent`: what the attempt did since its last commit, for the ledger."""
     with _holding(store, lease) as (session, job):
-        now = utcnow()
+        now = clock.now(session)
+        if spent.ran_s is not None:  # by a clock that nobody sets
+            job.claimed_at, job.lease_until = now - timedelta(seconds=spent.ran_s), now
         usage.add(session, job, spent, now)
         return do(session, job, now)
 
@@ -259,7 +261,7 @@ def cancelled(store: Store, lease: Lease, *, spent: Spent = NOTHING) -> Status:
 
 def succeed(store: Store, lease: Lease, result: dict[str, Any], reason: str, *, spent: Spent = NOTHING) -> Status:
     """The job did what was asked. A cancel that came first is obeyed, and the result kept all the same."""
-    values = {"result": _jsonable(result), "error": None}
+    values = {"result": result, "error": None}
     return _end(store, lease, spent, lambda session, job, now: moves.end(session, job, Status.SUCCEEDED, reason, now, **values))
 
 
@@ -267,7 +269,7 @@ def fail(
     store: Store, lease: Lease, failure: Failure, result: dict[str, Any] | None = None, *, spent: Spent = NOTHING
 ) -> Status:
     """The job ends with a named failure."""
-    values = {} if result is None else {"result": _jsonable(result)}
+    values = {} if result is None else {"result": result}
     return _end(store, lease, spent, lambda session, job, now: moves.fail(session, job, failure, now, **values))
 
 
@@ -320,7 +322,7 @@ def worker_lost(store: Store, doorbell: Doorbell, owner: str) -> list[str]:
         with store.begin() as session:
             job = jobs.find(session, job_id, lock=True, light=True)
             if job is not None and job.lease_owner == owner and job.status in HELD:
-                moves.lost(session, job, "worker_lost", utcnow())
+                moves.lost(session, job, "worker_lost", clock.now(session))
                 settled.append(job)
     for job in settled:
         doorbell.signal(job.id, "events")
@@ -354,12 +356,16 @@ def holds_nothing(store: Store, owner: str) -> bool:
 
 
 def hello(store: Store, worker: Worker) -> None:
+    """`last_seen_at` is put here."""
     with store.begin() as session:
+        worker.last_seen_at = clock.now(session)
         workers.hello(session, worker)
 
 
 def seen(store: Store, worker: Worker) -> None:
+    """`last_seen_at` is put here."""
     with store.begin() as session:
+        worker.last_seen_at = clock.now(session)
         workers.seen(session, worker)
 
 

@@ -10,10 +10,10 @@ from sqlalchemy.orm import Session
 
 from service.doorbell import Doorbell
 from service.errors import Conflict, FieldError, InvalidRequest, NotFound
-from service.ids import new_id, utcnow
+from service.ids import new_id
 from service.jobs import moves
 from service.states import ACTIONS, FINAL, HELD, Status, Wish, allowed_actions
-from service.store import checkpoints, datasets, events, jobs, usage
+from service.store import checkpoints, clock, datasets, events, jobs, usage
 from service.store.session import Store
 from service.store.tables import Job
 
@@ -42,9 +42,10 @@ def create_job(
 ) -> Job:
     """Queue a job. `also` runs in the same transaction: there an idempotency key is completed with the job's answer.
 
-    Raises InvalidRequest when a checkpoint or dataset that `resolved` names was deleted meanwhile.
+    Raises NotFound when the parent was deleted meanwhile, InvalidRequest when it was a checkpoint or dataset that `resolved`
+    names.
     """
-    now, spec = utcnow(), resolved.spec
+    now, spec = store.now(), resolved.spec
     budget = spec.get("limits", {}).get("budget") or {}
     resources, deadline_s = spec.get("resources", {}), spec.get("limits", {}).get("deadline_s")
     job = Job(
@@ -76,6 +77,8 @@ def create_job(
         deadline_at=None if deadline_s is None else now + timedelta(seconds=deadline_s),
     )
     with store.begin() as session:
+        if parent_id is not None:  # before its checkpoints: in the order in which a delete takes them
+            jobs.hold(session, project, parent_id)
         _hold_inputs(session, job)
         session.add(job)
         session.flush()
@@ -147,7 +150,7 @@ def _act(
     columns: Mapping[str, Any] = MappingProxyType({}),
 ) -> Job:
     with store.begin() as session:
-        job, now = jobs.get(session, project, job_id, lock=True), utcnow()
+        job, now = jobs.get(session, project, job_id, lock=True), clock.now(session)
         status = Status(job.status)
         until = None if grace_s is None else now + timedelta(seconds=grace_s)
         if status in ALREADY[action]:

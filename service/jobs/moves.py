@@ -61,8 +61,11 @@ def _consequences(job: Job, target: Status, now: datetime) -> dict[str, Any]:
 
 
 def running_s(job: Job | Runtime, now: datetime) -> float:
-    """Seconds of the present attempt."""
-    return 0.0 if job.claimed_at is None else max(0.0, (now - job.claimed_at).total_seconds())
+    """Seconds of the present attempt. What came after the end of its lease is not its worker's, nor its owner's to pay."""
+    if job.claimed_at is None:
+        return 0.0
+    until = now if job.lease_until is None else min(now, job.lease_until)
+    return max(0.0, (until - job.claimed_at).total_seconds())
 
 
 def end(session: Session, job: Job, target: Status, reason: str, now: datetime, **values: Any) -> Status:

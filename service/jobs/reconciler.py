@@ -71,6 +71,7 @@ def reconcile(store: Store, settings: Settings, doorbell: Doorbell, now: datetim
     with store.begin() as session:
         report.forgotten_keys = idempotency.expire(session, now)
         workers.forget(session, now)
+        jobs.shorten_leases(session, now + timedelta(seconds=settings.lease_ttl_s))
     return report
 
 
@@ -210,13 +211,13 @@ class Reconciler:
                 self.look()
                 if monotonic() - swept_at > SWEEP_EVERY_S:
                     swept_at = monotonic()
-                    sweep(self._store, utcnow())
+                    sweep(self._store, utcnow())  # by the clock that files go by
             except Exception:  # the store is away: looking again is all that this thread is for
                 log.exception("the reconciler could not look")
             self._stop.wait(self._settings.reconcile_every_s * uniform(0.8, 1.2))
 
     def look(self) -> Report:
-        report = reconcile(self._store, self._settings, self._doorbell, utcnow())
+        report = reconcile(self._store, self._settings, self._doorbell, self._store.now())
         for name, count in report.moves().items():
             telemetry.RECONCILED.labels(name).inc(count)
         return report

@@ -28,7 +28,6 @@ from sqlalchemy import Connection, Table, inspect, make_url, text
 from sqlalchemy.exc import OperationalError
 
 from service.errors import RatchetError
-from service.ids import utcnow
 from service.jobs import moves
 from service.settings import Settings
 from service.states import HELD, Status
@@ -61,6 +60,8 @@ def backup(settings: Settings, folder: Path) -> dict[str, Any]:
     store = open_store(settings)
     try:
         return _backup(store, settings, folder)
+    except OSError as error:
+        raise BackupFailed(f"{folder} cannot be written: {error.strerror or error}; it is no backup") from error
     finally:
         store.close()
 
@@ -70,7 +71,7 @@ def _backup(store: Store, settings: Settings, folder: Path) -> dict[str, Any]:
     snapshot = _snapshot_sqlite if make_url(settings.sql_url).get_backend_name() == "sqlite" else _snapshot_postgresql
     for number in range(1, ROUNDS + 1):
         _copy_blobs(store.blobs, copy, live_paths(store))
-        made_at = utcnow()
+        made_at = store.now()
         named = snapshot(settings.sql_url, folder)
         _copy_blobs(store.blobs, copy, named)
         missing = {path for path in named if not copy.path(path).exists()}
@@ -105,8 +106,10 @@ def _copy_blobs(source: Blobs, copy: Blobs, paths: set[str]) -> None:
             else:
                 shutil.copyfile(source.path(path), folder / "blob")
                 copy.commit_file(folder / "blob", path)
-        except (FileNotFoundError, shutil.Error):  # removed meanwhile; copytree collects what it misses
-            log.debug("%s is gone", path)
+        except (FileNotFoundError, shutil.Error) as error:  # copytree collects what it misses
+            if source.path(path).exists():
+                raise BackupFailed(f"{path} could not be copied: {error}") from error
+            log.debug("%s is gone", path)  # removed meanwhile
         finally:
             copy.discard(folder)
 

@@ -1,12 +1,33 @@
 """The blob store: a folder. A blob appears by a rename, whole or not at all, and is on the disk when commit_* returns."""
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from uuid import uuid4
 
+from service.errors import DiskFull
+
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT})  # no space, or no more of it for this user
 TEMPORARY = "tmp"  # beside the blobs, on the same file system: a rename must not copy
+
+
+@contextmanager
+def room_on(disk: str) -> Iterator[None]:
+    """Around what writes there: raises DiskFull, which names this disk, in place of the system's error."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise disk_full(disk) from error
+
+
+def disk_full(disk: str) -> DiskFull:
+    hint = "whoever runs the service makes room there; deleting checkpoints and datasets that nobody needs does, too"
+    return DiskFull(f"{disk} is full; nothing of this request was stored", hint=hint)
 
 
 class Blobs:

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
 from typing import Any, Literal
 
-from sqlalchemy import or_, select
+from sqlalchemy import case, or_, select
 from sqlalchemy.orm import Session
 
 from service.errors import Conflict, NotFound
@@ -17,6 +17,9 @@ from service.store.tables import Checkpoint, Job
 
 _rows = Deletable(Checkpoint)
 get, hold, live_paths = _rows.get, _rows.hold, _rows.live_paths
+
+# Within a job, and no clock has a say: an attempt goes on from what those before it saved; the final one of a step is its last.
+FURTHEST_FIRST = (Checkpoint.attempt.desc(), Checkpoint.step.desc(), Checkpoint.is_final.desc(), Checkpoint.id.desc())
 
 Kept = Literal["in_use", "pinned"]  # why a checkpoint may not be deleted
 
@@ -56,9 +59,9 @@ def page(
 
 
 def of_job(session: Session, job_id: str) -> list[Checkpoint]:
-    """All that are there, the newest first: what a resume tries in turn, should one turn out to be broken."""
+    """All that are there, the furthest first: what a resume tries in turn, should one turn out to be broken."""
     query = select(Checkpoint).where(Checkpoint.job_id == job_id, _rows.there)
-    return list(session.scalars(query.order_by(Checkpoint.created_at.desc(), Checkpoint.id.desc())))
+    return list(session.scalars(query.order_by(*FURTHEST_FIRST)))
 
 
 def needed(session: Session, checkpoint_ids: list[str]) -> set[str]:
@@ -128,19 +131,21 @@ def chosen(
     final: bool = False,
     limit: int,
 ) -> tuple[list[Checkpoint], bool]:
-    """Checkpoints to delete, the oldest first, and whether there are more. Without the newest `keep_last` of each job, and
-    without those at the end of a job unless `final`."""
+    """Checkpoints to delete, the oldest first, and whether there are more. Without the furthest `keep_last` of each job (of
+    all jobs that were deleted together: the newest), and without those at the end of a job unless `final`."""
     query = select(Checkpoint).where(Checkpoint.project == project, _rows.there)
     if job_id is not None:
         query = query.where(Checkpoint.job_id == job_id)
     seen = Counter[str | None]()
     rows: list[Checkpoint] = []
-    for row in session.scalars(query.order_by(Checkpoint.created_at.desc(), Checkpoint.id.desc())):
+    of_no_job = case((Checkpoint.job_id.is_(None), Checkpoint.created_at)).desc()
+    for row in session.scalars(query.order_by(Checkpoint.job_id, of_no_job, *FURTHEST_FIRST)):
         seen[row.job_id] += 1
         asked = (ids is None or row.id in ids) and (created_before is None or row.created_at < created_before)
         if asked and seen[row.job_id] > keep_last and (final or not row.is_final):
             rows.append(row)
-    return rows[::-1][:limit], len(rows) > limit
+    rows.sort(key=lambda row: (row.created_at, row.id))
+    return rows[:limit], len(rows) > limit
 
 
 def expired(session: Session, now: datetime, limit: int = 100) -> list[str]:

@@ -8,7 +8,7 @@ from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
 from service.errors import NotFound
-from service.ids import utcnow
+from service.store import clock
 from service.store.tables import Event, Job
 
 
@@ -21,7 +21,7 @@ def append_all(
     session: Session, job_id: str, events: Sequence[tuple[str, dict[str, Any]]], *, now: datetime | None = None
 ) -> int:
     """Write events in order. Returns the number of the last one."""
-    now = now or utcnow()
+    now = now or clock.now(session)
     taken = update(Job).where(Job.id == job_id).values(last_event=Job.last_event + len(events), updated_at=now)
     last = session.scalar(taken.returning(Job.last_event), execution_options={"synchronize_session": False})
     if last is None:

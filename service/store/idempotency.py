@@ -2,18 +2,20 @@
 
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from math import ceil
 from typing import Any
 
 from sqlalchemy import ColumnElement, and_, delete, select, update
 from sqlalchemy.orm import Session
 
 from service.errors import InFlight, InvalidRequest
-from service.ids import utcnow
+from service.store import clock
 from service.store.dialect import insert
 from service.store.tables import IdempotencyKey
 
 ABANDONED_AFTER = timedelta(seconds=60)  # a request in flight for longer has died; the next one may take its place
 KEPT_FOR = timedelta(hours=24)
+TRIES = 10  # to see whose a key is that is taken and freed, again and again, by requests that are refused
 
 
 @dataclass(frozen=True)
@@ -41,26 +43,54 @@ def begin(
 
     Raises InvalidRequest (code idempotency_key_reused) for another body, InFlight while the first request is at work.
     """
-    now = now or utcnow()
+    now = now or clock.now(session)
     claim = Claim(project, route, key, now)
+    for _ in range(TRIES):
+        if (found := _begin(session, claim, body_sha256)) is not None:
+            return found
+    raise _in_flight(claim, timedelta())
+
+
+def _begin(session: Session, claim: Claim, body_sha256: str) -> Claim | StoredAnswer | None:
+    """None: the key was taken a moment ago and is free again, for its request was refused."""
     fresh = insert(session, IdempotencyKey).values(
-        project=project, route=route, key=key, body_sha256=body_sha256, status=None, answer=None, created_at=now
+        project=claim.project,
+        route=claim.route,
+        key=claim.key,
+        body_sha256=body_sha256,
+        status=None,
+        answer=None,
+        created_at=claim.taken_at,
     )
     if _count(session, fresh.on_conflict_do_nothing()) == 1:
         return claim
-    entry = session.scalars(select(IdempotencyKey).where(_is(claim)).execution_options(populate_existing=True)).one()
+    entry = session.scalars(select(IdempotencyKey).where(_is(claim)).execution_options(populate_existing=True)).one_or_none()
+    if entry is None:
+        return None
     if entry.body_sha256 != body_sha256:
         raise InvalidRequest(
-            f"Idempotency-Key {key!r} was used with another body; send a new key with a new request",
+            f"Idempotency-Key {claim.key!r} was used with another body; send a new key with a new request",
             code="idempotency_key_reused",
         )
     if entry.status is not None:
         return StoredAnswer(entry.status, entry.answer or {})
     stale = and_(_is(claim), IdempotencyKey.status.is_(None), IdempotencyKey.created_at == entry.created_at)
-    taken_over = update(IdempotencyKey).where(stale).values(created_at=now)
-    if now - entry.created_at > ABANDONED_AFTER and _count(session, taken_over) == 1:
+    taken_over = update(IdempotencyKey).where(stale).values(created_at=claim.taken_at)
+    age = claim.taken_at - entry.created_at
+    if age > ABANDONED_AFTER and _count(session, taken_over) == 1:
         return claim
-    raise InFlight(f"the first request with Idempotency-Key {key!r} has not been answered yet; try again in a moment")
+    raise _in_flight(claim, age)
+
+
+def _in_flight(claim: Claim, age: timedelta) -> InFlight:
+    """The longer the first request has taken, the likelier it died: who asks again is to wait as long once more."""
+    left_s = max(0, ceil((ABANDONED_AFTER - age).total_seconds()))
+    retry_after_s = max(1, min(left_s, ceil(age.total_seconds())))
+    return InFlight(
+        f"the first request with Idempotency-Key {claim.key!r} has not been answered yet; try again in {retry_after_s} s. "
+        f"Should it have died, another takes its place in {left_s} s",
+        retry_after_s=retry_after_s,
+    )
 
 
 def complete(session: Session, claim: Claim, status: int, answer: dict[str, Any]) -> None:

@@ -1,17 +1,18 @@
 """Queries over jobs. Moves between statuses stand in service.jobs.moves, nothing else writes `status`."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Any
 
-from sqlalchemy import ColumnElement, Text, and_, delete, func, or_, select, tuple_, type_coerce, update
+from sqlalchemy import ColumnElement, Text, and_, case, delete, func, or_, select, tuple_, type_coerce, update
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import Session, defer
 
 from service.errors import NotFound
 from service.states import FINAL, HELD, Status
 from service.store.paging import newest_first
-from service.store.tables import Job, Worker
+from service.store.tables import Checkpoint, Job, Worker
 
 
 def get(session: Session, project: str, job_id: str, *, lock: bool = False) -> Job:
@@ -28,6 +29,13 @@ def find(session: Session, job_id: str, *, lock: bool = False, light: bool = Fal
     if light:
         query = query.options(defer(Job.spec), defer(Job.spec_sent))
     return session.scalar(query.with_for_update(key_share=True) if lock else query)
+
+
+def hold(session: Session, project: str, job_id: str) -> None:
+    """Keep a job of this project from being deleted until this transaction ends; its worker is not hindered. NotFound else."""
+    query = select(Job.id).where(Job.id == job_id, Job.project == project)
+    if session.scalar(query.with_for_update(read=True, key_share=True)) is None:
+        raise NotFound(f"no job {job_id} in this project")
 
 
 def standing(session: Session, project: str, job_id: str) -> tuple[str, int]:
@@ -85,7 +93,7 @@ def take_unheard(session: Session, resource_class: str, now: datetime, rung_befo
 
     Their ids, the next to be taken first. Of several who ask at once each gets others.
     """
-    silent = or_(Job.rung_at.is_(None), Job.rung_at < rung_before)
+    silent = or_(Job.rung_at.is_(None), Job.rung_at < rung_before, Job.rung_at > now)  # the clock was set back
     query = select(Job.id).where(Job.status == Status.QUEUED, Job.resource_class == resource_class, _is_due(now), silent)
     query = query.order_by(Job.priority.desc(), Job.queued_at, Job.id).limit(limit)
     taken = list(session.scalars(query.with_for_update(key_share=True, skip_locked=True)))
@@ -135,14 +143,26 @@ class Renewed:
     draining: bool | None  # its worker; None when that is not in the table (any more)
 
 
-def renew(session: Session, held: Collection[tuple[str, int, str]], until: datetime) -> list[Renewed]:
-    """Move the leases of all these (id, attempt, owner) in one statement. Who no longer holds his job so gets no answer."""
+def renew(session: Session, held: Collection[tuple[str, int, str]], until: Any, since: Mapping[str, Any]) -> list[Renewed]:
+    """Move the leases of all these (id, attempt, owner) in one statement. Who no longer holds his job so gets no answer.
+
+    `since`: id -> when it was claimed, as its worker counts back from now. Moments as `clock.at` gives them.
+    """
     draining = select(Worker.draining).where(Worker.id == Job.lease_owner).scalar_subquery()
     # The ids alone lead both databases to the primary key; the triples decide.
     ours = (Job.id.in_([job_id for job_id, _, _ in held]), tuple_(Job.id, Job.attempt, Job.lease_owner).in_(list(held)))
+    claimed = {"claimed_at": case(since, value=Job.id, else_=Job.claimed_at)} if since else {}
     columns = (Job.id, Job.attempt, Job.lease_owner, Job.status, Job.wish, draining)
-    moved = update(Job).where(*ours).values(lease_until=until).returning(*columns)
+    moved = update(Job).where(*ours).values(lease_until=until, **claimed).returning(*columns)
     return [Renewed(*row) for row in session.execute(moved, execution_options={"synchronize_session": False})]
+
+
+def shorten_leases(session: Session, latest: datetime) -> None:
+    """No lease lasts beyond `latest`: one that does was given before the clock was set back, and would hide a dead worker."""
+    beyond = (Job.status.in_(HELD), Job.lease_until > latest)
+    if session.scalar(select(Job.id).where(*beyond).limit(1)) is not None:
+        shortened = update(Job).where(*beyond).values(lease_until=latest)
+        session.execute(shortened, execution_options={"synchronize_session": False})
 
 
 def disobeyed(session: Session, now: datetime, *, owner: str | None = None) -> list[str]:
@@ -173,13 +193,14 @@ class Runtime:
     status: str
     run_s: float  # in earlier attempts
     claimed_at: datetime | None
+    lease_until: datetime | None
     allowed_s: float | None
 
 
 def runtimes(session: Session, job_id: str | None = None) -> list[Runtime]:
     """Of jobs that run, and of queued ones that did; or of one job."""
     allowed_s = Job.spec[("limits", "max_runtime_s")].as_float()
-    query = select(Job.id, Job.status, Job.run_s, Job.claimed_at, allowed_s).order_by(Job.id)
+    query = select(Job.id, Job.status, Job.run_s, Job.claimed_at, Job.lease_until, allowed_s).order_by(Job.id)
     query = query.where(or_(Job.status.in_(HELD), and_(Job.status == Status.QUEUED, Job.run_s > 0)))
     return [Runtime(*row) for row in session.execute(query if job_id is None else query.where(Job.id == job_id))]
 
@@ -192,5 +213,11 @@ def count_by_status(session: Session, project: str | None = None) -> dict[str, i
 
 
 def remove(session: Session, job_id: str) -> None:
-    """The row with its events, metrics and rollouts; checkpoints stay and lose their job."""
+    """The row with its events, metrics and rollouts; checkpoints stay and lose their job.
+
+    Locked first: the job, so that a fork is waited for that holds it; then its checkpoints, in the order in which whoever
+    deletes those locks them. The statement alone would take them in any order, and deadlock with both.
+    """
+    session.execute(select(Job.id).where(Job.id == job_id).with_for_update())
+    session.execute(select(Checkpoint.id).where(Checkpoint.job_id == job_id).order_by(Checkpoint.id).with_for_update())
     session.execute(delete(Job).where(Job.id == job_id))

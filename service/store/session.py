@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ from sqlalchemy.orm import Session
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from service.settings import Settings
+from service.store import clock
 from service.store.blobs import Blobs
+from service.store.values import dumps
 
 BUSY_TIMEOUT_S = 20  # how long SQLite waits for another writer
 # A server that vanished must be noticed well before a lease ends, not after TCP's own two hours.
@@ -23,6 +26,8 @@ POSTGRES_OPTIONS = {
     "options": "-c idle_in_transaction_session_timeout=20s",
 }
 MAX_OVERFLOW = 35  # with the pool's 5, a connection for each of the API's 40 threads
+# Values that callers sent, or models said, stand in no error's text, and so in no log.
+COMMON: dict[str, Any] = {"max_overflow": MAX_OVERFLOW, "json_serializer": dumps, "hide_parameters": True}
 READONLY = "ratchet_readonly"  # execution option that the begin hook below reads
 
 
@@ -50,6 +55,11 @@ class Store:
         with self._reading.connect() as connection, connection.begin():
             yield connection
 
+    def now(self) -> datetime:
+        """By the clock that leases go by."""
+        with self.look() as connection:
+            return clock.now(connection)
+
     def close(self) -> None:
         self.engine.dispose()
 
@@ -66,11 +76,11 @@ def make_engine(url: str, *, foreign_keys: bool = True) -> Engine:
     if backend == "postgresql":
         if parsed.drivername == "postgresql":
             parsed = parsed.set(drivername="postgresql+psycopg")
-        return create_engine(parsed, pool_pre_ping=True, max_overflow=MAX_OVERFLOW, connect_args=POSTGRES_OPTIONS)
+        return create_engine(parsed, pool_pre_ping=True, connect_args=POSTGRES_OPTIONS, **COMMON)
     if backend == "sqlite":
         if parsed.database not in (None, "", ":memory:"):
             Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
-        engine = create_engine(parsed, max_overflow=MAX_OVERFLOW, connect_args={"timeout": BUSY_TIMEOUT_S})
+        engine = create_engine(parsed, connect_args={"timeout": BUSY_TIMEOUT_S}, **COMMON)
         _teach_sqlite(engine, foreign_keys=foreign_keys)
         return engine
     raise ValueError(f"RATCHET_DATABASE_URL must be a sqlite:/// or postgresql+psycopg:// URL, got {parsed.drivername}://")

@@ -21,6 +21,8 @@ from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.engine import Dialect
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
+from service.store.values import storable
+
 
 class UTCDateTime(TypeDecorator[datetime]):
     """Aware UTC in, aware UTC out, on SQLite too (which stores it naive)."""
@@ -37,6 +39,16 @@ class UTCDateTime(TypeDecorator[datetime]):
         if value is not None and value.tzinfo is None:
             return value.replace(tzinfo=UTC)
         return None if value is None else value.astimezone(UTC)
+
+
+class StorableText(TypeDecorator[str]):
+    """Text as both databases take it, see `service.store.values`."""
+
+    impl = Text
+    cache_ok = True
+
+    def process_bind_param(self, value: str | None, dialect: Dialect) -> str | None:
+        return None if value is None else storable(value)
 
 
 Json = JSON(none_as_null=True).with_variant(JSONB(none_as_null=True), "postgresql")
@@ -58,7 +70,7 @@ class Base(DeclarativeBase):
         dict[str, Any]: Json,
         list[str]: Json,
         list[dict[str, Any]]: Json,
-        str: Text(),
+        str: StorableText(),
         int: BigInteger().with_variant(Integer(), "sqlite"),
     }
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from sqlalchemy import ColumnElement, cast, func, literal, select, update
 from sqlalchemy.orm import Session
 
-from service.metric_names import STEP_S, TOKENS_SAMPLED, TOKENS_TRAINED
+from service.metric_names import EVAL_TOKENS_SAMPLED, STEP_S, TOKENS_SAMPLED, TOKENS_TRAINED
 from service.states import Phase
 from service.store.dialect import insert
 from service.store.tables import Budget, Checkpoint, Job, Metric, Usage
@@ -21,6 +21,13 @@ from service.store.tables import Budget, Checkpoint, Job, Metric, Usage
 TOKENS = ("sampled_tokens", "trained_tokens")
 SECONDS = tuple(f"{phase}_s" for phase in Phase)
 AMOUNTS = (*TOKENS, "s")  # each stands as unsaved_... and wasted_... too
+# Metrics that say what a step or an evaluation cost, and where that stands when it was for nothing.
+SPENT: Mapping[str, str] = {
+    TOKENS_SAMPLED: "wasted_sampled_tokens",
+    EVAL_TOKENS_SAMPLED: "wasted_sampled_tokens",
+    TOKENS_TRAINED: "wasted_trained_tokens",
+    STEP_S: "wasted_s",
+}
 
 
 @dataclass(frozen=True)
@@ -30,6 +37,7 @@ class Spent:
     sampled_tokens: int = 0
     trained_tokens: int = 0
     phase_s: Mapping[str, float] = field(default_factory=dict)
+    ran_s: float | None = None  # the attempt, so far, by its worker's monotonic clock
 
 
 NOTHING = Spent()
@@ -76,20 +84,20 @@ def _of_attempt(job: Job) -> Any:
 def revoke(session: Session, job: Job, step: int) -> None:
     """The job goes on from `step`, though a checkpoint covers more: that one is broken. What it covered was wasted, after all.
 
-    How much that was, step by step, is in the metrics; called before those are taken back.
+    `step` -1: it begins anew, with the evaluation before the first step. How much was spent, step by step and evaluation by
+    evaluation, is in the metrics; called before those are taken back.
     """
     broken = None if job.checkpoint_id is None else session.get(Checkpoint, job.checkpoint_id)
     if broken is None or broken.step <= step:
         return
-    names = {TOKENS_SAMPLED: "wasted_sampled_tokens", TOKENS_TRAINED: "wasted_trained_tokens", STEP_S: "wasted_s"}
     query = select(Metric.attempt, Metric.name, func.sum(Metric.value)).group_by(Metric.attempt, Metric.name)
     covered = (Metric.step > step, Metric.step <= broken.step, Metric.attempt <= broken.attempt)
-    for attempt, name, value in session.execute(query.where(Metric.job_id == job.id, Metric.name.in_(names), *covered)):
+    for attempt, name, value in session.execute(query.where(Metric.job_id == job.id, Metric.name.in_(SPENT), *covered)):
         last = select(func.max(Usage.day)).where(Usage.job_id == job.id, Usage.attempt == attempt).scalar_subquery()
         row = update(Usage).where(Usage.job_id == job.id, Usage.attempt == attempt, Usage.day == last)
-        column = getattr(Usage, names[name])
+        column = getattr(Usage, SPENT[name])
         amount = float(value or 0) if name == STEP_S else int(value or 0)
-        session.execute(row.values({names[name]: column + amount}).execution_options(synchronize_session=False))
+        session.execute(row.values({SPENT[name]: column + amount}).execution_options(synchronize_session=False))
 
 
 # ---------------------------------------------------------------- reading
@@ -184,6 +192,8 @@ def _exceeds(totals: Totals, tokens: int | None, worker_s: float | None) -> bool
 
 def set_budget(
     session: Session, project: str, *, tokens: int | None, worker_s: float | None, since: str, now: datetime
-) -> Budget:
+) -> None:
     """Replace the project's budget; with neither tokens nor seconds there is none."""
-    return session.merge(Budget(project=project, tokens=tokens, worker_s=worker_s, since=since, updated_at=now))
+    bounds = {"tokens": tokens, "worker_s": worker_s, "since": since, "updated_at": now}
+    statement = insert(session, Budget).values(project=project, **bounds)
+    session.execute(statement.on_conflict_do_update(index_elements=["project"], set_=bounds))

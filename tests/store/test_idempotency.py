@@ -77,6 +77,17 @@ def test_a_dead_request_is_taken_over_and_can_no_longer_answer(store: Store) -> 
     assert begin(store) == StoredAnswer(201, {"id": "once"})
 
 
+@pytest.mark.parametrize(("age_s", "again_s", "left_s"), [(0, 1, 60), (0.2, 1, 60), (7, 7, 53), (29.5, 30, 31), (58.5, 2, 2)])
+def test_who_is_told_to_wait_is_told_how_long(store: Store, age_s: float, again_s: int, left_s: int) -> None:
+    """Its request may have been killed: by then, at the latest, the next one takes its place."""
+    now = utcnow()
+    claim(store, now=now - timedelta(seconds=age_s))
+    with pytest.raises(InFlight, match=f"try again in {again_s} s.*in {left_s} s") as caught:
+        begin(store, now=now)
+    assert caught.value.extra == {"retry_after_s": again_s}
+    assert isinstance(begin(store, now=now + timedelta(seconds=left_s + 0.01)), Claim)
+
+
 def test_a_young_claim_is_not_taken_over(store: Store) -> None:
     now = utcnow()
     claim(store, now=now - timedelta(seconds=59))
@@ -102,3 +113,22 @@ def test_of_many_that_race_one_works(store: Store, age_s: int) -> None:
 
     with ThreadPoolExecutor(4) as pool:
         assert sorted(key for won in pool.map(race, range(4)) for key in won) == keys
+
+
+def test_a_key_that_is_freed_in_between_is_taken(store: Store) -> None:
+    """Requests whose body is refused take the key and free it, again and again: nobody meets a row that is gone."""
+    barrier = Barrier(8)
+
+    def refused(_: int) -> int:
+        worked = 0
+        for _ in range(40):
+            barrier.wait(timeout=10)
+            with suppress(InFlight):
+                claimed = claim(store)
+                worked += 1
+                with store.begin() as session:
+                    idempotency.abandon(session, claimed)
+        return worked
+
+    with ThreadPoolExecutor(8) as pool:
+        assert sum(pool.map(refused, range(8))) >= 40

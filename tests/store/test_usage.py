@@ -139,6 +139,37 @@ def test_a_checkpoint_that_is_broken_makes_what_it_covered_wasted_once(
     assert (found.sampled_tokens, found.wasted_sampled_tokens) == (600, 500)
 
 
+@pytest.mark.parametrize("again", [1, 2])
+@pytest.mark.parametrize(("goes_on_from", "wasted"), [(2, 100 + 7), (None, 300 + 3 * 7)])
+def test_evaluations_that_are_done_again_are_wasted_too(
+    store: Store,
+    settings: Settings,
+    doorbell: Doorbell,
+    new_job: NewJob,
+    goes_on_from: int | None,
+    wasted: int,
+    again: int,
+) -> None:
+    """Spent less wasted is what was kept, to the token, however often a broken checkpoint is met."""
+
+    def evaluate(number: int) -> None:
+        leases.commit_step(store, held, number, {"eval/tokens/sampled": 7.0}, spent=Spent(sampled_tokens=7))
+
+    job, held = new_job(), take(store, settings)
+    evaluate(0)
+    for number in (1, 2, 3):
+        step(store, held, number)
+        if number > 1:
+            evaluate(number)
+        save(store, held, number)
+    for _ in range(again):  # the second time nothing was written in between
+        leases.worker_lost(store, doorbell, "w")
+        held = take(store, settings)
+        leases.rewind(store, held, goes_on_from or 0, anew=goes_on_from is None)
+    found = totals(store, job.id)
+    assert (found.sampled_tokens, found.wasted_sampled_tokens) == (321, wasted)
+
+
 def test_a_zombie_s_step_is_on_nobody_s_account(store: Store, settings: Settings, doorbell: Doorbell, new_job: NewJob) -> None:
     job, zombie = new_job(), take(store, settings)
     leases.worker_lost(store, doorbell, "w")

@@ -15,7 +15,7 @@ from sqlalchemy import select, update
 
 from service.jobs import lifecycle
 from service.local.worker import is_alive
-from service.store import metrics, usage
+from service.store import checkpoints, metrics, usage
 from service.store.tables import Event, Job, Rollout
 
 
@@ -166,3 +166,27 @@ def test_a_job_rests_when_its_budget_is_spent_and_the_ledger_agrees_with_its_ste
     assert (spent.wasted_sampled_tokens, spent.wasted_trained_tokens) == (0, 0)
     assert spent.worker_s == pytest.approx(job.run_s, abs=0.1)
     assert all(spent.phase_s[phase] > 0 for phase in ("loading", "sampling", "grading", "updating", "saving"))
+
+
+@pytest.mark.parametrize("broken", ["newest", "all"])
+def test_what_a_broken_checkpoint_costs_is_wasted_to_the_token(shared: Any, specs: Any, broken: str) -> None:
+    """With its evaluations: what was spent less what was wasted is what an undisturbed run spends."""
+    spec = specs.rl(limits={"max_steps": 8}, eval={"every_steps": 2}, checkpoints={"every_steps": 2})
+    undisturbed = shared.submit(spec).id
+    job_id = shared.submit(spec | {"limits": {"max_steps": 8, "budget": {"tokens": 700}}}).id
+    paused = shared.until(job_id, lambda job: job.status == "paused")
+    with shared.store.begin(readonly=True) as session:
+        saved = checkpoints.of_job(session, job_id)
+    assert saved[0].step == paused.step > 2 and len(saved) > 1
+    for row in saved if broken == "all" else saved[:1]:
+        with next(shared.store.blobs.path(row.path).rglob("*.safetensors")).open("r+b") as file:
+            file.truncate(100)
+    lifecycle.resume(shared.store, shared.doorbell, "default", job_id, budget={"tokens": None})
+    shared.succeeded(job_id)
+    shared.succeeded(undisturbed)
+    with shared.store.begin(readonly=True) as session:
+        spent, calm = usage.of_job(session, job_id), usage.of_job(session, undisturbed)
+    assert (calm.wasted_sampled_tokens, calm.wasted_trained_tokens) == (0, 0)
+    assert spent.wasted_sampled_tokens > 0
+    assert spent.sampled_tokens - spent.wasted_sampled_tokens == calm.sampled_tokens
+    assert spent.trained_tokens - spent.wasted_trained_tokens == calm.trained_tokens

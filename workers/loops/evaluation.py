@@ -1,7 +1,7 @@
 """Evaluation on held-out rows: sample answers and grade them; where answers are given, their loss too."""
 
 from service.jobs.lease import RolloutRow
-from service.metric_names import EVAL, EVAL_GREEDY, EVAL_LOSS
+from service.metric_names import EVAL, EVAL_GREEDY, EVAL_LOSS, EVAL_TOKENS_SAMPLED
 from workers.loops.attempt import Attempt, StepResult
 from workers.loops.sampling import Group, draw_of, reward_metrics, rollout_rows, sample_and_grade
 from workers.loops.supervised import answers_loss
@@ -17,10 +17,14 @@ def evaluate(attempt: Attempt, step: int) -> StepResult:
     if attempt.rewards is not None:
         groups = _sample_all(attempt, spec.eval.temperature)
         metrics |= _under(EVAL, reward_metrics(groups))
+        sampled = groups
         rollouts = rollout_rows(attempt, groups[:KEPT_GROUPS], "eval", step)
         if spec.eval.also_greedy:
             greedy = groups if spec.eval.temperature == 0 else _sample_all(attempt, 0.0)
             metrics |= _under(EVAL_GREEDY, reward_metrics(greedy))
+            sampled = groups if greedy is groups else groups + greedy
+        tokens = sum(len(completion.tokens) for group in sampled for completion in group.completions)
+        metrics[EVAL_TOKENS_SAMPLED] = float(tokens)  # the ledger takes it back should this be done again
     if spec.data.answer is not None:
         metrics[EVAL_LOSS] = answers_loss(attempt)
     return StepResult(metrics, rollouts)

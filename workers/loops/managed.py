@@ -9,7 +9,6 @@ from pathlib import Path
 
 from service.errors import JobFailed
 from service.failures import CODES
-from service.ids import utcnow
 from service.jobs import moves
 from service.states import Phase, Wish
 from workers.loops import known_metrics, rl, supervised
@@ -57,7 +56,7 @@ def _interrupted(attempt: Attempt) -> Outcome | None:
 def _in_time(attempt: Attempt) -> None:
     """Raises JobFailed, with all saved, for a job that has no time left."""
     job, allowed_s, run_s = attempt.tenure.job, attempt.spec.limits.max_runtime_s, attempt.tenure.run_s
-    if job.deadline_at is not None and utcnow() > job.deadline_at:
+    if job.deadline_at is not None and attempt.tenure.now > job.deadline_at:
         _save(attempt)
         failed = moves.deadline(job)
         raise JobFailed(failed.code, failed.detail)

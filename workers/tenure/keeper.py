@@ -23,6 +23,7 @@ from service.jobs.lease import Lease
 from service.settings import Settings
 from service.states import Phase, Wish
 from service.store.session import Store
+from service.store.usage import Spent
 from workers.tenure.log_tail import LogTail
 
 log = logging.getLogger(__name__)
@@ -47,6 +48,11 @@ class Hold:
         self.wish: Wish | None = None
         self.lost: str | None = None
         self.lost_at = 0.0
+
+    @property
+    def ran_s(self) -> float:
+        """Seconds since the work was taken in hand."""
+        return monotonic() - self.started
 
     def check(self, phase: Phase | None = None) -> Wish | None:
         """Note progress; answer what the owner wishes. Raises LeaseLost for a zombie."""
@@ -165,7 +171,7 @@ class Keeper:
         if not holds:
             return
         asked_at = monotonic()  # not when the answer came: the store may have been slow, and the new lease counts from here
-        answers = leases.renew_all(self.store, self.settings, [hold.lease for hold in holds])
+        answers = leases.renew_all(self.store, self.settings, {hold.lease: hold.ran_s for hold in holds})
         for hold in holds:
             answer = answers[hold.lease]
             if isinstance(answer, LeaseLost):
@@ -201,7 +207,14 @@ class Keeper:
         log.error("job %s: %s; giving this attempt up", job_id, detail)
         failure = hold.tail.add_to(Failure("stalled", detail, phase=hold.phase.value))
         try:
-            leases.release(self.store, hold.lease, failure.code, failure=failure, delay_s=STALLED_RETRY_S)
+            leases.release(
+                self.store,
+                hold.lease,
+                failure.code,
+                failure=failure,
+                delay_s=STALLED_RETRY_S,
+                spent=Spent(ran_s=hold.ran_s),
+            )
         except Exception:  # the parent settles it as a lost worker
             log.warning("could not say that %s stalled", job_id, exc_info=True)
         self.doorbell.signal(job_id, "events")

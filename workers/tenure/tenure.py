@@ -2,11 +2,11 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
 from functools import partial
 from itertools import count
 from pathlib import Path
-from time import monotonic
 from types import TracebackType
 from typing import Any, Self
 
@@ -86,14 +86,20 @@ class Tenure:
     @property
     def run_s(self) -> float:
         """Seconds that the job has run, over all its attempts."""
-        return self.job.run_s + (monotonic() - self._hold.started)
+        return self.job.run_s + self._hold.ran_s
+
+    @property
+    def now(self) -> datetime:
+        """By the database's clock, which said when the job was claimed; whatever this machine's own does meanwhile."""
+        assert self.job.claimed_at is not None
+        return self.job.claimed_at + timedelta(seconds=self._hold.ran_s)
 
     # ---------------------------------------------------------------- what the work leaves behind
 
     def begin(self, step: int, facts: dict[str, Any], *, saved: bool) -> None:
         """All is loaded, at `step`: what an earlier attempt wrote beyond it is taken back. `saved`: there is a checkpoint."""
         self.saved_at = step if saved else None
-        leases.rewind(self.store, self.lease, step)
+        leases.rewind(self.store, self.lease, step, anew=not saved)
         leases.set_resolved(self.store, self.lease, facts)
 
     def commit_step(
@@ -163,7 +169,7 @@ class Tenure:
         if isinstance(outcome, Failed):
             self._describe(outcome)
         end = self._ending(outcome)
-        spent = self.meter.take()
+        spent = replace(self.meter.take(), ran_s=self._hold.ran_s)
         self._hold.patiently(lambda: end(self.store, self.lease, spent=spent))
         self._keeper.let_go(self._hold)
         if isinstance(outcome, Drained):
