@@ -59,15 +59,25 @@ def _secrets_of(settings: Settings) -> set[str]:
     return {text for text in texts if len(text) >= 6 and text not in WELL_KNOWN_SECRETS}
 
 
+def one_line(text: str) -> str:
+    """The text as a single line in which nothing drives a terminal: what cannot be printed is written as an escape."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text.rstrip())
+
+
 class PlainFormatter(logging.Formatter):
-    """One line a record, for people."""
+    """One line a record, for people; the lines of a trace stand behind a bar. So no foreign text forges a record."""
 
     def __init__(self, scrub: Scrubber) -> None:
         super().__init__("%(asctime)s %(levelname)-7s %(name)s: %(message)s", "%H:%M:%S")
         self._scrub = scrub
 
     def format(self, record: logging.LogRecord) -> str:
-        return self._scrub(super().format(record))
+        record.message, record.asctime = record.getMessage(), self.formatTime(record, self.datefmt)
+        lines = [one_line(self._scrub(self.formatMessage(record)))]
+        if record.exc_info and record.exc_info[0] is not None:
+            trace = self._scrub("".join(format_exception(*record.exc_info)))
+            lines += [f"  | {one_line(line)}" for line in trace.rstrip().split("\n")]
+        return "\n".join(lines)
 
 
 class JsonFormatter(logging.Formatter):
@@ -89,7 +99,7 @@ class JsonFormatter(logging.Formatter):
         line |= {name: value for name, value in vars(record).items() if name not in self._STANDARD}
         if record.exc_info and record.exc_info[0] is not None:
             line["exception"] = "".join(format_exception(*record.exc_info))
-        return json.dumps({name: self._clean(value) for name, value in line.items()}, ensure_ascii=False)
+        return json.dumps({name: self._clean(value) for name, value in line.items()})
 
     def _clean(self, value: object) -> object:
         return value if value is None or isinstance(value, bool | int | float) else self._scrub(str(value))

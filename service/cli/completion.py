@@ -4,12 +4,15 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import typer
+from rich.markup import escape
 
 from ratchet_client import Ratchet
 from service.cli.connection import connect
+from service.cli.output import one_line
 from service.states import Status
 
 OFFERED = 50
+SHELL = str.maketrans(dict.fromkeys("\\$`\"'", "·"))  # what has a meaning in the double quotes in which zsh reads descriptions
 
 
 def complete_job(context: typer.Context, incomplete: str) -> list[tuple[str, str]]:
@@ -48,4 +51,5 @@ def _offer(
         return
     for item in items:
         if item["id"].startswith(incomplete):
-            yield item["id"], describe(item)
+            # Typer takes it for markup, and escapes what shells read by halves.
+            yield item["id"], escape(one_line(describe(item)).translate(SHELL))

@@ -78,7 +78,9 @@ def print_csv(job_ids: Sequence[str], curves_of_jobs: Sequence[Mapping[str, Seri
     rows.writerow(("job", "metric", "step", "value"))
     for job_id, series in zip(job_ids, curves_of_jobs, strict=True):
         for name, curve in series.items():
-            rows.writerows((job_id, name, step, value) for step, value in zip(curve["step"], curve["value"], strict=True))
+            rows.writerows(
+                (job_id, clean(name), step, value) for step, value in zip(curve["step"], curve["value"], strict=True)
+            )
 
 
 def _print_curves(
@@ -90,7 +92,7 @@ def _print_curves(
         return
     curves = {name: curve for name in wanted if (curve := series.get(name)) is not None and curve["step"]}
     for name, curve in curves.items():
-        print(plot(name, curve, width))
+        print(plot(clean(name), curve, width))
     if absent := [name for name in named if name not in curves]:
         complain(f"{job_id} has no {', '.join(absent)}; `ratchet metrics {job_id} --list` says what there is")
         raise typer.Exit(exits.REFUSED)

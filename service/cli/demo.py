@@ -152,7 +152,7 @@ def show_answers(ratchet: Ratchet, job: Job) -> None:
     for title, step in (("before", 0), ("after", job["step"])):
         say(f"\nsampled answers {title}:")
         for group in ratchet.list_rollouts(job["id"], split="eval", step=step, limit=SHOWN)["data"]:
-            prompt = f"  {one_line(group['prompt'])} (right: {group['reference']})"
+            prompt = f"  {one_line(group['prompt'])} (right: {one_line(str(group['reference']))})"
             console().print(prompt, answer_text(group["samples"][0]), soft_wrap=True)
 
 

@@ -1,6 +1,5 @@
 """Following a job in the terminal: a progress bar with the numbers that move, or plain lines where there is no terminal."""
 
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -15,7 +14,7 @@ from rich.text import Text
 from ratchet_client import FINAL, Ratchet
 from ratchet_client.types import Event, Job
 from service.cli.headline import Headline
-from service.cli.output import clean, console, number, status_text
+from service.cli.output import clean, console, json_text, number, one_line, status_text
 from service.metric_names import EVAL_GREEDY_REWARD_MEAN, EVAL_REWARD_MEAN
 
 SPARKS = "▁▂▃▄▅▆▇█"
@@ -60,7 +59,7 @@ class JsonLines:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None: ...
 
     def show(self, event: Event) -> None:
-        sys.stdout.write(json.dumps(event, ensure_ascii=False) + "\n")
+        sys.stdout.write(json_text(event) + "\n")
         sys.stdout.flush()
 
 
@@ -97,7 +96,7 @@ class Bar:
         self._progress = Progress(
             "{task.description}", BarColumn(bar_width=None), MofNCompleteColumn(), TimeElapsedColumn(), expand=True
         )
-        self._task = self._progress.add_task(clean(job["name"]), total=job["max_steps"])
+        self._task = self._progress.add_task(one_line(job["name"]), total=job["max_steps"])
         self._live = Live(get_renderable=self._render, console=console(), refresh_per_second=8)
 
     def __enter__(self) -> Self:

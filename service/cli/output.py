@@ -1,4 +1,4 @@
-"""How things look: tables, JSON, and errors as what came, what is allowed, and where. Nothing here is interpreted as markup."""
+"""How things look: tables, JSON, and errors as what came, what is allowed, and where. Nothing is interpreted as markup."""
 
 import json
 import re
@@ -39,7 +39,7 @@ def complain(*parts: str | Text) -> None:
 
 
 def print_json(value: Any) -> None:
-    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    sys.stdout.write(json_text(value, indent=2) + "\n")
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, nothing: str) -> None:
@@ -70,7 +70,7 @@ def print_facts(facts: Mapping[str, Any]) -> None:
 def print_error_json(problem: Mapping[str, Any]) -> None:
     """An error for programs: one JSON object on standard error, `code` and `detail` in it, and what the service said beside."""
     members = {name: value for name, value in problem.items() if name != "error"}  # that repeats it in another shape
-    sys.stderr.write(json.dumps({"error": members}, ensure_ascii=False) + "\n")
+    sys.stderr.write(json_text({"error": members}) + "\n")
 
 
 def print_problem(error: RatchetApiError) -> None:
@@ -89,7 +89,7 @@ def print_problem(error: RatchetApiError) -> None:
 
 
 def status_text(status: str) -> Text:
-    return Text(status, style=STATUS_STYLES.get(status, ""))
+    return Text(clean(status), style=STATUS_STYLES.get(status, ""))
 
 
 def shown(value: Any) -> str:
@@ -104,7 +104,13 @@ def shown(value: Any) -> str:
         return str(value)
     if isinstance(value, list) and all(isinstance(item, str | int | float) for item in value):
         return ", ".join(map(shown, value))
-    return json.dumps(value, ensure_ascii=False)
+    return json_text(value)
+
+
+def json_text(value: Any, *, indent: int | None = None) -> str:
+    """JSON of the same value, readable, in which nothing drives a terminal: what cannot be printed is written as an escape."""
+    text = json.dumps(value, indent=indent, ensure_ascii=False)
+    return "".join(char if char.isprintable() or char == "\n" else json.dumps(char)[1:-1] for char in text)
 
 
 def number(value: float | None) -> str:

@@ -11,7 +11,7 @@ from service.cli.completion import complete_checkpoint, complete_dataset
 from service.cli.connection import connect
 from service.cli.helps import command, group
 from service.cli.jobs import Json
-from service.cli.output import ago, complain, number, print_facts, print_json, print_table, say, shown, size
+from service.cli.output import ago, complain, json_text, number, print_facts, print_json, print_table, say, size
 from service.metric_names import EVAL_REWARD_MEAN
 
 CheckpointId = Annotated[str, typer.Argument(metavar="CHECKPOINT", help="ckpt_...", autocompletion=complete_checkpoint)]
@@ -253,7 +253,7 @@ def rows(
     """Print rows of a dataset as JSONL."""
     with connect(context) as ratchet:
         for row in ratchet.dataset_rows(dataset_id, offset=offset, limit=limit):
-            print(shown(row))
+            print(json_text(row))
 
 
 def delete_dataset(context: typer.Context, dataset_id: DatasetId) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sqlalchemy import Connection, Engine, create_engine, event, make_url
+from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import ConnectionPoolEntry
 
@@ -76,7 +77,9 @@ def make_engine(url: str, *, foreign_keys: bool = True) -> Engine:
     if backend == "postgresql":
         if parsed.drivername == "postgresql":
             parsed = parsed.set(drivername="postgresql+psycopg")
-        return create_engine(parsed, pool_pre_ping=True, connect_args=POSTGRES_OPTIONS, **COMMON)
+        engine = create_engine(parsed, pool_pre_ping=True, connect_args=POSTGRES_OPTIONS, **COMMON)
+        event.listen(engine, "handle_error", _without_values)
+        return engine
     if backend == "sqlite":
         if parsed.database not in (None, "", ":memory:"):
             Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
@@ -84,6 +87,13 @@ def make_engine(url: str, *, foreign_keys: bool = True) -> Engine:
         _teach_sqlite(engine, foreign_keys=foreign_keys)
         return engine
     raise ValueError(f"RATCHET_DATABASE_URL must be a sqlite:/// or postgresql+psycopg:// URL, got {parsed.drivername}://")
+
+
+def _without_values(context: ExceptionContext) -> None:
+    """PostgreSQL quotes whole rows and documents in what it adds to its first line (DETAIL, CONTEXT): that stays its own."""
+    for error in (context.original_exception, context.sqlalchemy_exception):
+        if error is not None and error.args and isinstance(error.args[0], str):
+            error.args = (error.args[0].partition("\n")[0], *error.args[1:])
 
 
 def _teach_sqlite(engine: Engine, *, foreign_keys: bool) -> None:

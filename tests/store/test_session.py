@@ -2,16 +2,17 @@ import time
 from collections.abc import Callable
 from datetime import datetime, timedelta, timezone
 from threading import Thread
+from traceback import format_exception
 
 import pytest
-from sqlalchemy import select, text, update
+from sqlalchemy import insert, select, text, update
 from sqlalchemy.exc import DBAPIError, IntegrityError, StatementError
 
 from service.ids import utcnow
 from service.settings import Settings
 from service.store import events, jobs, keys
 from service.store.session import Store, make_engine
-from service.store.tables import ApiKey, Event, Job
+from service.store.tables import ApiKey, Event, Job, Worker
 
 NewJob = Callable[..., Job]
 
@@ -107,3 +108,20 @@ def test_postgres_ends_a_transaction_whose_client_is_frozen_before_a_lease_ends(
 def test_other_databases_are_refused() -> None:
     with pytest.raises(ValueError, match=r"sqlite:/// or postgresql\+psycopg://"):
         make_engine("mysql://x/y")
+
+
+@pytest.mark.parametrize("kind", ["not null", "taken", "unknown"])
+def test_what_was_to_be_stored_stands_in_no_error(store: Store, new_job: NewJob, kind: str) -> None:
+    """PostgreSQL adds whole rows to its messages, SQLAlchemy the parameters of a statement."""
+    job = new_job()
+    said = {"type": "PLANTED-1", "data": {"note": "PLANTED-2"}, "created_at": utcnow()}
+    statement = {
+        "not null": insert(Worker).values(id="w", host="PLANTED-1", pid=1, device="PLANTED-2", resource_classes=["PLANTED-3"]),
+        "taken": insert(Event).values(job_id=job.id, seq=1, **said),
+        "unknown": insert(Event).values(job_id="job_PLANTED", seq=1, **said),
+    }[kind]
+    with pytest.raises(IntegrityError) as broken, store.begin() as session:
+        session.execute(statement)
+    text = "".join(format_exception(broken.value))
+    assert "PLANTED" not in text
+    assert ("workers" if kind == "not null" else "events") in text  # it still says what it was about

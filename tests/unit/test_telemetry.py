@@ -51,3 +51,22 @@ def test_plain_lines_are_clean_down_to_the_traceback() -> None:
     line = PlainFormatter(Scrubber(SETTINGS)).format(record)
     assert "ValueError: ***" in line
     assert "hunter2" not in line
+
+
+FORGED = "refused\n09:00:00 ERROR   service.x: forged\r\x85\u2028\x1b[31m\x9b31m\x7f\u202eend"
+
+
+def test_no_text_forges_a_line_or_drives_a_terminal() -> None:
+    """An answer of a reward service, for example, stands in the message and in the trace."""
+    try:
+        raise ValueError(FORGED)
+    except ValueError as error:
+        trace = (ValueError, error, error.__traceback__)
+        record = logging.LogRecord("service.x", logging.ERROR, "", 1, "judge: %s", (FORGED,), trace)
+    first, *rest = PlainFormatter(Scrubber(SETTINGS)).format(record).split("\n")
+    assert first.endswith(r"judge: refused\n09:00:00 ERROR   service.x: forged\r\x85\u2028\x1b[31m\x9b31m\x7f\u202eend")
+    assert all(line.startswith("  | ") and line.isprintable() for line in rest)
+    assert any("forged" in line for line in rest)
+    line = JsonFormatter(Scrubber(SETTINGS)).format(record)
+    assert line.isprintable()
+    assert json.loads(line)["message"] == f"judge: {FORGED}"

@@ -7,7 +7,7 @@ from typing import Self
 
 from service.errors import Failure
 from service.settings import Settings
-from service.telemetry import Scrubber
+from service.telemetry import Scrubber, one_line
 
 LINES = 20
 LONGEST_LINE = 500
@@ -35,7 +35,7 @@ class LogTail(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         record.message = record.getMessage()
         record.asctime = self._format.formatTime(record)
-        self._lines.append(self._scrub(self._format.formatMessage(record))[:LONGEST_LINE])
+        self._lines.append(one_line(self._scrub(self._format.formatMessage(record)))[:LONGEST_LINE])
 
     def add_to(self, failure: Failure) -> Failure:
         """The failure with these lines, and no secret in its own texts."""
