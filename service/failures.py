@@ -36,7 +36,9 @@ CODES: Mapping[str, Code] = MappingProxyType(
         ),
         "model_not_found": Code("user", "the model cannot be loaded", "fork the job with another model.source"),
         "model_pickled": Code(
-            "user", "the model has pickled weights only, which are never read", "save it as safetensors, and name that folder"
+            "user",
+            "the model's weights are pickles, or named outside of its folder: they are never read",
+            "save them as safetensors in one folder, and name that",
         ),
         "model_unsupported": Code("user", "the model cannot be trained here", "fork the job with another model.source"),
         "lora_target_modules": Code(
@@ -44,6 +46,9 @@ CODES: Mapping[str, Code] = MappingProxyType(
         ),
         "no_chat_template": Code(
             "user", "data.chat was given, and the tokenizer has no chat template", "use data.prompt, or another model"
+        ),
+        "chat_refused": Code(
+            "user", "the model's chat template refuses the messages of a row", "change data.chat to what the template takes"
         ),
         "no_eos_token": Code("user", "the tokenizer cannot close an answer", "use another model, or give its tokenizer one"),
         "checkpoint_not_found": Code(

@@ -150,6 +150,8 @@ def _load(tenure: Tenure, spec: RLSpec | SupervisedSpec) -> Attempt:
     progress = Progress() if resume_from is None else Progress.load(resume_from)
     process = {"host": socket.gethostname(), "pid": os.getpid()}
     tenure.begin(progress.step, {**policy.facts, "process": process}, saved=resume_from is not None)
+    for warning in policy.facts.get("warnings", ()):
+        log.warning("job %s: %s", job.id, warning)
     log.info("job %s: loaded at step %d on %s", job.id, progress.step, policy.facts["device"])
     return Attempt(tenure, spec, data=data, rewards=rewards, policy=policy, progress=progress, reference=reference)
 

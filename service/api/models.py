@@ -1,6 +1,5 @@
 """Models that a job may start from without a download: the built-in one, and folders that the operator laid ready."""
 
-import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -10,6 +9,7 @@ from pydantic import BaseModel, Field
 from service.edge.auth import CallerDep
 from service.edge.context import ContextDep
 from service.edge.pages import Page
+from service.jobs.model_folder import read_config
 
 router = APIRouter(prefix="/v1/models", tags=["models"])
 
@@ -52,9 +52,9 @@ def list_models(context: ContextDep, caller: CallerDep) -> ModelPage:
 
 def _of_folder(path: Path) -> ModelView:
     try:
-        config = json.loads((path / "config.json").read_text())
-    except (OSError, ValueError):
+        config = read_config(path)
+    except ValueError:
         config = {}
-    facts = {name: config[name] for name in FACTS if name in config} if isinstance(config, dict) else {}
-    size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
+    facts = {name: config[name] for name in FACTS if name in config}
+    size = sum(file.stat().st_size for file in path.glob("*.safetensors") if file.is_file())
     return ModelView(id=path.name, kind="folder", description=f"the folder {path}", config=facts, size_bytes=size or None)

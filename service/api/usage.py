@@ -14,7 +14,7 @@ from service.edge.context import ContextDep
 from service.edge.problems import BODY, responses
 from service.errors import Forbidden
 from service.ids import utcnow
-from service.spec.section import Section
+from service.spec.section import MOST_S, Section
 from service.store import usage
 from service.store.tables import Budget
 from service.store.usage import Totals
@@ -97,7 +97,7 @@ class BudgetRequest(Section):
 
     project: Project
     tokens: Annotated[int | None, Field(ge=0, lt=2**62, description="sampled and trained; null: no bound")] = None
-    worker_s: Annotated[float | None, Field(ge=0, description="seconds of workers; null: no bound")] = None
+    worker_s: Annotated[float | None, Field(ge=0, le=MOST_S, description="seconds of workers; null: no bound")] = None
     since: Annotated[Day, Field(description="the day (UTC) from which on it is counted; default: all time")] = EVER
 
 

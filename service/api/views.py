@@ -93,7 +93,9 @@ class JobView(JobSummary):
 
     spec: Annotated[dict[str, Any], Field(description="as it is run: every default filled in, the objective as its axes")]
     spec_sent: Annotated[dict[str, Any], Field(description="as it was sent")]
-    resolved: Annotated[dict[str, Any], Field(description="what its worker found out: device, dtype, revision, versions")]
+    resolved: Annotated[
+        dict[str, Any], Field(description="what its worker found out: device, dtype, revision, versions, warnings")
+    ]
 
     key_id: Annotated[str | None, Field(description="the API key that submitted it")]
     budget_tokens: Annotated[int | None, Field(description="what it may spend: tokens sampled and trained")]

@@ -324,6 +324,7 @@ def _print_job(job: Job) -> None:
             "first evaluation": _metrics(result.get("initial")),
             "last evaluation": _metrics(result.get("final")),
             "runs on": {name: job["resolved"].get(name) for name in FACTS if name in job["resolved"]},
+            "warnings": job["resolved"].get("warnings"),
             "you may": job["allowed_actions"],
         }
     )

@@ -1,6 +1,5 @@
 """The model section: what the name stands for, and what a checkpoint brings along."""
 
-import json
 import os
 import re
 from pathlib import Path
@@ -9,13 +8,12 @@ from typing import Any
 from sqlalchemy.orm import Session
 
 from service.errors import FieldError, NotFound
+from service.jobs.model_folder import context_of, pickled_weights, read_config
 from service.settings import Settings
 from service.spec.model import Full, Lora, ModelSpec, TinyConfig
 from service.store import checkpoints
 from service.validation import did_you_mean
 
-PICKLED_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
-PICKLED = "{} is a pickle, which could run any code when it is read; convert the weights to safetensors"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
 
 
@@ -68,24 +66,14 @@ def _folder_context(source: str, settings: Settings, errors: list[FieldError]) -
         errors.append(_not_found(source, f"there is no folder {source} on the service's machine", settings))
         return None
     try:
-        config: Any = json.loads((folder / "config.json").read_text("utf-8"))
-    except FileNotFoundError:
-        errors.append(_not_found(source, f"the folder {source} has no config.json: it is no transformers model", settings))
+        config = read_config(folder)
+        pickled = pickled_weights(folder, config)
+    except ValueError as error:
+        errors.append(_not_found(source, f"the folder {source} cannot be loaded: {error}", settings))
         return None
-    except (OSError, ValueError) as error:
-        errors.append(_not_found(source, f"{source}/config.json cannot be read: {error}", settings))
-        return None
-    if pickled := only_pickled_weights(folder):
-        errors.append(FieldError("/model/source", f"{source}: {PICKLED.format(pickled)}", "model_pickled", source))
-    context = config.get("max_position_embeddings") if isinstance(config, dict) else None
-    return context if isinstance(context, int) and context > 0 else None
-
-
-def only_pickled_weights(folder: Path) -> str | None:
-    """The name of a weights file that is a pickle, in a folder that holds no other weights."""
-    if any(folder.glob("*.safetensors")):
-        return None
-    return next((path.name for path in sorted(folder.glob("*")) if path.suffix in PICKLED_SUFFIXES), None)
+    if pickled:
+        errors.append(FieldError("/model/source", f"{source}: {pickled}", "model_pickled", source))
+    return context_of(config)
 
 
 def _not_found(source: str, detail: str, settings: Settings) -> FieldError:

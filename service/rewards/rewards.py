@@ -14,6 +14,7 @@ from service.rewards.http import HttpRewards
 from service.rewards.samples import Graded, Grader, GraderContext, NotGraded, Outcome, Sample, one_by_one
 from service.spec.addresses import Networks
 from service.spec.reward import GraderBase, RewardSpec
+from service.spec.section import MOST
 
 
 def _similarity(spec: Any, context: GraderContext) -> Grader:
@@ -87,4 +88,6 @@ class Rewards:
 def _finite(outcome: Outcome) -> Outcome:
     if isinstance(outcome, float) and not math.isfinite(outcome):
         return NotGraded(f"the score is {outcome}, not a finite number")
+    if isinstance(outcome, float) and abs(outcome) > MOST:
+        return NotGraded(f"the score is {outcome:g}; it must lie between {-MOST:g} and {MOST:g}")
     return outcome

@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import AfterValidator, Field, ValidationError, ValidatorFunctionWrapHandler, WrapValidator, model_validator
 from pydantic_core import PydanticKnownError
 
-from service.spec.section import Section
+from service.spec.section import MOST, MOST_COUNTED, Section
 
 
 def _low_offset(value: float) -> float:
@@ -31,14 +31,17 @@ ClipLow = Annotated[
 ]
 ClipHigh = Annotated[
     float,
-    AfterValidator(_high_offset),
     Field(
+        le=MOST,
         json_schema_extra={"anyOf": [{"minimum": 0, "maximum": 1}, {"minimum": 2}]},
         description="offset: the ratio stays below 1 + clip_high",
     ),
+    AfterValidator(_high_offset),
 ]
-NotNegative = Annotated[float, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0, le=MOST)]
+Positive = Annotated[float, Field(gt=0, le=MOST)]
+LengthPower = Annotated[float, Field(ge=-4, le=4)]
+Chunk = Annotated[int, Field(ge=1, le=MOST_COUNTED)]
 
 
 # ---------------------------------------------------------------- ratio
@@ -74,7 +77,7 @@ class SegmentRatio(Section):
     multiplies: ClassVar[bool] = False
     kind: Literal["segment"] = "segment"
     chunk: Annotated[
-        int | None, Field(ge=1, description="answer tokens in a segment; null: the batch brings segment_ids (not in a job)")
+        Chunk | None, Field(description="answer tokens in a segment; null: the batch brings segment_ids (not in a job)")
     ] = None
 
 
@@ -97,14 +100,16 @@ class Ppo(Clipped):
     """-min(r A, clip(r) A)."""
 
     kind: Literal["ppo"] = "ppo"
-    dual_clip: Annotated[float | None, Field(gt=1, description="bound of the ratio where the advantage is negative")] = None
+    dual_clip: Annotated[
+        float | None, Field(gt=1, le=MOST, description="bound of the ratio where the advantage is negative")
+    ] = None
 
 
 class TwoSided(Clipped):
     """PPO whose ratio stays below delta where the advantage is negative: dual_clip under INTELLECT-2's name."""
 
     kind: Literal["two_sided"] = "two_sided"
-    delta: Annotated[float, Field(gt=1, description="bound of the ratio where the advantage is negative")] = 4.0
+    delta: Annotated[float, Field(gt=1, le=MOST, description="bound of the ratio where the advantage is negative")] = 4.0
 
 
 def _for_both(value: Any, pair: ValidatorFunctionWrapHandler) -> Any:
@@ -192,8 +197,8 @@ class ClipCov(Clipped):
 
     kind: Literal["clip_cov"] = "clip_cov"
     share: Annotated[float, Field(ge=0, le=1, description="share of all tokens that are drawn")] = 2e-4
-    cov_low: Annotated[float, Field(description="smallest covariance of a token that may be drawn")] = 1.0
-    cov_high: Annotated[float, Field(description="largest covariance of a token that may be drawn")] = 5.0
+    cov_low: Annotated[float, Field(ge=-MOST, le=MOST, description="smallest covariance of a token that may be drawn")] = 1.0
+    cov_high: Annotated[float, Field(ge=-MOST, le=MOST, description="largest covariance of a token that may be drawn")] = 5.0
 
 
 class KlCov(Surrogate):
@@ -224,7 +229,7 @@ class Aggregate(Section):
 
     kind: Literal["token", "seq", "prompt", "seq_sum", "sum"] = "token"
     length_power: Annotated[
-        float, Field(description="each sequence is further weighted by its length to this power (LUSPO: 1)")
+        LengthPower, Field(description="each sequence is further weighted by its length to this power (LUSPO: 1)")
     ] = 0.0
 
 
@@ -233,9 +238,9 @@ class ConstantAggregate(Section):
 
     kind: Literal["constant"] = "constant"
     constant: Annotated[
-        float | None, Field(gt=0, description="null: the longest possible answer (a job's max_completion_tokens)")
+        Positive | None, Field(description="null: the longest possible answer (a job's max_completion_tokens)")
     ] = None
-    length_power: Annotated[float, Field(description="as in the other kinds")] = 0.0
+    length_power: Annotated[LengthPower, Field(description="as in the other kinds")] = 0.0
 
 
 AnyAggregate = Aggregate | ConstantAggregate
@@ -312,11 +317,15 @@ class Correct(Section):
         Field(description="drop what is outside of [low, high] by the weight at this level; null: only mask does, at `level`"),
     ] = None
     weigh: Annotated[bool, Field(description="false: mask only, what is kept counts 1")] = True
-    chunk: Annotated[int | None, Field(ge=1, description="answer tokens in a segment, for level segment")] = None
+    chunk: Annotated[Chunk | None, Field(description="answer tokens in a segment, for level segment")] = None
     normalize: Annotated[bool, Field(description="divide the weights by their mean over the optimizer step")] = False
     sequence_delta: Annotated[
         float | None,
-        Field(description="drop sequences with a negative advantage whose mean of old - new log-probs exceeds this"),
+        Field(
+            ge=-MOST,
+            le=MOST,
+            description="drop sequences with a negative advantage whose mean of old - new log-probs exceeds this",
+        ),
     ] = None
 
     @model_validator(mode="after")

@@ -4,11 +4,11 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from service.spec.section import Section
+from service.spec.section import MOST_COUNTED, Section
 from service.spec.templates import Template
 
 Shuffle = Annotated[bool, Field(description="a new order each epoch, drawn from the seed")]
-MaxRows = Annotated[int | None, Field(ge=1, description="use at most this many rows")]
+MaxRows = Annotated[int | None, Field(ge=1, le=MOST_COUNTED, description="use at most this many rows")]
 
 
 class DatasetSource(Section):
@@ -36,7 +36,7 @@ class ReasoningGymSource(Section):
     task: Annotated[str, Field(description="name of a reasoning-gym dataset, for example basic_arithmetic")]
     config: Annotated[dict[str, Any], Field(description="the task's own settings")] = Field(default_factory=dict)
     size: Annotated[int, Field(ge=1, le=1_000_000, description="how many rows to make")] = 1000
-    seed: Annotated[int, Field(ge=0, description="seed of the rows; give train and eval different ones")] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**64, description="seed of the rows; give train and eval different ones")] = 0
     shuffle: Shuffle = False
     max_rows: MaxRows = None
 
@@ -53,7 +53,7 @@ class SplitSource(Section):
     """Rows held out of the training source; they are never trained on."""
 
     source: Literal["split"]
-    rows: Annotated[int, Field(ge=1, description="how many rows are held out, drawn from the seed")]
+    rows: Annotated[int, Field(ge=1, le=MOST_COUNTED, description="how many rows are held out, drawn from the seed")]
 
 
 TrainSource = Annotated[DatasetSource | InlineSource | ReasoningGymSource, Field(discriminator="source")]

@@ -8,25 +8,35 @@ sections have modules of their own; what a session is asked with, too, stands in
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from service.metric_names import EVAL_REWARD_MEAN
 from service.spec.data import DataSpec
 from service.spec.objective import ObjectiveSpec
 from service.spec.reward import RewardSpec
-from service.spec.section import Section
+from service.spec.section import MOST, MOST_COUNTED, Section
 from service.spec.tensors import OF_A_JOB, uses
-from service.spec.training import OptimizerSpec, RolloutSpec, SupervisedUpdateSpec, UpdateSpec
+from service.spec.training import COLDEST, OptimizerSpec, RolloutSpec, SupervisedUpdateSpec, UpdateSpec
 from service.spec.work import WorkLimits, WorkSpec
+
+
+def _greedy_or_not_too_cold(value: float) -> float:
+    if 0 < value < COLDEST:
+        raise ValueError(f"must be 0 (greedy), or at least {COLDEST:g}, got {value:g}")
+    return value
 
 
 class EvalSpec(Section):
     """Evaluation on data.eval: before the first step, every `every_steps`, and at the end."""
 
-    every_steps: Annotated[int, Field(ge=1, description="training steps between evaluations")] = 10
-    temperature: Annotated[float, Field(ge=0, le=10, description="of the answers that are graded; 0 is greedy")] = 0.0
+    every_steps: Annotated[int, Field(ge=1, le=MOST_COUNTED, description="training steps between evaluations")] = 10
+    temperature: Annotated[
+        float,
+        Field(ge=0, le=10, description="of the answers that are graded; 0 is greedy"),
+        AfterValidator(_greedy_or_not_too_cold),
+    ] = 0.0
     also_greedy: Annotated[bool, Field(description="measure greedy answers too, as eval/greedy/...")] = False
-    max_completion_tokens: Annotated[int | None, Field(ge=1, description="default: rollout's, else 64")] = None
+    max_completion_tokens: Annotated[int | None, Field(ge=1, le=MOST_COUNTED, description="default: rollout's, else 64")] = None
 
 
 class KeepBest(Section):
@@ -40,8 +50,8 @@ class KeepBest(Section):
 class CheckpointsSpec(Section):
     """The last step is always saved."""
 
-    every_steps: Annotated[int, Field(ge=1, description="training steps between checkpoints")] = 20
-    keep_last: Annotated[int, Field(ge=1, description="the newest so many are kept")] = 2
+    every_steps: Annotated[int, Field(ge=1, le=MOST_COUNTED, description="training steps between checkpoints")] = 20
+    keep_last: Annotated[int, Field(ge=1, le=MOST_COUNTED, description="the newest so many are kept")] = 2
     keep_best: Annotated[KeepBest | None, Field(description="and the best so many")] = None
     ttl_s: Annotated[
         float | None, Field(gt=0, le=315_360_000, description="each is deleted so long after it was saved; default: never")
@@ -53,9 +63,11 @@ class EarlyStopping(Section):
 
     metric: Annotated[str, Field(description="an evaluation metric")] = EVAL_REWARD_MEAN
     mode: Annotated[Literal["max", "min"], Field(description="which is better")] = "max"
-    patience: Annotated[int | None, Field(ge=1, description="evaluations without a gain")] = None
-    min_delta: Annotated[float, Field(ge=0, description="a smaller gain counts as none")] = 0.0
-    target: Annotated[float | None, Field(description="stop when the metric is at least (mode min: at most) this")] = None
+    patience: Annotated[int | None, Field(ge=1, le=MOST_COUNTED, description="evaluations without a gain")] = None
+    min_delta: Annotated[float, Field(ge=0, le=MOST, description="a smaller gain counts as none")] = 0.0
+    target: Annotated[
+        float | None, Field(ge=-MOST, le=MOST, description="stop when the metric is at least (mode min: at most) this")
+    ] = None
 
     @model_validator(mode="after")
     def something_to_stop_at(self) -> Self:
@@ -67,7 +79,7 @@ class EarlyStopping(Section):
 class LogRollouts(Section):
     """Which sampled groups are kept to be read."""
 
-    every_steps: Annotated[int, Field(ge=1, description="training steps between kept groups")] = 5
+    every_steps: Annotated[int, Field(ge=1, le=MOST_COUNTED, description="training steps between kept groups")] = 5
     groups: Annotated[int, Field(ge=0, le=256, description="how many groups of such a step; 0: none")] = 4
 
 

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from service.spec.section import Section
+from service.spec.section import MOST, Section
 
 
 class TinyConfig(Section):
@@ -15,7 +15,7 @@ class TinyConfig(Section):
     heads: Annotated[int, Field(ge=1, le=16, description="attention heads")] = 4
     intermediate_size: Annotated[int, Field(ge=8, le=4096, description="width of the feed-forward part")] = 288
     context: Annotated[int, Field(ge=16, le=4096, description="longest sequence in tokens")] = 128
-    seed: Annotated[int, Field(ge=0, description="seed of the random weights")] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**64, description="seed of the random weights")] = 0
 
     @model_validator(mode="after")
     def width_splits_into_heads(self) -> Self:
@@ -29,11 +29,11 @@ class Lora(Section):
 
     kind: Literal["lora"] = "lora"
     rank: Annotated[int, Field(ge=1, le=1024, description="rank of the two factors")] = 16
-    alpha: Annotated[float, Field(gt=0, description="scale; the update is multiplied by alpha / rank")] = 32
+    alpha: Annotated[float, Field(gt=0, le=MOST, description="scale; the update is multiplied by alpha / rank")] = 32
     dropout: Annotated[float, Field(ge=0, lt=1, description="dropout on the adapter's input while training")] = 0.0
     target_modules: Annotated[
         Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)] | Literal["all-linear"],
-        Field(description="names of the linear layers to adapt, or all-linear"),
+        Field(description="names of the linear layers to adapt, each of which must be there, or all-linear"),
     ] = "all-linear"
 
 

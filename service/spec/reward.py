@@ -7,7 +7,7 @@ from pydantic import Field, field_validator, model_validator
 
 from service.metric_names import taken_from_graders
 from service.spec.patterns import check_json_schema, check_pattern
-from service.spec.section import Section
+from service.spec.section import MOST, MOST_COUNTED, Section
 from service.spec.templates import Template
 
 TAKEN = taken_from_graders()
@@ -17,7 +17,7 @@ class GraderBase(Section):
     name: Annotated[
         str | None, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$", description="in metrics as reward/NAME; default: the kind")
     ] = None
-    weight: Annotated[float, Field(description="the reward is the weighted sum")] = 1.0
+    weight: Annotated[float, Field(ge=-MOST, le=MOST, description="the reward is the weighted sum")] = 1.0
     extract: Annotated[
         str | None,
         Field(
@@ -122,9 +122,9 @@ class LengthGrader(GraderBase):
     """1 inside [min_tokens, max_tokens], falling linearly to 0 over `slack` tokens outside."""
 
     kind: Literal["length"]
-    min_tokens: Annotated[int, Field(ge=0, description="shortest answer that gets 1")] = 0
-    max_tokens: Annotated[int, Field(ge=1, description="longest answer that gets 1")]
-    slack: Annotated[int, Field(ge=0, description="tokens over which the reward falls to 0; 0: at once")] = 0
+    min_tokens: Annotated[int, Field(ge=0, le=MOST_COUNTED, description="shortest answer that gets 1")] = 0
+    max_tokens: Annotated[int, Field(ge=1, le=MOST_COUNTED, description="longest answer that gets 1")]
+    slack: Annotated[int, Field(ge=0, le=MOST_COUNTED, description="tokens over which the reward falls to 0; 0: at once")] = 0
 
     @model_validator(mode="after")
     def counts_the_whole_answer(self) -> Self:

@@ -2,9 +2,11 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
-from service.spec.section import Section
+from service.spec.section import MOST, MOST_COUNTED, Section
+
+COLDEST = 1e-6  # temperature: logits are divided by it
 
 
 class RolloutSpec(Section):
@@ -13,12 +15,12 @@ class RolloutSpec(Section):
     prompts_per_step: Annotated[int, Field(ge=1, le=4096, description="prompts in one step")] = 32
     group_size: Annotated[int, Field(ge=1, le=1024, description="answers to each prompt")] = 8
     max_prompt_tokens: Annotated[
-        int | None, Field(ge=1, description="a longer prompt fails the job; default: what the context leaves")
+        int | None, Field(ge=1, le=MOST_COUNTED, description="a longer prompt fails the job; default: what the context leaves")
     ] = None
     max_completion_tokens: Annotated[int, Field(ge=1, le=131_072, description="an answer ends here at the latest")] = 64
-    temperature: Annotated[float, Field(gt=0, le=10, description="of sampling; 1 samples the policy itself")] = 1.0
+    temperature: Annotated[float, Field(ge=COLDEST, le=10, description="of sampling; 1 samples the policy itself")] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1, description="nucleus; 1 is off")] = 1.0
-    top_k: Annotated[int, Field(ge=0, description="the k likeliest tokens; 0 is off")] = 0
+    top_k: Annotated[int, Field(ge=0, le=MOST_COUNTED, description="the k likeliest tokens; 0 is off")] = 0
     stop: Annotated[
         list[Annotated[str, Field(min_length=1)]], Field(max_length=16, description="texts that end an answer (kept in it)")
     ] = Field(default_factory=list)
@@ -29,7 +31,7 @@ class RolloutSpec(Section):
 
 
 MicrobatchTokens = Annotated[
-    Annotated[int, Field(ge=1)] | Literal["auto"],
+    Annotated[int, Field(ge=1, le=MOST_COUNTED)] | Literal["auto"],
     Field(description="tokens (with padding) in one forward pass; memory, never mathematics"),
 ]
 
@@ -55,8 +57,11 @@ class Schedule(Section):
     """The learning rate over optimizer steps: a linear warm-up, then the kind's shape down to min_ratio."""
 
     kind: Annotated[Literal["constant", "linear", "cosine"], Field(description="shape after the warm-up")] = "constant"
-    warmup_steps: Annotated[int, Field(ge=0, description="optimizer steps from 0 to the full rate")] = 0
+    warmup_steps: Annotated[int, Field(ge=0, le=MOST_COUNTED, description="optimizer steps from 0 to the full rate")] = 0
     min_ratio: Annotated[float, Field(ge=0, le=1, description="the last rate as a share of the full one")] = 0.0
+
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OptimizerSpec(Section):
@@ -64,15 +69,8 @@ class OptimizerSpec(Section):
 
     kind: Literal["adamw"] = "adamw"
     learning_rate: Annotated[float, Field(gt=0, le=1, description="the full rate")] = 1e-5
-    betas: Annotated[tuple[float, float], Field(strict=False, description="decay of the two moments")] = (0.9, 0.95)
-    eps: Annotated[float, Field(gt=0, description="added to the root of the second moment")] = 1e-8
-    weight_decay: Annotated[float, Field(ge=0, description="decoupled")] = 0.0
-    max_grad_norm: Annotated[float, Field(gt=0, description="gradients are scaled down to this norm")] = 1.0
+    betas: Annotated[tuple[Beta, Beta], Field(strict=False, description="decay of the two moments")] = (0.9, 0.95)
+    eps: Annotated[float, Field(gt=0, le=MOST, description="added to the root of the second moment")] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0, le=MOST, description="decoupled")] = 0.0
+    max_grad_norm: Annotated[float, Field(gt=0, le=MOST, description="gradients are scaled down to this norm")] = 1.0
     schedule: Annotated[Schedule, Field(description="the rate over time")] = Schedule()
-
-    @field_validator("betas")
-    @classmethod
-    def betas_below_one(cls, value: tuple[float, float]) -> tuple[float, float]:
-        if not all(0 <= beta < 1 for beta in value):
-            raise ValueError(f"each beta must lie in [0, 1), got {list(value)}")
-        return value

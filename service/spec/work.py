@@ -5,22 +5,22 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from service.spec.model import ModelSpec
-from service.spec.section import Section
+from service.spec.section import MOST_S, Section
 
 
 class Budget(Section):
     """What the job may spend, over all attempts and with what was wasted; then it pauses as `budget_spent`."""
 
     tokens: Annotated[int | None, Field(ge=1, lt=2**62, description="sampled and trained")] = None
-    worker_s: Annotated[float | None, Field(gt=0, description="seconds of a worker")] = None
+    worker_s: Annotated[float | None, Field(gt=0, le=MOST_S, description="seconds of a worker")] = None
 
 
 class WorkLimits(Section):
     """Where the work ends at the latest, whatever it is."""
 
-    max_runtime_s: Annotated[float, Field(gt=0, description="seconds of running, over all attempts; then the job fails")] = (
-        86_400
-    )
+    max_runtime_s: Annotated[
+        float, Field(gt=0, le=MOST_S, description="seconds of running, over all attempts; then the job fails")
+    ] = 86_400
     max_attempts: Annotated[
         int, Field(ge=1, le=100, description="attempts that may end in a retryable error or a crash without a new checkpoint")
     ] = 3
@@ -29,7 +29,7 @@ class WorkLimits(Section):
     ] = None
     budget: Annotated[Budget, Field(description="what the job may spend; it can be raised when it is resumed")] = Budget()
     stall_timeout_s: Annotated[
-        float, Field(gt=0, description="an attempt that makes no progress for this long is given up")
+        float, Field(gt=0, le=MOST_S, description="an attempt that makes no progress for this long is given up")
     ] = 1800
 
 
@@ -37,7 +37,7 @@ class Resources(Section):
     """What the job runs on."""
 
     class_: Annotated[Literal["any", "cpu", "gpu"], Field(alias="class", description="which workers may take it")] = "any"
-    gpus: Annotated[Literal[1], Field(description="GPUs of one job; more than one is not offered yet")] = 1
+    gpus: Annotated[int, Field(ge=1, le=1, description="GPUs of one job; more than one is not offered yet")] = 1
     priority: Annotated[int, Field(ge=0, le=100, description="a higher one is taken first")] = 50
 
 

@@ -1,6 +1,8 @@
 """No name that a caller chooses leads out of the folder that it belongs to."""
 
 import io
+import json
+import shutil
 import tarfile
 
 import pytest
@@ -100,6 +102,42 @@ def test_pickled_weights_are_refused_when_the_job_is_submitted(api, client, spec
     assert error["code"] == "model_pickled" and name in error["detail"]
     (tmp_path / "model.safetensors").write_bytes(b"")  # the negative control: beside safetensors it is not looked at
     assert client.post("/v1/jobs", json=spec(model={"source": str(tmp_path)})).status_code == 201
+
+
+@pytest.mark.parametrize("file", ["pytorch_model.bin", "../elsewhere/model.safetensors", "/etc/model.safetensors", None])
+@pytest.mark.parametrize("by", ["index", "config"])
+def test_what_the_index_or_the_config_names_is_refused_when_the_job_is_submitted(client, spec, tmp_path, file, by):
+    (tmp_path / "other.safetensors").write_bytes(b"")  # beside it: it changes nothing
+    index = {"weight_map": {"a": "other.safetensors", "b": file}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index if by == "index" else {"weight_map": {}}))
+    (tmp_path / "config.json").write_text(json.dumps({} if by == "index" else {"transformers_weights": file or 7}))
+    error = model_error(client.post("/v1/jobs", json=spec(model={"source": str(tmp_path)})))
+    assert error["code"] == "model_pickled" and by in error["detail"]
+    index["weight_map"]["b"] = "parts/b.safetensors"  # the negative control
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    (tmp_path / "config.json").write_text("{}")
+    assert client.post("/v1/jobs", json=spec(model={"source": str(tmp_path)})).status_code == 201
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("[" * 5000 + "]" * 5000, "nested too deeply"),
+        ("[1]", "an array of 1 item, where an object should stand"),
+        ("{", "cannot be read"),
+    ],
+)
+def test_json_of_a_model_s_folder_that_cannot_be_read_is_told_so(api, client, spec, name, text, reason):
+    folder = api.settings.local_models_dir / f"{new_id('ds')}"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    (folder / name).write_text(text)
+    (folder / "gone.safetensors").symlink_to(folder / "nowhere")
+    error = model_error(client.post("/v1/jobs", json=spec(model={"source": folder.name})))
+    assert error["code"] == "model_not_found" and name in error["detail"] and reason in error["detail"]
+    assert folder.name in [one["id"] for one in client.get("/v1/models").json()["data"]]
+    shutil.rmtree(folder)
 
 
 # ---------------------------------------------------------------- data

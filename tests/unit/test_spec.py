@@ -8,11 +8,13 @@ from typing import Any, get_args
 
 import pytest
 import yaml
-from pydantic import BaseModel
+from pydantic import BaseModel, TypeAdapter
 
+import service.app  # noqa: F401 - the documents of its routes
 from job_specs import RL, SUPERVISED
 from service.errors import FieldError, InvalidRequest
 from service.spec.job import JobSpec, RLSpec, SupervisedSpec
+from service.spec.section import Section
 from service.validation import parse
 
 
@@ -80,7 +82,8 @@ def test_the_defaults_of_the_kinds() -> None:
             "/rollout/group_size",
             "rollout.group_size is 1, but the advantage compares answers of a group",
         ),
-        ("/rollout/temperature", 0, "/rollout/temperature", "greater than 0"),
+        ("/rollout/temperature", 0, "/rollout/temperature", "at least 1e-06, got 0"),
+        ("/eval/temperature", 1e-9, "/eval/temperature", "must be 0 (greedy), or at least 1e-06, got 1e-09"),
         ("/rollout/temperature", float("nan"), "/rollout/temperature", ""),
         ("/rollout/stop", [""], "/rollout/stop/0", "at least 1 character"),
         (
@@ -92,7 +95,7 @@ def test_the_defaults_of_the_kinds() -> None:
         ("/update/microbatch_tokens", 0, "/update/microbatch_tokens", ""),
         ("/update/microbatch_tokens", "all", "/update/microbatch_tokens", "auto"),
         ("/optimizer/learning_rate", float("inf"), "/optimizer/learning_rate", ""),
-        ("/optimizer/betas", [0.9, 1.0], "/optimizer/betas", "[0, 1)"),
+        ("/optimizer/betas", [0.9, 1.0], "/optimizer/betas/1", "less than 1"),
         ("/limits/max_runtime_s", float("inf"), "/limits/max_runtime_s", ""),
         ("/limits/max_steps", "many", "/limits/max_steps", "an integer"),
         ("/limits/max_steps", "3", "/limits/max_steps", "an integer, got '3'"),
@@ -138,6 +141,62 @@ def test_the_defaults_of_the_kinds() -> None:
 def test_what_is_wrong_is_said_where_it_stands(pointer: str, value: Any, at: str, says: str) -> None:
     found = errors(changed(RL, pointer, value))
     assert any(error.pointer.startswith(at) and says in error.detail for error in found), found
+
+
+@pytest.mark.parametrize(
+    ("pointer", "value"),
+    [
+        ("/model/tiny/seed", 2**64),
+        ("/optimizer/weight_decay", 2**63),
+        ("/optimizer/weight_decay", 10**400),
+        ("/objective/kl", {"place": "loss", "coef": 1e308}),
+        ("/reward/graders/0/weight", -1e308),
+        ("/limits/stall_timeout_s", 1e308),
+        ("/limits/budget/worker_s", 1e308),
+        ("/early_stopping/min_delta", 1e308),
+        ("/resources/gpus", True),
+        ("/resources/gpus", 1.0),
+        ("/resources/gpus", "1"),
+    ],
+)
+def test_a_number_that_nothing_can_be_computed_of_is_refused_where_it_stands(pointer: str, value: Any) -> None:
+    [error] = errors(changed(changed(RL, "/early_stopping", {"target": 1.0}), pointer, value))[:1]
+    assert error.pointer.startswith(pointer) and error.detail.startswith("must be ") and ", got " in error.detail
+
+
+def numbers(schema: Any, place: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every number of a JSON schema, and where it stands; not those of tensors."""
+    if isinstance(schema, dict) and "log_probs" not in schema.get("properties", ()):
+        if schema.get("type") in ("number", "integer"):
+            yield place, schema
+        for name, inner in schema.items():
+            if name not in ("default", "example", "examples"):
+                yield from numbers(inner, f"{place}/{name}")
+    elif isinstance(schema, list):
+        for number, inner in enumerate(schema):
+            yield from numbers(inner, f"{place}/{number}")
+
+
+LEAST, MOST = ("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum")
+
+
+def bounded(number: dict[str, Any]) -> bool:
+    """At both ends; a number in several ranges has its least in one of them."""
+    parts = [number, *number.get("anyOf", ())]
+    return any(name in part for name in LEAST for part in parts) and any(name in number for name in MOST)
+
+
+def sections(of: type[BaseModel] = Section) -> Iterator[type[BaseModel]]:
+    yield from of.__subclasses__()
+    for one in of.__subclasses__():
+        yield from sections(one)
+
+
+def test_every_number_that_may_be_sent_has_bounds() -> None:
+    documents = {JobSpec, *sections()}  # what `service.app` takes, too
+    found = {(place, bounded(one)) for document in documents for place, one in numbers(TypeAdapter(document).json_schema())}
+    assert len(found) > 100
+    assert {place for place, has in found if not has} == set()
 
 
 def test_everything_wrong_is_said_at_once() -> None:

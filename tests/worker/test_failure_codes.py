@@ -140,6 +140,13 @@ def _(world: World) -> None:
     policy.text.encode([{"role": "user", "content": "hi"}])
 
 
+@produces("chat_refused")
+def _(world: World) -> None:
+    policy = world.policy()
+    policy.text.tokenizer.chat_template = "{{ raise_exception('no system turn, please') }}"
+    policy.text.encode([{"role": "system", "content": "hi"}])
+
+
 @produces("no_eos_token")
 def _(world: World) -> None:
     policy = world.policy()
@@ -307,6 +314,7 @@ def test_each_code_can_happen_and_says_what_the_registry_says(world: World, code
         ("model_unsupported", "/model/source"),
         ("no_eos_token", "/model/source"),
         ("no_chat_template", "/data/chat"),
+        ("chat_refused", "/data/chat"),
         ("lora_target_modules", "/model/adapter/target_modules"),
         ("checkpoint_mismatch", "/model/from_checkpoint/load"),
     ],

@@ -7,17 +7,21 @@ import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
+import orjson
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from service.spec.model import Lora
+from service.validation import did_you_mean
 from workers.policy.errors import PolicyFailed, Subject
-from workers.policy.load import ADAPTER_WEIGHTS, mismatch, saved_adapter
+from workers.policy.load import ADAPTER_CONFIG, ADAPTER_WEIGHTS, mismatch, saved_adapter
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 # Peft has the adapter's name within the names of its weights. Those of an optimizer's tensors on the disk have this one.
@@ -29,6 +33,7 @@ class Adapters:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
+        self._tied = _tied_layers(model)
         self._layer_names = {part for name, _ in model.named_modules() for part in name.split(".")}
         self._peft: PeftModel | None = None  # while there is any adapter
         self._frozen: dict[str, bool] = {}  # by the adapter's name
@@ -50,6 +55,8 @@ class Adapters:
         """
         self._check_new(name)
         modules = adapter.target_modules
+        if not isinstance(modules, str):
+            self._check_targets(modules)
         config = LoraConfig(
             task_type="CAUSAL_LM",
             r=adapter.rank,
@@ -61,13 +68,7 @@ class Adapters:
         try:
             self._add(name, config, seed, frozen=False)
         except ValueError as error:
-            linear = sorted({p.rsplit(".", 1)[-1] for p, m in self._model.named_modules() if isinstance(m, nn.Linear)})
-            raise PolicyFailed(
-                "lora_target_modules",
-                f"the adapter cannot be put on {modules}: {error}",
-                hint=f"linear layers of this model are: {', '.join(linear)}; all-linear takes all but the head",
-                subject=Subject.TARGET_MODULES,
-            ) from error
+            raise self._no_target(f"the adapter cannot be put on {modules}: {error}") from error
         if weights is not None:
             self._fill(name, weights)
 
@@ -118,11 +119,59 @@ class Adapters:
     def save(self, name: str, folder: Path) -> None:
         """Write a plain peft adapter into the folder."""
         # save_embedding_layers: "auto" would ask the hub about the base.
-        self._peft_of(name).save_pretrained(str(folder), selected_adapters=[name], save_embedding_layers=False)
+        peft = self._peft_of(name)
+        peft.save_pretrained(str(folder), selected_adapters=[name], save_embedding_layers=False)
         if (own := folder / name).is_dir():  # peft's own default name has no folder of its own
             for path in own.iterdir():
                 path.rename(folder / path.name)
             own.rmdir()
+        _sort_sets(folder / ADAPTER_CONFIG, peft.peft_config[name].to_dict())
+
+    def warnings(self, name: str, adapter: Lora) -> list[str]:
+        """What its owner should know of an adapter: what it leaves out, and where it cannot be merged."""
+        self._peft_of(name)
+        warnings: list[str] = []
+        if adapter.target_modules == "all-linear" and (left := self._without_adapter()):
+            share = sum(left.values()) / sum(p.numel() for path, p in self._model.named_parameters() if not _is_of_peft(path))
+            warnings.append(
+                f"all-linear puts no adapter on {', '.join(left)} ({share:.0%} of the weights): they stay as they are; "
+                "those that are linear layers can be named in model.adapter.target_modules"
+            )
+        tied = [path for path in self._tied if isinstance(self._model.get_submodule(path), BaseTunerLayer)]
+        if tied:
+            warnings.append(f"the adapter on {', '.join(tied)} cannot be merged: head and embedding share their weights")
+        return warnings
+
+    def _without_adapter(self) -> dict[str, int]:
+        """How many numbers are in the weights that peft passed over, as of routed experts; layers' numbers written as *."""
+        left: dict[str, int] = {}
+        ours = {id(self._model.get_output_embeddings())}
+        for path, module in self._model.named_modules():
+            if isinstance(module, nn.Embedding) or id(module) in ours or _is_of_peft(path):
+                continue
+            for own, weight in module.named_parameters(recurse=False):
+                if weight.ndim > 1:
+                    pattern = re.sub(r"(?<=\.)\d+(?=\.)", "*", f"{path}.{own}")
+                    left[pattern] = left.get(pattern, 0) + weight.numel()
+        return left
+
+    def _check_targets(self, modules: list[str]) -> None:
+        """Peft passes over a name that no layer has, as long as another one fits."""
+        paths = [path for path, _ in self._model.named_modules() if not _is_of_peft(path)]
+        for name in modules:
+            if not any(path == name or path.endswith(f".{name}") for path in paths):
+                near = did_you_mean(name.rsplit(".", 1)[-1], self._linear())
+                raise self._no_target(f"the adapter cannot be put on {name!r}: no layer of this model is called so{near}")
+
+    def _linear(self) -> list[str]:
+        """The last names of the layers that an adapter is meant for."""
+        return sorted(
+            {p.rsplit(".", 1)[-1] for p, m in self._model.named_modules() if isinstance(_bare(m), nn.Linear | Conv1D)}
+        )
+
+    def _no_target(self, detail: str) -> PolicyFailed:
+        hint = f"linear layers of this model are: {', '.join(self._linear())}; all-linear takes all but the head"
+        return PolicyFailed("lora_target_modules", detail, hint=hint, subject=Subject.TARGET_MODULES)
 
     def _switch_to(self, name: str) -> None:
         if self._at_work != name:  # it visits every layer
@@ -197,6 +246,31 @@ class Adapters:
                     self._model.set_submodule(path, layer.get_base_layer())
                 else:
                     layer.delete_adapter(name)
+
+
+def _tied_layers(model: PreTrainedModel) -> list[str]:
+    """The paths of the head and the embedding, if they share their weights."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    shared = None if head is None or embedding is None else head.weight
+    if shared is None or embedding.weight is not shared:
+        return []
+    return [path for path, module in model.named_modules() if getattr(module, "weight", None) is shared]
+
+
+def _is_of_peft(path: str) -> bool:
+    """Whether a path leads into a layer that has an adapter: its own weights, or the adapter's."""
+    return any(part == "base_layer" or part.startswith("lora_") for part in path.split("."))
+
+
+def _bare(module: nn.Module) -> nn.Module:
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
+def _sort_sets(path: Path, config: dict[str, Any]) -> None:
+    """Peft writes its sets in the order of their hashes, which is another one in each process."""
+    written = orjson.loads(path.read_bytes())
+    written |= {name: sorted(value) for name, value in config.items() if isinstance(value, set)}
+    path.write_bytes(orjson.dumps(written, option=orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS))
 
 
 def _saved_as(parts: list[str], name: str) -> str:

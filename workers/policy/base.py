@@ -13,11 +13,12 @@ from transformers import PreTrainedModel
 
 from service.spec.model import Full, ModelSpec
 from workers.policy.adapters import Adapters
-from workers.policy.load import Loaded, adapter_of, load_model, pick_device
+from workers.policy.load import Loaded, adapter_of, load_model, pick_device, unsupported_if_it_fails
 from workers.policy.sampler import Sampler
 from workers.policy.score.layout import auto_microbatch_tokens
 from workers.policy.score.log_probs import Scorer
 from workers.policy.text import Text
+from workers.policy.trial import disagreement
 
 
 class Base:
@@ -51,7 +52,18 @@ class Base:
         _be_deterministic(chosen, threads)
         loaded = load_model(model, chosen, checkpoint, revision)
         full = isinstance(adapter_of(model), Full)
-        return cls(loaded, source=model.source, full_from=checkpoint if full else None)
+        with unsupported_if_it_fails(str(model.source), "it cannot be sampled"):
+            base = cls(loaded, source=model.source, full_from=checkpoint if full else None)
+            base._try_out()
+        return base
+
+    def _try_out(self) -> None:
+        """Raises ValueError, or whatever the model does, where it cannot be sampled and scored alike."""
+        if self.text.context < 1:
+            raise ValueError(f"its context holds {self.text.context} tokens")
+        off = disagreement(self.sampler, self.scorer, vocabulary=self.text.rows, dtype=self.model.dtype, device=self.device)
+        if off is not None:
+            raise ValueError(f"{off}: it keeps a state outside of its cache, or pads otherwise")
 
     def take_over(self) -> dict[str, nn.Parameter]:
         """All the weights, to be trained by one learner. What it makes of them is not undone: the base ends with it.

@@ -86,6 +86,8 @@ class Learner(Policy):
         self.revision = base.revision or trainer.get("revision")
         self._dropouts = [] if self.adapter is None else base.adapters.dropouts(self.adapter)
         self.facts = self._facts(sum(weight.numel() for weight in trained.values()))
+        if self.adapter is not None and isinstance(adapter, Lora):
+            self.facts["warnings"] = base.adapters.warnings(self.adapter, adapter)
 
     def accumulate(
         self,
@@ -130,7 +132,7 @@ class Learner(Policy):
             self.base.model.save_pretrained(folder / MODEL)
         else:
             self.base.adapters.save(self.adapter, folder / MODEL)
-        self.text.tokenizer.save_pretrained(str(folder / MODEL))
+        self.text.save(folder / MODEL)
         self._optimizer.save(folder)
         trainer = {
             "optimizer_steps": self._optimizer.steps_done,

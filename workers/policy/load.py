@@ -4,19 +4,23 @@ Only safetensors are read and no code that comes with a model is run.
 """
 
 import inspect
+import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file, extract_commit_hash
+from transformers.utils.peft_utils import find_adapter_config_file
 
-from service.jobs.resolve_model import PICKLED, only_pickled_weights
+from service.errors import JobFailed
+from service.jobs.model_folder import INDEX, INDEX_SUFFIX, NAMED, pickled_weights, read_config
 from service.spec.model import Full, Lora, ModelSpec, TinyConfig
 from workers.policy.errors import PolicyFailed, Subject
 from workers.policy.tiny import tiny_model, tiny_tokenizer
@@ -24,7 +28,9 @@ from workers.policy.tiny import tiny_model, tiny_tokenizer
 MODEL = "model"  # the folder inside a checkpoint
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
+MAX_SHOWN = 500  # characters of a library's own words
 
+log = logging.getLogger(__name__)
 transformers_logging.disable_progress_bar()
 
 
@@ -103,34 +109,59 @@ def _load_pretrained(source: str, revision: str | None, device: torch.device, dt
         raise _not_found(source, "there is no such folder")
     if not source.startswith(("/", ".", "~")) and os.path.exists(source):  # transformers would take it for the model
         raise _not_found(source, "it is a hub id, and also a path below this worker's working directory")
-    if os.path.isdir(source) and (pickled := only_pickled_weights(Path(source))):
-        raise PolicyFailed(
-            "model_pickled",
-            f"the model {source!r} is not loaded: {PICKLED.format(pickled)}",
-            hint="load it where you trust it, and save_pretrained(folder, safe_serialization=True)",
-            subject=Subject.SOURCE,
-        )
-    try:
+    with unsupported_if_it_fails(source, "it does not load"):
         # A branch may move between these calls, and before the job resumes: from here on it is a commit.
         config_path = cached_file(source, "config.json", revision=revision)
         if config_path is None:
             raise _not_found(source, "there is no config.json in it")
         commit = None if Path(source).is_dir() else extract_commit_hash(config_path, None)
         safe: dict[str, Any] = {"revision": commit or revision, "trust_remote_code": False}
+        _check_files(source, Path(config_path).parent, commit or revision)
         tokenizer = AutoTokenizer.from_pretrained(source, **safe)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, use_safetensors=True, output_loading_info=True, **safe
         )
-    except OSError as error:
-        raise _not_found(source, str(error)) from error
-    except (ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        raise _unsupported(source, str(error)) from error
     model, report = loaded
     if missing := report["missing_keys"]:
         raise _unsupported(source, f"{len(missing)} weights are missing, for example {min(missing)}")
     if "past_key_values" not in inspect.signature(type(model).forward).parameters:
         raise _unsupported(source, f"{type(model).__name__} has no key-value cache to sample with")
     return Loaded(_ready(model, device), tokenizer, commit)
+
+
+@contextmanager
+def unsupported_if_it_fails(source: str, what: str) -> Iterator[None]:
+    """Whatever the libraries trip over in here lies in the model's files, and is its owner's; want of memory is not."""
+    try:
+        yield
+    except (JobFailed, MemoryError, torch.OutOfMemoryError, torch.AcceleratorError):
+        raise
+    except OSError as error:
+        raise _not_found(source, str(error) or type(error).__name__) from error
+    except Exception as error:
+        log.warning("the model %s: %s", source, what, exc_info=True)
+        raise _unsupported(source, f"{what}: {type(error).__name__}: {error}") from error
+
+
+def _check_files(source: str, folder: Path, revision: str | None) -> None:
+    """Refuse what the loader would open and must not. `folder` holds config.json, and of a hub's model what is cached."""
+    try:
+        config = read_config(folder)
+        index = str(config.get(NAMED, INDEX))
+        if not Path(source).is_dir() and index.endswith(INDEX_SUFFIX):  # fetched, so that it can be read
+            cached_file(source, index, revision=revision, _raise_exceptions_for_missing_entries=False)
+        pickled = pickled_weights(folder, config)
+    except ValueError as error:
+        raise _not_found(source, str(error)) from error
+    if pickled:
+        raise PolicyFailed(
+            "model_pickled",
+            f"the model {source!r} is not loaded: {pickled}",
+            hint="load it where you trust it, and save_pretrained(folder, safe_serialization=True)",
+            subject=Subject.SOURCE,
+        )
+    if find_adapter_config_file(source, revision=revision) is not None:  # the loader would follow it to another model
+        raise _unsupported(source, f"it holds an adapter ({ADAPTER_CONFIG}); name its base model, or start from_checkpoint")
 
 
 def _ready(model: Any, device: torch.device) -> PreTrainedModel:
@@ -140,7 +171,7 @@ def _ready(model: Any, device: torch.device) -> PreTrainedModel:
 def _not_found(source: str, why: str) -> PolicyFailed:
     return PolicyFailed(
         "model_not_found",
-        f"the model {source!r} cannot be loaded: {why.strip().splitlines()[0]}",
+        f"the model {source!r} cannot be loaded: {_shortened(why)}",
         hint="name `tiny`, a folder with config.json, a tokenizer and *.safetensors, or a hub id that the worker can reach",
         subject=Subject.SOURCE,
     )
@@ -149,10 +180,16 @@ def _not_found(source: str, why: str) -> PolicyFailed:
 def _unsupported(source: str, why: str) -> PolicyFailed:
     return PolicyFailed(
         "model_unsupported",
-        f"the model {source!r} cannot be trained here: {why.strip().splitlines()[0]}",
+        f"the model {source!r} cannot be trained here: {_shortened(why)}",
         hint="it must load with transformers' AutoModelForCausalLM, without code of its own, from safetensors",
         subject=Subject.SOURCE,
     )
+
+
+def _shortened(why: str) -> str:
+    """In one line."""
+    why = " ".join(why.split())
+    return why if len(why) <= MAX_SHOWN else f"{why[:MAX_SHOWN]}…"
 
 
 def mismatch(why: str, hint: str) -> PolicyFailed:

@@ -58,6 +58,46 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "layer_types": ["conv", "full_attention"],
         "max_position_embeddings": 64,
     },
+    # Its routed experts are no linear layers.
+    "gpt_oss": {
+        **SMALL,
+        "head_dim": 8,
+        "num_experts_per_tok": 2,
+        "intermediate_size": 64,
+        "num_key_value_heads": 2,
+        "num_local_experts": 4,
+        "max_position_embeddings": 64,
+    },
+    # Its rotary factors change for a whole batch with one row that is longer than 12 tokens.
+    "phi3": {
+        **SMALL,
+        "intermediate_size": 64,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "original_max_position_embeddings": 12,
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 10_000.0,
+            "short_factor": [1.0] * 4,
+            "long_factor": [4.0] * 4,
+        },
+    },
+    # These two cannot be sampled: one takes a cache of its own only, the other keeps a state that no cache holds.
+    "minimax": {
+        **SMALL,
+        "intermediate_size": 64,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "num_local_experts": 2,
+        "layer_types": ["linear_attention", "full_attention"],
+    },
+    "recurrent_gemma": {
+        **SMALL,
+        "intermediate_size": 64,
+        "num_key_value_heads": 2,
+        "lru_width": 32,
+        "block_types": ["recurrent", "attention"],
+    },
 }
 
 

@@ -5,6 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from service.spec.model import Full, Lora, ModelSpec
+from workers.policy.errors import PolicyFailed
 from workers.policy.score.layout import Sequence
 
 PROMPTS = ["rev 123>", "a", "what is 7 + 8 ?\n", "b c", "rev 123456>"]
@@ -47,6 +48,31 @@ def test_sampled_log_probs_agree_with_scores_and_with_the_plain_model(family, fa
 def test_the_head_is_applied_alone_only_where_forward_adds_nothing(family, family_folder, load):
     policy = load(ModelSpec(source=str(family_folder(family)), dtype="float32", adapter=Full()))
     assert policy.facts["head_on_answers_only"] is (family not in POST_PROCESSED)
+
+
+def test_no_row_gets_where_its_factors_depend_on_the_rows_beside_it(family_folder, load, gradients):
+    policy = load(ModelSpec(source=str(family_folder("phi3")), dtype="float32", adapter=Full()))
+    assert policy.facts["context"] == policy.text.context == 12  # the config says 64
+
+    def gradient(longest: int, microbatch_tokens: int) -> torch.Tensor:
+        rows = [Sequence([5, 6], [7, 8, 9]), Sequence([5] * 2, [4] * (longest - 2))]
+        policy._optimizer.zero_grad()
+        policy.accumulate(rows, lambda log_probs, _: -log_probs.sum(), microbatch_tokens=microbatch_tokens)
+        return torch.cat([one.flatten() for one in gradients(policy).values()])
+
+    torch.testing.assert_close(gradient(12, 1), gradient(12, 1000), atol=1e-4, rtol=0)
+    beyond = gradient(14, 1) - gradient(14, 1000)  # the negative control: the last token of a row is not read
+    assert beyond.abs().max() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("family", "why"), [("minimax", "cache of its own"), ("recurrent_gemma", "a state outside of its cache")]
+)
+def test_a_model_that_cannot_be_sampled_is_refused_at_load(family, why, family_folder, base):
+    with pytest.raises(PolicyFailed, match="cannot be sampled") as failed:
+        base(ModelSpec(source=str(family_folder(family)), dtype="float32", adapter=Full()))
+    assert failed.value.code == "model_unsupported"
+    assert why in failed.value.detail
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma2", "lfm2"])

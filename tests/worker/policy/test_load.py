@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -142,6 +143,85 @@ def test_a_pickle_beside_safetensors_is_left_alone(load, tmp_path, family_folder
     assert not (tmp_path / "it ran").exists()
 
 
+@pytest.mark.parametrize("file", ["pytorch_model.bin", "../elsewhere/model.safetensors", "/etc/model.safetensors", 7])
+@pytest.mark.parametrize("by", ["index", "config"])
+def test_what_the_index_or_the_config_names_is_refused_and_not_read(load, tmp_path, family_folder, no_pickles, file, by):
+    folder = shutil.copytree(family_folder("llama"), tmp_path / "llama")
+    torch.save(Evil(tmp_path / "it ran"), folder / "pytorch_model.bin")
+    shutil.copytree(family_folder("llama"), tmp_path / "elsewhere")
+    names = load_file(folder / "model.safetensors").keys()
+    if by == "index":
+        (folder / "model.safetensors").rename(folder / "other.safetensors")  # safetensors beside it change nothing
+        index = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(names, file)}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    else:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "transformers_weights": file}))
+    error = failure(load, ModelSpec(source=str(folder), **FULL))
+    assert error.code == "model_pickled" and str(file) in error.detail and by in error.detail
+    assert not (tmp_path / "it ran").exists()
+
+
+def test_an_index_of_safetensors_in_the_folder_is_loaded(load, weights, tmp_path, family_folder):
+    """The negative control of the test above; the parts may lie in folders of the folder."""
+    folder = shutil.copytree(family_folder("llama"), tmp_path / "llama")
+    state = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    (folder / "parts").mkdir()
+    halves = {"one.safetensors": list(state)[::2], "parts/two.safetensors": list(state)[1::2]}
+    for file, names in halves.items():
+        save_file({name: state[name] for name in names}, folder / file, metadata={"format": "pt"})
+    index = {"metadata": {"total_size": 1}, "weight_map": {name: file for file, names in halves.items() for name in names}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    loaded, whole = (weights(load(ModelSpec(source=str(path), **FULL))) for path in (folder, family_folder("llama")))
+    assert all(torch.equal(value, whole[name]) for name, value in loaded.items())
+
+
+def test_a_folder_with_an_adapter_is_not_followed_to_another_model(load, tmp_path, family_folder):
+    folder = shutil.copytree(family_folder("llama"), tmp_path / "llama")
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "/elsewhere"}))
+    error = failure(load, ModelSpec(source=str(folder), **FULL))
+    assert error.code == "model_unsupported" and "name its base model" in error.detail
+
+
+DEEP = "[" * 5000 + "]" * 5000
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "reason"),
+    [
+        (DEEP, "model_not_found", "nested too deeply"),
+        ("[1, 2]", "model_not_found", "an array of 2 items, where an object should stand"),
+        ("{", "model_not_found", "config.json cannot be read"),
+        ({"hidden_size": "wide"}, "model_unsupported", "hidden_size"),
+        ({"hidden_size": -32}, "model_unsupported", "cannot be trained here"),
+        ({"num_attention_heads": 0}, "model_unsupported", "by zero"),
+        ({"num_attention_heads": None}, "model_unsupported", "num_attention_heads"),
+        ({"num_key_value_heads": 0}, "model_unsupported", "by zero"),
+        ({"num_hidden_layers": 0}, "model_unsupported", "cannot be trained here"),
+        ({"vocab_size": []}, "model_unsupported", "vocab_size"),
+        ({"max_position_embeddings": "long"}, "model_unsupported", "max_position_embeddings"),
+        ({"rope_parameters": {"rope_type": "spiral"}}, "model_unsupported", "spiral"),
+        ({"hidden_act": "none_like_it"}, "model_unsupported", "none_like_it"),
+        ({"layer_types": ["none_like_it"] * 2}, "model_unsupported", "none_like_it"),
+    ],
+)
+def test_a_config_that_makes_no_model_is_its_owner_s_mistake(load, tmp_path, family_folder, change, code, reason):
+    folder = shutil.copytree(family_folder("llama"), tmp_path / "llama")
+    config = folder / "config.json"
+    config.write_text(change if isinstance(change, str) else json.dumps({**json.loads(config.read_text()), **change}))
+    error = failure(load, ModelSpec(source=str(folder), **FULL))
+    assert error.code == code and reason in error.detail, error.detail
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("text", [DEEP, "[]", '"text"', "{", "7"])
+def test_a_tokenizer_that_cannot_be_read_is_its_owner_s_mistake(load, tmp_path, family_folder, file, text):
+    folder = shutil.copytree(family_folder("llama"), tmp_path / "llama")
+    (folder / file).write_text(text)
+    assert failure(load, ModelSpec(source=str(folder), **FULL)).code in ("model_not_found", "model_unsupported")
+
+
 def test_a_checkpoint_with_a_pickled_adapter_is_no_checkpoint(load, tmp_path, family_folder, no_pickles):
     folder = family_folder("llama")
     trained = load(ModelSpec(source=str(folder), adapter=Lora(rank=2)))
@@ -208,6 +288,35 @@ def test_lora_layers_that_are_not_there_are_answered_with_those_that_are(load, t
     assert error.code == "lora_target_modules" and "q_proj" in str(error.hint)
 
 
+def test_every_layer_that_is_named_must_be_there(load, tiny_spec):
+    """Peft is content with one that fits, and trains that alone."""
+    spec = ModelSpec(source="tiny", tiny=tiny_spec.tiny, adapter=Lora(target_modules=["q_proj", "v_porj"]))
+    error = failure(load, spec)
+    assert error.code == "lora_target_modules" and error.subject == "target_modules"
+    assert "'v_porj'" in error.detail and "did you mean 'v_proj'?" in error.detail and "v_proj" in str(error.hint)
+
+
+@pytest.mark.parametrize("name", ["q_proj", "layers.1.mlp.up_proj", "model.layers.0.self_attn.o_proj"])
+def test_layers_may_be_named_by_the_ends_of_their_paths(load, tiny_spec, name):
+    adapter = Lora(rank=2, target_modules=["v_proj", name])
+    assert load(ModelSpec(source="tiny", tiny=tiny_spec.tiny, adapter=adapter)).facts["warnings"] == []
+
+
+def test_an_adapter_on_a_tied_head_says_that_it_cannot_be_merged(load, tiny_spec):
+    adapter = Lora(rank=2, target_modules=["q_proj", "lm_head"])
+    [warning] = load(ModelSpec(source="tiny", tiny=tiny_spec.tiny, adapter=adapter)).facts["warnings"]
+    assert "lm_head cannot be merged" in warning and "share their weights" in warning
+
+
+def test_what_all_linear_leaves_out_is_named(load, family_folder):
+    [warning] = load(ModelSpec(source=str(family_folder("gpt_oss")), adapter=Lora(rank=2))).facts["warnings"]
+    assert all(
+        f"model.layers.*.mlp.{name}" in warning for name in ("experts.gate_up_proj", "experts.down_proj", "router.weight")
+    )
+    assert re.search(r"\(\d\d% of the weights\)", warning)
+    assert load(ModelSpec(source=str(family_folder("gpt2")), adapter=Lora(rank=2))).facts["warnings"] == []
+
+
 def test_defaults_are_lora_for_a_folder_and_full_for_tiny(load, family_folder):
     assert load(ModelSpec(source=str(family_folder("llama")))).kind == "lora"
     assert load(ModelSpec(source="tiny")).kind == "full"
@@ -223,6 +332,30 @@ def test_a_chat_goes_through_the_models_template(load):
     assert policy.text.decode(policy.text.encode([{"role": "user", "content": "hi"}])) == "user: hi\nassistant:"
     begun = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "so"}]
     assert policy.text.decode(policy.text.encode(begun)) == "user: hi\nassistant: so"
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("{{ raise_exception('System role not supported') }}", "System role not supported"),
+        ("{{ messages[0].content.nothing.like.it }}", "has no attribute 'nothing'"),
+        ("{{ ''.__class__.__mro__ }}", "unsafe"),  # what the sandbox refuses
+        ("{% for m in messages %}", "Unexpected end of template"),
+        ("{{ 'a' + 1 }}", "concatenate"),
+        ("{{ 1 / 0 }}", "division by zero"),
+        ("{{ range(1000000)|list }}", "Range too big"),
+        ("nothing of what was said", "continue_final_message"),
+    ],
+)
+def test_what_a_chat_template_refuses_is_told_in_its_own_words(load, template, words):
+    policy = load()
+    policy.text.tokenizer.chat_template = template
+    turns = [{"role": "system", "content": "hi"}, {"role": "user", "content": "so"}]
+    turns += [{"role": "assistant", "content": "I"}] if "continue" in words else []
+    with pytest.raises(PolicyFailed) as failed:
+        policy.text.encode(turns)
+    assert (failed.value.code, failed.value.subject) == ("chat_refused", "chat")
+    assert words in failed.value.detail and "(system, user" in failed.value.detail
 
 
 HUB = """

@@ -1,0 +1,41 @@
+"""A trial at load: a few tokens are sampled and scored, so that a model that cannot be is refused before a job begins.
+
+Some families keep a state outside of the cache, or a cache of their own kind: what is sampled then is not what is scored, and
+every gradient is wrong without a word. The trial has what a job has: prompts of several lengths, groups, rows that go on.
+"""
+
+import torch
+
+from service.errors import JobFailed
+from workers.policy.sampler import Sampler, SamplingParams
+from workers.policy.score.layout import Sequence, pad
+from workers.policy.score.log_probs import Scorer
+
+PROMPT_LENGTHS = (3, 1, 2)
+GROUP_SIZE, ANSWER_TOKENS = 2, 4
+# Mean absolute difference of a token's log-prob. Rounding gives 1e-6 in float32 and 0.06 in bfloat16 (SmolLM2), a lost state
+# whole nats.
+TOLERANCE = {torch.float32: 0.002}
+COARSE_TOLERANCE = 0.5  # of narrower types, where a mixture of experts may even choose another expert
+
+
+@torch.no_grad()
+def disagreement(sampler: Sampler, scorer: Scorer, *, vocabulary: int, dtype: torch.dtype, device: torch.device) -> str | None:
+    """In words, how far the log-probs of the sampler are from the scorer's; None when they agree as far as `dtype` allows.
+
+    Whatever the model raises goes through. Logits that are not finite are told when a job runs into them.
+    """
+    prompts = [[(7 * row + 3 * place + 5) % vocabulary for place in range(length)] for row, length in enumerate(PROMPT_LENGTHS)]
+    try:
+        groups = sampler.sample(prompts, GROUP_SIZE, SamplingParams(ANSWER_TOKENS), seed=0)
+    except JobFailed:
+        return None
+    answers = [(prompt, answer) for prompt, group in zip(prompts, groups, strict=True) for answer in group]
+    batch = pad([Sequence(prompt, answer.tokens) for prompt, answer in answers], 0, device)
+    scored, _ = scorer(batch)
+    sampled = torch.tensor([log_prob for _, answer in answers for log_prob in answer.log_probs])
+    off = float((scored.cpu() - sampled).abs().mean())
+    allowed = TOLERANCE.get(dtype, COARSE_TOLERANCE)
+    if off <= allowed:  # also false where it is not a number
+        return None
+    return f"log-probs of sampled tokens are off by {off:.2g} on average when they are scored again, allowed is {allowed:g}"
