@@ -48,7 +48,9 @@ CODES: Mapping[str, Code] = MappingProxyType(
             "user", "data.chat was given, and the tokenizer has no chat template", "use data.prompt, or another model"
         ),
         "chat_refused": Code(
-            "user", "the model's chat template refuses the messages of a row", "change data.chat to what the template takes"
+            "user",
+            "the model's chat template refuses a message, or leaves a part of it out",
+            "change the messages or data.tools, or use a model whose template takes them",
         ),
         "no_eos_token": Code("user", "the tokenizer cannot close an answer", "use another model, or give its tokenizer one"),
         "checkpoint_not_found": Code(

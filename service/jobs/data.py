@@ -8,12 +8,12 @@ import json
 import os
 import random
 from array import array
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, Literal, overload
 
 from service.errors import FieldError, InvalidRequest
 from service.jobs.gym import check_task, open_task
@@ -21,7 +21,12 @@ from service.spec.data import DatasetSource, DataSpec, InlineSource, Message, Re
 from service.spec.templates import render
 
 Row = dict[str, Any]
-Prompt = str | list[dict[str, str]]
+Messages = list[dict[str, Any]]
+# What a chat template may read of a message; ids, times and the like, which data sets have beside them, it does not.
+MESSAGE_KEYS = frozenset(
+    {"role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content", "reasoning", "thinking"}
+)
+Prompt = str | Messages
 
 
 class DataRows(Sequence[Row]):
@@ -136,18 +141,65 @@ class Data:
     prompt_template: str | None
     chat: list[Message] | str | None
     answer_template: str | None
+    learn: Literal["last", "all"] = "last"
+    tools: list[dict[str, Any]] | str | None = None
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, spec: DataSpec, train: DataRows, held_out: DataRows | None) -> "Data":
+        rest = spec.learn, spec.tools, spec.chat_template_kwargs
+        return cls(train, held_out, spec.prompt, spec.chat, spec.answer, *rest)
 
     def prompt(self, row: Row) -> Prompt:
-        """The text of the prompt, or its chat messages. Raises KeyError for an absent column."""
+        """The text of the prompt, or its chat messages: those of a chat column without the answer that they may end with.
+        Raises KeyError for an absent column."""
         if self.prompt_template is not None:
             return render(self.prompt_template, row)
         if isinstance(self.chat, str):
-            return [{"role": message["role"], "content": message["content"]} for message in row[self.chat]]
+            messages = self._messages(row)
+            return messages[:-1] if messages[-1]["role"] == "assistant" else messages
         return [{"role": message.role, "content": render(message.content, row)} for message in self.chat or []]
 
     def answer(self, row: Row) -> str | None:
-        """The right answer, where the spec says what it is."""
-        return None if self.answer_template is None else render(self.answer_template, row)
+        """The right answer as text, where the spec or the end of the chat says what it is."""
+        if self.answer_template is not None:
+            return render(self.answer_template, row)
+        if not isinstance(self.chat, str) or (last := self._messages(row)[-1])["role"] != "assistant":
+            return None
+        return last.get("content")
+
+    @property
+    def begins_the_answer(self) -> bool:
+        """Whether the prompt is a chat whose last message, in the spec, is the beginning of the assistant's answer."""
+        return isinstance(self.chat, list) and self.chat[-1].role == "assistant"
+
+    def learnt_turns(self, row: Row) -> list[Messages]:
+        """Of a chat: for each assistant's turn that is to be learnt, the messages up to it, in order."""
+        if self.answer_template is not None:
+            prompt = self.prompt(row)
+            assert not isinstance(prompt, str)
+            return [[*prompt, {"role": "assistant", "content": render(self.answer_template, row)}]]
+        messages = self._messages(row)
+        ends = [place + 1 for place, message in enumerate(messages) if place and message["role"] == "assistant"]
+        return [messages[:end] for end in (ends if self.learn == "all" else ends[-1:])]
+
+    def template_options(self, row: Row) -> dict[str, Any]:
+        """What the chat template gets beside the messages."""
+        tools = row.get(self.tools) if isinstance(self.tools, str) else self.tools
+        return {**({"tools": tools} if tools else {}), **self.chat_template_kwargs}
+
+    def _messages(self, row: Row) -> Messages:
+        """The chat column, with the keys that templates know and that hold something; contents in parts, as OpenAI writes
+        them, as one text."""
+        assert isinstance(self.chat, str)
+        return [
+            {
+                key: _text_of(value) if key == "content" else value
+                for key, value in message.items()
+                if key in MESSAGE_KEYS and value is not None
+            }
+            for message in row[self.chat]
+        ]
 
 
 def open_data(data: DataSpec, seed: int, dataset_path: Callable[[str], Path]) -> Data:
@@ -161,7 +213,11 @@ def open_data(data: DataSpec, seed: int, dataset_path: Callable[[str], Path]) ->
         train, held_out = split(train, data.eval.rows, seed)
     elif data.eval is not None:
         held_out = open_source(data.eval, dataset_path, "/data/eval")
-    return Data(train, held_out, data.prompt, data.chat, data.answer)
+    return Data.of(data, train, held_out)
+
+
+def _text_of(content: str | list[dict[str, Any]]) -> str:
+    return content if isinstance(content, str) else "".join(part["text"] for part in content)
 
 
 def open_source(source: TrainSource, dataset_path: Callable[[str], Path], pointer: str) -> DataRows:

@@ -120,7 +120,7 @@ def _open(spec: RLSpec | SupervisedSpec, paths: dict[str, Path], errors: list[Fi
         held_out = _attempt(lambda: _source(source, paths, "/data/eval"), errors)
     if train is None:
         return None
-    return Data(train, held_out, spec.data.prompt, spec.data.chat, spec.data.answer)
+    return Data.of(spec.data, train, held_out)
 
 
 def _source(source: TrainSource, paths: dict[str, Path], pointer: str) -> DataRows | None:

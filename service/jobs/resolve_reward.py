@@ -75,7 +75,7 @@ def check_metrics(spec: RLSpec | SupervisedSpec) -> list[FieldError]:
 
 def _eval_metrics(spec: RLSpec | SupervisedSpec) -> list[str]:
     """What workers.loops.evaluation writes for this job."""
-    known = [EVAL_LOSS] if spec.data.answer is not None else []
+    known = [EVAL_LOSS] if spec.data.answer is not None or isinstance(spec, SupervisedSpec) else []
     if spec.reward is not None:
         graders = [grader.name or grader.kind for grader in spec.reward.graders]
         prefixes = [EVAL, EVAL_GREEDY] if spec.eval.also_greedy else [EVAL]

@@ -14,7 +14,8 @@ from service.store.tables import Dataset
 from service.validation import did_you_mean
 
 MAX_SHOWN = 20  # columns in a message
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "developer", "user", "assistant", "tool")
+TEXTS = ("/data/prompt", "/data/answer", "/data/chat/")  # pointers of templates that the model reads
 
 
 def check_rows(spec: RLSpec | SupervisedSpec, data: Data, uploaded: dict[str, Dataset]) -> list[FieldError]:
@@ -27,7 +28,11 @@ def check_rows(spec: RLSpec | SupervisedSpec, data: Data, uploaded: dict[str, Da
         source = spec.data.train if part == "train" or isinstance(spec.data.eval, SplitSource) else spec.data.eval
         complaints = [] if _known_complete(source, templates, spec, uploaded) else _missing_columns(rows, part, templates)
         if not complaints and not isinstance(source, ReasoningGymSource):
-            complaints = [*_bad_chats(spec, rows, part), *_unreadable(spec, data, rows, part)]
+            complaints = [
+                *_lists_in_texts(templates, source, rows, part, uploaded),
+                *_bad_chats(spec, rows, part),
+                *_unreadable(spec, data, rows, part),
+            ]
         elif not complaints and spec.model.source == "tiny" and source is getattr(spec.data, part):
             detail = "the tiny model reads digits, small letters and a few signs only; rows of reasoning_gym hold others"
             complaints = [FieldError(f"/data/{part}/source", detail, "unknown_character")]
@@ -101,30 +106,77 @@ def _absent(pointer: str, column: str, gap: _Gap, part: str, columns: list[str],
 # ---------------------------------------------------------------- chat columns
 
 
+def _lists_in_texts(
+    templates: dict[str, list[str]], source: Any, rows: DataRows, part: str, uploaded: dict[str, Dataset]
+) -> Iterator[FieldError]:
+    """The first row, for each template of a text, in which a column holds a list: the model would read its JSON."""
+    dataset = uploaded.get(source.id) if isinstance(source, DatasetSource) else None
+    for pointer, columns in templates.items():
+        for column in dict.fromkeys(columns) if pointer.startswith(TEXTS) else ():
+            if dataset is not None and "array" not in dataset.columns[column]["types"]:
+                continue
+            index = next((index for index, row in enumerate(rows) if isinstance(row[column], list)), None)
+            if index is not None:
+                detail = (
+                    f"column {column!r} of row {rows.number(index)} of data.{part} holds a list, which a text cannot show; "
+                )
+                is_chat = _what_is_no_chat(rows[index][column]) is None
+                detail += f"a list of messages is given as `data.chat: {column}`" if is_chat else "write it as text in the row"
+                yield FieldError(pointer, detail, "list_in_text", column)
+
+
 def _bad_chats(spec: RLSpec | SupervisedSpec, rows: DataRows, part: str) -> Iterator[FieldError]:
-    """The first row whose chat column is no list of messages."""
-    column = spec.data.chat
-    if not isinstance(column, str):
-        return
-    for index, row in enumerate(rows):
-        if not _is_chat(row[column]):
-            detail = (
-                f"column {column!r} of row {rows.number(index)} of data.{part} is no chat; it must be a list of "
-                f'{{"role": {" | ".join(ROLES)}, "content": text}}, and not empty'
-            )
-            yield FieldError("/data/chat", detail, "not_a_chat", column)
-            return
+    """The first row whose chat column is no list of messages that fits the job, and the first whose tools are no tools."""
+    data = spec.data
+    if isinstance(column := data.chat, str):
+        learns = isinstance(spec, SupervisedSpec)
+        for index, row in enumerate(rows):
+            if (what := _what_is_no_chat(row[column]) or _what_does_not_fit(spec, row[column], learns)) is not None:
+                detail = f"column {column!r} of row {rows.number(index)} of data.{part} {what}"
+                yield FieldError("/data/chat", detail, "not_a_chat", column)
+                break
+    if isinstance(column := data.tools, str):
+        for index, row in enumerate(rows):
+            tools = row.get(column)
+            if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+                detail = f"column {column!r} of row {rows.number(index)} of data.{part} must be a list of JSON schemas, or null"
+                yield FieldError("/data/tools", detail, "not_tools", column)
+                break
 
 
-def _is_chat(value: Any) -> bool:
-    return (
-        isinstance(value, list)
-        and len(value) > 0
-        and all(
-            isinstance(message, dict) and message.get("role") in ROLES and isinstance(message.get("content"), str)
-            for message in value
-        )
-    )
+def _what_is_no_chat(value: Any) -> str | None:
+    """What is wrong with a list of messages in OpenAI's form; None: nothing."""
+    if not isinstance(value, list) or not value:
+        return f'is no chat; it must be a list of {{"role": {" | ".join(ROLES)}, "content": text}}, and not empty'
+    for number, message in enumerate(value):
+        if not isinstance(message, dict) or message.get("role") not in ROLES:
+            return f'is no chat: message {number} must be an object with a "role" that is one of {", ".join(ROLES)}'
+        content, calls = message.get("content"), message.get("tool_calls")
+        if calls is not None and not (isinstance(calls, list) and all(isinstance(call, dict) for call in calls)):
+            return f"is no chat: tool_calls of message {number} must be a list of objects"
+        if isinstance(content, list) and not all(
+            isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str) for part in content
+        ):
+            return f"holds content of another kind than text in message {number}; only text can be trained on"
+        if not isinstance(content, str | list) and not (content is None and calls and message["role"] == "assistant"):
+            return f"is no chat: content of message {number} must be a text"
+    return None
+
+
+def _what_does_not_fit(spec: RLSpec | SupervisedSpec, messages: list[dict[str, Any]], learns: bool) -> str | None:
+    """Why this job cannot use the chat; None: it can."""
+    ends = messages[-1]["role"] == "assistant"
+    if learns and spec.data.answer is not None and ends:
+        return "ends with an assistant's turn, and data.answer is given too: leave out data.answer to learn that turn"
+    if len(messages) == 1 and ends:
+        return "is an answer to nothing: an assistant's turn needs a message before it"
+    if not learns or spec.data.answer is not None:
+        return None
+    if spec.data.learn == "last" and not ends:
+        return "does not end with an assistant's turn to learn; end it with one, or give data.answer, or data.learn: all"
+    if all(message["role"] != "assistant" for message in messages[1:]):
+        return "holds no assistant's turn to learn"
+    return None
 
 
 # ---------------------------------------------------------------- the tiny model

@@ -91,11 +91,11 @@ def preview(
 
 
 def reference_of(spec: RLSpec | SupervisedSpec, data: Data, row: Row) -> str | None:
-    """The right answer: data.answer, else what the first grader that has one takes for right."""
+    """The right answer: data.answer, else what the first grader that has one takes for right, else the end of the chat."""
     if data.answer_template is not None:
         return data.answer(row)
     expected = [expected_of(grader, row) for grader in (spec.reward.graders if spec.reward else [])]
-    return next((answer for answer in expected if answer is not None), None)
+    return next((answer for answer in expected if answer is not None), data.answer(row))
 
 
 def main() -> None:

@@ -8,6 +8,13 @@ from service.spec.section import MOST_COUNTED, Section
 from service.spec.templates import Template
 
 Shuffle = Annotated[bool, Field(description="a new order each epoch, drawn from the seed")]
+RESERVED = frozenset(  # what transformers' apply_chat_template takes itself
+    {
+        "conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt", "continue_final_message",
+        "tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask",
+        "tokenizer_kwargs", "sanitize_control_tokens",
+    }
+)  # fmt: skip
 MaxRows = Annotated[int | None, Field(ge=1, le=MOST_COUNTED, description="use at most this many rows")]
 
 
@@ -80,8 +87,23 @@ class DataSpec(Section):
         Field(description="messages for the model's chat template, or the name of a column that holds such a list"),
     ] = None
     answer: Annotated[
-        Template | None, Field(description="the right answer: what a supervised job learns, shown beside samples")
+        Template | None,
+        Field(
+            description="the right answer: what a supervised job learns, shown beside samples; "
+            "default: the assistant's turn that a chat column ends with"
+        ),
     ] = None
+    learn: Annotated[
+        Literal["last", "all"],
+        Field(description="which assistant turns of a chat column a supervised job learns, where no answer is given"),
+    ] = "last"
+    tools: Annotated[
+        list[dict[str, Any]] | str | None,
+        Field(description="tools for the chat template, as JSON schemas, or the name of a column that holds such a list"),
+    ] = None
+    chat_template_kwargs: Annotated[
+        dict[str, Any], Field(description="further variables of the chat template, for example {enable_thinking: false}")
+    ] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def one_way_to_prompt(self) -> Self:
@@ -89,6 +111,16 @@ class DataSpec(Section):
             raise ValueError("give exactly one of `prompt` (a template) and `chat` (messages)")
         if self.chat is not None and len(self.chat) == 0:
             raise ValueError("chat is empty: give at least one message, or the name of a column")
+        return self
+
+    @model_validator(mode="after")
+    def chats_have_what_is_said_of_them(self) -> Self:
+        if self.chat is None and (self.tools is not None or self.chat_template_kwargs):
+            raise ValueError("tools and chat_template_kwargs are for the chat template: they need `chat`")
+        if self.learn == "all" and (not isinstance(self.chat, str) or self.answer is not None):
+            raise ValueError("learn: all takes `chat` with the name of a column of messages, and no `answer`")
+        if reserved := RESERVED & self.chat_template_kwargs.keys():
+            raise ValueError(f"chat_template_kwargs may not hold {min(reserved)!r}: the template gets it from elsewhere")
         return self
 
     @model_validator(mode="after")

@@ -137,6 +137,12 @@ class RLSpec(ManagedSpec):
         return self
 
     @model_validator(mode="after")
+    def nothing_is_learnt_from_answers(self) -> Self:
+        if self.data.learn == "all":
+            raise ValueError("data.learn is for supervised jobs; kind rl learns from rewards")
+        return self
+
+    @model_validator(mode="after")
     def a_job_has_what_the_objective_needs(self) -> Self:
         if self.objective.advantage.centre == "given":
             raise ValueError(
@@ -161,8 +167,11 @@ class SupervisedSpec(ManagedSpec):
 
     @model_validator(mode="after")
     def answers_are_given(self) -> Self:
-        if self.data.answer is None:
-            raise ValueError('data.answer is missing: a supervised job learns it; give a template, for example "{answer}"')
+        if self.data.answer is None and not isinstance(self.data.chat, str):
+            raise ValueError(
+                'data.answer is missing: a supervised job learns it; give a template, for example "{answer}", '
+                "or data.chat with the name of a column of messages that end with the assistant's"
+            )
         return self
 
 

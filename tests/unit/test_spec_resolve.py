@@ -244,6 +244,84 @@ def test_the_tiny_model_refuses_answers_that_do_not_fit_when_they_are_learnt(try
     assert trying(but(RL, data__train__rows=rows, data__eval=None, model__tiny={"context": 32}))
 
 
+ASK, TELL = {"role": "user", "content": "2+2"}, {"role": "assistant", "content": "4"}
+TALKS = but(SUPERVISED, model={"source": "org/model"}, data__eval=None, data__prompt=None, data__answer=None, data__chat="talk")
+
+
+def talking(*talks: Any, **changes: Any) -> dict[str, Any]:
+    return but(TALKS, data__train__rows=[{"talk": talk} for talk in talks], **changes)
+
+
+@pytest.mark.parametrize(
+    ("talks", "changes", "said"),
+    [
+        ([[ASK]], {}, "does not end with an assistant's turn to learn"),
+        ([[ASK, TELL], [ASK]], {"data__learn": "all"}, "row 1 of data.train holds no assistant's turn"),
+        ([[TELL]], {}, "is an answer to nothing"),
+        ([[ASK, TELL]], {"data__answer": "{talk}"}, "data.answer is given too"),
+        ([[ASK, {"role": "bot", "content": "4"}]], {}, 'message 1 must be an object with a "role" that is one of system,'),
+        ([[ASK, {"role": "assistant", "content": None}]], {}, "content of message 1 must be a text"),
+        ([[{"role": "user", "content": [{"type": "image_url"}]}, TELL]], {}, "another kind than text in message 0"),
+        ([[ASK, {**TELL, "tool_calls": "f"}]], {}, "tool_calls of message 1 must be a list of objects"),
+    ],
+)
+def test_what_a_chat_column_must_hold_for_its_turns_to_be_learnt(
+    talks: list[Any], changes: dict[str, Any], said: str, trying: Try
+) -> None:
+    errors = refused(trying, talking(*talks, **changes))
+    (error,) = [error for error in errors if error.code == "not_a_chat"]
+    assert error.pointer == "/data/chat" and said in error.detail
+
+
+def test_the_format_of_openai_is_learnt_as_it_stands(trying: Try) -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": "{}"}}
+    tools = [
+        ASK,
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "4", "tool_call_id": "1"},
+    ]
+    parts = {"role": "user", "content": [{"type": "text", "text": "hi"}]}
+    assert trying(talking([ASK, TELL], [*tools, TELL], [parts, TELL])).spec["data"]["learn"] == "last"
+    assert trying(talking([ASK, TELL, ASK], data__learn="all"))
+    rewarded = but(RL, model={"source": "org/model"}, data=talking([ASK, TELL])["data"])
+    assert trying(but(rewarded, reward={"graders": [{"kind": "contains", "reference": "4"}]}))
+
+
+def test_a_list_is_no_text(trying: Try) -> None:
+    spec = but(SUPERVISED, model={"source": "org/model"}, data__eval=None, data__answer="{talk}")
+    rows = [{"q": "1", "talk": "2"}, {"q": "1", "talk": [ASK, TELL]}]
+    error = only(trying, but(spec, data__train__rows=rows))
+    assert (error.pointer, error.code) == ("/data/answer", "list_in_text")
+    assert "row 1 of data.train holds a list" in error.detail and "data.chat: talk" in error.detail
+    assert "write it as text" in only(trying, but(spec, data__train__rows=[{"q": "1", "talk": [1]}])).detail
+
+
+@pytest.mark.parametrize("tools", ["f", [1], {"name": "f"}])
+def test_a_tools_column_must_hold_tools(tools: Any, trying: Try) -> None:
+    spec = but(TALKS, data__tools="tools", data__train__rows=[{"talk": [ASK, TELL]}, {"talk": [ASK, TELL], "tools": tools}])
+    assert only(trying, spec).code == "not_tools"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"data__learn": "all", "data__answer": "{a}"}, "and no `answer`"),
+        ({"data__chat_template_kwargs": {"tokenize": False}}, "may not hold 'tokenize'"),
+        ({"data__chat": None, "data__prompt": "{q}", "data__answer": "{a}", "data__tools": "tools"}, "need `chat`"),
+    ],
+)
+def test_what_is_said_of_chats_needs_chats(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(InvalidRequest) as refusal:
+        parse(JobSpec, but(talking([ASK, TELL]), **changes))
+    assert said in refusal.value.errors[0].detail
+
+
+def test_a_job_that_learns_from_rewards_learns_no_turns() -> None:
+    with pytest.raises(InvalidRequest) as refusal:
+        parse(JobSpec, but(RL, data=but(talking([ASK, TELL]), data__learn="all")["data"]))
+    assert "kind rl learns from rewards" in refusal.value.errors[0].detail
+
+
 def test_the_tiny_model_has_no_chat_template(trying: Try) -> None:
     assert only(trying, but(RL, data__prompt=None, data__chat=[{"role": "user", "content": "{q}"}])).code == "no_chat_template"
 

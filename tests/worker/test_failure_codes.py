@@ -20,7 +20,7 @@ from service.failures import CODES, table
 from service.ids import new_id, utcnow
 from service.jobs import lease as leases
 from service.jobs import lifecycle
-from service.jobs.data import InlineRows
+from service.jobs.data import Data, InlineRows
 from service.jobs.lifecycle import create_job
 from service.jobs.reconciler import reconcile
 from service.jobs.resolve import resolve
@@ -37,7 +37,7 @@ from service.validation import parse
 from workers.loops.attempt import Attempt
 from workers.loops.nonfinite import MAX_SKIPPED_IN_A_ROW, count_skipped
 from workers.loops.progress import Progress
-from workers.loops.sampling import _check_lengths, settle_errors
+from workers.loops.sampling import check_lengths, settle_errors
 from workers.loops.supervised import encode
 from workers.policy.base import Base
 from workers.policy.errors import PolicyFailed, Subject
@@ -177,7 +177,7 @@ def _(world: World) -> None:
 
 def _lengths(world: World, prompt: list[int]) -> None:
     spec = parse(RLSpec, world.specs.rl())
-    _check_lengths(world.attempt(SimpleNamespace(text=SimpleNamespace(context=128)), spec), [prompt], [7], 64)
+    check_lengths(world.attempt(SimpleNamespace(text=SimpleNamespace(context=128)), spec), [prompt], [7], 64)
 
 
 PRODUCERS["prompt_empty"] = lambda world: _lengths(world, [])
@@ -188,7 +188,7 @@ PRODUCERS["prompt_too_long"] = lambda world: _lengths(world, [1] * 65)
 def _(world: World) -> None:
     policy = world.policy()
     attempt = world.attempt(policy, parse(SupervisedSpec, world.specs.supervised()))
-    attempt.data = SimpleNamespace(prompt=lambda _: "1" * 200, answer=lambda _: "1")  # pyright: ignore[reportAttributeAccessIssue]
+    attempt.data = Data(InlineRows([{}]), None, "1" * 200, None, "1")
     encode(attempt, InlineRows([{}]), [0])
 
 

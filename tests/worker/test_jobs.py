@@ -10,11 +10,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from threading import Thread
 from typing import Any
 
 import pytest
 import torch
+from policy_chats import chat_model
 from sqlalchemy import select, text, update
 
 from service.jobs import lifecycle
@@ -118,6 +120,34 @@ def test_a_supervised_job_learns_and_an_rl_job_starts_from_its_checkpoint(shared
     assert job.result is not None
     assert job.from_checkpoint_id == warm.checkpoint_id
     assert job.result["initial"]["eval/loss"] < 0.8 * warm.result["initial"]["eval/loss"]
+
+
+@pytest.mark.parametrize("learn", ["last", "all"])
+def test_the_turns_of_a_chat_are_learnt_and_then_said(shared: Any, specs: Any, tmp_path: Path, learn: str) -> None:
+    """The model reads the chat through its template, and ends its turn as that ends one."""
+    talk = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "one"},
+        {"role": "user", "content": "b"},
+        {"role": "assistant", "content": "two"},
+    ]
+    source = {"source": "inline", "rows": [{"messages": talk}, {"messages": talk[:2]}]}
+    spec = specs.supervised(
+        model={"source": chat_model(tmp_path / "model"), "adapter": {"kind": "full"}},
+        data={"train": source, "eval": {**source, "rows": [{"messages": talk}]}, "chat": "messages", "learn": learn},
+        reward={"graders": [{"kind": "exact", "reference": "two"}]},
+        optimizer={"learning_rate": 1e-2},
+        update={"batch_size": 2},
+        limits={"max_steps": 60},
+        eval={"every_steps": 60, "max_completion_tokens": 8},
+    )
+    job = shared.succeeded(shared.submit(spec).id)
+    assert job.result is not None
+    assert job.result["final"]["eval/loss"] < 0.1 < job.result["initial"]["eval/loss"]
+    assert job.result["final"]["eval/reward/mean"] == 1
+    trained = rows(shared, select(Metric).where(Metric.job_id == job.id, Metric.name == "tokens/trained"))
+    (tokens,) = {point.value for point in trained}
+    assert tokens == {"last": 4 + 4, "all": 2 * 4 + 4}[learn], "each turn of three letters and its end"
 
 
 def test_a_job_whose_child_was_killed_resumes_and_ends_with_the_same_weights(shared: Any, specs: Any) -> None:

@@ -2,6 +2,7 @@
 
 from service.jobs.lease import RolloutRow
 from service.metric_names import EVAL, EVAL_GREEDY, EVAL_LOSS, EVAL_TOKENS_SAMPLED
+from service.spec.job import SupervisedSpec
 from workers.loops.attempt import Attempt, StepResult
 from workers.loops.sampling import Group, draw_of, reward_metrics, rollout_rows, sample_and_grade
 from workers.loops.supervised import answers_loss
@@ -25,7 +26,7 @@ def evaluate(attempt: Attempt, step: int) -> StepResult:
             sampled = groups if greedy is groups else groups + greedy
         tokens = sum(len(completion.tokens) for group in sampled for completion in group.completions)
         metrics[EVAL_TOKENS_SAMPLED] = float(tokens)  # the ledger takes it back should this be done again
-    if spec.data.answer is not None:
+    if spec.data.answer is not None or isinstance(spec, SupervisedSpec):
         metrics[EVAL_LOSS] = answers_loss(attempt)
     return StepResult(metrics, rollouts)
 

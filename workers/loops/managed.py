@@ -14,6 +14,7 @@ from service.states import Phase, Wish
 from workers.loops import known_metrics, rl, supervised
 from workers.loops.attempt import Attempt, StepResult, TrainingStep
 from workers.loops.evaluation import evaluate
+from workers.loops.measure import measure
 from workers.tenure.outcome import Outcome, Paused, Succeeded, obeyed
 from workers.tenure.tenure import Contents
 
@@ -24,6 +25,7 @@ def drive(attempt: Attempt) -> Outcome:
     """Run to the end: max_steps, target_reached or no_improvement. Or to where a wish or a spent budget ends it sooner; then
     everything worth keeping has been saved."""
     spec, progress = attempt.spec, attempt.progress
+    measure(attempt)
     if attempt.data.eval is not None and progress.evaluated_at is None:
         _commit(attempt, _evaluation(attempt))
     ended = progress.reason_to_stop(spec.early_stopping)

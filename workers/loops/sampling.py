@@ -12,7 +12,7 @@ from service.rewards import Graded, Sample
 from service.spec.job import RLSpec
 from service.spec.reward import RewardSpec
 from service.states import Phase
-from workers.loops.attempt import Attempt
+from workers.loops.attempt import Attempt, prompt_tokens
 from workers.policy.sampler import Completion
 from workers.seeds import derive
 from workers.tenure.tenure import EventRow
@@ -61,8 +61,8 @@ def draw_of(attempt: Attempt, *, purpose: str, temperature: float | None = None)
 def sample_and_grade(attempt: Attempt, rows: Sequence[dict[str, Any]], numbers: Sequence[int], draw: Draw) -> list[Group]:
     """One group a row. `numbers` are the rows' places in their source, for error messages."""
     rendered = [attempt.data.prompt(row) for row in rows]
-    prompts = [attempt.policy.text.encode(prompt) for prompt in rendered]
-    _check_lengths(attempt, prompts, numbers, draw.max_tokens)
+    prompts = [prompt_tokens(attempt, row, number) for row, number in zip(rows, numbers, strict=True)]
+    check_lengths(attempt, prompts, numbers, draw.max_tokens)
     answers = attempt.policy.sample(
         prompts,
         group_size=draw.group_size,
@@ -163,7 +163,8 @@ def rollout_rows(attempt: Attempt, groups: Sequence[Group], split: str, step: in
     ]
 
 
-def _check_lengths(attempt: Attempt, prompts: Sequence[list[int]], numbers: Sequence[int], max_tokens: int) -> None:
+def check_lengths(attempt: Attempt, prompts: Sequence[list[int]], numbers: Sequence[int], max_tokens: int) -> None:
+    """Raises JobFailed prompt_too_long or prompt_empty, by the row's number."""
     spec, context = attempt.spec, attempt.policy.text.context
     room = context - max_tokens
     asked = spec.rollout.max_prompt_tokens if isinstance(spec, RLSpec) else None

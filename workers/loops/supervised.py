@@ -1,19 +1,21 @@
 """Supervised fine-tuning: cross-entropy on the given answers, the mean over all answer tokens of an optimizer step."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from time import perf_counter
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from service.errors import JobFailed
-from service.jobs.data import DataRows, prompt_indices
+from service.jobs.data import Data, DataRows, Row, prompt_indices
 from service.metric_names import LOSS, STEP_S, TOKENS_TRAINED
 from service.spec.job import SupervisedSpec
 from service.states import Phase
-from workers.loops.attempt import Attempt, StepResult
+from workers.loops.attempt import Attempt, StepResult, in_row
 from workers.loops.nonfinite import Suspects, count_skipped, step_skipped
 from workers.policy.score.layout import Sequence as TokenSequence
+from workers.policy.text import Text
 from workers.tenure.tenure import EventRow
 
 ROWS_AT_ONCE = 256
@@ -28,20 +30,22 @@ def step(attempt: Attempt, step: int) -> StepResult:
     rows = attempt.data.train
     indices = prompt_indices(len(rows), step, spec.update.batch_size, spec.seed, spec.data.train.shuffle)
     batch = encode(attempt, rows, indices)
-    tokens = sum(len(sequence.completion) for sequence in batch)
+    tokens = sum(sum(example.learnt) for example in batch)
 
     suspects, events = Suspects(), list[EventRow]()
 
     def mean_nll(log_probs: Tensor, index: Tensor) -> Tensor:
-        share = -(log_probs * _mask(batch, index, log_probs)).sum() / tokens
+        share = -(log_probs * _mask(batch, index.tolist(), log_probs)).sum() / tokens
         return suspects.watch(share, log_probs, index)
 
-    loss = attempt.policy.accumulate(batch, mean_nll, microbatch_tokens=spec.update.microbatch_tokens).loss
+    loss = attempt.policy.accumulate(
+        [example.sequence for example in batch], mean_nll, microbatch_tokens=spec.update.microbatch_tokens
+    ).loss
     update = attempt.policy.step()
     count_skipped(attempt.progress, bool(update["skipped"]), step)
     if update["skipped"]:
         cause, local = suspects.name()
-        events.append(step_skipped(step, 0, cause, [{"row": rows.number(indices[i])} for i in local]))
+        events.append(step_skipped(step, 0, cause, [{"row": row} for row in dict.fromkeys(batch[i].row for i in local)]))
     attempt.tenure.meter.trained(tokens)
     elapsed = perf_counter() - started
     return StepResult(
@@ -65,33 +69,68 @@ def answers_loss(attempt: Attempt) -> float:
     total, tokens = 0.0, 0
     for start in range(0, len(rows), ROWS_AT_ONCE):
         batch = encode(attempt, rows, range(start, min(start + ROWS_AT_ONCE, len(rows))))
-        scores = attempt.policy.score(batch)
-        total -= float((scores.log_probs * scores.mask).sum(dtype=torch.float64))
-        tokens += int(scores.mask.sum())
+        scores = attempt.policy.score([example.sequence for example in batch])
+        mask = _mask(batch, range(len(batch)), scores.log_probs)
+        total -= float((scores.log_probs * mask).sum(dtype=torch.float64))
+        tokens += int(mask.sum())
     return total / tokens
 
 
-def encode(attempt: Attempt, rows: DataRows, indices: Sequence[int]) -> list[TokenSequence]:
-    """Prompt and answer tokens of these rows; a row that does not fit the context ends the job, by its number."""
-    text, sequences = attempt.policy.text, []
+class Example(NamedTuple):
+    """A sequence, which tokens of its completion are learnt, and the number of its row."""
+
+    sequence: TokenSequence
+    learnt: list[bool]
+    row: int
+
+
+def encode(attempt: Attempt, rows: DataRows, indices: Sequence[int]) -> list[Example]:
+    """What is learnt from these rows; a row that does not fit the context ends the job, by its number."""
+    text, examples = attempt.policy.text, list[Example]()
     for index in indices:
-        row = rows[index]
-        answer = attempt.data.answer(row)
+        number = rows.number(index)
+        with in_row(number):
+            learnt = examples_of(text, attempt.data, rows[index], number)
+        for example in learnt:
+            prompt, completion = example.sequence
+            if not prompt or len(prompt) + len(completion) > text.context:
+                raise JobFailed(
+                    "sequence_too_long" if prompt else "prompt_empty",
+                    f"row {number} has {len(prompt)} prompt and {len(completion)} answer tokens; "
+                    f"the context holds {text.context}, and a prompt has at least one",
+                    hint="shorten the row or the template, or take the row out of the data",
+                    pointer="/data",
+                )
+        examples += learnt
+    return examples
+
+
+def examples_of(text: Text, data: Data, row: Row, number: int) -> list[Example]:
+    """The sequences of a row. Turns of a chat that stand behind one another, token by token, share a sequence; where the
+    template writes earlier turns in another way once others follow, each turn has a sequence of its own, as it is sampled."""
+    prompt, options = data.prompt(row), data.template_options(row)
+    if isinstance(prompt, str) or data.begins_the_answer:
+        answer = data.answer(row)
         assert answer is not None
-        sequence = TokenSequence(text.encode(attempt.data.prompt(row)), text.encode_answer(answer))
-        length = len(sequence.prompt) + len(sequence.completion)
-        if not sequence.prompt or length > text.context:
-            raise JobFailed(
-                "sequence_too_long" if sequence.prompt else "prompt_empty",
-                f"row {rows.number(index)} has {len(sequence.prompt)} prompt and {len(sequence.completion)} answer tokens; "
-                f"the context holds {text.context}, and a prompt has at least one",
-                hint="shorten the row or the template, or take the row out of the data",
-                pointer="/data",
-            )
-        sequences.append(sequence)
-    return sequences
+        pairs = [(text.encode(prompt, **options), text.encode_answer(answer, in_chat=not isinstance(prompt, str)))]
+    else:
+        pairs = [text.encode_turn(turn, **options) for turn in data.learnt_turns(row)]
+    examples: list[Example] = []
+    for before, turn in pairs:
+        if examples and before[: len(whole := [*examples[-1].sequence.prompt, *examples[-1].sequence.completion])] == whole:
+            (first, completion), learnt, _ = examples.pop()
+            between = before[len(whole) :]
+            sequence = TokenSequence(first, [*completion, *between, *turn])
+            examples.append(Example(sequence, [*learnt, *[False] * len(between), *[True] * len(turn)], number))
+        else:
+            examples.append(Example(TokenSequence(before, turn), [True] * len(turn), number))
+    return examples
 
 
-def _mask(batch: Sequence[TokenSequence], index: Tensor, log_probs: Tensor) -> Tensor:
-    lengths = torch.tensor([len(batch[i].completion) for i in index.tolist()], device=log_probs.device)
-    return torch.arange(log_probs.shape[1], device=log_probs.device) < lengths[:, None]
+def _mask(batch: Sequence[Example], rows: Iterable[int], log_probs: Tensor) -> Tensor:
+    """[b, T] bool, True on the tokens that are learnt; T as `log_probs` has."""
+    mask = torch.zeros(log_probs.shape, dtype=torch.bool)
+    for place, row in enumerate(rows):
+        learnt = batch[row].learnt
+        mask[place, : len(learnt)] = torch.tensor(learnt, dtype=torch.bool)
+    return mask.to(log_probs.device)

@@ -18,6 +18,6 @@ class Subject(StrEnum):
 class PolicyFailed(JobFailed):
     """A failure that has a subject."""
 
-    def __init__(self, code: str, detail: str, *, hint: str, subject: Subject) -> None:
+    def __init__(self, code: str, detail: str, *, hint: str | None, subject: Subject) -> None:
         super().__init__(code, detail, hint=hint)
         self.subject = subject

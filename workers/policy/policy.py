@@ -48,7 +48,8 @@ class Policy:
         The log_probs are of the distribution that was drawn from: at temperature 1 without top_p and top_k (and for greedy
         answers) the policy's own. Raises JobFailed non_finite_logits.
         """
-        how = SamplingParams(max_tokens, temperature, top_p, top_k, tuple(stop))
+        stop = tuple(stop)
+        how = SamplingParams(max_tokens, temperature, top_p, top_k, stop, tuple(self.text.stop_ids(stop)))
         with self.base.adapters.only(self.adapter):
             return self.base.sampler.sample(prompts, group_size, how, seed)
 

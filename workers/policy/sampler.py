@@ -20,7 +20,7 @@ CPU_CACHE_BYTES = 2 * 2**30  # of keys and values; constants, so that the same c
 GPU_CACHE_SHARE = 0.25  # of all the memory of the card
 MOST_ROWS = 1024
 DROP_AT = 1 / 8  # rows that ended leave the batch when they are at least this share of it: to drop them copies the cache
-STOP_MARGIN_TOKENS = 8  # looked at beyond a stop text's length, for tokens that stand for no character
+STOP_MARGIN_TOKENS = 8  # looked at beyond a stop text's bytes, for tokens that stand for no character
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ class SamplingParams:
     top_p: float = 1.0
     top_k: int = 0
     stop: tuple[str, ...] = ()
+    stop_ids: tuple[int, ...] = ()  # tokens that end an answer, beside the model's own
 
 
 Decode = Callable[[list[list[int]]], list[str]]
@@ -115,11 +116,12 @@ class Sampler:
             batch.keep(group)
             logits = logits[group]
         answers = _Answers(len(group), how.max_tokens, self._device)
+        ends = torch.cat([self._eos_ids, self._eos_ids.new_tensor(how.stop_ids)])
         rows = torch.arange(len(group), device=self._device)  # which answer each row of the batch belongs to
         for step in range(how.max_tokens):
             tokens, log_probs = draw(logits, how, generator)
             answers.add(rows, step, tokens, log_probs)
-            ended = torch.isin(tokens, self._eos_ids)
+            ended = torch.isin(tokens, ends)
             if how.stop:
                 ended |= self._at_stop(answers.tokens[rows, : step + 1], how.stop)
             left = answers.end(rows, step, ended)
@@ -158,8 +160,9 @@ class Sampler:
         return self._model(input_ids=ids, **arguments).logits[:, -1]
 
     def _at_stop(self, tokens: Tensor, stop: tuple[str, ...]) -> Tensor:
-        """Which rows hold a stop text. Only their ends are decoded: what stands before was looked at in earlier steps."""
-        tail = max(map(len, stop)) + STOP_MARGIN_TOKENS
+        """Which rows hold a stop text. Only their ends are decoded: what stands before was looked at in earlier steps. A token
+        is a byte at least: some scripts take three or four tokens a character."""
+        tail = max(len(text.encode()) for text in stop) + STOP_MARGIN_TOKENS
         texts = self._decode(tokens[:, -tail:].tolist())
         return torch.tensor([any(text in tail for text in stop) for tail in texts], device=self._device)
 

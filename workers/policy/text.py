@@ -1,16 +1,19 @@
 """Between texts and tokens: prompts, chats, answers, and what ends them."""
 
+from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from service.jobs.model_folder import context_of
+from workers.policy.chat import Chat, Messages
 from workers.policy.errors import PolicyFailed, Subject
 
-MAX_SHOWN = 500  # characters of a template's own words
 NO_LIMIT = 1 << 20  # tokens of context, for a model that names none
 LOADED_BY = ("is_local", "local_files_only")  # how transformers came by a tokenizer, which it would write beside what it is
+SEAMS = "\n", ":", "a"  # texts whose tokens are the same with another text behind them
 
 
 class Text:
@@ -18,57 +21,70 @@ class Text:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
         self.tokenizer: Any = tokenizer  # its annotations allow for much that is not asked of it here
+        self.chat = Chat(tokenizer)
         embeddings: Any = model.get_input_embeddings()
         self.rows: int = embeddings.weight.shape[0]  # of the embedding: tokens that the model knows
         declared = getattr(model.generation_config, "eos_token_id", None)
         more = declared if isinstance(declared, list) else [declared]
+        added = self.tokenizer.added_tokens_decoder.items()
+        self._special: dict[str, int] = {token.content: i for i, token in added if token.special}
+        ends = (self.tokenizer.eos_token_id, *more, *self._turn_end[-1:])
         # Every token that ends an answer; the tokenizer's own comes first.
-        self.eos_ids: list[int] = list(dict.fromkeys(i for i in (self.tokenizer.eos_token_id, *more) if i is not None))
+        self.eos_ids: list[int] = list(dict.fromkeys(i for i in ends if i is not None))
+        named = self.tokenizer.bos_token_id, self.tokenizer.pad_token_id, self.tokenizer.unk_token_id
+        self._frame = {*self.eos_ids, *(i for i in named if i is not None)}
         self.pad_id: int = next((i for i in (self.tokenizer.pad_token_id, *self.eos_ids) if i is not None), 0)
         context = context_of(model.config.get_text_config().to_dict())
         self.context = min(self.tokenizer.model_max_length, NO_LIMIT) if context is None else context
 
-    def encode(self, prompt: str | list[dict[str, Any]]) -> list[int]:
-        """A text as it stands (with the tokenizer's own prefix, if it has one), or messages through the chat template."""
-        if isinstance(prompt, str):
-            ids = self.tokenizer(prompt)["input_ids"]
-            # Some tokenizers close every text; a prompt is to be continued.
-            closed = ids and ids[-1] in self.eos_ids and not prompt.endswith(str(self.tokenizer.eos_token))
-            return self._known(ids[:-1] if closed else ids)
-        if not self.tokenizer.chat_template:
-            raise PolicyFailed(
-                "no_chat_template",
-                "data.chat was given, and the model's tokenizer has no chat template",
-                hint="use data.prompt, or an instruction-tuned model",
-                subject=Subject.CHAT,
-            )
-        unfinished = prompt[-1]["role"] == "assistant"
-        try:
-            ids = self.tokenizer.apply_chat_template(
-                prompt, add_generation_prompt=not unfinished, continue_final_message=unfinished, return_dict=False
-            )
-        except MemoryError:
-            raise
-        except Exception as error:  # a template may raise anything: its own words, or what it trips over
-            raise PolicyFailed(
-                "chat_refused",
-                f"the model's chat template refuses the messages ({', '.join(str(turn['role']) for turn in prompt)}): "
-                f"{str(error)[:MAX_SHOWN] or type(error).__name__}",
-                hint="change data.chat to what the template takes, or use data.prompt",
-                subject=Subject.CHAT,
-            ) from error
+    def encode(self, prompt: str | Messages, **options: Any) -> list[int]:
+        """A text as it stands (with the tokenizer's own prefix, if it has one), or messages through the chat template.
+
+        `options` are the template's: `tools`, and variables of its own. Raises PolicyFailed.
+        """
+        if not isinstance(prompt, str):
+            return self._known(self._plain(self.chat.prompt(prompt, **options)))
+        ids = self.tokenizer(prompt)["input_ids"]
+        if ids[:2] == [self.tokenizer.bos_token_id] * 2 and prompt.startswith(self.tokenizer.bos_token):
+            ids = ids[1:]  # a rendered chat, which begins with it
+        if ids and ids[-1] in self.eos_ids and len(ids) > 1 and self._plain(prompt)[-1:] != ids[-1:]:
+            ids = ids[:-1]  # some tokenizers close every text; a prompt is to be continued
         return self._known(ids)
 
-    def encode_answer(self, text: str) -> list[int]:
-        """The tokens of an answer, with the end-of-sequence token after them."""
-        if not self.eos_ids:
+    def encode_answer(self, text: str, *, in_chat: bool = False) -> list[int]:
+        """The tokens of an answer behind a prompt, with what ends it: the end-of-sequence token, or the template's end of a
+        turn. An answer that brings its own gets no second one."""
+        return self._known(self._ended(self._continuation(text), self._turn_end if in_chat else []))
+
+    def encode_turn(self, messages: Messages, **options: Any) -> tuple[list[int], list[int]]:
+        """The last message, an assistant's, as the template renders it: the tokens of its prompt, and its own with their end.
+
+        The prompt is what `encode` makes of the messages before, where the template writes those alike.
+        """
+        turn = self.chat.turn(messages, **options)
+        return self._known(self._plain(turn.prompt)), self._known(self._ended(self._continuation(turn.answer), self._turn_end))
+
+    @cached_property
+    def _turn_end(self) -> list[int]:
+        """What ends an assistant's turn in the template, up to its first special token; empty where there is none."""
+        ids = self._plain(self.chat.ending) if self.tokenizer.chat_template else []
+        return next((ids[: place + 1] for place, token in enumerate(ids) if token in self._special.values()), [])
+
+    def _ended(self, ids: list[int], end: list[int]) -> list[int]:
+        if ids and ids[-1] in self.eos_ids:
+            return ids
+        if not end and not self.eos_ids:
             raise PolicyFailed(
                 "no_eos_token",
                 "the model's tokenizer has no end-of-sequence token to close an answer with",
                 hint="use another model, or give its tokenizer one",
                 subject=Subject.SOURCE,
             )
-        return [*self._known(self.tokenizer(text, add_special_tokens=False)["input_ids"]), self.eos_ids[0]]
+        return [*ids, *(end or self.eos_ids[:1])]
+
+    def stop_ids(self, stop: Iterable[str]) -> list[int]:
+        """The special tokens among stop texts: `decode` may leave them out, so that no text would show them."""
+        return [self._special[text] for text in stop if text in self._special]
 
     def save(self, folder: Path) -> None:
         """Write the tokenizer's files, the same for the same tokenizer wherever it was loaded from."""
@@ -77,11 +93,31 @@ class Text:
         self.tokenizer.save_pretrained(str(folder))
 
     def decode(self, tokens: list[int]) -> str:
-        """The text of tokens, special ones left out."""
+        """The text of tokens. Of the special ones those that only frame a text (begin, end, padding, unknown) are left out;
+        marks of thoughts and tool calls stay."""
         return self.decode_all([tokens])[0]
 
     def decode_all(self, rows: list[list[int]]) -> list[str]:
-        return self.tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        kept = [[token for token in row if token not in self._frame] for row in rows]
+        return self.tokenizer.batch_decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def _plain(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _continuation(self, text: str) -> list[int]:
+        """The tokens of a text that goes on behind another: without the space that SentencePiece puts before a text."""
+        if not self._adds_a_space:
+            return self._plain(text)
+        for before in SEAMS:
+            start, whole = self._plain(before), self._plain(before + text)
+            if whole[: len(start)] == start:
+                return whole[len(start) :]
+        return self._plain(text)
+
+    @cached_property
+    def _adds_a_space(self) -> bool:
+        start, whole = self._plain(SEAMS[0]), self._plain(SEAMS[0] + "x")
+        return whole[: len(start)] == start and whole[len(start) :] != self._plain("x")
 
     def _known(self, ids: list[int]) -> list[int]:
         if ids and max(ids) >= self.rows:

@@ -174,3 +174,21 @@ def test_logits_that_are_not_finite_fail_the_job_by_name(load):
 def test_an_empty_prompt_is_refused_by_its_number(load):
     with pytest.raises(ValueError, match="prompt 1 is empty"):
         load().sample([[5], []], group_size=1, max_tokens=2, temperature=1.0, seed=0)
+
+
+def test_a_stop_text_may_be_a_special_token_that_no_text_shows(load):
+    policy = load()
+    unknown = policy.text.tokenizer.unk_token_id
+    answers = sample(policy, ["a"], group_size=64, max_tokens=12, stop=["<unk>"])[0]
+    stopped = [answer for answer in answers if unknown in answer.tokens]
+    assert stopped
+    assert all(answer.tokens.index(unknown) == len(answer.tokens) - 1 and answer.finish_reason == "stop" for answer in stopped)
+
+
+def test_a_stop_text_of_many_tokens_a_character_is_seen(load):
+    """One token a byte: ten characters of three bytes each."""
+    stop = "\u0e01" * 10
+    written = [list(("x" * 40 + stop).encode())]
+    policy = load()
+    policy.base.sampler._decode = lambda rows: [bytes(row).decode(errors="replace") for row in rows]
+    assert policy.base.sampler._at_stop(torch.tensor(written), (stop,)).tolist() == [True]

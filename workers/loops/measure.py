@@ -1,0 +1,60 @@
+"""Before the first step: every row that the job will take is rendered and measured, so that a bad one ends it at once.
+
+Rows of a procedural source are made when their turn comes, which may take long, and are measured then.
+"""
+
+from collections.abc import Iterator, Sequence
+
+from service.jobs.data import DataRows, ReasoningGymRows, prompt_indices
+from service.spec.job import RLSpec, SupervisedSpec
+from service.states import Phase
+from workers.loops.attempt import Attempt, prompt_tokens
+from workers.loops.sampling import check_lengths, draw_of
+from workers.loops.supervised import encode
+
+ROWS_AT_ONCE = 256
+
+
+def measure(attempt: Attempt) -> None:
+    """Raises JobFailed, by the row's number: prompt_too_long, prompt_empty, sequence_too_long, chat_refused, no_chat_template.
+
+    Ends early when the job's owner wishes something: the loop hears of it too.
+    """
+    spec, data = attempt.spec, attempt.data
+    # Rows, which of them, the tokens of a sampled answer, whether answers are read.
+    parts: list[tuple[DataRows, Sequence[int], int | None, bool]] = []
+    if isinstance(spec, RLSpec):
+        parts.append((data.train, _taken(attempt, spec.rollout.prompts_per_step), spec.rollout.max_completion_tokens, False))
+    else:
+        parts.append((data.train, _taken(attempt, spec.update.batch_size), None, True))
+    if data.eval is not None:
+        sampled = draw_of(attempt, purpose="", temperature=0.0).max_tokens if attempt.rewards is not None else None
+        parts.append(
+            (data.eval, range(len(data.eval)), sampled, spec.data.answer is not None or isinstance(spec, SupervisedSpec))
+        )
+    for rows, taken, sampled, answers in parts:
+        if isinstance(rows, ReasoningGymRows):
+            continue
+        for chunk in _chunks(taken):
+            if attempt.tenure.check(Phase.LOADING) is not None:
+                return
+            if sampled is not None:
+                prompts = [prompt_tokens(attempt, rows[index], rows.number(index)) for index in chunk]
+                check_lengths(attempt, prompts, [rows.number(index) for index in chunk], sampled)
+            if answers:
+                encode(attempt, rows, chunk)
+
+
+def _taken(attempt: Attempt, per_step: int) -> Sequence[int]:
+    """The training rows of the steps that are left."""
+    spec, rows = attempt.spec, len(attempt.data.train)
+    first, last = attempt.progress.step + 1, spec.limits.max_steps
+    if (last - first + 1) * per_step >= rows:
+        return range(rows)
+    shuffle = spec.data.train.shuffle
+    return sorted({i for step in range(first, last + 1) for i in prompt_indices(rows, step, per_step, spec.seed, shuffle)})
+
+
+def _chunks(indices: Sequence[int]) -> Iterator[Sequence[int]]:
+    for start in range(0, len(indices), ROWS_AT_ONCE):
+        yield indices[start : start + ROWS_AT_ONCE]

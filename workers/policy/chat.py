@@ -1,0 +1,171 @@
+"""Chats through the model's template: prompts that the model continues, and the turns that a supervised job learns.
+
+A template is a program of its own. It may put an empty think block before an answer, drop the thoughts of earlier turns, open
+a think block in the prompt. So a turn is never put together from a guess of what the template writes: it is cut out of what the
+template rendered.
+"""
+
+import json
+import re
+from functools import cached_property
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from workers.policy.errors import PolicyFailed, Subject
+
+Messages = list[dict[str, Any]]
+MAX_SHOWN = 500  # characters of a template's own words
+MARK = "an answer that nobody gives"
+PLAIN_KEYS = frozenset({"content", "name", "tool_call_id"})  # a template that leaves the last two out loses nothing
+PLAIN_ROLES = frozenset({"system", "user", "assistant"})
+
+
+class Turn(NamedTuple):
+    """What stands before an assistant's turn, and the turn itself, without what the template ends it with."""
+
+    prompt: str
+    answer: str
+
+
+class Chat:
+    """A tokenizer's chat template. Raises PolicyFailed about the chat: no_chat_template, chat_refused."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer: Any = tokenizer
+        self._shown: dict[tuple[str, str], bool] = {}  # by role and key
+
+    def prompt(self, messages: Messages, **options: Any) -> str:
+        """The text that the model continues. A last message of the assistant's is the beginning of its answer."""
+        self.check(messages, **options)
+        if messages[-1]["role"] != "assistant":
+            return self._render(messages, opened=True, **options)
+        begun = messages[-1]["content"]
+        before, opening = self._opened(messages[:-1], **options)
+        if begun.strip().startswith("<") and opening.rstrip().endswith(begun.strip()):
+            return before + opening  # the template has opened the think block by itself
+        shown = self._continued(messages, before, **options).removeprefix(before + opening)
+        space = shown[: len(shown) - len(shown.lstrip())]  # some templates set an answer off with one
+        return before + opening + (space if shown.strip() == begun.strip() and not begun[:1].isspace() else "") + begun
+
+    def turn(self, messages: Messages, **options: Any) -> Turn:
+        """The last message, an assistant's turn, as the template renders it, behind the prompt that leads to it."""
+        self.check(messages, **options)
+        whole = self._render(messages, opened=False, **options)
+        whole = whole.removesuffix(self.ending)
+        prompt = self._render(messages[:-1], opened=True, **options)
+        if whole.startswith(prompt):
+            return Turn(prompt, whole[len(prompt) :])
+        # The prompt opens a think block, and the turn has none or a closed one: they part there, at no half of a mark.
+        start = prompt[: next((i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), len(whole))]
+        if start.rfind("<") > start.rfind(">"):
+            start = start[: start.rfind("<")]
+        asked = messages[-2].get("content") if len(messages) > 1 else None
+        before = self._render(messages[:-1], opened=False, **options)
+        if isinstance(asked, str) and start.count(asked.strip()) < before.count(asked.strip()):
+            raise self._refused("does not show the assistant's last turn behind its prompt")
+        return Turn(start, whole[len(start) :])
+
+    @cached_property
+    def ending(self) -> str:
+        """What the template writes after an assistant's last turn; empty where it takes no plain question and answer."""
+        try:
+            whole = self._render(
+                [{"role": "user", "content": "?"}, {"role": "assistant", "content": MARK}], opened=False, tools=None
+            )
+        except PolicyFailed:
+            return ""
+        return whole.rpartition(MARK)[2]
+
+    def check(self, messages: Messages, *, tools: list[dict[str, Any]] | None = None, **options: Any) -> None:
+        """Whether the template takes every key and role of the messages, the tools and the options: what it leaves out silently
+        would be lost. Raises PolicyFailed."""
+        names = [*(["tools"] if tools else []), *options]
+        template = self._tokenizer.get_chat_template(tools=tools) if names else ""
+        for name in names:
+            if not re.search(rf"\b{re.escape(name)}\b", template):
+                raise self._refused(f"takes no {name!r}: whatever is given, it writes the same")
+        for number, message in enumerate(messages):
+            for key in sorted(key for key, value in message.items() if value is not None and key not in PLAIN_KEYS):
+                if not self._shows(messages[:number], message, key):
+                    what = f"the key {key!r}" if key != "role" else "messages"
+                    raise self._refused(f"leaves out {what} of the role {message['role']!r} (message {number})")
+
+    def _shows(self, before: Messages, message: dict[str, Any], key: str) -> bool:
+        """Whether the template writes something else with this key of the message, or (key role) with the message at all."""
+        role = message["role"]
+        if key == "role":
+            if role in PLAIN_ROLES:
+                return True
+            others = before
+        else:
+            before = [{"role": "user", "content": "?"}]
+            others = [*before, {name: value for name, value in message.items() if name != key}]
+        if (role, key) not in self._shown:
+            self._shown[role, key] = self._text([*before, message]) != self._text(others)
+        return self._shown[role, key]
+
+    def _text(self, messages: Messages) -> str:
+        return self._render(messages, opened=False) if messages else ""
+
+    def _opened(self, messages: Messages, **options: Any) -> tuple[str, str]:
+        """The messages, and what the template opens the assistant's turn with."""
+        before = self._render(messages, opened=False, **options)
+        opened = self._render(messages, opened=True, **options)
+        return (before, opened[len(before) :]) if opened.startswith(before) else (opened, "")
+
+    def _continued(self, messages: Messages, before: str, **options: Any) -> str:
+        """The chat up to the end of its last message, as the template shows that; empty where it shows another one in its place,
+        as those do that take thoughts out."""
+        try:
+            return self._render(messages, opened=False, continue_final_message=True, **options)
+        except PolicyFailed:
+            asked = messages[-2].get("content") if len(messages) > 1 else None
+            if isinstance(asked, str) and asked.strip() not in before:
+                raise
+            return ""
+
+    def _render(self, messages: Messages, *, opened: bool, **options: Any) -> str:
+        if not self._tokenizer.chat_template:
+            raise PolicyFailed(
+                "no_chat_template",
+                "data.chat was given, and the model's tokenizer has no chat template",
+                hint="use data.prompt, or an instruction-tuned model",
+                subject=Subject.CHAT,
+            )
+        refusals: list[str] = []
+        for form in (_with_parsed_arguments(messages), messages):
+            try:
+                return self._tokenizer.apply_chat_template(form, add_generation_prompt=opened, tokenize=False, **options)
+            except MemoryError:
+                raise
+            except Exception as error:  # a template may raise anything: its own words, or what it trips over
+                refusals.append(str(error)[:MAX_SHOWN] or type(error).__name__)
+        roles = ", ".join(message["role"] for message in messages)
+        raise self._refused(f"refuses the messages ({roles}): {refusals[0]}")
+
+    def _refused(self, what: str) -> PolicyFailed:
+        return PolicyFailed(
+            "chat_refused",
+            f"the model's chat template {what}",
+            hint="change the messages, or use a model whose template takes them",
+            subject=Subject.CHAT,
+        )
+
+
+def _with_parsed_arguments(messages: Messages) -> Messages:
+    """OpenAI writes the arguments of a tool call as a JSON text, templates mostly expect the object."""
+    return [
+        {**message, "tool_calls": [_parsed(call) for call in message["tool_calls"]]} if message.get("tool_calls") else message
+        for message in messages
+    ]
+
+
+def _parsed(call: Any) -> Any:
+    if not isinstance(call, dict) or not isinstance(function := call.get("function"), dict):
+        return call
+    try:
+        arguments = json.loads(function["arguments"])
+    except (KeyError, TypeError, ValueError):
+        return call
+    return {**call, "function": {**function, "arguments": arguments}} if isinstance(arguments, dict) else call
