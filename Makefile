@@ -59,7 +59,7 @@ reference: $(VENV)/.for-developing ## write docs/spec.md and docs/metrics.md ane
 	$(BIN)/python -m service.metric_names > docs/metrics.md
 
 clean: ## remove the virtual environment, builds and caches; data stays
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info ratchet_client/build ratchet_client/*.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.for-running: pyproject.toml constraints.txt | machine

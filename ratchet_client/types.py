@@ -149,6 +149,7 @@ class Checkpoint(TypedDict):
     job_id: str | None
     step: int
     adapter: Literal["lora", "full"]
+    model: dict[str, Any]
     size_bytes: int
     metrics: dict[str, float | None]
     is_final: bool

@@ -8,6 +8,7 @@ from fastapi import FastAPI
 from starlette.concurrency import run_in_threadpool
 
 from service.api import (
+    cards,
     checkpoints,
     datasets,
     dry_run,
@@ -18,6 +19,8 @@ from service.api import (
     losses,
     metrics,
     models,
+    prometheus,
+    reference,
     rollouts,
     schema,
     usage,
@@ -40,7 +43,7 @@ from service.store.session import open_store
 from service.telemetry import configure_logging, warn_of_unknown_variables
 
 # In the order in which a path is looked for: first those whose callers wait for milliseconds.
-RESOURCES = (losses, dry_run, jobs, events, metrics, rollouts, checkpoints, datasets, models, keys, usage)
+RESOURCES = (losses, dry_run, jobs, events, metrics, rollouts, checkpoints, cards, datasets, models, keys, usage)
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
@@ -79,7 +82,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         description="Reinforcement learning of language models as a service: jobs, their curves, samples and checkpoints.",
         version=schema.version(),
         lifespan=lifespan,
-        docs_url=None,  # both draw their scripts from a CDN
+        docs_url=None,  # both draw their scripts from a CDN; service/api/reference.py is ours
         redoc_url=None,
         redirect_slashes=False,
         generate_unique_id_function=lambda route: route.name,
@@ -90,5 +93,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     for resource in RESOURCES:
         app.include_router(resource.router, responses=problems.responses(*problems.COMMON))
     app.include_router(health.router)
+    app.include_router(prometheus.router)
+    app.include_router(reference.router)
     schema.complete(app)
     return app

@@ -38,6 +38,7 @@ def _no_settings_from_outside() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for name in [name for name in os.environ if name.startswith("RATCHET_") and not name.startswith("RATCHET_TEST_")]:
             patch.delenv(name)
+        patch.setenv("HF_HUB_OFFLINE", "1")  # nor may a test ask the hub
         patch.setenv("RATCHET_STRICT_METRICS", "true")  # of every worker, too: a metric that no table names fails its job
         yield
 

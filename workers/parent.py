@@ -23,6 +23,7 @@ from service.settings import Settings
 from service.store import jobs
 from service.store.session import open_store
 from service.store.tables import Worker
+from workers import memory
 from workers.identity import WORKER_ID, has_gpu, resource_classes
 from workers.minder import Minder, kill_children
 
@@ -147,4 +148,5 @@ class Parent:
             draining=self._draining,
             started_at=self._started_at,
             last_seen_at=self._started_at,  # put right by `lease.seen`
+            memory=memory.taken(gpus=has_gpu(self.settings)),
         )

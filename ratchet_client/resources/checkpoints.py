@@ -1,13 +1,14 @@
 """Checkpoints: listed, downloaded, kept, deleted."""
 
 from collections.abc import Iterable
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
 import httpx
 
 from ratchet_client import archive
+from ratchet_client.errors import RatchetError
 from ratchet_client.resources.base import CHUNK_BYTES, Resource, given, part
 from ratchet_client.types import Checkpoint, Page
 
@@ -22,8 +23,9 @@ class Checkpoints(Resource):
         return self._get(f"/v1/checkpoints/{part(checkpoint_id)}")
 
     def download_checkpoint(self, checkpoint_id: str, directory: str | Path) -> Path:
-        """Unpack a checkpoint into a new folder, which peft or transformers load as it is. Returns the folder.
+        """Unpack a checkpoint into a new folder, whose `model/` peft or transformers load as it is. Returns the folder.
 
+        README.md in it is the checkpoint's card, which says so, and how it was trained.
         Only regular files below that folder are taken; their sha256 sums are compared with the checkpoint's manifest.
         """
         directory = Path(directory)
@@ -33,7 +35,16 @@ class Checkpoints(Resource):
                 archive.unpack(response.iter_bytes(CHUNK_BYTES), directory)
             except httpx.TransportError as error:
                 raise self._transport.unreachable(error) from error
+        with suppress(RatchetError):  # an older service has none; the weights are here all the same
+            (directory / "README.md").write_text(self.checkpoint_card(checkpoint_id), "utf-8")
         return directory
+
+    def checkpoint_card(self, checkpoint_id: str) -> str:
+        """What the checkpoint is, where it comes from and how to load it, as markdown."""
+        response = self._transport.request("GET", f"/v1/checkpoints/{part(checkpoint_id)}/card")
+        if not response.headers.get("Content-Type", "").startswith("text/markdown"):
+            raise RatchetError(f"the card of {checkpoint_id} came as {response.headers.get('Content-Type')}, not as markdown")
+        return response.text
 
     def delete_checkpoint(self, checkpoint_id: str) -> None:
         self._transport.request("DELETE", f"/v1/checkpoints/{part(checkpoint_id)}")

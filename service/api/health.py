@@ -1,19 +1,16 @@
-"""Whether the service lives, whether it can work, and numbers about it. No key is asked for: nothing here is anybody's data."""
+"""Whether the service lives, and whether it can work. No key is asked for: nothing here is anybody's data."""
 
 from collections.abc import Callable
 from time import perf_counter
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Response
-from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, CollectorRegistry, Gauge, generate_latest
 from pydantic import BaseModel, Field
 from sqlalchemy import select
 from starlette.responses import JSONResponse
 
-from service.doorbell import CLASSES
 from service.edge.context import Context, ContextDep
-from service.states import Status
-from service.store import clock, jobs, workers
+from service.store import clock, workers
 from service.store.tables import ApiKey
 
 router = APIRouter(tags=["health"])
@@ -88,20 +85,3 @@ def _workers(context: Context) -> WorkersCheck:
     return WorkersCheck(
         alive=len(alive), detail=None if trains else "no worker for jobs was seen lately: they wait in the queue"
     )
-
-
-@router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}})
-def prometheus(context: ContextDep) -> Response:
-    """Counters and gauges in Prometheus' text format."""
-    gauges = CollectorRegistry()
-    by_status = Gauge("ratchet_jobs", "Jobs by status", ["status"], registry=gauges)
-    depth = Gauge("ratchet_queue_depth", "Queued jobs that may start now, by class", ["resource_class"], registry=gauges)
-    seen = Gauge("ratchet_workers_alive", "Workers that were seen within the last minute", registry=gauges)
-    with context.store.begin(readonly=True) as session:
-        counts, now = jobs.count_by_status(session), clock.now(session)
-        for class_ in CLASSES:
-            depth.labels(class_).set(jobs.count_queued(session, class_, now))
-        seen.set(len(workers.alive(session, now)))
-    for status in Status:
-        by_status.labels(status.value).set(counts.get(status.value, 0))
-    return Response(generate_latest(REGISTRY) + generate_latest(gauges), media_type=CONTENT_TYPE_LATEST)

@@ -7,6 +7,7 @@ ten are held out: no job trains on them, and the last line is the share of them 
 
 import os
 import random
+import shlex
 import shutil
 import subprocess
 import sys
@@ -34,21 +35,27 @@ LEAVE_WITHIN_S = 90.0  # longer than the stack gives its worker
 Row = dict[str, str]
 
 
-def run(*, url: str | None, stack_dir: Path | None, data_dir: Path | None, seed: int) -> None:
-    """On the service that was named, else on an embedded stack of its own. Raises RatchetError when anything fails."""
+def run(*, url: str | None, stack_dir: Path | None, data_dir: Path | None, keep: Path | None, seed: int) -> None:
+    """On the service that was named, else on an embedded stack of its own. Raises RatchetError when anything fails.
+
+    `keep`: a new folder for the model. Its name is looked at before anything is trained.
+    """
+    if keep is not None and keep.exists() and (not keep.is_dir() or any(keep.iterdir())):
+        raise RatchetError(f"--keep names a new folder for the model, and {keep} is there already")
     if url is not None or stack_dir is not None:
         with Ratchet(*find(url, data_dir=stack_dir)) as ratchet:
-            teach(ratchet, seed)
-        return
-    with folder_for(data_dir) as folder, embedded_stack(folder), Ratchet(*find(data_dir=folder)) as ratchet:
-        teach(ratchet, seed)
+            teach(ratchet, seed, keep)
+    else:
+        with folder_for(data_dir) as folder, embedded_stack(folder), Ratchet(*find(data_dir=folder)) as ratchet:
+            teach(ratchet, seed, keep)
+    complain(what_next(keep))
 
 
 # ---------------------------------------------------------------- the two jobs
 
 
-def teach(ratchet: Ratchet, seed: int) -> None:
-    """Upload rows, run both jobs, show what changed."""
+def teach(ratchet: Ratchet, seed: int, keep: Path | None) -> None:
+    """Upload rows, run both jobs, keep the model, show what changed."""
     rows = make_rows(seed)
     names = {"train": "demo: digits to reverse", "probe": "demo: warm-up probe", "held_out": "demo: held out"}
     ids = {part: ratchet.create_dataset(rows[part], name)["id"] for part, name in names.items()}
@@ -62,6 +69,9 @@ def teach(ratchet: Ratchet, seed: int) -> None:
     say("\n2. reinforcement learning (GSPO) from the warm-up's checkpoint, with nothing but right or wrong")
     job = finished(ratchet, ratchet.create_job(gspo_spec(ids, checkpoint_id, seed)))
     show_answers(ratchet, job)
+    if keep is not None and job["checkpoint_id"] is not None:
+        ratchet.download_checkpoint(job["checkpoint_id"], keep)
+        say(f"\nthe model is kept in {keep / 'model'}; {keep / 'README.md'} says how to load it")
     result = job["result"] or {}
     before, after = result["initial"], result["final"]
     say(f"\n{changed('held-out exact match, greedy', before, after, EVAL_GREEDY_REWARD_MEAN)}")
@@ -158,6 +168,19 @@ def show_answers(ratchet: Ratchet, job: Job) -> None:
 
 def changed(what: str, before: dict[str, float], after: dict[str, float], metric: str) -> str:
     return f"{what}: {number(before[metric])} -> {number(after[metric])}"
+
+
+def what_next(keep: Path | None) -> str:
+    """Said on standard error, for the last line of standard output is the result."""
+    if keep is None:
+        first = ("ratchet demo --keep my-model", "the same, and the model stays")
+    else:
+        first = (f'ratchet sample {shlex.quote(str(keep))} "rev 271828>"', "ask the model")
+    rest = (
+        ("ratchet up", "a stack that stays; the other commands find it"),
+        ("ratchet submit examples/copy-digits.yaml --follow", "a job from a file, to change as you like"),
+    )
+    return "\n".join(("\nwhat next:", *(f"  {line:<50}  {does}" for line, does in (first, *rest))))
 
 
 # ---------------------------------------------------------------- a stack of its own

@@ -9,10 +9,11 @@ import typer
 import yaml
 
 from ratchet_client import Ratchet, RatchetError
-from ratchet_client.types import FINAL, Job, JobSummary, UsageTotals, Validation
+from ratchet_client.types import FINAL, Job, JobSummary, UsageTotals
 from service.cli import exits
 from service.cli.completion import complete_job, complete_status
 from service.cli.connection import connect
+from service.cli.dry_run import print_validation
 from service.cli.helps import command
 from service.cli.live import follow
 from service.cli.output import (
@@ -65,14 +66,15 @@ def validate(context: typer.Context, file: SpecFile = "-", as_json: Json = False
     $ ratchet validate job.yaml --json | jq .spec
 
     Everything that can be known before the queue is checked, and all that is wrong is said at once. The answer is the
-    spec with every default filled in, estimates, and sample rows with what their right answers would get.
+    spec with every default filled in, estimates, sample rows, and what each grader would pay for right, near and wrong
+    answers to them.
     """
     with connect(context) as ratchet:
         validation = ratchet.validate_job(read_spec(file))
     if as_json:
         print_json(validation)
     else:
-        _print_validation(validation)
+        print_validation(validation)
 
 
 def list_jobs(
@@ -343,29 +345,3 @@ def spent_text(usage: UsageTotals) -> str:
 
 def _metrics(values: dict[str, float | None] | None) -> str:
     return "  ".join(f"{name} {number(values[name])}" for name in EVALUATION if values and name in values)
-
-
-def _print_validation(validation: Validation) -> None:
-    say("the spec is valid; nothing was created")
-    spec = validation["spec"]
-    print_facts(
-        {
-            "kind": spec.get("kind"),
-            "model": spec.get("model", {}).get("source") or spec.get("model", {}).get("from_checkpoint"),
-            "objective": spec.get("objective", {}).get("preset"),
-            **{name.replace("_", " "): value for name, value in validation["estimates"].items()},
-            "spec sha256": validation["spec_sha256"],
-            "data sha256": validation["data_sha256"],
-        }
-    )
-    for warning in validation["warnings"]:
-        complain(f"warning: {warning}")
-    if validation["samples"]:
-        say("\nsample rows, graded as if the reference itself had been answered:")
-        columns = ("prompt", "reference", "reward")
-        print_table(columns, [_sample(sample) for sample in validation["samples"]], nothing="")
-
-
-def _sample(sample: dict[str, Any]) -> tuple[str, str, str]:
-    reward = (sample.get("graded") or {}).get("total")
-    return one_line(shown(sample.get("prompt"))), one_line(shown(sample.get("reference")), 30), shown(reward)

@@ -84,7 +84,8 @@ def download(
 ) -> None:
     """Fetch a checkpoint into a new folder.
 
-    Its `model/` loads in transformers (or peft) as it is. Every file is compared with its sha256.
+    Its `model/` loads in transformers (or peft) as it is, and its README.md says what it is. Every file is compared with
+    its sha256.
     """
     with connect(context) as ratchet:
         folder = ratchet.download_checkpoint(checkpoint_id, to or Path(checkpoint_id))

@@ -63,22 +63,24 @@ def _say(line: str) -> None:
 def demo(
     context: typer.Context,
     data_dir: Annotated[Path | None, typer.Option(help="keep everything in this directory; default: a temporary one")] = None,
+    keep: Annotated[Path | None, typer.Option(metavar="FOLDER", help="keep the model in this new folder")] = None,
     seed: Annotated[int, typer.Option(min=0, help="every random draw derives from it")] = 0,
 ) -> None:
     """Watch a small model learn to reverse digits.
 
     $ ratchet demo
+    $ ratchet demo --keep my-model
     $ ratchet --url http://127.0.0.1:8000 demo
 
     A supervised warm-up job, then a GSPO job that learns from nothing but whether its own sampled answers were right.
-    Starts a stack of its own, unless a running one is named. Takes about three minutes on two CPU cores; the last line is
-    `held-out exact match: BEFORE -> AFTER`.
+    Starts a stack of its own, unless a running one is named. Takes about three minutes on two CPU cores; the last line of
+    standard output is `held-out exact match: BEFORE -> AFTER`.
     """
     from service.cli.demo import run
 
     target = context.find_object(Target) or Target()
     try:
-        run(url=target.url, stack_dir=target.data_dir, data_dir=data_dir, seed=seed)
+        run(url=target.url, stack_dir=target.data_dir, data_dir=data_dir, keep=keep, seed=seed)
     except KeyboardInterrupt:
         complain("\nstopped")
         raise typer.Exit(exits.INTERRUPTED) from None

@@ -11,10 +11,12 @@ from service.doorbell import Doorbell, Signals
 from service.edge.keyring import Keyring
 from service.edge.limits import OpenAnswers
 from service.edge.rate import Limiter
+from service.edge.remembered import Remembered
 from service.edge.tails import Tails
 from service.relay.queue import RequestQueue
 from service.settings import Settings
 from service.store.session import Store
+from service.store.usage import Whole
 
 PREVIEWS_AT_ONCE = 2  # each is a process that imports the graders
 CONVERSIONS_AT_ONCE = 4  # of loss requests and answers: each may take ten times its size in memory for a moment
@@ -32,6 +34,7 @@ class Context:
     tails: Tails
     stopping: Event = field(default_factory=Event)  # the server was told to stop: streams and long polls end
     keyring: Keyring = field(default_factory=Keyring)
+    ledger: Remembered[Whole] = field(default_factory=Remembered)
     previews: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(PREVIEWS_AT_ONCE))
     conversions: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(CONVERSIONS_AT_ONCE))
 

@@ -28,7 +28,7 @@ class Face:
     error_type: str = PROBLEM
 
 
-# Nothing here is a page, and nothing that is anybody's own is to be kept on the way.
+# Nothing here is a page but /docs, which has a policy of its own, and nothing that is anybody's own is to be kept on the way.
 NATIVE = Face(
     prefix="",
     headers={

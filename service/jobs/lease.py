@@ -98,6 +98,7 @@ def _take(session: Session, job: Job, owner: str, now: datetime, settings: Setti
         return False
     said = {"from": Status.QUEUED.value, "to": Status.RUNNING.value, "reason": "claimed", "attempt": attempt}
     events.append(session, job.id, "status_changed", said, now=now)
+    usage.waited(session, job, attempt, now)
     return True
 
 
@@ -183,7 +184,7 @@ def commit_step(
     with _holding(store, lease) as (session, job):
         if again and metrics.written(session, job.id, step, attempt=lease.attempt):
             return usage.is_spent(session, job)
-        now = clock.now(session)
+        now, steps = clock.now(session), max(0, step - job.step)  # no step: an evaluation of where it stands
         job.step = step
         session.flush()
         metrics.write(session, job.id, step, metrics_, attempt=lease.attempt, now=now)
@@ -191,7 +192,7 @@ def commit_step(
         headline = {name: value for name, value in finite(metrics_).items() if is_live(name)}
         event = ("step", {"step": step, "max_steps": job.max_steps, "metrics": headline})
         events.append_all(session, job.id, [event, *events_], now=now)
-        usage.add(session, job, spent, now)
+        usage.add(session, job, spent, now, steps=steps)
         return usage.is_spent(session, job)
 
 
@@ -277,8 +278,7 @@ def park(store: Store, lease: Lease, failure: Failure, *, spent: Spent = NOTHING
     """The job pauses, for something must be mended before it can go on; a resume goes on from its last checkpoint."""
 
     def do(session: Session, job: Job, now: datetime) -> Status:
-        error = moves.stamped(job, failure)
-        events.append(session, job.id, "failure", error, now=now)
+        error = moves.tell(session, job, failure, now)
         return moves.end(session, job, Status.PAUSED, failure.code, now, error=error)
 
     return _end(store, lease, spent, do)

@@ -88,23 +88,27 @@ def end(session: Session, job: Job, target: Status, reason: str, now: datetime, 
 
 def fail(session: Session, job: Job, failure: Failure, now: datetime, **values: Any) -> Status:
     """End a job with a named failure: stored, told in an event, and the reason of the move."""
-    error = stamped(job, failure)
-    events.append(session, job.id, "failure", error, now=now)
+    error = tell(session, job, failure, now)
     if job.status in HELD:
         return end(session, job, Status.FAILED, failure.code, now, error=error, **values)
     move(session, job, Status.FAILED, failure.code, now, error=error, **values)
     return Status.FAILED
 
 
-def stamped(job: Job, failure: Failure) -> dict[str, Any]:
-    """The failure as it is stored, with where the job stood unless the failure says so itself."""
-    return {"attempt": job.attempt, "step": job.step, **({"phase": job.phase} if job.phase else {}), **failure.as_dict()}
+def tell(session: Session, job: Job, failure: Failure, now: datetime) -> dict[str, Any]:
+    """Write the failure into the job's log and the ledger. Returns it as it is stored.
+
+    That is with where the job stood, unless the failure says so itself.
+    """
+    error = {"attempt": job.attempt, "step": job.step, **({"phase": job.phase} if job.phase else {}), **failure.as_dict()}
+    events.append(session, job.id, "failure", error, now=now)
+    usage.failed(session, job, failure.code, now)
+    return error
 
 
 def put_back(session: Session, job: Job, failure: Failure, now: datetime, **values: Any) -> Status:
     """Move a held job back to the queue (or as near as its owner's wish allows), and say why."""
-    error = stamped(job, failure)
-    events.append(session, job.id, "failure", error, now=now)
+    error = tell(session, job, failure, now)
     return end(session, job, Status.QUEUED, failure.code, now, error=error, **values)
 
 

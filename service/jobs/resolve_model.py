@@ -8,12 +8,14 @@ from typing import Any
 from sqlalchemy.orm import Session
 
 from service.errors import FieldError, NotFound
+from service.jobs import hub
 from service.jobs.model_folder import context_of, pickled_weights, read_config
 from service.settings import Settings
 from service.spec.model import Full, Lora, ModelSpec, TinyConfig
 from service.store import checkpoints
 from service.validation import did_you_mean
 
+HUB_ANSWERS_WITHIN_S = 1.0
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
 
 
@@ -33,17 +35,21 @@ def resolve_model(
     if tiny is not None:
         return model, tiny.context
     starts_from_weights = model.from_checkpoint is not None and isinstance(adapter, Full)
-    return model, None if starts_from_weights else _folder_context(source, settings, errors)
+    return model, None if starts_from_weights else _context(source, model.revision, settings, errors)
 
 
 def _source(name: str, settings: Settings) -> str:
-    """A folder as its absolute path, everything else as it is."""
+    """A folder as its absolute path, everything else as it is. Of two the operator's is meant, not the working directory's."""
     if name == "tiny":
         return name
     if name.startswith(("/", "./", "../", "~")):
         return os.path.abspath(os.path.expanduser(name))
-    local = os.path.abspath(settings.local_models_dir / name)
-    return local if os.path.isdir(local) and settings.local_models_dir != Path(local) and _is_ours(local, settings) else name
+    models = settings.local_models_dir
+    here = [models / name] + [models.parent / name] * name.startswith(f"{models.name}/")
+    for local in map(os.path.abspath, here):
+        if os.path.isdir(local) and models != Path(local) and _is_ours(local, settings):
+            return local
+    return os.path.abspath(name) if settings.takes_any_model_folder and os.path.isdir(name) else name
 
 
 def _is_ours(folder: str, settings: Settings) -> bool:
@@ -51,11 +57,18 @@ def _is_ours(folder: str, settings: Settings) -> bool:
     return Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(settings.local_models_dir))
 
 
-def _folder_context(source: str, settings: Settings, errors: list[FieldError]) -> int | None:
-    """Look at the folder that the source names. Hub ids are looked up by the worker, which may have them cached."""
+def _context(source: str, revision: str | None, settings: Settings, errors: list[FieldError]) -> int | None:
+    """Look at what the source names, and into it where it is a folder.
+
+    A hub id is looked up where the workers run on this machine, as they do where any of its folders may be named. Others
+    are left to the worker, which may have them cached or reach further.
+    """
     if not source.startswith("/"):
         if HUB_ID.fullmatch(source) is None:
             errors.append(_not_found(source, f"{source!r} is neither `tiny`, nor a folder, nor the form of a hub id", settings))
+        elif settings.takes_any_model_folder and (why := hub.why_not(source, revision, within_s=HUB_ANSWERS_WITHIN_S)):
+            detail = f"{source!r} is neither a folder on the service's machine nor a hub id that it can reach: {why}"
+            errors.append(_not_found(source, detail, settings))
         return None
     folder = Path(source)
     if not (settings.takes_any_model_folder or _is_ours(source, settings)):  # the same, whether it is there or not

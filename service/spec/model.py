@@ -60,7 +60,11 @@ class ModelSpec(Section):
 
     source: Annotated[
         str | None,
-        Field(min_length=1, max_length=512, description="tiny, a folder, or a hub id; may be left out with from_checkpoint"),
+        Field(
+            min_length=1,
+            max_length=512,
+            description="tiny, a folder such as models/mine, or a hub id; may be left out with from_checkpoint",
+        ),
     ] = None
     revision: Annotated[str | None, Field(description="branch, tag or commit of a hub model; resolved to a commit at load")] = (
         None

@@ -117,6 +117,13 @@ def count_queued(session: Session, resource_class: str, now: datetime) -> int:
     return session.scalar(query) or 0
 
 
+def queued_since(session: Session, resource_class: str, now: datetime) -> datetime | None:
+    """Since when the job of this class that waited longest could have been taken; None when none may start now."""
+    since = case((Job.not_before > Job.queued_at, Job.not_before), else_=Job.queued_at)
+    query = select(func.min(since)).where(Job.status == Status.QUEUED, Job.resource_class == resource_class, _is_due(now))
+    return session.scalar(query)
+
+
 def _is_due(now: datetime) -> ColumnElement[bool]:
     return or_(Job.not_before.is_(None), Job.not_before <= now)
 

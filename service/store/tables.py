@@ -169,7 +169,10 @@ Index(
 
 
 class Usage(Base):
-    """What one attempt at a job spent on one day (UTC). No foreign keys: the ledger outlives jobs and keys."""
+    """What one attempt at a job spent on one day (UTC). No foreign keys: the ledger outlives jobs and keys.
+
+    Attempt 0 stands for the queue: a job that failed there has a row of it, which spent nothing.
+    """
 
     __tablename__ = "usage"
     __table_args__ = (Index("ix_usage_project_day", "project", "day"),)
@@ -194,6 +197,9 @@ class Usage(Base):
     wasted_sampled_tokens: Mapped[int]
     wasted_trained_tokens: Mapped[int]
     wasted_s: Mapped[float] = mapped_column(Float)
+    steps: Mapped[int] = mapped_column(server_default="0")
+    queued_s: Mapped[float] = mapped_column(Float, server_default="0")  # how long the job waited for this attempt
+    failure: Mapped[str | None] = mapped_column(String(64))  # the code that the attempt ended with
 
 
 class Budget(Base):
@@ -325,3 +331,4 @@ class Worker(Base):
     draining: Mapped[bool] = mapped_column(default=False)
     started_at: Mapped[datetime]
     last_seen_at: Mapped[datetime]
+    memory: Mapped[dict[str, Any] | None]  # bytes: process, and where it has GPUs gpu_used and gpu_total

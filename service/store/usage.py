@@ -14,7 +14,7 @@ from sqlalchemy import ColumnElement, cast, func, literal, select, update
 from sqlalchemy.orm import Session
 
 from service.metric_names import EVAL_TOKENS_SAMPLED, STEP_S, TOKENS_SAMPLED, TOKENS_TRAINED
-from service.states import Phase
+from service.states import HELD, Phase
 from service.store.dialect import insert
 from service.store.tables import Budget, Checkpoint, Job, Metric, Usage
 
@@ -43,19 +43,35 @@ class Spent:
 NOTHING = Spent()
 
 
-def add(session: Session, job: Job, spent: Spent, now: datetime) -> None:
+def add(session: Session, job: Job, spent: Spent, now: datetime, *, steps: int = 0) -> None:
     """Put it on the present attempt's account, as not saved yet."""
-    if not (spent.sampled_tokens or spent.trained_tokens or spent.phase_s):
+    if not (spent.sampled_tokens or spent.trained_tokens or spent.phase_s or steps):
         return
     seconds = {f"{phase}_s": spent.phase_s.get(phase, 0.0) for phase in Phase}
     tokens = {"sampled_tokens": spent.sampled_tokens, "trained_tokens": spent.trained_tokens}
     amounts = {**tokens, **seconds, "unsaved_s": sum(spent.phase_s.values())}
     amounts |= {f"unsaved_{name}": count for name, count in tokens.items()}
-    zero = dict.fromkeys((f"wasted_{name}" for name in AMOUNTS), 0)
-    place = {"job_id": job.id, "attempt": job.attempt, "day": f"{now:%Y-%m-%d}"}
-    statement = insert(session, Usage).values(**place, project=job.project, key_id=job.key_id, **amounts, **zero)
+    _put(session, job, job.attempt, now, {**amounts, "steps": steps})
+
+
+def waited(session: Session, job: Job, attempt: int, now: datetime) -> None:
+    """A worker takes the job for this attempt: how long it could have been taken before."""
+    since = max(moment for moment in (job.queued_at or now, job.not_before) if moment is not None)
+    _put(session, job, attempt, now, {"queued_s": max(0.0, (now - since).total_seconds())})
+
+
+def failed(session: Session, job: Job, code: str, now: datetime) -> None:
+    """The present attempt ends with this failure; or the job does, in the queue or at rest."""
+    _put(session, job, job.attempt if job.status in HELD else 0, now, {}, failure=code)
+
+
+def _put(session: Session, job: Job, attempt: int, now: datetime, amounts: Mapping[str, float], **values: str) -> None:
+    """Add amounts to the attempt's row of this day, and set values."""
+    place = {"job_id": job.id, "attempt": attempt, "day": f"{now:%Y-%m-%d}"}
+    zero = dict.fromkeys((*SUMS, *(f"unsaved_{name}" for name in AMOUNTS)), 0)
+    statement = insert(session, Usage).values(**place, project=job.project, key_id=job.key_id, **{**zero, **amounts}, **values)
     more = {name: getattr(Usage, name) + statement.excluded[name] for name in amounts}
-    session.execute(statement.on_conflict_do_update(index_elements=list(place), set_=more))
+    session.execute(statement.on_conflict_do_update(index_elements=list(place), set_={**more, **values}))
 
 
 def save(session: Session, job: Job) -> None:
@@ -104,6 +120,8 @@ def revoke(session: Session, job: Job, step: int) -> None:
 
 GroupBy = Literal["day", "job", "key"]
 GROUPS: Mapping[str, Any] = {"day": Usage.day, "job": Usage.job_id, "key": Usage.key_id}
+# Which may have a row for each of several days; 0 is none.
+ATTEMPTS = func.count(func.distinct(Usage.job_id + ":" + cast(func.nullif(Usage.attempt, 0), Usage.job_id.type)))
 SUMS = (*TOKENS, *SECONDS, *(f"wasted_{name}" for name in AMOUNTS))
 
 
@@ -158,8 +176,7 @@ def report(
 
 def _totals(session: Session, group_by: GroupBy | None, where: list[ColumnElement[bool]]) -> list[Totals]:
     group = literal(None) if group_by is None else GROUPS[group_by]
-    attempts = func.count(func.distinct(Usage.job_id + ":" + cast(Usage.attempt, Usage.job_id.type)))
-    query = select(group, attempts, *(func.coalesce(func.sum(getattr(Usage, name)), 0) for name in SUMS)).where(*where)
+    query = select(group, ATTEMPTS, *(func.coalesce(func.sum(getattr(Usage, name)), 0) for name in SUMS)).where(*where)
     if group_by is not None:
         query = query.group_by(group).order_by(group)
     totals = []
@@ -170,6 +187,24 @@ def _totals(session: Session, group_by: GroupBy | None, where: list[ColumnElemen
         tokens = {name: int(values[name]) for name in SUMS if name.endswith("tokens")}
         totals.append(Totals(name, count, **tokens, phase_s=phase_s, wasted_s=float(values["wasted_s"])))
     return totals
+
+
+@dataclass(frozen=True)
+class Whole:
+    """The whole ledger, of all projects. Nothing here ever becomes less."""
+
+    amounts: dict[str, float]  # by their names of SUMS, and steps, queued_s
+    attempts: int
+    failures: dict[str, int]  # by code: attempts that ended with it, and jobs that did in the queue
+
+
+def whole(session: Session) -> Whole:
+    names = (*SUMS, "steps", "queued_s")
+    sums = (func.sum(getattr(Usage, name)) for name in names)
+    rows: Any = session.execute(select(Usage.failure, func.count(), *sums).group_by(Usage.failure)).all()
+    amounts = {name: float(sum(row[2 + i] or 0 for row in rows)) for i, name in enumerate(names)}
+    failures = {row[0]: row[1] for row in rows if row[0] is not None}
+    return Whole(amounts, session.scalar(select(ATTEMPTS)) or 0, failures)
 
 
 # ---------------------------------------------------------------- budgets

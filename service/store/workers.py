@@ -1,6 +1,7 @@
 """Workers as they last said of themselves."""
 
 from datetime import datetime, timedelta
+from typing import Any
 
 from sqlalchemy import delete, select, update
 from sqlalchemy.orm import Session
@@ -22,7 +23,8 @@ def seen(session: Session, worker: Worker) -> None:
 
     A drain that the row knows of already is not taken back.
     """
-    values = {"last_seen_at": worker.last_seen_at} | ({"draining": True} if worker.draining else {})
+    values: dict[str, Any] = {"last_seen_at": worker.last_seen_at, "memory": worker.memory}
+    values |= {"draining": True} if worker.draining else {}
     living = update(Worker).where(Worker.id == worker.id).values(values)
     if session.scalar(living.returning(Worker.id), execution_options={"synchronize_session": False}) is None:
         hello(session, worker)

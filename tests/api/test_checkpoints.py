@@ -10,6 +10,7 @@ from service.api.archive import archive_of
 from service.ids import new_id
 from service.jobs import lease as leases
 from service.store.checkpoints import CheckpointRow
+from service.store.tables import Checkpoint
 
 FILES = {
     "manifest.json": b"{}",
@@ -61,6 +62,45 @@ def test_checkpoints_are_listed_and_read(api, client, submit, save):
     assert (page["last_id"], page["has_more"]) == (second, True)
     one = client.get(f"/v1/checkpoints/{first}").json()
     assert (one["step"], one["job_id"], one["adapter"], one["metrics"]) == (1, job["id"], "full", {"eval/loss": 0.5})
+
+
+def test_a_card_says_what_it_is_and_how_to_load_it(api, client, submit, save):
+    job = submit(name="a `name`\nwith | signs")
+    lease, _ = api.claim(job["id"])
+    leases.set_resolved(api.store, lease, {"parameters": 1234, "versions": {"torch": "2.9.1"}})
+    first = save(lease, 2)
+    answer = client.get(f"/v1/checkpoints/{first}/card")
+    assert answer.headers["content-type"] == "text/markdown; charset=utf-8"
+    lines = answer.text.splitlines()
+    assert lines[0] == "# `a 'name' with / signs`"
+    for line in (
+        f"| checkpoint | `{first}` |",
+        "| base model | `tiny` |",
+        f"| step | `2 of {job['max_steps']}` |",
+        f"| objective | `{job['spec']['objective']['preset']}` |",
+        f"| data sha256 | `{job['data_sha256']}` |",
+        "| parameters | `1234` |",
+        "| trained with | `torch 2.9.1` |",
+        "| `eval/loss` | 0.5 |",
+        'model = AutoModelForCausalLM.from_pretrained("model")',
+    ):
+        assert line in lines, line
+    leases.succeed(api.store, lease, {}, "max_steps")
+    client.delete(f"/v1/jobs/{job['id']}")
+    assert client.get(f"/v1/checkpoints/{first}/card").text.splitlines()[0] == f"# `{first}`"
+
+
+def test_a_card_of_an_adapter_loads_it_on_its_base(api, client, submit, save):
+    lease, _ = api.claim(submit()["id"])
+    checkpoint_id = save(lease, 1)
+    with api.store.begin() as session:
+        row = session.get(Checkpoint, checkpoint_id)
+        row.adapter, row.model = "lora", {"source": "org/model", "revision": "abc"}
+    text = client.get(f"/v1/checkpoints/{checkpoint_id}/card").text
+    assert 'base = AutoModelForCausalLM.from_pretrained("org/model")' in text  # the job resolved no commit
+    leases.set_resolved(api.store, lease, {"revision": "c0ffee"})
+    text = client.get(f"/v1/checkpoints/{checkpoint_id}/card").text
+    assert 'from_pretrained("org/model", revision="c0ffee")' in text and 'PeftModel.from_pretrained(base, "model")' in text
 
 
 def test_an_archive_unpacks_to_the_same_files(api, client, submit, save, tmp_path):

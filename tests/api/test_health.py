@@ -9,6 +9,8 @@ import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
 from time import monotonic, sleep
 
 import httpx
@@ -18,12 +20,16 @@ from pydantic import SecretStr
 from service.api.examples import JOB_SPEC
 from service.app import create_app
 from service.edge.startup import BadSettings, check_secrets, ensure_bootstrap_key
+from service.errors import Failure
 from service.ids import new_id, utcnow
-from service.jobs.lease import hello
+from service.jobs import lease
+from service.jobs.lease import hello, seen
+from service.jobs.reconciler import reconcile
 from service.settings import Settings
 from service.store import keys
 from service.store.session import open_store
-from service.store.tables import Worker
+from service.store.tables import Job, Worker
+from service.store.usage import Spent
 
 KEY = "tml-" + "aB3dE6gH9kL2nP5rS8uV1xY4zA7cF0iJ3mO6qT9wX2Z"
 
@@ -81,6 +87,81 @@ def test_numbers_for_prometheus(each_api, spec):
     assert values["ratchet_workers_alive"] == "1.0"
     assert float(values['ratchet_http_requests_total{method="GET",route="/v1/jobs/{job_id}",status="404"}']) >= 1
     assert paused["id"] not in answer.text
+
+
+def taken(store, settings):
+    claimed = lease.claim(store, settings, "wrk_1", ["any"])
+    assert claimed is not None
+    return claimed[0]
+
+
+def numbers(client):
+    return dict(re.findall(r"^(\w+(?:\{.*\})?) (\S+)$", client.get("/metrics").text, re.MULTILINE))
+
+
+def test_prometheus_counts_what_workers_did_and_how_they_failed(each_api, spec):
+    store, settings = each_api.store, each_api.settings
+    with each_api.client() as client:
+        before = numbers(client)
+        job = client.post("/v1/jobs", json=spec()).json()
+        with store.begin() as session:
+            session.get(Job, job["id"]).queued_at -= timedelta(seconds=100)
+        waiting = numbers(client)
+        assert 100 <= float(waiting['ratchet_queue_oldest_wait_seconds{resource_class="any"}']) < 130
+        held = taken(store, settings)
+        lease.commit_step(store, held, 0, {}, spent=Spent(7, 0))
+        lease.commit_step(store, held, 1, {}, spent=Spent(100, 40, {"sampling": 2.5}))
+        lease.commit_step(store, held, 2, {}, spent=Spent(100, 40, {"sampling": 1.5}))
+        lease.release(store, held, "failed", failure=Failure("io_error", "the disk"))
+        held = taken(store, settings)
+        lease.fail(store, held, Failure("io_error", "the disk"))
+        late = client.post("/v1/jobs", json=spec(limits={"max_steps": 1, "deadline_s": 60})).json()
+        with store.begin() as session:
+            session.get(Job, late["id"]).deadline_at = utcnow() - timedelta(seconds=1)
+        reconcile(store, settings, each_api.doorbell, utcnow())
+        for job_id in (job["id"], late["id"]):
+            assert client.delete(f"/v1/jobs/{job_id}").status_code == 204  # counters stay
+        after = waiting
+        until = monotonic() + 20
+        while after["ratchet_steps_total"] == waiting["ratchet_steps_total"] and monotonic() < until:
+            after = numbers(client)  # the ledger is not read again at once
+
+    def more(name):
+        return float(after[name]) - float(before.get(name, 0))
+
+    assert more("ratchet_steps_total") == 2
+    assert more('ratchet_tokens_total{kind="sampled"}') == 207 and more('ratchet_tokens_total{kind="trained"}') == 80
+    assert more('ratchet_wasted_tokens_total{kind="sampled"}') == 207
+    assert more('ratchet_worker_seconds_total{phase="sampling"}') == 4
+    assert more('ratchet_failures_total{code="io_error"}') == 2 and more('ratchet_failures_total{code="deadline"}') == 1
+    assert more("ratchet_queue_wait_seconds_count") == 2 and 100 <= more("ratchet_queue_wait_seconds_sum") < 130
+    assert after['ratchet_queue_oldest_wait_seconds{resource_class="any"}'] == "0.0"
+    assert after['ratchet_failures_total{code="worker_lost"}'] == "0.0"  # there before it first happens: a rate needs that
+
+
+def test_prometheus_knows_the_memory_of_workers_that_live(each_api):
+    worker = a_worker()
+    worker.memory = {"process": 3_000_000, "gpu_used": 5, "gpu_total": 10}
+    seen(each_api.store, worker)
+    gone = a_worker()
+    gone.id, gone.memory = "wrk_gone", {"process": 1}
+    seen(each_api.store, gone)
+    with each_api.store.begin() as session:
+        session.get(Worker, "wrk_gone").last_seen_at -= timedelta(seconds=90)
+    with each_api.client() as client:
+        values = numbers(client)
+    assert values[f'ratchet_worker_memory_bytes{{worker="{worker.id}"}}'] == "3e+06"
+    assert values[f'ratchet_worker_gpu_memory_used_bytes{{worker="{worker.id}"}}'] == "5.0"
+    assert values[f'ratchet_worker_gpu_memory_total_bytes{{worker="{worker.id}"}}'] == "10.0"
+    assert not any("wrk_gone" in name for name in values)
+
+
+def test_every_metric_of_ours_is_documented(each_api):
+    with each_api.client() as client:
+        told = set(re.findall(r"^# HELP (ratchet_\w+)", client.get("/metrics").text, re.MULTILINE))
+    page = (Path(__file__).parents[2] / "docs" / "monitoring.md").read_text()
+    assert len(told) > 12
+    assert [name for name in told if name.removesuffix("_created") not in page and "_http_" not in name] == []
 
 
 def test_models_are_listed(api, client):

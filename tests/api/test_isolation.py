@@ -53,6 +53,7 @@ EXAMPLES = {
     "POST /v1/checkpoints/{checkpoint_id}/pin": Example("write"),
     "POST /v1/checkpoints/{checkpoint_id}/unpin": Example("write"),
     "GET /v1/checkpoints/{checkpoint_id}/archive": Example("read"),
+    "GET /v1/checkpoints/{checkpoint_id}/card": Example("read"),
     "GET /v1/datasets": Example("read"),
     "POST /v1/datasets": Example("write", (JSONL,)),
     "GET /v1/datasets/{dataset_id}": Example("read"),

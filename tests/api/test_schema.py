@@ -1,14 +1,19 @@
 """openapi.json: complete, and kept in the repository."""
 
+import html
 import json
 import re
 import subprocess
 import sys
+from base64 import b64encode
+from hashlib import sha256
 from pathlib import Path
 
+import httpx
 import pytest
 from jsonschema import Draft202012Validator
 
+from service.api import reference
 from service.api.examples import JOB_SPEC
 from service.app import create_app
 from service.settings import Settings
@@ -84,3 +89,41 @@ def test_it_is_served_without_a_key(api, document):
 def test_it_can_be_printed():
     printed = subprocess.run([sys.executable, "-m", "service.openapi"], cwd=REPOSITORY, capture_output=True, check=True)
     assert json.loads(printed.stdout)["info"]["title"] == "Ratchet"
+
+
+# ---------------------------------------------------------------- /docs
+
+
+def test_the_reference_is_a_page_without_scripts_that_its_policy_lets_through(api):
+    answer = httpx.get(f"{api.url}/docs")  # no key, and no part of openapi.json
+    assert answer.status_code == 200 and answer.headers["content-type"] == "text/html; charset=utf-8"
+    policy = answer.headers["content-security-policy"]
+    (style,) = re.findall(r"<style>(.*?)</style>", answer.text, re.DOTALL)
+    allowed = b64encode(sha256(style.encode()).digest()).decode()
+    assert f"style-src 'sha256-{allowed}'" in policy and policy.startswith("default-src 'none'; ")
+    assert "<script" not in answer.text and "http://" not in answer.text and "https://" not in answer.text.split("<h2>")[0]
+    assert answer.headers["x-content-type-options"] == "nosniff" and answer.headers["x-frame-options"] == "DENY"
+
+
+def test_the_reference_names_every_route_and_every_shape_and_leads_to_them(api):
+    document, page = api.app.openapi(), reference.page(api.app.openapi())
+    for path, item in document["paths"].items():
+        for method in item:
+            assert f"<b>{method.upper()}</b> <code>{html.escape(path)}</code>" in page
+    ids = set(re.findall(r' id="([^"]+)"', page))
+    assert ids == set(document["components"]["schemas"])
+    assert set(re.findall(r'href="#([^"]+)"', page)) <= ids
+
+
+def test_nothing_in_the_reference_is_markup():
+    bad = "<img src=x onerror=alert(1)>\"'&"
+    operation = {"tags": [bad], "description": f"{bad}\n{bad}", "parameters": [{"name": bad, "in": bad, "description": bad}]}
+    schema = {"description": bad, "properties": {bad: {"enum": [bad], "default": bad}, "b": {"$ref": f"#/{bad}"}}}
+    page = reference.page(
+        {
+            "info": {"title": bad, "version": bad, "description": bad},
+            "paths": {bad: {"get": {**operation, "responses": {bad: {"description": bad, "content": {bad: {}}}}}}},
+            "components": {"schemas": {bad: schema, "plain": {"type": bad}}},
+        }
+    )
+    assert "<img" not in page and "&lt;img" in page

@@ -15,6 +15,7 @@ import pytest
 
 from ratchet_client import Ratchet
 from service.cli import demo
+from service.cli.dry_run import print_validation
 from service.errors import Failure
 from service.jobs import lease
 from service.jobs.lease import RolloutRow
@@ -65,6 +66,41 @@ def test_validate_says_what_the_job_would_be_and_creates_nothing(api: str, cli: 
     assert shown.code == 0 and "rev 123>" in shown.out and "optimizer steps" in shown.out
     assert cli("validate", spec, "--json").json["spec"]["optimizer"]["eps"] == 1e-8
     assert cli("jobs", "--json").json["data"] == []
+
+
+def test_validate_shows_what_each_grader_pays_for_right_near_and_wrong_answers(api: str, cli: Cli) -> None:
+    rows = 'rows: [{q: "x", a: 42}, {q: "y", a: 7}]'
+    graders = '{kind: number, reference: "{a}"}, {kind: contains, reference: "{a}", name: there}'
+    spec = SPEC.replace('rows: [{q: "123", a: "321"}, {q: "456", a: "654"}]', rows)
+    told = cli("validate", "-", stdin=spec.replace('{kind: exact, reference: "{a}"}', graders))
+    table = [re.split(r"\s{2,}", line.strip()) for line in told.out.splitlines()]
+    assert ["row", "answer", "is", "how it was made", "number", "there", "reward"] in table
+    assert ["1", "42", "right", "the reference", "1", "1", "2"] in table
+    assert ["1", "-42", "near", "the other sign", "0", "1", "1"] in table
+    assert ["1", "I do not know", "wrong", "no answer", "0", "0", "0"] in table
+    assert ["1", "7", "wrong", "another row's", "0", "0", "0"] in table
+    assert ["2", "7", "right", "the reference", "1", "1", "2"] in table
+
+
+def test_validate_says_where_a_grader_was_not_asked_and_where_it_could_not_grade(capsys: pytest.CaptureFixture[str]) -> None:
+    graded = {"total": None, "scores": {"exact": 1.0, "service": None}, "errors": {"service": "500 of 1"}}
+    near = {"kind": "near", "answer": "43", "made": "another last digit", "total": 0.5, "scores": {"exact": 0.5}, "errors": {}}
+    sample = {"prompt": "x", "reference": "42", "graded": graded, "errors": ["service: 500 of 1"], "probes": [near]}
+    print_validation(
+        {
+            "spec": {"reward": {"graders": [{"name": "exact"}, {"name": "service"}]}},
+            "spec_sha256": "",
+            "data_sha256": "",
+            "estimates": {},
+            "samples": [sample, sample],
+            "warnings": [],
+        }
+    )
+    out, err = capsys.readouterr()
+    table = [re.split(r"\s{2,}", line.strip()) for line in out.splitlines()]
+    assert ["1", "42", "right", "the reference", "1", "error", "error"] in table
+    assert ["1", "43", "near", "another last digit", "0.5"] in table  # nothing is said of what was not asked
+    assert err == "not graded: row 1, answer '42', by service: 500 of 1\n"
 
 
 def test_everything_wrong_with_a_spec_is_said_with_where_what_and_allowed(api: str, cli: Cli) -> None:
@@ -266,7 +302,8 @@ def test_checkpoints_are_listed_downloaded_and_deleted(cli: Cli, hand: Any, job_
     assert checkpoint_id in cli("checkpoints", "--job", job_id).out
     folder = tmp_path / "out"
     assert cli("checkpoints", "download", checkpoint_id, "--to", str(folder)).code == 0
-    assert sorted(path.name for path in folder.iterdir()) == ["manifest.json", "trainer", "weights"]
+    assert sorted(path.name for path in folder.iterdir()) == ["README.md", "manifest.json", "trainer", "weights"]
+    assert checkpoint_id in (folder / "README.md").read_text()
     assert (folder / "weights").stat().st_size == 3_000_000
     again = cli("checkpoints", "download", checkpoint_id, "--to", str(folder))
     assert again.code == 1 and "not empty" in again.err
@@ -447,6 +484,23 @@ def test_the_demos_jobs_are_valid_and_keep_apart_what_is_held_out(hand: Any, job
         ids = {part: ratchet.create_dataset(found, part)["id"] for part, found in rows.items()}
         for spec in (demo.warm_up_spec(ids, seed=0), demo.gspo_spec(ids, hand.save(hand.take(), 4, weights=b"w"), seed=0)):
             assert ratchet.validate_job(spec)["samples"][0]["graded"]["total"] == 1.0
+
+
+def test_the_demo_says_what_to_do_next_and_keeps_the_model_only_in_a_new_folder(cli: Cli, tmp_path: Path) -> None:
+    assert "ratchet demo --keep my-model" in demo.what_next(None)
+    kept = demo.what_next(tmp_path / "my model")
+    assert f"ratchet sample '{tmp_path}/my model' " in kept and "--keep" not in kept
+    example = Path(__file__).parents[2] / "examples" / "copy-digits.yaml"
+    assert example.is_file() and "ratchet submit examples/copy-digits.yaml --follow" in kept
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    refused = cli("demo", "--keep", str(tmp_path / "full"))
+    assert refused.code == 1 and "is there already" in refused.err and refused.out == ""
+
+
+def test_the_example_job_is_valid(api: str, cli: Cli) -> None:
+    validated = cli("validate", str(Path(__file__).parents[2] / "examples" / "copy-digits.yaml"))
+    assert validated.code == 0 and "copy 1592>" in validated.out
 
 
 # ---------------------------------------------------------------- what was spent

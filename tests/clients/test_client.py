@@ -2,7 +2,11 @@
 
 import io
 import json
+import re
+import subprocess
+import sys
 import tarfile
+import threading
 from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
@@ -317,3 +321,22 @@ def test_nothing_found_says_where_it_looked(tmp_path: Path, monkeypatch: pytest.
 def test_an_address_that_is_none_is_said_to_be(url: str) -> None:
     with pytest.raises(RatchetError, match=r"http://|not a URL"):
         Ratchet(url, KEY)
+
+
+def test_the_example_in_the_readme_runs_as_printed(api: str, hand: Any, tmp_path: Path) -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    (program,) = [block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "create_job" in block]
+
+    def work() -> None:
+        held = hand.take(within_s=20)
+        for step in (1, 2):
+            hand.step(held, step, {"reward/mean": step / 4})
+        hand.save(held, 2, weights=b"w")
+        hand.succeed(held)
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    worker.join()
+    assert (done.stdout, done.stderr) == ("1 0.25\n2 0.5\n", "")
+    assert (tmp_path / "additions" / "weights").read_bytes() == b"w" and (tmp_path / "additions" / "README.md").is_file()

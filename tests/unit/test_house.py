@@ -34,3 +34,9 @@ def test_the_files_that_it_sends_people_to_are_there() -> None:
     folders = [ROOT, ROOT / "service", ROOT / "workers"]
     named = set(re.findall(r"`((?:\w+/)+\w+\.py)", TEXT))
     assert named and {name for name in named if not any((folder / name).is_file() for folder in folders)} == set()
+
+
+def test_the_readme_links_every_page() -> None:
+    readme = (ROOT / "README.md").read_text()
+    unlinked = [page.name for page in sorted((ROOT / "docs").glob("*.md")) if f"(docs/{page.name})" not in readme]
+    assert unlinked == []

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from importlib.metadata import Distribution, distribution, distributions
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
@@ -38,6 +39,48 @@ def test_wheel_carries_what_an_installed_ratchet_needs(tmp_path: Path) -> None:
     assert expected - names == set()
     assert any(name.endswith("/licenses/LICENSE") for name in names)
     assert not [name for name in names if name.startswith(("tests/", "docs/", "bench/"))]
+
+
+def test_the_client_installs_alone(tmp_path: Path) -> None:
+    """Into an environment that has what its wheel asks for, and nothing else."""
+    ignored = shutil.ignore_patterns("__pycache__", "build", "*.egg-info")
+    shutil.copytree(ROOT / "ratchet_client", tmp_path / "source", ignore=ignored)
+    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path)]
+    subprocess.run([*build, str(tmp_path / "source")], check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    installed = tmp_path / "installed"
+    ZipFile(wheel).extractall(installed)
+    (client,) = distributions(path=[str(installed)])
+    assert (client.name, client.version) == ("ratchet-client", PROJECT["version"])
+    assert any(path.name == "LICENSE" for path in client.files or ())
+    for name in needed(client):
+        for path in distribution(name).files or ():
+            if ".." not in path.parts and "__pycache__" not in path.parts:
+                (installed / path).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(path.locate(), installed / path)
+    program = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from importlib.util import find_spec
+from ratchet_client import Ratchet, RatchetConnectionError
+try:
+    Ratchet("http://127.0.0.1:9", "tml-x", max_retries=0).list_jobs()
+except RatchetConnectionError:
+    print([name for name in ("service", "fastapi", "celery", "psycopg", "pydantic", "torch") if find_spec(name)])
+"""
+    base = getattr(sys, "_base_executable", sys.executable)
+    done = subprocess.run([base, "-I", "-S", "-c", program, str(installed)], capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout == "[]\n", done.stderr
+
+
+def needed(dist: Distribution, found: frozenset[str] = frozenset()) -> frozenset[str]:
+    """The names of all that it asks for, and what that asks for, without extras."""
+    asked = (Requirement(text) for text in dist.requires or ())
+    for requirement in asked:
+        marker = requirement.marker
+        if requirement.name not in found and (marker is None or marker.evaluate({"extra": ""})):
+            found = needed(distribution(requirement.name), found | {requirement.name})
+    return found
 
 
 def test_constraints_pin_every_dependency_inside_its_range() -> None:

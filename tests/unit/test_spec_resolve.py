@@ -37,6 +37,15 @@ SUPERVISED: dict[str, Any] = {**{key: RL[key] for key in ("model", "data", "limi
 Try = Callable[[dict[str, Any]], Resolved]
 
 
+@pytest.fixture(autouse=True)
+def _one_model_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """org/model lies in the cache."""
+    snapshot = tmp_path / "hub" / "models--org--model" / "snapshots" / ("a" * 40)
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+
+
 @pytest.fixture
 def trying(lite_store: Store, lite_settings: Settings) -> Try:
     return lambda spec: resolve(lite_store, lite_settings, "default", parse(JobSpec, spec))
@@ -349,6 +358,34 @@ def test_a_folder_is_looked_into(trying: Try, world: SimpleNamespace, tmp_path: 
     )
     (folder / "config.json").write_text("{")
     assert "cannot be read" in only(trying, but(RL, model={"source": "mine"})).detail
+
+
+def test_a_folder_may_be_named_as_it_is_seen_from_where_one_stands(
+    trying: Try, world: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    mine = tmp_path / "models" / "mine"
+    mine.mkdir(parents=True)
+    (mine / "config.json").write_text("{}")
+    assert trying(but(RL, model={"source": "models/mine"})).spec["model"]["source"] == str(mine)
+    operators = world.settings.local_models_dir / "mine"  # data/models/mine
+    operators.mkdir(parents=True)
+    (operators / "config.json").write_text("{}")
+    for name in ("mine", "models/mine"):
+        assert trying(but(RL, model={"source": name})).spec["model"]["source"] == str(operators)
+    production = world.settings.model_copy(update={"environment": "production"})
+    (tmp_path / "models" / "other").mkdir()
+    other = parse(JobSpec, but(RL, model={"source": "models/other"}))
+    model = resolve(world.store, production, "default", other).spec["model"]
+    assert model["source"] == "models/other"  # a hub id, and no folder of whoever started the service
+
+
+def test_a_name_that_is_neither_a_folder_nor_on_the_hub_is_refused_at_once(trying: Try, world: SimpleNamespace) -> None:
+    (world.settings.local_models_dir / "smollm").mkdir(parents=True)
+    error = only(trying, but(RL, model={"source": "models/smolm"}))
+    assert (error.pointer, error.code, error.got) == ("/model/source", "model_not_found", "models/smolm")
+    assert "neither a folder on the service's machine nor a hub id that it can reach" in error.detail
+    assert "did you mean 'smollm'?" in error.detail and "HF_HUB_OFFLINE" in error.detail
 
 
 def test_a_name_that_is_nothing_names_what_is_here(trying: Try, world: SimpleNamespace) -> None:

@@ -272,10 +272,13 @@ def test_a_job_ends_early_at_its_target(shared: Any, specs: Any) -> None:
     assert (job.step, job.status_reason) == (0, "target_reached")
 
 
-def test_what_cannot_go_on_fails_with_a_named_code_a_hint_and_its_last_log_lines(shared: Any, specs: Any) -> None:
-    job = shared.finished(shared.submit(specs.rl(model={"source": "nobody/has-this-model"})).id)
+def test_what_cannot_go_on_fails_with_a_named_code_a_hint_and_its_last_log_lines(
+    shared: Any, specs: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    job = shared.finished(shared.submit(specs.rl(model={"source": str(tmp_path)})).id)
     assert job.status == "failed" and job.error is not None
-    assert job.error["code"] == "model_not_found"
+    assert job.error["code"] == "model_unsupported"
     assert job.error["hint"] and (job.error["category"], job.error["phase"], job.error["attempt"]) == ("user", "loading", 1)
     assert "attempt 1 starts" in job.error["log_tail"][0]
     assert f"job {job.id} failed" in job.error["log_tail"][-1]

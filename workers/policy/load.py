@@ -20,7 +20,9 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from service.errors import JobFailed
+from service.jobs import hub
 from service.jobs.model_folder import INDEX, INDEX_SUFFIX, NAMED, pickled_weights, read_config
+from service.jobs.resolve_model import HUB_ID
 from service.spec.model import Full, Lora, ModelSpec, TinyConfig
 from workers.policy.errors import PolicyFailed, Subject
 from workers.policy.tiny import tiny_model, tiny_tokenizer
@@ -29,6 +31,8 @@ MODEL = "model"  # the folder inside a checkpoint
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 MAX_SHOWN = 500  # characters of a library's own words
+
+HUB_ANSWERS_WITHIN_S = 10.0
 
 log = logging.getLogger(__name__)
 transformers_logging.disable_progress_bar()
@@ -109,6 +113,8 @@ def _load_pretrained(source: str, revision: str | None, device: torch.device, dt
         raise _not_found(source, "there is no such folder")
     if not source.startswith(("/", ".", "~")) and os.path.exists(source):  # transformers would take it for the model
         raise _not_found(source, "it is a hub id, and also a path below this worker's working directory")
+    if HUB_ID.fullmatch(source) and (why := hub.why_not(source, revision, within_s=HUB_ANSWERS_WITHIN_S)):
+        raise _not_found(source, why)  # at once: the library asks six times, for half a minute
     with unsupported_if_it_fails(source, "it does not load"):
         # A branch may move between these calls, and before the job resumes: from here on it is a commit.
         config_path = cached_file(source, "config.json", revision=revision)

@@ -1,0 +1,114 @@
+"""`ratchet sample`: what checkpoints answer to a prompt. The model runs here, in a process of its own, which brings torch."""
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ratchet_client import Ratchet, RatchetError
+from service.cli.completion import complete_checkpoint
+from service.cli.connection import connect
+from service.cli.helps import command
+from service.cli.jobs import Json
+from service.cli.output import clean, complain, one_line, print_json, print_table
+
+NEEDS = ("torch", "transformers", "peft")
+
+
+def register(app: typer.Typer) -> None:
+    command(app, sample)
+
+
+def sample(
+    context: typer.Context,
+    checkpoints: Annotated[
+        list[str],
+        typer.Argument(metavar="CHECKPOINT...", help="ckpt_..., or downloaded folders", autocompletion=complete_checkpoint),
+    ],
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="as data.prompt makes it; - reads standard input")],
+    count: Annotated[int, typer.Option("--count", "-n", min=1, max=64, help="answers of each checkpoint")] = 1,
+    max_tokens: Annotated[int, typer.Option(min=1, max=32768, help="longest answer, in tokens")] = 64,
+    temperature: Annotated[float, typer.Option(min=0.0, max=10.0, help="0: the likeliest token each time")] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="the same seed gives the same answers")] = 0,
+    chat: Annotated[bool, typer.Option("--chat", help="the prompt is a user's message to a chat model")] = False,
+    as_json: Json = False,
+) -> None:
+    """Ask checkpoints, and see their answers side by side.
+
+    $ ratchet sample ckpt_01k... "rev 123456>"
+    $ ratchet sample ckpt_01k... ckpt_01m... "3+8=" -n 4 --temperature 0.7
+    $ ratchet sample my-model "rev 123456>"          a folder of `ratchet checkpoints download`
+
+    Checkpoints are downloaded, and run on this machine: it needs what a worker needs, and the base model of an adapter.
+    """
+    if missing := [name for name in NEEDS if find_spec(name) is None]:
+        absent = " and ".join(missing)
+        raise RatchetError(f"the model runs on this machine, where {absent} is missing: pip install 'ratchet-rl[worker]'")
+    text = sys.stdin.read() if prompt == "-" else prompt
+    request = {
+        "prompt": [{"role": "user", "content": text}] if chat else text,
+        "count": count,
+        "max_tokens": max_tokens,
+        "temperature": temperature,
+        "seed": seed,
+    }
+    answers = {name: _ask({**request, **place}) for name, place in _places(context, checkpoints)}
+    if as_json:
+        print_json({"prompt": request["prompt"], "answers": answers})
+    elif len(answers) == count == 1:
+        print(clean(next(iter(answers.values()))[0]["text"]))
+    else:
+        rows = [
+            (i + 1, name, one_line(told[i]["text"], 500), told[i]["tokens"], told[i]["finish_reason"])
+            for i in range(count)
+            for name, told in answers.items()
+        ]
+        print_table(("#", "checkpoint", "answer", "tokens", "ended by"), rows, nothing="")
+
+
+def _places(context: typer.Context, names: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each checkpoint once, by its name, with its folder and its model section; one that was downloaded is removed again."""
+    with ExitStack() as stack:
+        ratchet: Ratchet | None = None
+        for name in dict.fromkeys(names):
+            folder = Path(name)
+            if folder.is_dir():
+                yield name, {"folder": str(folder.absolute()), "model": _model_of(folder)}
+                continue
+            ratchet = ratchet or stack.enter_context(connect(context))
+            with tempfile.TemporaryDirectory(prefix="ratchet-sample-") as temporary:
+                checkpoint = ratchet.get_checkpoint(name)
+                folder = ratchet.download_checkpoint(name, Path(temporary) / "checkpoint")
+                yield name, {"folder": str(folder), "model": checkpoint["model"]}
+
+
+def _model_of(folder: Path) -> dict[str, Any]:
+    try:
+        trainer = json.loads((folder / "trainer.json").read_text("utf-8"))
+        model = {name: trainer[name] for name in ("source", "revision")} | {"adapter": {"kind": trainer["adapter"]}}
+    except (OSError, ValueError, KeyError, TypeError):
+        raise RatchetError(f"{folder} is no folder of a checkpoint (`ratchet checkpoints download` makes one)") from None
+    if model["source"] == "tiny" and trainer["adapter"] == "lora":
+        raise RatchetError(f"{folder} does not say which shape of `tiny` its adapter is for: name the checkpoint by its id")
+    return model
+
+
+def _ask(request: dict[str, Any]) -> list[dict[str, Any]]:
+    # -P: a folder `workers` where we were called is not ours.
+    command_ = [sys.executable, "-P", "-m", "workers.sample"]
+    done = subprocess.run(command_, input=json.dumps(request), capture_output=True, text=True, check=False)
+    try:
+        told = json.loads(done.stdout)
+    except ValueError:
+        complain(done.stderr.strip()[-2000:])
+        raise RatchetError(f"the process that runs the model ended with status {done.returncode}") from None
+    if error := told.get("error"):
+        raise RatchetError(" ".join(filter(None, (error["detail"], error["hint"] and f"({error['hint']})"))))
+    return told["answers"]

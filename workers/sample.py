@@ -1,0 +1,55 @@
+"""Answers of a checkpoint that lies in a folder here, for `ratchet sample`: one request on stdin, one answer on stdout.
+
+{"folder": ..., "model": the model section of a spec, "prompt": text or messages, "count": 2, "max_tokens": 64,
+ "temperature": 1.0, "seed": 0}
+-> {"answers": [{"text", "tokens", "finish_reason"}]} or {"error": {"code", "detail", "hint"}}
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from service.errors import JobFailed
+from service.spec.model import Lora, ModelSpec
+from workers.policy.base import Base
+from workers.policy.load import adapter_of, model_folder
+from workers.policy.policy import Policy
+
+ADAPTER = "sampled"
+
+
+def answer(request: dict[str, Any]) -> dict[str, Any]:
+    """Raises JobFailed: the model cannot be loaded, or cannot take the prompt."""
+    policy = _open(Path(request["folder"]), ModelSpec.model_validate({**request["model"], "from_checkpoint": None}))
+    [completions] = policy.sample(
+        [policy.text.encode(request["prompt"])],
+        group_size=request["count"],
+        max_tokens=request["max_tokens"],
+        temperature=request["temperature"],
+        seed=request["seed"],
+    )
+    told = [{"text": one.text, "tokens": len(one.tokens), "finish_reason": one.finish_reason} for one in completions]
+    return {"answers": told}
+
+
+def _open(folder: Path, model: ModelSpec) -> Policy:
+    base = Base.load(model, device="auto", threads=len(os.sched_getaffinity(0)), checkpoint=folder)
+    adapter = adapter_of(model)
+    if not isinstance(adapter, Lora):
+        return Policy(base)
+    base.adapters.add_saved(ADAPTER, model_folder(folder, adapter))
+    return Policy(base, ADAPTER)
+
+
+def main() -> None:
+    try:
+        told = answer(json.load(sys.stdin))
+    except JobFailed as error:
+        told = {"error": {"code": error.code, "detail": error.detail, "hint": error.hint}}
+    json.dump(told, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
