@@ -1,6 +1,7 @@
 """The HTTP application: wiring only. `uvicorn --factory service.app:create_app`."""
 
 import asyncio
+import sys
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 
@@ -31,6 +32,7 @@ from service.edge.context import Context
 from service.edge.limits import OpenAnswers
 from service.edge.middleware import Frame
 from service.edge.rate import Limiter
+from service.edge.shares import Shares
 from service.edge.shutdown import on_stop_signal
 from service.edge.startup import check_secrets, ensure_bootstrap_key
 from service.edge.tails import Tails
@@ -45,6 +47,8 @@ from service.telemetry import configure_logging, warn_of_unknown_variables
 # In the order in which a path is looked for: first those whose callers wait for milliseconds.
 RESOURCES = (losses, dry_run, jobs, events, metrics, rollouts, checkpoints, cards, datasets, models, keys, usage)
 
+SWITCH_S = 0.001  # a thread that computes lets others run after so long; with Python's 5 ms some of them make a wait of seconds
+
 
 def create_app(settings: Settings | None = None) -> FastAPI:
     """Without settings they are read from the environment. Nothing is opened before the application starts."""
@@ -55,6 +59,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         configure_logging(settings)
         warn_of_unknown_variables()
         keep_freed_memory()
+        sys.setswitchinterval(SWITCH_S)
         check_secrets(settings)
         async with AsyncExitStack() as open_parts:
             store, doorbell, signals = open_store(settings), Doorbell(settings), Signals(settings)
@@ -71,7 +76,15 @@ def create_app(settings: Settings | None = None) -> FastAPI:
             reconciler.start()
             open_parts.push_async_callback(run_in_threadpool, reconciler.stop)
             app.state.context = context = Context(
-                settings, store, doorbell, signals, queue, limiter, OpenAnswers(settings.key_open_streams), Tails(signals)
+                settings,
+                store,
+                doorbell,
+                signals,
+                queue,
+                limiter,
+                Shares(settings.key_requests_at_once),
+                OpenAnswers(settings.key_open_streams),
+                Tails(signals),
             )
             loop = asyncio.get_running_loop()
             with on_stop_signal(lambda: loop.call_soon_threadsafe(context.stop)):

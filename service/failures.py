@@ -79,7 +79,7 @@ CODES: Mapping[str, Code] = MappingProxyType(
         ),
         "grader_address_refused": Code(
             "user",
-            "the reward service has an address that this service does not reach",
+            "the reward service's name is not found, or it has an address that this service does not reach",
             "give the service another address, or let the operator allow its network in RATCHET_GRADER_NETWORKS; then resume",
             pauses=True,
         ),

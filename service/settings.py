@@ -68,6 +68,11 @@ class Settings(BaseSettings):
         int, Field(ge=1, description="event streams and long polls that one API key may hold open in one process")
     ] = 256
 
+    key_requests_at_once: Annotated[
+        int,
+        Field(ge=1, description="requests of one API key that one process works on at once; others of the key wait in line"),
+    ] = 16
+
     lease_ttl_s: Annotated[float, Field(gt=0, description="after so long without renewal a job is lost to its worker")] = 60.0
     lease_renew_s: Annotated[float, Field(gt=0, description="how often a worker renews")] = 10.0
     lease_self_stop_s: Annotated[float, Field(gt=0, description="a worker that could not renew for this long stops")] = 45.0

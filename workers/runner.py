@@ -15,7 +15,7 @@ from service.failures import CODES
 from service.jobs import lease as leases
 from service.jobs.data import open_data
 from service.jobs.lease import Lease
-from service.rewards import Rewards
+from service.rewards.rewards import Rewards
 from service.settings import get_settings
 from service.spec.job import JobSpec, RLSpec, SupervisedSpec
 from service.spec.tensors import OF_A_JOB, uses

@@ -12,8 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
 
-from service.edge.auth import CallerDep
-from service.edge.bodies import limited, media_type
+from service.edge.auth import CallerDep, ShareDep
+from service.edge.bodies import TurnDep, limited, media_type
 from service.edge.context import ContextDep
 from service.edge.idempotency import IdempotencyKeyDep, once
 from service.edge.pages import Page, PageQuery
@@ -40,6 +40,7 @@ JSONL_TYPES = (
 MAX_MULTIPART_BYTES = 64 * 2**20  # a form is spooled to the system's temporary folder first
 MAX_FIELDS = 10
 CHUNK_BYTES = 2**20
+MAX_PAGE_BYTES = 4 * 2**20
 
 
 class ColumnView(BaseModel):
@@ -104,7 +105,7 @@ class Upload:
     name: str | None
 
 
-async def _upload(request: Request, caller: CallerDep, context: ContextDep) -> AsyncIterator[Upload]:
+async def _upload(request: Request, caller: CallerDep, share: ShareDep, context: ContextDep) -> AsyncIterator[Upload]:
     """Received without holding a thread, however slowly it comes; read only for those who showed a key."""
     limit, kind = context.settings.max_dataset_bytes, media_type(request)
     if kind not in (*JSONL_TYPES, MULTIPART):
@@ -118,7 +119,7 @@ async def _upload(request: Request, caller: CallerDep, context: ContextDep) -> A
     with room_on(STORE), TemporaryFile(dir=root) as file:
         if kind == MULTIPART:
             limit = min(limit, MAX_MULTIPART_BYTES)
-            form_of = limited(request, limit, "a form (send a longer file as the body itself)").form
+            form_of = limited(request, limit, "a form (send a longer file as the body itself)", share).form
             with room_on("the disk with the service's temporary files (send the rows as the body itself, not as a form)"):
                 form = await form_of(max_files=1, max_fields=MAX_FIELDS)
             try:
@@ -130,7 +131,7 @@ async def _upload(request: Request, caller: CallerDep, context: ContextDep) -> A
             finally:
                 await form.close()
         else:
-            digest = await _spool(limited(request, limit, "a dataset").stream(), file)
+            digest = await _spool(limited(request, limit, "a dataset", share).stream(), file)
             yield Upload(file, digest, None)
 
 
@@ -180,7 +181,8 @@ def create_dataset(
     caller: CallerDep,
     query: Annotated[UploadQuery, Query()],
     idempotency_key: IdempotencyKeyDep,
-    upload: Annotated[Upload, Depends(_upload)],
+    upload: Annotated[Upload, Depends(_upload, scope="function")],
+    turn_to_check: TurnDep,
 ) -> Any:
     """Upload rows: JSONL, one object a line. Every line is checked; what is wrong is told by line number."""
     name = parse(Name, query.name or upload.name or "unnamed", "/name")
@@ -214,13 +216,16 @@ def read_dataset(context: ContextDep, caller: CallerDep, dataset_id: str) -> Dat
 
 
 @router.get("/{dataset_id}/rows", responses=responses(404))
-def read_rows(context: ContextDep, caller: CallerDep, dataset_id: str, query: Annotated[RowsQuery, Query()]) -> RowsPage:
-    """Rows by number."""
+def read_rows(
+    context: ContextDep, caller: CallerDep, turn_to_read: TurnDep, dataset_id: str, query: Annotated[RowsQuery, Query()]
+) -> RowsPage:
+    """Rows by number: as many as are asked for, and no more than 4 MiB of them at once, but one at least."""
     with context.store.begin(readonly=True) as session:
         dataset = datasets.get(session, caller.project, dataset_id)
     end = query.offset + query.limit
     try:
-        data = JsonlRows(context.store.blobs.path(dataset.path), end)[query.offset : end]
+        rows = JsonlRows(context.store.blobs.path(dataset.path), end)
+        data = rows[query.offset : rows.within(query.offset, end, MAX_PAGE_BYTES)]
     except FileNotFoundError:
         raise files_missing(f"dataset {dataset_id}") from None
     last = query.offset + len(data)

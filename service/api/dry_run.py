@@ -2,7 +2,6 @@
 
 from typing import Annotated, Any, Literal
 
-from anyio import to_thread
 from fastapi import APIRouter
 from pydantic import BaseModel, Field
 from starlette.concurrency import run_in_threadpool
@@ -60,9 +59,11 @@ class DryRun(BaseModel):
 @router.post("/jobs:validate", responses=responses(*BODY), openapi_extra=documented("JobSpec", JOB_SPEC))
 async def validate_job(context: ContextDep, caller: CallerDep, document: DocumentDep) -> DryRun:
     """Check and resolve a spec, and grade the right answers of its first rows; nothing is stored or queued."""
-    resolved = await run_in_threadpool(_resolve, context, caller, document.data)
-    # Graders run code of a spec's choice: in a process with a time limit, and not on the threads that serve others.
-    preview = await to_thread.run_sync(_preview, context, resolved, limiter=context.previews)
+    async with context.checks.turn(caller.key_id):
+        resolved = await run_in_threadpool(_resolve, context, caller, document.data)
+    async with context.previews.turn(caller.key_id):
+        # Graders run code of a spec's choice: in a process with a time limit.
+        preview = await run_in_threadpool(_preview, context, resolved)
     return DryRun(
         spec=resolved.spec,
         spec_sha256=resolved.spec_sha256,

@@ -1,6 +1,7 @@
 """The events of a job: as a list, or as a stream that ends with the job."""
 
 from collections.abc import AsyncIterator
+from contextlib import nullcontext
 from datetime import datetime
 from functools import partial
 from typing import Annotated, Any, Literal, Self
@@ -69,7 +70,7 @@ def _last_event_id(
 ) -> int | None:
     if not last_event_id:
         return None
-    if not last_event_id.isdecimal() or int(last_event_id) > MAX_SEQ:
+    if not last_event_id.isdecimal() or len(last_event_id) > len(str(MAX_SEQ)) or int(last_event_id) > MAX_SEQ:
         raise Malformed("Last-Event-ID must be the id of an event of this job, a number", code="invalid_last_event_id")
     return int(last_event_id)
 
@@ -83,7 +84,17 @@ STREAMS = {
 }
 
 
-@router.get("", response_model=EventPage, responses=STREAMS | responses(404))
+def _is_stream(request: Request) -> bool:
+    return "text/event-stream" in request.headers.get("accept", "")
+
+
+async def _counted(request: Request, context: ContextDep, caller: CallerDep) -> AsyncIterator[None]:
+    """A stream counts from before it begins until it has ended, also one that never came to send anything."""
+    with context.open_answers.hold(caller.key_id) if _is_stream(request) else nullcontext():
+        yield
+
+
+@router.get("", response_model=EventPage, responses=STREAMS | responses(404), dependencies=[Depends(_counted)])
 async def list_events(
     request: Request,
     context: ContextDep,
@@ -93,8 +104,7 @@ async def list_events(
     last_event_id: Annotated[int | None, Depends(_last_event_id)],
 ) -> Response:
     """What happened to the job, oldest first. A stream goes on until the job has ended and all was told."""
-    if "text/event-stream" in request.headers.get("accept", ""):
-        context.open_answers.check(caller.key_id)
+    if _is_stream(request):
         await run_in_threadpool(_read, context, caller, job_id, 0, 0)  # a 404 must come before the stream begins
         after = query.after if last_event_id is None else last_event_id
         stream = _stream(context, caller, job_id, after)
@@ -133,13 +143,14 @@ def _line(event: EventView) -> TailLine:
 async def _stream(context: Context, caller: Caller, job_id: str, after: int) -> AsyncIterator[bytes]:
     """Between two events it holds neither a thread nor a connection, and asks nothing."""
     look = partial(_look, context, caller.project, job_id)
-    with context.open_answers.hold(caller.key_id), context.tails.follow(job_id, caller.key_id, look) as tail:
+    with context.tails.follow(job_id, caller.key_id, look) as tail:
         yield format_sse_event(retry=RETRY_MS, comment=f"events of {job_id}")
         while not context.stopping.is_set() and caller.key_id not in tail.revoked:
             lines = tail.behind(after)
             if lines is None:  # further back than what is kept for all
                 try:
-                    lines = await run_in_threadpool(_lines, context, caller, job_id, after)
+                    async with context.shares.share(caller.key_id, always=True):
+                        lines = await run_in_threadpool(_lines, context, caller, job_id, after)
                 except NotFound:  # deleted meanwhile
                     return
             if lines:

@@ -10,12 +10,13 @@ from starlette.concurrency import run_in_threadpool
 from service.api.events import MAX_SEQ
 from service.api.examples import JOB_SPEC
 from service.api.views import JobPage, JobSummary, JobView
-from service.edge.auth import Caller, CallerDep
-from service.edge.bodies import DocumentDep, OptionalDocumentDep, documented
+from service.edge.auth import Caller, CallerDep, ShareDep
+from service.edge.bodies import DocumentDep, OptionalDocumentDep, ShowTurnDep, TurnDep, documented
 from service.edge.context import Context, ContextDep
 from service.edge.idempotency import IdempotencyKeyDep, Once, once
 from service.edge.pages import PageQuery
 from service.edge.problems import BODY, responses
+from service.edge.shares import Share
 from service.edge.tails import POLL_S
 from service.jobs import lifecycle
 from service.jobs.fork import forked_spec
@@ -88,7 +89,9 @@ class ForkRequest(Section):
 @router.post(
     "", status_code=201, response_model=JobView, responses=responses(409, *BODY), openapi_extra=documented("JobSpec", JOB_SPEC)
 )
-def create_job(context: ContextDep, caller: CallerDep, document: DocumentDep, idempotency_key: IdempotencyKeyDep) -> Any:
+def create_job(
+    context: ContextDep, caller: CallerDep, document: DocumentDep, turn_to_check: TurnDep, idempotency_key: IdempotencyKeyDep
+) -> Any:
     """Check a spec, resolve it, and queue the job."""
     with once(context.store, caller, idempotency_key, route="POST /v1/jobs", body_sha256=document.sha256) as turn:
         if turn.replay is not None:
@@ -104,7 +107,12 @@ def create_job(context: ContextDep, caller: CallerDep, document: DocumentDep, id
     openapi_extra=documented("ForkRequest", required=False),
 )
 def fork_job(
-    context: ContextDep, caller: CallerDep, job_id: str, document: OptionalDocumentDep, idempotency_key: IdempotencyKeyDep
+    context: ContextDep,
+    caller: CallerDep,
+    job_id: str,
+    document: OptionalDocumentDep,
+    turn_to_check: TurnDep,
+    idempotency_key: IdempotencyKeyDep,
 ) -> Any:
     """Queue a new job that goes on from this one, in any way differently. The parent stays as it is."""
     request = parse(ForkRequest, document.data)
@@ -152,18 +160,18 @@ def list_jobs(context: ContextDep, caller: CallerDep, query: Annotated[JobsQuery
 
 @router.get("/{job_id}", response_model=JobView, responses=responses(404))
 async def read_job(
-    request: Request, context: ContextDep, caller: CallerDep, job_id: str, query: Annotated[WaitQuery, Query()]
+    request: Request, context: ContextDep, caller: CallerDep, share: ShareDep, job_id: str, query: Annotated[WaitQuery, Query()]
 ) -> Response:
     """A job. With `wait_s` the answer comes when `last_event` passes `after_event`, the job has ended, or time is up."""
-    await _wait(request, context, caller, job_id, query)
-    return await run_in_threadpool(_answer, context, caller, job_id)
+    await _wait(request, context, caller, share, job_id, query)
+    async with context.views.turn(caller.key_id):
+        return await run_in_threadpool(_answer, context, caller, job_id)
 
 
-async def _wait(request: Request, context: Context, caller: Caller, job_id: str, query: WaitQuery) -> None:
-    """Woken by signals; between two looks it holds neither a thread nor a connection."""
+async def _wait(request: Request, context: Context, caller: Caller, share: Share, job_id: str, query: WaitQuery) -> None:
+    """Woken by signals; between two looks it holds neither a thread, nor a connection, nor its key's share."""
     if not query.wait_s:
         return
-    context.open_answers.check(caller.key_id)
     deadline, known = monotonic() + query.wait_s, query.after_event
     with context.open_answers.hold(caller.key_id), context.signals.watch(job_id) as bell:
         while (left := deadline - monotonic()) > 0 and not context.stopping.is_set():
@@ -173,7 +181,8 @@ async def _wait(request: Request, context: Context, caller: Caller, job_id: str,
             known = last_event if known is None else known
             if last_event > known or status in FINAL:
                 return
-            await bell.wait(min(left, POLL_S))
+            async with share.resting():
+                await bell.wait(min(left, POLL_S))
 
 
 def _standing(context: Context, caller: Caller, job_id: str) -> tuple[Status, int]:
@@ -190,7 +199,9 @@ def _answer(context: Context, caller: Caller, job_id: str) -> Response:
 
 
 @router.post("/{job_id}/pause", responses=responses(404, 409, *BODY), openapi_extra=documented("PauseRequest", required=False))
-def pause_job(context: ContextDep, caller: CallerDep, job_id: str, document: OptionalDocumentDep) -> JobView:
+def pause_job(
+    context: ContextDep, caller: CallerDep, job_id: str, document: OptionalDocumentDep, turn_to_show: ShowTurnDep
+) -> JobView:
     """Let the job rest: a queued one at once, a running one when it has saved a checkpoint."""
     grace_s = parse(PauseRequest, document.data).grace_seconds
     return _view(context, lifecycle.pause(context.store, context.doorbell, caller.project, job_id, grace_s=grace_s))
@@ -199,7 +210,9 @@ def pause_job(context: ContextDep, caller: CallerDep, job_id: str, document: Opt
 @router.post(
     "/{job_id}/resume", responses=responses(404, 409, *BODY), openapi_extra=documented("ResumeRequest", required=False)
 )
-def resume_job(context: ContextDep, caller: CallerDep, job_id: str, document: OptionalDocumentDep) -> JobView:
+def resume_job(
+    context: ContextDep, caller: CallerDep, job_id: str, document: OptionalDocumentDep, turn_to_show: ShowTurnDep
+) -> JobView:
     """Queue a paused job again; it goes on from its newest checkpoint."""
     asked = parse(ResumeRequest, document.data).budget
     budget = None if asked is None else asked.model_dump(exclude_unset=True)
@@ -209,7 +222,9 @@ def resume_job(context: ContextDep, caller: CallerDep, job_id: str, document: Op
 @router.post(
     "/{job_id}/cancel", responses=responses(404, 409, *BODY), openapi_extra=documented("CancelRequest", required=False)
 )
-def cancel_job(context: ContextDep, caller: CallerDep, job_id: str, document: OptionalDocumentDep) -> JobView:
+def cancel_job(
+    context: ContextDep, caller: CallerDep, job_id: str, document: OptionalDocumentDep, turn_to_show: ShowTurnDep
+) -> JobView:
     """End the job. What it has saved, measured and sampled is kept."""
     asked = parse(CancelRequest, document.data)
     how = {"save": asked.final_checkpoint == "save", "grace_s": asked.grace_seconds}

@@ -2,23 +2,24 @@
 
 import re
 from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, nullcontext
 from datetime import UTC, datetime
 from functools import partial
 from math import ceil
 from time import monotonic, time
 from typing import Annotated
 
-from anyio import CapacityLimiter, to_thread
 from fastapi import APIRouter, Header, Request, Response
 from starlette.concurrency import run_in_threadpool
 
 from service.api.loss_views import ANSWERED, SENT, LossTicket
 from service.doorbell import Watch
-from service.edge.auth import CallerDep
+from service.edge.auth import Caller, CallerDep, ShareDep
 from service.edge.bodies import limited, media_type
 from service.edge.context import Context, ContextDep
 from service.edge.negotiation import MAX_WAIT_S, accepted, wait_s
 from service.edge.problems import BODY, responses
+from service.edge.shares import Share
 from service.errors import NotFound, Unavailable, UnsupportedMedia
 from service.ids import new_id
 from service.losses import intake
@@ -43,7 +44,9 @@ Prefer = Annotated[
 
 
 @router.post("", response_class=Response, responses=ANSWERED | responses(406, 429, *BODY), openapi_extra=SENT)
-async def compute_losses(request: Request, context: ContextDep, caller: CallerDep, prefer: Prefer = None) -> Response:
+async def compute_losses(
+    request: Request, context: ContextDep, caller: CallerDep, share: ShareDep, prefer: Prefer = None
+) -> Response:
     """Compute losses, and what else is wanted, of batches of log-probs. Items that are wrong are refused in their place.
 
     The answer comes in the format of the body, or the one that Accept names. Nothing is stored: an answer that was waited for
@@ -55,7 +58,11 @@ async def compute_losses(request: Request, context: ContextDep, caller: CallerDe
     raw = await limited(request, context.settings.max_loss_body_bytes, "a loss request").body()
     deadline = time() + context.settings.loss_time_limit_s  # the caller's line may be slow
     make = partial(intake.order, raw, sent_as, loss_id, caller.project, deadline)
-    order = make() if intake.is_quick(raw, sent_as) else await to_thread.run_sync(make, limiter=_limiter(context, raw))
+    if intake.is_quick(raw, sent_as):
+        order = make()
+    else:
+        async with _turn(context, caller, raw):
+            order = await run_in_threadpool(make)
     del raw, make  # both may be large, and the wait long
     with context.signals.watch(loss_id) as bell:  # before it is sent: no answer is missed
         must_ring = await context.losses.push(caller.project, loss_id, order, deadline)
@@ -64,16 +71,18 @@ async def compute_losses(request: Request, context: ContextDep, caller: CallerDe
             await run_in_threadpool(context.doorbell.ring_losses)
         seconds = wait_s(request)
         look = partial(context.losses.collect, caller.project, loss_id)
-        answer = await _answer(context, look, deadline, bell, seconds) if seconds else None
+        answer = await _answer(context, share, look, deadline, bell, seconds) if seconds else None
     if answer is None:
         return _ticket(context, loss_id, deadline)
-    response = await _response(context, answer, answer_as)
+    response = await _response(context, caller, answer, answer_as)
     response.headers["Preference-Applied"] = "wait"
     return response
 
 
 @router.get("/{loss_id}", response_class=Response, responses=ANSWERED | responses(404, 406))
-async def get_losses(request: Request, context: ContextDep, caller: CallerDep, loss_id: str, prefer: Prefer = None) -> Response:
+async def get_losses(
+    request: Request, context: ContextDep, caller: CallerDep, share: ShareDep, loss_id: str, prefer: Prefer = None
+) -> Response:
     """The answer of a request that was not waited for, as often as wanted until it expires: JSON, or what Accept names."""
     answer_as = accepted(request, (JSON, TENSORS))
     if not LOSS_ID.fullmatch(loss_id):
@@ -85,10 +94,10 @@ async def get_losses(request: Request, context: ContextDep, caller: CallerDep, l
             raise _unknown(loss_id)
         seconds = wait_s(request)
         if raw is None:
-            raw = await _answer(context, look, deadline, bell, seconds)
+            raw = await _answer(context, share, look, deadline, bell, seconds)
     if raw is None:
         return _ticket(context, loss_id, deadline)
-    response = await _response(context, raw, answer_as)
+    response = await _response(context, caller, raw, answer_as)
     if seconds:
         response.headers["Preference-Applied"] = "wait"
     return response
@@ -118,16 +127,16 @@ def _sent_as(request: Request) -> str:
     return kind
 
 
-def _limiter(context: Context, raw: bytes) -> CapacityLimiter | None:
+def _turn(context: Context, caller: Caller, raw: bytes) -> AbstractAsyncContextManager[None]:
     """Few large ones at once; small ones do not wait for them."""
-    return context.conversions if len(raw) > SMALL_BYTES else None
+    return context.conversions.turn(caller.key_id) if len(raw) > SMALL_BYTES else nullcontext()
 
 
 # ---------------------------------------------------------------- waiting
 
 
 async def _answer(
-    context: Context, look: Callable[[], Awaitable[Standing]], deadline: float, bell: Watch, seconds: float
+    context: Context, share: Share, look: Callable[[], Awaitable[Standing]], deadline: float, bell: Watch, seconds: float
 ) -> bytes | None:
     """The worker's answer, as soon as it is there; None when the caller waits no longer.
 
@@ -140,7 +149,8 @@ async def _answer(
         left = min(until - monotonic(), deadline - time())
         if left <= 0 or context.stopping.is_set():
             return None
-        rung = await bell.wait(min(left, RING_AGAIN_S))
+        async with share.resting():  # as many as the key likes may wait here
+            rung = await bell.wait(min(left, RING_AGAIN_S))
         raw, standing = await look()
         if raw is not None:
             return raw
@@ -162,7 +172,7 @@ async def _timed_out(context: Context) -> Unavailable:
 # ---------------------------------------------------------------- answering
 
 
-async def _response(context: Context, raw: bytes, answer_as: str) -> Response:
+async def _response(context: Context, caller: Caller, raw: bytes, answer_as: str) -> Response:
     """Raises InvalidRequest and Unavailable as the worker says."""
     answer = Answer.decode(raw)
     if answer.problem is not None:
@@ -173,4 +183,5 @@ async def _response(context: Context, raw: bytes, answer_as: str) -> Response:
         return Response(raw, media_type=TENSORS)
     if len(raw) <= SMALL_BYTES:  # a fraction of a millisecond
         return Response(as_json(answer), media_type=JSON)
-    return Response(await to_thread.run_sync(as_json, answer, limiter=_limiter(context, raw)), media_type=JSON)
+    async with _turn(context, caller, raw):
+        return Response(await run_in_threadpool(as_json, answer), media_type=JSON)

@@ -2,6 +2,7 @@
 scopes and its rate."""
 
 import logging
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Annotated
@@ -13,6 +14,7 @@ from starlette.concurrency import run_in_threadpool
 
 from service.edge.context import Context, ContextDep
 from service.edge.rate import RateReply, Turn
+from service.edge.shares import Share
 from service.errors import Forbidden, RateLimited, Unauthorized
 from service.ids import utcnow
 from service.store import keys
@@ -138,13 +140,22 @@ def _note_use(store: Store, key: Known, now: datetime) -> None:
 KnownDep = Annotated[Caller, Depends(_known)]
 
 
-async def _caller(request: Request, caller: KnownDep) -> Caller:
+async def _share(context: ContextDep, caller: KnownDep) -> AsyncIterator[Share]:
+    """Until the answer is made; sending it takes none."""
+    async with context.shares.share(caller.key_id) as share:
+        yield share
+
+
+ShareDep = Annotated[Share, Depends(_share, scope="function")]
+
+
+async def _caller(request: Request, caller: KnownDep, share: ShareDep) -> Caller:
     """Reading takes the scope `read`, everything else `write`."""
     caller.require("read" if request.method in READING else "write")
     return caller
 
 
-async def _admin(caller: KnownDep) -> Caller:
+async def _admin(caller: KnownDep, share: ShareDep) -> Caller:
     caller.require("admin")
     return caller
 

@@ -1,6 +1,8 @@
 """Request bodies: read with a limit while they stream, decoded as JSON or YAML, and made of plain JSON values only."""
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
@@ -8,16 +10,19 @@ from time import monotonic
 from typing import Annotated, Any
 
 from fastapi import Depends, Request
+from starlette.concurrency import run_in_threadpool
 from starlette.types import Message
 
 from service.edge.auth import CallerDep
 from service.edge.context import ContextDep
 from service.edge.documents import canonical, parse_json, parse_yaml
+from service.edge.shares import Share
 from service.errors import BodyTooLarge, BodyTooSlow, UnsupportedMedia
 
 YAML_TYPES = frozenset({"application/yaml", "text/yaml", "application/x-yaml", "text/x-yaml"})
 GRACE_S, MIN_BYTES_PER_S = 30.0, 1024  # a body of n bytes may take GRACE_S + n / MIN_BYTES_PER_S seconds
-MAX_YAML_BYTES = 2 * 2**20  # YAML is parsed a hundred times slower than JSON
+MAX_YAML_BYTES = 64 * 2**10  # YAML is parsed a hundred times slower than JSON: 3 ms for each KiB
+QUICK_YAML_BYTES, QUICK_JSON_BYTES = 2 * 2**10, 64 * 2**10  # so much takes no longer than ten milliseconds
 MEDIA_TYPES = ["application/json", *sorted(YAML_TYPES)]
 
 
@@ -37,8 +42,11 @@ def media_type(request: Request) -> str:
     return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
-def limited(request: Request, limit: int, what: str) -> Request:
-    """The same request, whose body raises BodyTooLarge as soon as it is known to be longer than `limit` bytes."""
+def limited(request: Request, limit: int, what: str, share: Share | None = None) -> Request:
+    """The same request, whose body raises BodyTooLarge as soon as it is known to be longer than `limit` bytes.
+
+    `share`, where one is given, rests between the pieces: for a body that is kept on the disk, and not in memory.
+    """
     encoding = request.headers.get("content-encoding", "identity").lower()
     if encoding not in ("", "identity"):
         raise UnsupportedMedia(
@@ -47,17 +55,20 @@ def limited(request: Request, limit: int, what: str) -> Request:
     announced = request.headers.get("content-length", "")
     if announced.isdecimal() and int(announced) > limit:
         raise _too_large(what, limit)
-    size, started = 0, monotonic()
+    size, waited_s = 0, 0.0  # for the caller, not in line for its share
+    resting = nullcontext if share is None else share.resting
 
     async def receive() -> Message:
-        nonlocal size
-        left_s = started + GRACE_S + size / MIN_BYTES_PER_S - monotonic()
+        nonlocal size, waited_s
+        began, left_s = monotonic(), GRACE_S + size / MIN_BYTES_PER_S - waited_s
         try:
-            async with asyncio.timeout(max(left_s, 0.001)):  # wait_for would make a task of each piece
-                message = await request.receive()
+            async with resting():
+                async with asyncio.timeout(max(left_s, 0.001)):  # wait_for would make a task of each piece
+                    message = await request.receive()
+                waited_s += monotonic() - began
         except TimeoutError:
             raise BodyTooSlow(
-                f"{size} bytes of {what} came in {monotonic() - started:.0f} s; "
+                f"{size} bytes of {what} came in {waited_s + monotonic() - began:.0f} s; "
                 f"it must come at {MIN_BYTES_PER_S} bytes a second at least, after the first {GRACE_S:g} s"
             ) from None
         size += len(message.get("body", b""))
@@ -76,7 +87,7 @@ async def _raw(request: Request, caller: CallerDep, context: ContextDep) -> byte
     """Read only for those who showed a key."""
     kind, limit, what = media_type(request), context.settings.max_body_bytes, "a body"
     if kind in YAML_TYPES:
-        limit, what = min(limit, MAX_YAML_BYTES), "a YAML body (JSON may be longer)"
+        limit, what = min(limit, MAX_YAML_BYTES), "a YAML body (send JSON, which may be longer)"
     elif kind and kind != "application/json" and not kind.endswith("+json"):
         raise UnsupportedMedia(
             f"the body's Content-Type is {kind}; taken are {', '.join(MEDIA_TYPES)}",
@@ -85,13 +96,32 @@ async def _raw(request: Request, caller: CallerDep, context: ContextDep) -> byte
     return await limited(request, limit, what).body()
 
 
-def _document(request: Request, raw: Annotated[bytes, Depends(_raw)]) -> Document:
-    return Document(parse_yaml(raw) if media_type(request) in YAML_TYPES else parse_json(raw))
+async def _document(request: Request, caller: CallerDep, context: ContextDep, raw: Annotated[bytes, Depends(_raw)]) -> Document:
+    """Parsed in a thread; a large one when it is its turn."""
+    parse, quick = (parse_yaml, QUICK_YAML_BYTES) if media_type(request) in YAML_TYPES else (parse_json, QUICK_JSON_BYTES)
+    async with nullcontext() if len(raw) <= quick else context.checks.turn(caller.key_id):
+        return Document(await run_in_threadpool(parse, raw))
 
 
-def _document_if_any(request: Request, raw: Annotated[bytes, Depends(_raw)]) -> Document:
-    return _document(request, raw) if raw.strip() else Document({})
+async def _document_if_any(
+    request: Request, caller: CallerDep, context: ContextDep, raw: Annotated[bytes, Depends(_raw)]
+) -> Document:
+    return await _document(request, caller, context, raw) if raw.strip() else Document({})
 
+
+async def _turn(context: ContextDep, caller: CallerDep) -> AsyncIterator[None]:
+    async with context.checks.turn(caller.key_id):
+        yield
+
+
+async def _turn_to_show(context: ContextDep, caller: CallerDep) -> AsyncIterator[None]:
+    async with context.views.turn(caller.key_id):
+        yield
+
+
+# For what a caller may make arbitrarily long: it is worked on when it is its turn. To stand behind the body, which may be slow.
+TurnDep = Annotated[None, Depends(_turn, scope="function")]
+ShowTurnDep = Annotated[None, Depends(_turn_to_show, scope="function")]
 
 DocumentDep = Annotated[Document, Depends(_document)]
 OptionalDocumentDep = Annotated[Document, Depends(_document_if_any)]

@@ -4,7 +4,6 @@ from dataclasses import dataclass, field
 from threading import Event
 from typing import Annotated
 
-from anyio import CapacityLimiter
 from fastapi import Depends, Request
 
 from service.doorbell import Doorbell, Signals
@@ -12,14 +11,18 @@ from service.edge.keyring import Keyring
 from service.edge.limits import OpenAnswers
 from service.edge.rate import Limiter
 from service.edge.remembered import Remembered
+from service.edge.shares import Shares, Turns
 from service.edge.tails import Tails
 from service.relay.queue import RequestQueue
 from service.settings import Settings
 from service.store.session import Store
 from service.store.usage import Whole
 
-PREVIEWS_AT_ONCE = 2  # each is a process that imports the graders
-CONVERSIONS_AT_ONCE = 4  # of loss requests and answers: each may take ten times its size in memory for a moment
+# What costs much, at once: of one key, and of all. Of each there is more than one key may take.
+CHECKS = {"per_key": 1, "in_all": 2}  # specs and datasets: seconds of Python, and a child process of 100 MB now and then
+VIEWS = {"per_key": 1, "in_all": 4}  # of jobs with their specs: one of 16 MiB takes a second
+PREVIEWS = {"per_key": 1, "in_all": 2}  # each is a process that imports the graders
+CONVERSIONS = {"per_key": 2, "in_all": 4}  # of loss requests: each may take ten times its size in memory for a moment
 
 
 @dataclass(frozen=True)
@@ -30,13 +33,16 @@ class Context:
     signals: Signals
     losses: RequestQueue
     limiter: Limiter
+    shares: Shares
     open_answers: OpenAnswers
     tails: Tails
     stopping: Event = field(default_factory=Event)  # the server was told to stop: streams and long polls end
     keyring: Keyring = field(default_factory=Keyring)
     ledger: Remembered[Whole] = field(default_factory=Remembered)
-    previews: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(PREVIEWS_AT_ONCE))
-    conversions: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(CONVERSIONS_AT_ONCE))
+    checks: Turns = field(default_factory=lambda: Turns(**CHECKS))
+    views: Turns = field(default_factory=lambda: Turns(**VIEWS))
+    previews: Turns = field(default_factory=lambda: Turns(**PREVIEWS))
+    conversions: Turns = field(default_factory=lambda: Turns(**CONVERSIONS))
 
     def stop(self) -> None:
         self.stopping.set()

@@ -9,23 +9,24 @@ from typing import Any
 
 import yaml
 
-from service.errors import Malformed
+from service.errors import BodyTooLarge, Malformed, RatchetError
 from service.spec.storable import MAX_DEPTH, not_storable
 from service.validation import invalid
-from service.validation.strict_json import BadJson, decoded, no_key_twice, read
+from service.validation.strict_json import MAX_VALUES, BadJson, decoded, no_key_twice, read
 
+MAX_KEYS = 2000  # of one object: a model complains of each that it does not know
 EXPONENT = "[eE][-+]?[0-9]+"
 
 
 def parse_json(raw: bytes) -> Any:
-    """Raises Malformed with line and column, InvalidRequest with a pointer."""
-    return _check(read_json(raw, partial(json.loads, object_pairs_hook=no_key_twice)))
+    """Raises Malformed with line and column, InvalidRequest with a pointer, BodyTooLarge above MAX_VALUES."""
+    return _check(read_json(raw, partial(json.loads, object_pairs_hook=no_key_twice), MAX_VALUES))
 
 
-def read_json(raw: bytes, loads: Callable[[str], Any]) -> Any:
-    """What `loads` makes of the text, unchecked. Raises Malformed with line and column."""
+def read_json(raw: bytes, loads: Callable[[str], Any], max_values: int | None = None) -> Any:
+    """What `loads` makes of the text, unchecked. Raises Malformed with line and column, BodyTooLarge above `max_values`."""
     try:
-        return read(_content(raw, "JSON"), loads)
+        return read(_content(raw, "JSON"), loads, max_values)
     except BadJson as error:
         raise _malformed("JSON", error) from None
 
@@ -36,8 +37,10 @@ def _content(raw: bytes, kind: str) -> bytes:
     return raw.removeprefix(BOM_UTF8)
 
 
-def _malformed(kind: str, error: BadJson) -> Malformed:
+def _malformed(kind: str, error: BadJson) -> RatchetError:
     match error.reason:
+        case "too_many":
+            return BodyTooLarge(f"a body may hold {error.what} values", hint="upload many rows as a dataset: POST /v1/datasets")
         case "too_deep":
             return _too_deep()
         case "number":
@@ -58,18 +61,20 @@ def _too_deep() -> Malformed:
 
 
 def _check(data: Any) -> Any:
-    _check_depth(data)
+    _check_shape(data)
     if errors := not_storable(data):
         raise invalid(errors)
     return data
 
 
-def _check_depth(value: Any, depth: int = 1) -> None:
+def _check_shape(value: Any, depth: int = 1) -> None:
     if depth > MAX_DEPTH:
         raise _too_deep()
+    if isinstance(value, dict) and len(value) > MAX_KEYS:
+        raise BodyTooLarge(f"an object may have {MAX_KEYS} keys, one has {len(value)}")
     for below in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
         if isinstance(below, dict | list):
-            _check_depth(below, depth + 1)
+            _check_shape(below, depth + 1)
 
 
 def canonical(data: Any) -> bytes:

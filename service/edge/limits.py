@@ -36,8 +36,9 @@ class OpenAnswers:
         self._per_key = per_key
         self._open: Counter[str] = Counter()
 
-    def check(self, key_id: str) -> None:
-        """Raises RateLimited where the key has as many open as it may."""
+    @contextmanager
+    def hold(self, key_id: str) -> Iterator[None]:
+        """One more until the block ends. Raises RateLimited where the key has as many open as it may."""
         if self._open[key_id] >= self._per_key:
             raise RateLimited(
                 f"this API key has {self._per_key} event streams and long polls open, which is as many as it may have",
@@ -45,9 +46,6 @@ class OpenAnswers:
                 hint="close some, or follow several jobs by GET /v1/jobs",
                 retry_after_s=5,
             )
-
-    @contextmanager
-    def hold(self, key_id: str) -> Iterator[None]:
         self._open[key_id] += 1
         try:
             yield

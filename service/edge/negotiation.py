@@ -8,6 +8,7 @@ from fastapi import Request
 from service.errors import NotAcceptable
 
 MAX_WAIT_S = 60
+MAX_RANGES = 50  # of an Accept; further ones are not looked at
 _WAIT = re.compile(r'(?:^|[,;])\s*wait\s*=\s*"?(\d{1,9})"?\s*(?=[,;]|$)', re.IGNORECASE)
 
 
@@ -16,7 +17,7 @@ def accepted(request: Request, offered: Sequence[str]) -> str:
     wanted = ",".join(request.headers.getlist("accept"))
     if not wanted.strip():
         return offered[0]
-    ranges = [_range(media_type) for media_type in wanted.split(",")]
+    ranges = [_range(media_type) for media_type in wanted.split(",", MAX_RANGES)[:MAX_RANGES]]
     best = max(offered, key=lambda media_type: _quality(media_type, ranges))
     if _quality(best, ranges) <= 0:
         raise NotAcceptable(f"Accept is {wanted[:200]!r}; answers come as {' or '.join(offered)}")

@@ -87,6 +87,13 @@ class JsonlRows(DataRows):
         if hasattr(self, "_descriptor"):
             os.close(self._descriptor)
 
+    def within(self, begin: int, end: int, max_bytes: int) -> int:
+        """Where to end so that the rows from `begin` take no more than `max_bytes` in the file; one is always taken."""
+        end = min(end, len(self))
+        while end > begin + 1 and self._offsets[end] - self._offsets[begin] > max_bytes:
+            end -= 1
+        return end
+
     def _row(self, index: int) -> Row:
         start, end = self._offsets[index], self._offsets[index + 1]
         return json.loads(os.pread(self._descriptor, end - start, start))

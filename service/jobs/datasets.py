@@ -17,11 +17,12 @@ from service.store import datasets
 from service.store.blobs import room_on
 from service.store.session import Store
 from service.store.tables import Dataset
-from service.validation.strict_json import BadJson, no_constant, no_key_twice, read
+from service.validation.strict_json import MAX_VALUES, BadJson, no_constant, no_key_twice, read
 
 CHUNK_BYTES = 2**20
 STORE = "the disk with the files of datasets and checkpoints (RATCHET_DATA_DIR)"
 MAX_LINE_BYTES = 16 * 2**20
+MAX_LINES = 10_000_000
 MAX_ERRORS = 20
 MAX_COLUMNS = 1000
 
@@ -31,6 +32,7 @@ WRONG_JSON = {
     "too_deep": "nested too deeply",
     "number": "not readable: {what}",
     "key_twice": "has the key {what!r} twice",
+    "too_many": "holds more than {what} values",
     "constant": "holds {what}, which is not JSON",
 }
 TYPES = {str: "string", bool: "boolean", int: "integer", float: "number", list: "array", dict: "object", type(None): "null"}
@@ -102,6 +104,8 @@ class _Checked:
         errors: list[FieldError] = []
         with self.path.open("wb") as file:
             for number, line in enumerate(_lines(chunks), 1):
+                if number > MAX_LINES:
+                    raise _given_up(number, f"a dataset may have {MAX_LINES} lines")
                 text = (line.removeprefix(BOM_UTF8) if number == 1 else line).strip(b" \t\r\n")
                 try:
                     if text:
@@ -139,7 +143,7 @@ class _Checked:
 def read_row(line: bytes) -> dict[str, Any]:
     """The JSON object that a line holds. Raises BadLine: not UTF-8, not JSON, a key twice, NaN, not an object, empty."""
     try:
-        row = read(line, partial(json.loads, object_pairs_hook=no_key_twice, parse_constant=no_constant))
+        row = read(line, partial(json.loads, object_pairs_hook=no_key_twice, parse_constant=no_constant), MAX_VALUES)
     except BadJson as error:
         raise BadLine(WRONG_JSON[error.reason].format_map(vars(error))) from None
     if not isinstance(row, dict):
@@ -175,7 +179,10 @@ def _lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
             yield from lines
             pending, number = bytearray(rest), number + len(lines)
         if len(pending) > MAX_LINE_BYTES:
-            detail = f"line {number} is longer than {MAX_LINE_BYTES} bytes"
-            raise InvalidRequest(detail, [FieldError(f"/lines/{number}", detail, "line_too_long")], code="bad_dataset")
+            raise _given_up(number, f"line {number} is longer than {MAX_LINE_BYTES} bytes", "line_too_long")
     if pending:
         yield bytes(pending)
+
+
+def _given_up(number: int, detail: str, code: str = "too_many_lines") -> InvalidRequest:
+    return InvalidRequest(detail, [FieldError(f"/lines/{number}", detail, code)], code="bad_dataset")

@@ -14,7 +14,6 @@ from typing import Any
 
 from service.rewards.scorers import SCORERS
 
-MEMORY_BYTES = 4 * 2**30
 # Events of Python's audit hooks. No scorer needs them; text that tricks a scorer into evaluating it shall not have them.
 FORBIDDEN = ("subprocess.", "socket.", "ctypes.", "shutil.", "pty.", "urllib.", "os.")
 HARMLESS = ("os.listdir", "os.scandir", "os.walk", "os.fwalk", "os.listxattr", "os.getxattr", "os.add_dll_directory")
@@ -27,13 +26,13 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # a scorer that prints must not disturb the answers
 
-    kind, options, within_s = pickle.load(sys.stdin.buffer)
+    kind, options, within_s, memory_bytes = pickle.load(sys.stdin.buffer)
     try:
         score = SCORERS[kind](**options)
     except ImportError as error:
         print(json.dumps({"error": f"{error}; is the package installed?"}), file=answers)
         return
-    fence()
+    fence(memory_bytes)
     print(json.dumps({"ready": True}), file=answers)
     while True:
         try:
@@ -48,15 +47,15 @@ def _answer(score: Any, request: tuple[Any, ...], within_s: float) -> dict[str, 
     try:
         return {"score": float(score(*request))}
     except BaseException as error:  # an evaluated answer may raise anything, SystemExit too
-        return {"error": f"{type(error).__name__}: {str(error)[:300]}"}
+        return {"error": f"{type(error).__name__}: {str(error)[:500]}"}
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 
-def fence() -> None:
+def fence(memory_bytes: int) -> None:
     """Bound the memory, and take away what a scorer never needs: other processes, the network, writing files."""
     sys.dont_write_bytecode = True
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     sys.addaudithook(_refuse)

@@ -14,9 +14,9 @@ from typing import Any
 import httpx
 
 from service.errors import JobFailed
-from service.jobs.resolve_reward import ADDRESS_REFUSED
+from service.jobs.resolve_reward import ADDRESS_REFUSED, NAME_REFUSED
 from service.rewards.samples import Grader, GraderContext, NotGraded, Outcome, Sample
-from service.spec.addresses import Address, literal, may_reach
+from service.spec.addresses import Address, host_of, literal, may_reach
 from service.spec.reward import HttpGrader
 
 AT_ONCE = 8  # batches in flight
@@ -35,6 +35,10 @@ class Retry(Exception):
     def __init__(self, reason: str, after_s: float | None = None) -> None:
         super().__init__(reason)
         self.after_s = after_s
+
+
+class NameRefused(Retry):
+    """The host's name is not found, or leads where nothing may be reached. Both end alike, after as many attempts."""
 
 
 def sign(secret: str, body: bytes, timestamp: int) -> str:
@@ -96,8 +100,7 @@ class HttpRewards(Grader):
                     return read_rewards(answer, len(samples))
                 except Retry as retry:
                     if attempt == self._spec.max_retries:
-                        tried = f"{attempt + 1} attempt" + ("s" if attempt else "")
-                        raise self._down(f"{retry} (after {tried})") from None
+                        raise self._gave_up(retry, attempt + 1) from None
                     await asyncio.sleep(_pause_s(attempt, retry.after_s))
         raise AssertionError("unreachable")
 
@@ -127,12 +130,13 @@ class HttpRewards(Grader):
         """The URL with its host looked up, once, and that very address checked: a second look-up could bring another one.
         Also the Host header and, for TLS, the name that the certificate must have. Further attempts take the next address."""
         try:
-            url = httpx.URL(self._spec.url)
-        except httpx.InvalidURL as error:
-            raise self._down(f"its URL is none: {error}") from None
-        addresses = await _look_up(url)
+            host_name, url = host_of(self._spec.url), httpx.URL(self._spec.url)
+        except ValueError as error:
+            raise self._down(str(error)) from None
+        written = literal(host_name)
+        addresses = await _look_up(host_name, url) if written is None else [written]
         if not all(may_reach(address, self._context.networks) for address in addresses):
-            raise JobFailed("grader_address_refused", f"{self._named}: {ADDRESS_REFUSED}", pointer=self._context.pointer)
+            raise NameRefused(NAME_REFUSED) if written is None else self._refused(ADDRESS_REFUSED)
         address = addresses[attempt % len(addresses)]
         host = f"[{address}]" if address.version == 6 else str(address)
         return url.copy_with(host=host), url.netloc.decode("ascii"), {"sni_hostname": url.raw_host.decode("ascii")}
@@ -159,6 +163,13 @@ class HttpRewards(Grader):
         batch_id = f"batch_{hashlib.sha256(text.encode()).hexdigest()[:32]}"
         return json.dumps({"batch_id": batch_id, **content}, default=str).encode(), batch_id
 
+    def _gave_up(self, retry: Retry, attempts: int) -> JobFailed:
+        tried = f"(after {attempts} attempt" + ("s)" if attempts > 1 else ")")
+        return self._refused(f"{retry} {tried}") if isinstance(retry, NameRefused) else self._down(f"{retry} {tried}")
+
+    def _refused(self, reason: str) -> JobFailed:
+        return JobFailed("grader_address_refused", f"{self._named}: {reason}", pointer=self._context.pointer)
+
     def _down(self, reason: str, hint: str | None = None) -> JobFailed:
         return JobFailed(
             "grader_unhealthy",
@@ -173,16 +184,13 @@ class HttpRewards(Grader):
         return f"the reward service of grader {self._context.name!r} at {_without_query(self._spec.url)}"
 
 
-async def _look_up(url: httpx.URL) -> list[Address]:
+async def _look_up(name: str, url: httpx.URL) -> list[Address]:
     """Every address of the URL's host, in the resolver's order."""
-    name = url.raw_host.decode("ascii")
-    if (address := literal(name)) is not None:
-        return [address]
     port = url.port or (443 if url.scheme == "https" else 80)
     try:
         addresses = await asyncio.get_running_loop().getaddrinfo(name, port, type=socket.SOCK_STREAM)
-    except (OSError, UnicodeError) as error:
-        raise Retry(f"its host is not found: {error}") from None
+    except (OSError, UnicodeError):
+        raise NameRefused(NAME_REFUSED) from None
     return [ip_address(str(entry[4][0]).partition("%")[0]) for entry in addresses]
 
 

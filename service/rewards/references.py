@@ -1,6 +1,5 @@
 """Whether formulas that rows give as references can be read: asked in the sandbox, as graders are."""
 
-from threading import BoundedSemaphore
 from time import monotonic
 
 from service.errors import FieldError, JobFailed
@@ -8,17 +7,20 @@ from service.jobs.reference_checks import Formula
 from service.jobs.resolve import Resolved, resolve
 from service.rewards.samples import NotGraded
 from service.rewards.sandbox import Sandbox
+from service.rewards.texts import wrong_texts
 from service.settings import Settings
 from service.spec.job import RLSpec, SupervisedSpec
 from service.store.session import Store
 from service.validation import invalid
 
 READ_WITHIN_S = 10.0
-TURNS = BoundedSemaphore(2)  # a child takes 100 MB
 
 
 def resolve_and_read(store: Store, settings: Settings, project: str, spec: RLSpec | SupervisedSpec) -> Resolved:
-    """`resolve`, which also refuses references whose formula sympy cannot read. Raises InvalidRequest."""
+    """`resolve`, which also refuses patterns and JSON Schemas that are none, and references whose formula sympy cannot read.
+    Raises InvalidRequest."""
+    if errors := wrong_texts(spec.reward):
+        raise invalid(errors)
     resolved = resolve(store, settings, project, spec)
     if errors := unreadable(resolved.formulas):
         raise invalid(errors)
@@ -31,18 +33,17 @@ def unreadable(formulas: list[Formula]) -> list[FieldError]:
     if not formulas:
         return []
     sandbox, until = Sandbox("reference", {}, "/reward"), monotonic() + READ_WITHIN_S
-    with TURNS:
-        try:
-            for formula in formulas:
-                if monotonic() > until:
-                    break
-                [outcome] = sandbox.ask_all([(formula.text, formula.percent)])
-                if isinstance(outcome, NotGraded):
-                    detail = f"{formula.where}: {outcome.detail.removeprefix('ValueError: ')}"
-                    error = FieldError(formula.pointer, detail, "reference_unreadable", formula.text[:200])
-                    errors.setdefault(formula.pointer, error)
-        except JobFailed:
-            return []  # the sandbox does not start here; the worker's own may
-        finally:
-            sandbox.close()
+    try:
+        for formula in formulas:
+            if monotonic() > until:
+                break
+            [outcome] = sandbox.ask_all([(formula.text, formula.percent)])
+            if isinstance(outcome, NotGraded):
+                detail = f"{formula.where}: {outcome.detail.removeprefix('ValueError: ')}"
+                error = FieldError(formula.pointer, detail, "reference_unreadable", formula.text[:200])
+                errors.setdefault(formula.pointer, error)
+    except JobFailed:
+        return []  # the sandbox does not start here; the worker's own may
+    finally:
+        sandbox.close()
     return list(errors.values())

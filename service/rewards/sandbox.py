@@ -18,6 +18,7 @@ from service.errors import JobFailed
 from service.rewards.samples import NotGraded, Outcome, one_by_one
 
 ANSWER_WITHIN_S = 5.0
+MEMORY_BYTES = 4 * 2**30
 START_WITHIN_S = 120.0
 GRACE_S = 5.0  # after the child's own alarm should have gone off
 
@@ -25,8 +26,19 @@ GRACE_S = 5.0  # after the child's own alarm should have gone off
 class Sandbox:
     """One child, started when it is first asked, started anew after it had to be ended. See service.rewards.child."""
 
-    def __init__(self, kind: str, options: dict[str, Any], pointer: str) -> None:
+    def __init__(
+        self,
+        kind: str,
+        options: dict[str, Any],
+        pointer: str,
+        *,
+        within_s: float | None = None,
+        memory_bytes: int = MEMORY_BYTES,
+    ) -> None:
+        """`within_s`: for one answer, ANSWER_WITHIN_S unless it is given. `memory_bytes`: of the child's address space, for all
+        that it is ever asked."""
         self._kind, self._options, self._pointer = kind, options, pointer
+        self._within_s, self._memory_bytes = within_s or ANSWER_WITHIN_S, memory_bytes
         self._child: subprocess.Popen[bytes] | None = None
 
     def ask_all(self, requests: list[tuple[Any, ...]]) -> list[Outcome]:
@@ -45,12 +57,12 @@ class Sandbox:
     def _ask(self, request: tuple[Any, ...]) -> Outcome:
         code = None
         for _ in range(2):  # a child that somebody else ended deserves a second try
-            answer = self._exchange(request, ANSWER_WITHIN_S + GRACE_S)
+            answer = self._exchange(request, self._within_s + GRACE_S)
             if answer is not None:
                 return NotGraded(answer["error"]) if "error" in answer else float(answer["score"])
             code = self._end()
             if code == -signal.SIGALRM:
-                return NotGraded(f"took longer than {ANSWER_WITHIN_S:g} s to grade")
+                return NotGraded(f"took longer than {self._within_s:g} s to grade")
         return NotGraded(f"the grader's process ended with status {code} on this answer")
 
     def _exchange(self, request: tuple[Any, ...], within_s: float) -> dict[str, Any] | None:
@@ -79,7 +91,7 @@ class Sandbox:
             bufsize=0,
         )
         try:
-            self._send(child, (self._kind, self._options, ANSWER_WITHIN_S))
+            self._send(child, (self._kind, self._options, self._within_s, self._memory_bytes))
             hello = self._receive(child, START_WITHIN_S)
         except OSError:
             hello = None

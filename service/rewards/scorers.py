@@ -46,6 +46,19 @@ def reference() -> Callable[[str, str], float]:
     return score
 
 
+def text() -> Callable[[str, Any], float]:
+    """1 for a `pattern` or a `schema` of a caller's that is one. Raises ValueError for others."""
+    from service.spec.patterns import check_json_schema, check_pattern
+
+    checks: dict[str, Callable[[Any], Any]] = {"pattern": check_pattern, "schema": check_json_schema}
+
+    def score(kind: str, value: Any) -> float:
+        checks[kind](value)
+        return 1.0
+
+    return score
+
+
 def read_reference(text: str, percent: str) -> Any:
     """The value that a reference names. Raises ValueError where it names none, or a formula that sympy cannot read."""
     from service.rewards.formulas import unreadable
@@ -141,6 +154,7 @@ def _finite(text: str) -> float:
 SCORERS: dict[str, Callable[..., Callable[..., float]]] = {
     "number": number,
     "reference": reference,
+    "text": text,
     "json_schema": json_schema,
     "similarity": similarity,
     "reasoning_gym": reasoning_gym,

@@ -4,15 +4,36 @@ Without this, whoever may submit a job could make a worker talk to services that
 metadata service of a cloud.
 """
 
+import re
 import socket
 from collections.abc import Sequence
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
+
+import httpx
 
 Address = IPv4Address | IPv6Address
 Networks = Sequence[IPv4Network | IPv6Network]
 
 NAT64 = (IPv6Network("64:ff9b::/96"), IPv6Network("64:ff9b:1::/48"))
 IPV4_COMPATIBLE = IPv6Network("::/96")
+NAME = re.compile(r"(?=.{1,254}$)[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?(\.[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?)*\.?")
+
+
+def host_of(url: str) -> str:
+    """The host that a request to this URL is for, as the client that sends it reads it: in ASCII, IPv6 without brackets.
+    Raises ValueError where it is none. Everybody who asks whose host it is asks here, so that all have one answer."""
+    try:
+        parts = httpx.URL(url)
+        host = parts.raw_host.decode("ascii")
+    except (httpx.InvalidURL, ValueError) as error:
+        raise ValueError(f"not a URL: {error}") from None
+    if parts.port is not None and not 0 < parts.port < 65536:
+        raise ValueError(f"not a URL: its port is {parts.port}, ports go from 1 to 65535")
+    if not host:
+        raise ValueError("the URL names no host")
+    if ":" not in host and not NAME.fullmatch(host):
+        raise ValueError(f"{host[:80]!r} is no host: write an address, or a name of letters, digits, hyphens and dots")
+    return host
 
 
 def may_reach(address: Address, allowed: Networks) -> bool:

@@ -83,7 +83,7 @@ class DataSpec(Section):
         None
     )
     chat: Annotated[
-        list[Message] | str | None,
+        Annotated[list[Message], Field(max_length=1000)] | str | None,
         Field(description="messages for the model's chat template, or the name of a column that holds such a list"),
     ] = None
     answer: Annotated[

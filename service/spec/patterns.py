@@ -1,11 +1,12 @@
 """Regular expressions and JSON Schemas that callers send: what is wrong with them is said before anything runs them.
 
-Checking must itself be harmless: `regex` writes fixed repeats out while it compiles, so `(a{9999}){9999}` would take all
-memory. Matching is bounded elsewhere, by time.
+Checking must itself be harmless. Here stand the bounds on what is sent, which the spec's models apply, and what may take long
+or much memory: that is for the sandbox (`service.rewards.texts`). `regex` writes fixed repeats out while it compiles, so
+`(a{9999}){9999}` would take all memory. Matching is bounded elsewhere, by time.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from math import prod
 from typing import Any
 
@@ -15,17 +16,38 @@ from jsonschema.validators import validator_for
 
 from service.spec.schemas import check_dialect, check_inside
 
-MAX_UNROLLED = 2_000_000  # nodes; about half a second and 500 MB
+MAX_UNROLLED = 2_000_000  # nodes of all patterns of a spec; about half a second and 500 MB
+
+
+def check_size(pattern: str) -> str:
+    """The pattern, if it is not too large to be compiled. Raises ValueError."""
+    if _unrolled(pattern) > MAX_UNROLLED:
+        repeats = prod(_repeats(pattern))
+        raise ValueError(f"its fixed repeats may multiply to {repeats}, which is too large; use * or +, or smaller counts")
+    return pattern
+
+
+def check_sizes(patterns: Iterable[str]) -> None:
+    """Raises ValueError where the patterns of one spec are too large together."""
+    if (unrolled := sum(map(_unrolled, patterns))) > MAX_UNROLLED:
+        raise ValueError(
+            f"the patterns of all graders may come to {unrolled} characters with their fixed repeats written out, "
+            f"at most {MAX_UNROLLED} are taken; use * or +, or smaller counts"
+        )
+
+
+def _unrolled(pattern: str) -> int:
+    """How long the pattern may be with its fixed repeats written out, as if all of them were nested: only a parser would know
+    better, and could be led astray."""
+    return len(pattern) * prod(_repeats(pattern))
+
+
+def _repeats(pattern: str) -> list[int]:
+    return [max(1, int(count[:9])) for count in re.findall(r"\{(\d+)", pattern)]
 
 
 def check_pattern(pattern: str) -> str:
-    """The pattern, if it is a regular expression that can be compiled safely. Raises ValueError."""
-    repeats = [max(1, int(count[:9])) for count in re.findall(r"\{(\d+)", pattern)]
-    # As if all of them were nested: only a parser would know better, and could be led astray.
-    if len(pattern) * prod(repeats) > MAX_UNROLLED:
-        raise ValueError(
-            f"its fixed repeats may multiply to {prod(repeats)}, which is too large; use * or +, or smaller counts"
-        )
+    """The pattern, if it is a regular expression. Raises ValueError. For the sandbox: what is compiled stays in the process."""
     try:
         regex.compile(pattern)
     except regex.error as error:
@@ -36,7 +58,7 @@ def check_pattern(pattern: str) -> str:
 
 
 def check_json_schema(schema: dict[str, Any]) -> dict[str, Any]:
-    """The schema, if it is one and refers to nothing outside. Raises ValueError."""
+    """The schema, if it is one and refers to nothing outside. Raises ValueError. For the sandbox: it may take long."""
     try:
         validator_for(schema).check_schema(schema)
         outside = next((reference for reference in _references(schema) if not reference.startswith("#")), None)

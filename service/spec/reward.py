@@ -1,12 +1,14 @@
 """The reward section of a spec: graders and their weights."""
 
+import re
 from typing import Annotated, Any, Literal, Self
-from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
 from service.metric_names import taken_from_graders
-from service.spec.patterns import check_json_schema, check_pattern
+from service.spec.addresses import host_of
+from service.spec.patterns import check_size, check_sizes
+from service.spec.schemas import check_bounds
 from service.spec.section import MOST, MOST_COUNTED, Section
 from service.spec.templates import Template
 
@@ -35,8 +37,13 @@ class GraderBase(Section):
 
     @field_validator("extract")
     @classmethod
-    def extract_compiles(cls, value: str | None) -> str | None:
-        return None if value is None else check_pattern(value)
+    def extract_is_bounded(cls, value: str | None) -> str | None:
+        return None if value is None else check_size(value)
+
+    @property
+    def patterns(self) -> dict[str, str]:
+        """Its regular expressions by field. That they are some is seen by `service.rewards.texts`."""
+        return {} if self.extract is None else {"extract": self.extract}
 
 
 Reference = Annotated[
@@ -70,8 +77,12 @@ class RegexGrader(GraderBase):
 
     @field_validator("pattern")
     @classmethod
-    def pattern_compiles(cls, value: str) -> str:
-        return check_pattern(value)
+    def pattern_is_bounded(cls, value: str) -> str:
+        return check_size(value)
+
+    @property
+    def patterns(self) -> dict[str, str]:
+        return {**super().patterns, "pattern": self.pattern}
 
 
 class NumberGrader(GraderBase):
@@ -103,8 +114,8 @@ class JsonSchemaGrader(GraderBase):
 
     @field_validator("json_schema")
     @classmethod
-    def schema_is_one(cls, value: dict[str, Any]) -> dict[str, Any]:
-        return check_json_schema(value)
+    def schema_is_bounded(cls, value: dict[str, Any]) -> dict[str, Any]:
+        return check_bounds(value)
 
 
 class SimilarityGrader(GraderBase):
@@ -164,14 +175,8 @@ class HttpGrader(GraderBase):
     @field_validator("url")
     @classmethod
     def names_a_host(cls, value: str) -> str:
-        try:
-            parts = urlsplit(value)
-            host, _ = parts.hostname, parts.port
-        except ValueError as error:
-            raise ValueError(f"not a URL: {error}") from None
-        if not host:
-            raise ValueError("the URL names no host")
-        if parts.username is not None or parts.password is not None:
+        host_of(value)
+        if "@" in re.split(r"[/?#]", value, maxsplit=3)[2]:
             raise ValueError(
                 "a URL with a user name or password would be shown with the spec; use `secret` to sign the batches"
             )
@@ -203,6 +208,11 @@ class RewardSpec(Section):
     max_error_rate: Annotated[
         float, Field(ge=0, le=1, description="the job pauses when more of the samples than this could not be graded")
     ] = 0.2
+
+    @model_validator(mode="after")
+    def patterns_are_bounded_together(self) -> Self:
+        check_sizes(pattern for grader in self.graders for pattern in grader.patterns.values())
+        return self
 
     @model_validator(mode="after")
     def names_differ(self) -> Self:

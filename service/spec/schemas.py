@@ -1,5 +1,7 @@
-"""What a JSON Schema says that can never work, found before anything is graded: a reference to nothing, a foreign pattern."""
+"""What a JSON Schema says that can never work, found before anything is graded: a reference to nothing, a foreign pattern.
+And how large one may be."""
 
+import json
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -11,7 +13,43 @@ from referencing.jsonschema import DRAFT202012, UnknownDialect, specification_wi
 PATTERN_PARTS = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\$", re.DOTALL)
 LITERAL = re.compile(r"/(?:\^.*|.*\$)/[dgimsuvy]*", re.DOTALL)  # a pattern as it stands in JavaScript's source
 BY_NAME = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")  # schemas under names of their own
+MAX_BYTES, MAX_DEPTH = 64 * 2**10, 32
+MAX_ENUM = 2000  # values in all lists of `enum`
+DRAFTS = {  # the old ones compare each value of an enum with each other one
+    "https://json-schema.org/draft/2020-12/schema": "2020-12",
+    "https://json-schema.org/draft/2019-09/schema": "2019-09",
+    "http://json-schema.org/draft-07/schema": "7",
+}
 DATA = ("const", "enum", "default", "examples")  # keywords that hold values and no schemas
+
+
+def check_bounds(schema: dict[str, Any]) -> dict[str, Any]:
+    """The schema, if it is none too large or too old to be checked. Raises ValueError that says what is allowed."""
+    draft = schema.get("$schema")
+    if draft is not None and (not isinstance(draft, str) or draft.removesuffix("#") not in DRAFTS):
+        raise ValueError(f"its $schema is {str(draft)[:80]!r}; taken are the drafts {', '.join(DRAFTS)}; none means the first")
+    if _is_deeper(schema, MAX_DEPTH):
+        raise ValueError(f"it is nested more than {MAX_DEPTH} levels deep")
+    if (size := len(json.dumps(schema, ensure_ascii=False).encode())) > MAX_BYTES:
+        raise ValueError(f"it has {size} bytes as JSON, at most {MAX_BYTES} are taken")
+    if (values := _enum_values(schema)) > MAX_ENUM:
+        raise ValueError(f"its lists of enum have {values} values together, at most {MAX_ENUM} are taken; use a pattern")
+    return schema
+
+
+def _is_deeper(value: Any, levels: int) -> bool:
+    if not isinstance(value, dict | list):
+        return False
+    return levels == 0 or any(_is_deeper(below, levels - 1) for below in (value.values() if isinstance(value, dict) else value))
+
+
+def _enum_values(value: Any) -> int:
+    if isinstance(value, list):
+        return sum(map(_enum_values, value))
+    if not isinstance(value, dict):
+        return 0
+    own = len(value["enum"]) if isinstance(value.get("enum"), list) else 0
+    return own + sum(map(_enum_values, value.values()))
 
 
 def check_inside(schema: dict[str, Any]) -> None:

@@ -9,10 +9,12 @@ from service.validation import escape
 from service.validation.strict_json import LONE_SURROGATE, has_lone_surrogate
 
 MAX_DEPTH = 64
+MAX_KEY_LENGTH = 1000  # characters: an error's pointer is made of keys
 
 
 def not_storable(value: Any, pointer: str = "") -> list[FieldError]:
-    """One FieldError for each text with NUL or a lone surrogate, number that is not finite, and value that lies too deep."""
+    """One FieldError for each text with NUL or a lone surrogate, number that is not finite, value that lies too deep, and key
+    that is too long."""
     return list(_walk(value, pointer, 0))
 
 
@@ -21,7 +23,9 @@ def _walk(value: Any, pointer: str, depth: int) -> Iterator[FieldError]:
         yield FieldError(pointer, f"lies more than {MAX_DEPTH} levels deep", "too_deep")
     elif isinstance(value, dict):
         for key, inner in value.items():
-            if reason := _unfit(key):
+            if len(key) > MAX_KEY_LENGTH:
+                yield FieldError(pointer, f"a key may have {MAX_KEY_LENGTH} characters, one has {len(key)}", "key_too_long")
+            elif reason := _unfit(key):
                 yield FieldError(pointer, f"a key holds {reason}", "not_storable")
             else:
                 yield from _walk(inner, f"{pointer}/{escape(key)}", depth + 1)

@@ -7,13 +7,15 @@ from functools import lru_cache
 from string import Formatter
 from typing import Annotated, Any
 
-from pydantic import AfterValidator
+from pydantic import AfterValidator, Field
 
-JSON_TOKENS = re.compile(r'"(?:[^"\\]|\\.)*"|-?\d+(?:\.\d+)?[eE][+-]?\d+')
+MAX_LENGTH = 64 * 2**10  # characters
+# Possessive, and never from within a number: of thousands of digits, each is looked at once.
+JSON_TOKENS = re.compile(r'"(?:[^"\\]|\\.)*"|(?<![\d.])-?\d++(?:\.\d++)?[eE][+-]?\d+')
 BRACES = "write {{ and }} for braces that shall stand in the text"
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=64)  # of the longest, a few megabytes each
 def parts_of(template: str) -> tuple[tuple[str, str | None], ...]:
     """Pairs of text and the column that follows it (None at the end). Raises ValueError when it is not a template."""
     parts: list[tuple[str, str | None]] = []
@@ -55,4 +57,4 @@ def _in_decimals(token: re.Match[str]) -> str:
     return token[0] if token[0].startswith('"') else format(Decimal(token[0]), "f")
 
 
-Template = Annotated[str, AfterValidator(check)]
+Template = Annotated[str, Field(max_length=MAX_LENGTH), AfterValidator(check)]

@@ -29,7 +29,8 @@ __all__ = [
 
 T = TypeVar("T")
 
-MAX_ERRORS = 50
+MAX_ERRORS = 50  # that are told
+MAX_DETAILS = 200  # that are put into words: each takes a search for the word that was meant
 
 
 @overload
@@ -47,8 +48,9 @@ def parse(model: Any, raw: Any, pointer: str = "") -> Any:
     try:
         return adapter.validate_python(raw)
     except ValidationError as error:
-        errors = field_errors(adapter._type, error.errors(include_url=False), pointer)
-    raise invalid(errors)
+        details = error.errors(include_url=False)
+        errors = field_errors(adapter._type, details[:MAX_DETAILS], pointer)
+    raise invalid(errors, beside=len(details[MAX_DETAILS:]))
 
 
 def field_errors(annotation: Any, details: Iterable[ErrorDetails], pointer: str = "") -> list[FieldError]:
@@ -56,9 +58,10 @@ def field_errors(annotation: Any, details: Iterable[ErrorDetails], pointer: str 
     return merge_unions([complaint(walk(annotation, detail["loc"], pointer), detail) for detail in details])
 
 
-def invalid(errors: list[FieldError]) -> InvalidRequest:
-    """The error that carries these, its detail made of the first; at most MAX_ERRORS are kept."""
-    first, more = errors[0], len(errors) - 1
+def invalid(errors: list[FieldError], beside: int = 0) -> InvalidRequest:
+    """The error that carries these, its detail made of the first; at most MAX_ERRORS are kept. `beside`: so many were not even
+    put into words."""
+    first, more = errors[0], len(errors) - 1 + beside
     detail = f"{first.pointer}: {first.detail}" if first.pointer else first.detail
     if more:
         detail += f" (and {more} more)"

@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import SecretStr
 
 MAX_SHOWN = 80  # characters of a value in a message
+MAX_READ = 100 * MAX_SHOWN  # of a longer text the rest is not looked at
 SECRET_NAME = re.compile(r"(?i)secret|passw|credential|authorization|api_?key|(access|auth)_?token")
 SECRET_TEXT = re.compile(r"tml-[A-Za-z0-9_-]{6,}|(?<=://)[^/\s@]+(?=@)")
 HIDDEN = "(not shown)"
@@ -17,13 +18,13 @@ HIDDEN = "(not shown)"
 def nearest(word: str, legal: list[str]) -> str | None:
     """The legal word that was probably meant."""
     lowered = {option.lower(): option for option in legal}
-    close = get_close_matches(word.lower(), list(lowered), n=1, cutoff=0.6)
+    close = get_close_matches(word[:MAX_SHOWN].lower(), list(lowered), n=1, cutoff=0.6)
     return lowered[close[0]] if close else None
 
 
 def is_very_near(word: str, legal: list[str]) -> bool:
     """Whether it is a legal word misspelt, rather than another one."""
-    return bool(get_close_matches(word.lower(), [option.lower() for option in legal], n=1, cutoff=0.88))
+    return bool(get_close_matches(word[:MAX_SHOWN].lower(), [option.lower() for option in legal], n=1, cutoff=0.88))
 
 
 def did_you_mean(word: str, legal: list[str]) -> str:
@@ -42,7 +43,7 @@ def shown(value: Any, name: str = "") -> Any:
         return f"an array of {_count(len(value), 'item')}"
     if value is None or isinstance(value, bool) or (isinstance(value, float) and isfinite(value)):
         return value
-    text = without_secrets(str(value))
+    text = without_secrets(value[:MAX_READ] if isinstance(value, str) else str(value))
     if len(text) > MAX_SHOWN:
         return text[: MAX_SHOWN - 1] + "…"
     return value if isinstance(value, int) else text

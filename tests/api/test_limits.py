@@ -107,6 +107,40 @@ def test_a_form_has_few_fields(client):
     assert client.post("/v1/datasets", files={"note": (None, "x"), "file": ("rows", b'{"q": 1}\n')}).status_code == 201
 
 
+def test_a_yaml_body_is_small_and_the_refusal_says_what_is_not(client):
+    filled = f"name: {'x' * 100}\n".encode() + b"# " + b"y" * (bodies.MAX_YAML_BYTES - 109)
+    for body, status in ((filled, 422), (filled + b"y", 413)):
+        answer = client.post("/v1/jobs", content=body, headers={"Content-Type": "application/yaml"})
+        assert answer.status_code == status, answer.text
+    assert answer.json()["detail"] == "a YAML body (send JSON, which may be longer) may have at most 65536 bytes"
+    assert client.post("/v1/jobs", json={"name": "y" * bodies.MAX_YAML_BYTES}).status_code == 422
+
+
+def test_a_page_of_rows_has_so_many_bytes(client, monkeypatch):
+    monkeypatch.setattr("service.api.datasets.MAX_PAGE_BYTES", 25)
+    rows = b"".join(b'{"n": %d}\n' % n for n in range(5)) + b'{"n": "' + b"x" * 40 + b'"}\n'
+    headers = {"Content-Type": "application/jsonl"}
+    dataset = client.post("/v1/datasets", content=rows, headers=headers).json()
+
+    def page(offset):
+        found = client.get(f"/v1/datasets/{dataset['id']}/rows", params={"offset": offset}).json()
+        return len(found["data"]), found["has_more"], found["last_id"]
+
+    assert [page(0), page(2), page(4), page(5), page(6)] == [
+        (2, True, 1),
+        (2, True, 3),
+        (1, True, 4),
+        (1, False, 5),  # one is always given
+        (0, False, None),
+    ]
+
+
+@pytest.mark.parametrize("last_event_id", ["9" * 5000, "9" * 11, "0" * 12])
+def test_a_number_in_a_header_is_no_longer_than_a_number(client, submit, last_event_id):
+    answer = client.get(f"/v1/jobs/{submit()['id']}/events", headers={"Last-Event-ID": last_event_id})
+    assert (answer.status_code, answer.json()["code"]) == (400, "invalid_last_event_id")
+
+
 # ---------------------------------------------------------------- time
 
 

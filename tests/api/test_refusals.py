@@ -42,7 +42,7 @@ def field(answer, status=422):
         ({"objective": {"preset": "gspo", "surrogate": {"clip_high": 1.2}}}, "/objective/surrogate/clip_high", "got 1.2"),
         ({"objective": {"preset": "gpso"}}, "/objective/preset", "did you mean 'gspo'?"),
         ({"rollout": {"group_size": 1}, "update": {"minibatches": 1}}, "/rollout/group_size", "Use group_size >= 2"),
-        ({"rollout": {"temperature": 0}}, "/rollout/temperature", "must be greater than 0"),
+        ({"rollout": {"temperature": 0}}, "/rollout/temperature", "must be at least 1e-06, got 0"),
         ({"rollout": {"top_k": "many"}}, "/rollout/top_k", "must be an integer, got 'many'"),
         ({"model": {"source": "/nowhere/at/all"}}, "/model/source", "there is no folder /nowhere/at/all"),
         ({"model": {"from_checkpoint": "ckpt_absent"}}, "/model/from_checkpoint/id", "no checkpoint ckpt_absent"),

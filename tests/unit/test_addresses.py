@@ -3,11 +3,15 @@
 import socket
 from ipaddress import ip_address, ip_network
 
+import httpx
 import pytest
 from pydantic import ValidationError
 
+from service.errors import InvalidRequest
 from service.settings import Settings
-from service.spec.addresses import literal, may_reach
+from service.spec.addresses import host_of, literal, may_reach
+from service.spec.reward import HttpGrader
+from service.validation import parse
 
 NOT_PUBLIC = """
 0.0.0.0 0.1.2.3 10.0.0.1 10.255.255.255 100.64.0.1 100.127.255.254 127.0.0.1 127.255.0.1 169.254.169.254 172.16.0.1
@@ -20,6 +24,10 @@ PUBLIC = "1.1.1.1 8.8.8.8 93.184.216.34 172.32.0.1 100.128.0.1 2606:4700::1111 :
 HERE = """
 127.0.0.1 127.1 127.0.1 2130706433 0x7f000001 0x7f.0.0.1 0177.0.0.1 017700000001 0x7F.1 127.0.0.1. localhost LOCALHOST
 localhost. a.localhost
+"""
+NO_HOSTS = """
+１２７.0.0.1 127.0.0.１ ｌｏｃａｌｈｏｓｔ １２７．１ ①②⑦.0.0.1 [::1 ::1] [127.0.0.1] [v1.x] [] [::1]x [：：1] [1::2]:x h:80:80
+h:0 h:99999 a..b . .a %31%32%37.0.0.1 h\\x -a.example a-.example 999.1.1.1 ex%20ample.org @
 """
 NAMES = ["example.org", "1.example.org", "0x7f.example", "999.1.1.1", "1.2.3.4.5", "", "localhost.example.org"]
 
@@ -55,6 +63,33 @@ def test_forms_are_those_of_the_resolver() -> None:
         assert found[4][0] == str(literal(host))
 
 
+@pytest.mark.parametrize(
+    ("host", "read"),
+    [
+        ("Example.ORG", "example.org"),
+        ("a_b.example", "a_b.example"),
+        ("rewards", "rewards"),
+        ("example.org.", "example.org."),
+        ("exämple.org", "xn--exmple-cua.org"),
+        ("127。0．0｡1", "127.0.0.1"),
+        ("[::FFFF:127.0.0.1]", "::FFFF:127.0.0.1"),
+        ("127.1", "127.1"),
+    ],
+)
+def test_a_host_is_read_as_its_client_does(host: str, read: str) -> None:
+    for port in ("", ":8000"):
+        assert host_of(f"http://{host}{port}/score?a=b@c") == read == httpx.URL(f"http://{host}/").raw_host.decode()
+
+
+@pytest.mark.parametrize("host", NO_HOSTS.split())
+def test_what_is_no_host_is_refused_when_it_is_sent(host: str) -> None:
+    with pytest.raises(ValueError):
+        host_of(f"http://{host}/score")
+    with pytest.raises(InvalidRequest) as refused:
+        parse(HttpGrader, {"kind": "http", "url": f"http://{host}/score"})
+    assert refused.value.errors[0].pointer == "/url"
+
+
 @pytest.mark.parametrize("host", NAMES)
 def test_names_are_looked_up_by_who_connects(host: str) -> None:
     assert literal(host) is None
@@ -68,3 +103,10 @@ def test_the_setting_is_a_list_of_networks(monkeypatch: pytest.MonkeyPatch) -> N
         Settings()
     monkeypatch.setenv("RATCHET_GRADER_NETWORKS", "")
     assert Settings().grader_networks == ()
+
+
+def test_a_name_is_no_longer_than_a_name() -> None:
+    assert host_of(f"http://{'a' * 63}.example/") == f"{'a' * 63}.example"
+    for host in (f"{'a' * 64}.example", ".".join(["a" * 60] * 5), "", "ex ample.org"):
+        with pytest.raises(ValueError, match="no host"):
+            host_of(f"http://{host}/")

@@ -151,3 +151,18 @@ def test_too_many_different_columns_are_refused(lite_store: Store, monkeypatch: 
     monkeypatch.setattr(uploads, "MAX_COLUMNS", 3)
     error = refused(lite_store, *[b'{"c%d": 1}\n' % n for n in range(5)])
     assert error.errors[0].pointer == "/lines/4" and "above 3" in error.errors[0].detail
+
+
+def test_so_many_lines_and_no_more(lite_store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(uploads, "MAX_LINES", 3)
+    assert ingest(lite_store, "default", "rows", [b'{"a": 1}\n' * 3], 1000).rows == 3
+    for lines in (b'{"a": 1}\n' * 4, b"\n" * 10):
+        with pytest.raises(InvalidRequest, match="a dataset may have 3 lines") as refused:
+            ingest(lite_store, "default", "rows", [lines], 1000)
+        assert refused.value.errors[0].code == "too_many_lines"
+
+
+def test_a_row_holds_so_many_values(lite_store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(uploads, "MAX_VALUES", 3)
+    with pytest.raises(InvalidRequest, match="line 2: holds more than 3 values"):
+        ingest(lite_store, "default", "rows", [b'{"a": [1, 2, 3]}\n{"a": [1, 2, 3, 4]}\n'], 1000)

@@ -2,8 +2,9 @@
 
 import pytest
 
+from service.edge import documents
 from service.edge.documents import MAX_DEPTH, canonical, parse_json, parse_yaml
-from service.errors import InvalidRequest, Malformed
+from service.errors import BodyTooLarge, InvalidRequest, Malformed
 
 
 def test_yaml_means_what_it_looks_like():
@@ -104,6 +105,29 @@ def test_numbers_of_thousands_of_digits_are_refused():
     for parse in (parse_json, parse_yaml):
         with pytest.raises(Malformed, match="4300 digits"):
             parse(b"1" * 5000)
+
+
+def test_a_body_holds_so_many_values_and_commas_in_texts_are_none(monkeypatch):
+    monkeypatch.setattr(documents, "MAX_VALUES", 4)
+    assert parse_json(rb'{"a, b": [1, "\\", ",,,\",,,", 2]}') == {"a, b": [1, "\\", ',,,",,,', 2]}
+    for more in (b"[1,2,3,4,5]", rb'["a", 2, 3, 4, ",\\", 6]', b"[{},{},{},{},{}]", b'[1,2,3,4,5,"without an end'):
+        with pytest.raises(BodyTooLarge, match="may hold 4 values"):
+            parse_json(more)
+
+
+def test_an_object_has_so_many_keys(monkeypatch):
+    monkeypatch.setattr(documents, "MAX_KEYS", 2)
+    assert parse_json(b'[{"a": 1, "b": {"c": 1, "d": 2}}]')
+    for parse in (parse_json, parse_yaml):
+        with pytest.raises(BodyTooLarge, match="an object may have 2 keys, one has 3"):
+            parse(b'{"a": {"b": 1, "c": 2, "d": 3}}')
+
+
+def test_a_key_is_not_endless():
+    assert parse_json(b'{"' + b"k" * 1000 + b'": 1}')
+    with pytest.raises(InvalidRequest) as refused:
+        parse_json(b'{"a": {"' + b"k" * 1001 + b'": 1}}')
+    assert [(error.pointer, error.code) for error in refused.value.errors] == [("/a", "key_too_long")]
 
 
 def test_a_byte_order_mark_is_no_content():

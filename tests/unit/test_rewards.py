@@ -11,7 +11,10 @@ import pytest
 from service.errors import JobFailed
 from service.jobs.data import open_source
 from service.jobs.resolve_reward import WITHOUT_ANSWER
-from service.rewards import Graded, Rewards, Sample, samples, sandbox, text
+from service.rewards import samples, sandbox, text
+from service.rewards.rewards import Rewards
+from service.rewards.samples import Graded, Sample
+from service.rewards.texts import wrong_texts
 from service.spec.data import ReasoningGymSource
 from service.spec.reward import TAKEN, RewardSpec
 
@@ -125,8 +128,9 @@ def test_the_end_of_a_schemas_pattern_is_the_end_of_the_text() -> None:
 
 
 def test_json_schema_never_fetches_a_reference() -> None:
-    with pytest.raises(ValueError, match="only references inside the schema"):
-        RewardSpec.model_validate({"graders": [{"kind": "json_schema", "schema": {"$ref": "http://127.0.0.1:9/schema.json"}}]})
+    schema = {"$ref": "http://127.0.0.1:9/schema.json"}
+    [error] = wrong_texts(RewardSpec.model_validate({"graders": [{"kind": "json_schema", "schema": schema}]}))
+    assert error.pointer == "/reward/graders/0/schema" and "only references inside the schema" in error.detail
 
 
 @pytest.mark.parametrize(

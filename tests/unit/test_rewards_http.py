@@ -19,9 +19,11 @@ import pytest
 from pydantic import SecretStr
 
 from service.errors import JobFailed
-from service.rewards import Graded, Rewards, Sample, http
+from service.rewards import http
+from service.rewards.rewards import Rewards
+from service.rewards.samples import Graded, GraderContext, Sample
 from service.spec.addresses import Networks
-from service.spec.reward import RewardSpec
+from service.spec.reward import HttpGrader, RewardSpec
 
 HERE = (ip_network("127.0.0.0/8"),)  # the operator allows this machine
 Answer = tuple[int, dict[str, str], bytes]
@@ -353,7 +355,7 @@ def test_this_machine_is_not_reached_in_any_form_of_its_address(service: Service
 def test_a_name_is_refused_for_any_of_its_addresses(service: Service, resolver: dict[str, list[list[str]]]) -> None:
     for found in (["127.0.0.1"], ["8.8.8.8", "127.0.0.1"], ["fe80::1"], ["169.254.169.254"], ["::ffff:10.0.0.1"]):
         resolver["rewards.example.org"] = [found]
-        error = refused(service.url.replace("127.0.0.1", "rewards.example.org"), networks=())
+        error = refused(service.url.replace("127.0.0.1", "rewards.example.org"), networks=(), max_retries=0)
         assert not any(address in str(vars(error.failure)) for address in found)  # nor is told what stands in an inner DNS
     assert service.requests == []
 
@@ -379,8 +381,28 @@ def test_further_attempts_take_the_next_address(service: Service, resolver: dict
     assert grade(service.url.replace("127.0.0.1", "two.example.org"), [sample("ab")], max_retries=1)[0].total == 2
 
 
-def test_a_name_that_nobody_knows_is_no_fault_of_ours(resolver: dict[str, list[list[str]]]) -> None:
-    assert "not found" in failure("http://nothing.invalid/score", max_retries=0).detail
+def test_nobody_learns_which_names_an_inner_dns_knows(resolver: dict[str, list[list[str]]]) -> None:
+    """A name that is not found and one that leads inside are tried as often, and end in the same words."""
+    looked_up: list[str] = []
+    real = socket.getaddrinfo
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket, "getaddrinfo", lambda host, *args, **more: looked_up.append(host) or real(host, *args, **more))
+        resolver["inside.invalid"] = [["10.0.0.7"]]
+        said = [refused(f"http://{name}.invalid/score", networks=(), max_retries=2) for name in ("inside", "absent")]
+    assert looked_up == ["inside.invalid"] * 3 + ["absent.invalid"] * 3
+    inside, absent = (str(one.failure.as_dict()) for one in said)
+    assert inside.replace("inside.", "absent.") == absent and "not found, or has an address" in absent
+
+
+@pytest.mark.parametrize("host", ["127。0。0。1", "１２７．１", "[::1", "a..b", "%31%32%37.0.0.1"])
+def test_a_stored_host_that_is_none_is_never_looked_up(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Specs of a version that took it."""
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **more: pytest.fail("it was looked up"))
+    spec = HttpGrader.model_construct(kind="http", url=f"http://{host}/", max_retries=0, timeout_s=1, batch_size=1, secret=None)
+    with pytest.raises(JobFailed) as caught:
+        http.HttpRewards(spec, GraderContext("job_test", "http", "/reward/graders/0", {})).grade([sample("a")])
+    expected = "grader_address_refused" if "。" in host else "grader_unhealthy"
+    assert caught.value.code == expected
 
 
 def test_a_proxy_of_the_environment_is_not_used(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from pydantic import BaseModel, TypeAdapter
 import service.app  # noqa: F401 - the documents of its routes
 from job_specs import RL, SUPERVISED
 from service.errors import FieldError, InvalidRequest
+from service.rewards.texts import wrong_texts
 from service.spec.job import JobSpec, RLSpec, SupervisedSpec
 from service.spec.section import Section
 from service.validation import parse
@@ -33,9 +34,14 @@ def changed(base: dict[str, Any], pointer: str, value: Any) -> dict[str, Any]:
 
 
 def errors(spec: dict[str, Any]) -> list[FieldError]:
-    with pytest.raises(InvalidRequest) as caught:
-        parse(JobSpec, spec)
-    return caught.value.errors
+    """What the models refuse, else what the sandbox does: both are told before a job is queued."""
+    try:
+        parsed = parse(JobSpec, spec)
+    except InvalidRequest as refused:
+        return refused.errors
+    wrong = wrong_texts(parsed.reward)
+    assert wrong, "the spec is taken"
+    return wrong
 
 
 def test_the_smallest_specs_are_complete() -> None:

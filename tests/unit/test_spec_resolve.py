@@ -475,7 +475,9 @@ def test_a_secret_must_be_set_by_the_operator_and_its_value_is_never_shown(tryin
     assert "s3cret" not in json.dumps(trying(but(RL, reward__graders=[{**http, "secret": "judge"}])).spec)
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "2130706433", "localhost", "169.254.169.254", "[::ffff:10.0.0.1]"])
+@pytest.mark.parametrize(
+    "host", ["127.0.0.1", "2130706433", "localhost", "169.254.169.254", "[::ffff:10.0.0.1]", "127。0．0｡1"]
+)
 def test_a_grader_on_an_address_that_is_not_public_is_refused_at_once(trying: Try, host: str) -> None:
     error = only(trying, but(RL, reward__graders=[{"kind": "http", "url": f"http://{host}/"}]))
     assert (error.pointer, error.code) == ("/reward/graders/0/url", "address_refused")

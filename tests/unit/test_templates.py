@@ -1,3 +1,5 @@
+import time
+
 import pytest
 
 from service.spec.templates import check, columns_of, render
@@ -41,3 +43,11 @@ def test_what_could_be_evaluated_or_is_half_a_brace_is_refused(template: str) ->
 )  # fmt: skip
 def test_numbers_are_written_in_plain_decimals(value: object, shown: str) -> None:
     assert render("{a}", {"a": value}) == shown
+
+
+def test_a_number_of_thousands_of_digits_is_looked_at_once():
+    """Each digit as a possible beginning would take seconds."""
+    row = {"numbers": [int("7" * 4000)] * 200 + [1e-05]}
+    began = time.process_time()
+    assert render("{numbers}", row).endswith("7, 0.00001]")
+    assert time.process_time() - began < 1

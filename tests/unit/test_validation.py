@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, TypeAdapter, model
 from job_specs import RL
 from service.errors import InvalidRequest
 from service.spec.job import JobSpec
-from service.validation import below, nearest, parse, shown
+from service.validation import below, complaints, nearest, parse, shown
 from service.validation.words import quoted
 
 
@@ -178,3 +178,12 @@ def test_the_nearest_word_is_near():
     assert nearest("clip_hihg", ["clip_low", "clip_high"]) == "clip_high"
     assert nearest("GSPO", ["grpo", "gspo"]) == "gspo"
     assert nearest("zzz", ["clip_low"]) is None
+
+
+def test_only_the_first_complaints_are_put_into_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each costs a search for the word that was meant; all are counted."""
+    searched = []
+    monkeypatch.setattr(complaints, "did_you_mean", lambda word, legal: searched.append(word) or "")
+    with pytest.raises(InvalidRequest, match=r"\(and 9999 more\)") as refused:
+        parse(Drawing, {f"key{number}": 1 for number in range(10_000)})
+    assert len(refused.value.errors) == 50 and len(searched) == 200

@@ -24,7 +24,8 @@ from service.jobs.data import Data, InlineRows
 from service.jobs.lifecycle import create_job
 from service.jobs.reconciler import reconcile
 from service.jobs.resolve import resolve
-from service.rewards import Graded, Rewards, Sample
+from service.rewards.rewards import Rewards
+from service.rewards.samples import Graded, Sample
 from service.rewards.sandbox import Sandbox
 from service.settings import Settings
 from service.spec.job import JobSpec, RLSpec, SupervisedSpec

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from service.rewards import Graded
+from service.rewards.samples import Graded
 from service.spec.job import JobSpec, RLSpec
 from service.validation import parse
 from workers.loops.rl import rewards_of

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from service.jobs.data import Data, Row
 from service.jobs.lease import RolloutRow
-from service.rewards import Rewards
+from service.rewards.rewards import Rewards
 from service.spec.job import RLSpec, SupervisedSpec
 from workers.loops.progress import Progress
 from workers.policy.errors import PolicyFailed

@@ -8,7 +8,7 @@ from typing import Any
 from service.errors import JobFailed
 from service.jobs.lease import RolloutRow
 from service.metric_names import REWARD_MEAN
-from service.rewards import Graded, Sample
+from service.rewards.samples import Graded, Sample
 from service.spec.job import RLSpec
 from service.spec.reward import RewardSpec
 from service.states import Phase

@@ -115,8 +115,8 @@ class Chat:
         return (before, opened[len(before) :]) if opened.startswith(before) else (opened, "")
 
     def _continued(self, messages: Messages, before: str, **options: Any) -> str:
-        """The chat up to the end of its last message, as the template shows that; empty where it shows another, as those do that
-        take thoughts out."""
+        """The chat up to the end of its last message, as the template shows that; empty where it shows it otherwise, like those
+        that take thoughts out."""
         try:
             return self._render(messages, opened=False, continue_final_message=True, **options)
         except PolicyFailed:

@@ -1,6 +1,7 @@
 """Who does not wait gets a ticket, and polls."""
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -29,6 +30,18 @@ def test_an_answer_can_be_fetched_as_often_and_in_whatever_format(client, api, s
     assert client.get(url).json() == first.json()
     tensors = client.get(url, headers={"Accept": TENSORS})
     assert "0/gradients/log_probs" in decode(tensors.content)[0]
+
+
+def test_however_many_wait_for_a_worker_their_key_is_served(serve, settings):
+    """A loss request that waits takes no share of its key."""
+    mine = settings.model_copy(update={"key_requests_at_once": 1})
+    with serve(mine) as api, api.client() as client, ThreadPoolExecutor(3) as pool:
+        waiting = [pool.submit(post, client, wait=20) for _ in range(3)]
+        while len(api.app.state.context.signals._watches) < 3:
+            time.sleep(0.01)
+        assert client.get("/v1/jobs").status_code == 200
+        with worker(mine):
+            assert [one.result().status_code for one in waiting] == [200] * 3
 
 
 def test_waiting_ends_when_its_time_is_over(client, store):

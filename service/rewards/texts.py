@@ -1,0 +1,49 @@
+"""Whether the patterns and JSON Schemas of a spec are some: asked in the sandbox, whose memory is given back and whose time is
+bounded. Nothing of them is compiled in the process that asks."""
+
+from collections.abc import Iterator
+from time import monotonic
+from typing import Any
+
+from service.errors import FieldError, JobFailed, Unavailable
+from service.rewards.samples import NotGraded
+from service.rewards.sandbox import Sandbox
+from service.spec.reward import JsonSchemaGrader, RewardSpec
+from service.validation import shown
+
+WITHIN_S = 5.0  # for one of them, and twice as long for all
+MEMORY_BYTES = 2**30  # for all of them
+
+
+def wrong_texts(reward: RewardSpec | None) -> list[FieldError]:
+    """One FieldError for each that is none, or takes more than the sandbox has. Raises Unavailable where it does not start."""
+    asked = [] if reward is None else list(_texts(reward))
+    if not asked:
+        return []
+    sandbox, until = Sandbox("text", {}, "/reward", within_s=WITHIN_S, memory_bytes=MEMORY_BYTES), monotonic() + 2 * WITHIN_S
+    errors: list[FieldError] = []
+    try:
+        for pointer, kind, value in asked:
+            outcome = sandbox.ask_all([(kind, value)])[0] if monotonic() < until else NotGraded("no time was left")
+            if isinstance(outcome, NotGraded):
+                errors.append(FieldError(pointer, _said(outcome), got=shown(value)))
+    except JobFailed as error:
+        raise Unavailable(f"patterns and schemas cannot be checked just now: {error.detail}") from None
+    finally:
+        sandbox.close()
+    return errors
+
+
+def _texts(reward: RewardSpec) -> Iterator[tuple[str, str, Any]]:
+    for number, grader in enumerate(reward.graders):
+        for name, pattern in grader.patterns.items():
+            yield f"/reward/graders/{number}/{name}", "pattern", pattern
+        if isinstance(grader, JsonSchemaGrader):
+            yield f"/reward/graders/{number}/schema", "schema", grader.json_schema
+
+
+def _said(outcome: NotGraded) -> str:
+    kind, _, reason = outcome.detail.partition("ValueError: ")
+    if reason and not kind:
+        return reason
+    return f"cannot be checked within {WITHIN_S:g} s and {MEMORY_BYTES >> 20} MiB; make it, or the patterns beside it, smaller"
