@@ -1,4 +1,4 @@
-"""Unpacks a checkpoint's tar as it arrives: the regular files of its one folder, and nothing else."""
+"""Unpacks a checkpoint's tar while it arrives: only the regular files of its one folder."""
 
 import errno
 import hashlib
@@ -13,11 +13,11 @@ from pathlib import Path, PurePosixPath
 from ratchet_client.errors import RatchetArchiveError
 
 MANIFEST = "manifest.json"
-OF_THE_DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO})  # not of the name
+OF_THE_DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO})  # not errors of the name
 
 
 class Chunks(io.RawIOBase):
-    """An iterator of bytes as a file that can be read."""
+    """An iterator of bytes as a readable file."""
 
     def __init__(self, chunks: Iterator[bytes]) -> None:
         self._chunks, self._rest = chunks, memoryview(b"")
@@ -37,10 +37,10 @@ class Chunks(io.RawIOBase):
 
 
 def unpack(chunks: Iterator[bytes], directory: Path) -> None:
-    """Fill `directory`, which must be absent or empty; it appears whole or not at all.
+    """Fill `directory`, which must be absent or empty, atomically.
 
-    Raises RatchetArchiveError for a link, a device, a path that leads outside or that no file can have, a file that comes
-    twice, or one that its manifest does not know.
+    Raises RatchetArchiveError for a link, a device, a path that leads outside or is invalid, a duplicate file, or a file that
+    the manifest does not list.
     """
     if directory.exists() and any(directory.iterdir()):
         raise RatchetArchiveError(f"{directory} is not empty: name a new folder")
@@ -50,8 +50,8 @@ def unpack(chunks: Iterator[bytes], directory: Path) -> None:
         _extract(chunks, temporary)
         _compare(temporary)
         temporary.chmod(0o755)
-        temporary.replace(directory)  # takes the place of an empty folder, too
-    except (tarfile.TarError, ValueError) as error:  # ValueError: a name with a NUL, numbers that are none
+        temporary.replace(directory)  # also replaces an empty folder
+    except (tarfile.TarError, ValueError) as error:  # ValueError: a name with a NUL, an invalid number
         raise RatchetArchiveError(f"the archive cannot be read: {error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -76,7 +76,7 @@ def _extract(chunks: Iterator[bytes], folder: Path) -> None:
 
 
 def _inside(name: str) -> PurePosixPath:
-    """The path without the folder that the archive wraps around everything."""
+    """The path inside the archive's one folder."""
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or "\\" in name:
         raise RatchetArchiveError(f"the archive holds the path {name!r}, which leads outside")
@@ -84,7 +84,7 @@ def _inside(name: str) -> PurePosixPath:
 
 
 def _compare(folder: Path) -> None:
-    """Byte for byte what was saved: every file as its checkpoint's manifest says, and none beside them."""
+    """Check that every file is exactly as the checkpoint's manifest says, and that there are no others."""
     try:
         expected = json.loads((folder / MANIFEST).read_bytes())["files"]
     except (OSError, ValueError, KeyError, TypeError):

@@ -17,9 +17,9 @@ from ratchet_client.transport import Transport
 class Ratchet(Progress, LossRequests, Checkpoints, Datasets, Models, Keys, Spending):
     """A connection to one Ratchet. Safe to share between threads; use it as a context manager, or `close()` it.
 
-    Without arguments it takes RATCHET_URL and RATCHET_API_KEY, else the local stack that `ratchet up` started.
-    What the service refuses is raised as RatchetApiError; connection errors, 429 and 503 are tried again first, under
-    the same Idempotency-Key, so that nothing is ever created twice.
+    Without arguments it uses RATCHET_URL and RATCHET_API_KEY, else the local stack that `ratchet up` started. A refusal of the
+    service is raised as RatchetApiError. Connection errors, 429 and 503 are retried first, with the same Idempotency-Key, so
+    that nothing is created twice.
     """
 
     def __init__(

@@ -1,6 +1,6 @@
-"""Finds a Ratchet without being told: the environment first, then what `ratchet up` wrote into its data directory.
+"""Finds a Ratchet: first by the environment, then by the files that `ratchet up` wrote into its data directory.
 
-A local stack writes two files, `url` (while it runs) and `key`. A key from a file is only ever sent to the URL beside it.
+A local stack writes two files, `url` (while it runs) and `key`. A key from a file is sent only to the URL in the same folder.
 """
 
 import os
@@ -12,13 +12,13 @@ URL_VARIABLE, KEY_VARIABLE, DATA_DIR_VARIABLE = "RATCHET_URL", "RATCHET_API_KEY"
 
 
 def data_dirs(data_dir: Path | None = None) -> list[Path]:
-    """Where a local stack's files may stand: what was named, else ./.ratchet, then ~/.ratchet."""
+    """The folders where a local stack's files may be: `data_dir` if given, else ./.ratchet, then ~/.ratchet."""
     named = data_dir or os.environ.get(DATA_DIR_VARIABLE)
     return [Path(named)] if named else [Path(".ratchet"), Path.home() / ".ratchet"]
 
 
 def find(url: str | None = None, api_key: str | None = None, data_dir: Path | None = None) -> tuple[str, str]:
-    """Address and key. Raises RatchetNotFound, saying where it looked and what would help."""
+    """Address and key. Raises RatchetNotFound, which says where it looked and what to do."""
     url = url or (os.environ.get(URL_VARIABLE) if data_dir is None else None)
     api_key = api_key or (os.environ.get(KEY_VARIABLE) if data_dir is None else None)
     folders = data_dirs(data_dir)

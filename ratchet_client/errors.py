@@ -1,34 +1,34 @@
-"""What can go wrong between a program and Ratchet."""
+"""The errors that the client raises."""
 
 from typing import Any, Self
 
 import httpx
 
-LISTED = 5  # wrong places that an error's message names; `errors` has all
+LISTED = 5  # at most so many faults are in an error's message; `errors` has all
 
 
 class RatchetError(Exception):
-    """The root of everything that this client raises on purpose. All of it may be raised in a process pool."""
+    """The root of all errors that this client raises on purpose. They can be pickled, so they work in a process pool."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Rebuilt from what it holds: an `__init__` of other arguments than `args` cannot be called a second time."""
+        """Rebuilt from its attributes, because `__init__` may take other arguments than `args`."""
         return type(self).__new__, (type(self), *self.args), self.__dict__
 
 
 class RatchetNotFound(RatchetError):
-    """No address or no key: nothing says which Ratchet is meant."""
+    """No address or no key was given or found."""
 
 
 class RatchetConnectionError(RatchetError):
-    """The service could not be reached, or the connection broke, and trying again did not help."""
+    """The service could not be reached, or the connection broke, and retries did not help."""
 
 
 class RatchetArchiveError(RatchetError):
-    """A downloaded archive holds something that must not be unpacked, or is not whole."""
+    """A downloaded archive is incomplete, or contains something that must not be unpacked."""
 
 
 class RatchetLossPending(RatchetError, TimeoutError):
-    """A loss was not computed in the time that was given; `Ratchet.loss_request(id)` asks for it again."""
+    """A loss was not computed within `wait_s`; `Ratchet.loss_request(id)` asks for it again."""
 
     def __init__(self, loss_id: str, status: str) -> None:
         self.id = loss_id
@@ -40,7 +40,7 @@ class RatchetLossPending(RatchetError, TimeoutError):
 
 
 class RatchetApiError(RatchetError):
-    """The service refused. `problem` is its RFC 9457 document; the most used members are attributes."""
+    """The service refused the request. `problem` is its RFC 9457 document; the main members are attributes."""
 
     def __init__(self, status: int, problem: dict[str, Any], *, retry_after_s: float | None = None) -> None:
         self.status = status
@@ -55,7 +55,7 @@ class RatchetApiError(RatchetError):
 
     @classmethod
     def of(cls, response: httpx.Response) -> Self:
-        """From an answer that has been read. What is no problem document (a proxy's page) is quoted."""
+        """From a response that has been read. A body that is not a problem document (a proxy's page) is quoted."""
         try:
             problem = response.json()
         except ValueError:
@@ -66,7 +66,7 @@ class RatchetApiError(RatchetError):
 
 
 def _place(error: dict[str, Any]) -> str:
-    """One wrong place as a line of the message."""
+    """One fault as a line of the message."""
     return f"\n  {error.get('pointer') or '(the whole)'}: {error.get('detail', '')}"
 
 

@@ -1,4 +1,4 @@
-"""Server-sent events: bytes in, one (id, type, data) an event out."""
+"""Parses server-sent events: from bytes to one (id, type, data) per event."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ class ServerSentEvent:
 
 
 def parse(chunks: Iterable[bytes]) -> Iterator[ServerSentEvent]:
-    """Events of a stream; comments (keep-alives) and a torn event at the end are left out."""
+    """The events of a stream, without comments (keep-alives) and without an incomplete event at the end."""
     event_id, kind, data = "", "message", list[str]()
     for line in lines(chunks):
         if not line:
@@ -31,7 +31,7 @@ def parse(chunks: Iterable[bytes]) -> Iterator[ServerSentEvent]:
 
 
 def lines(chunks: Iterable[bytes]) -> Iterator[str]:
-    """Whole lines, cut at line feeds only: JSON may hold U+2028 and its like as they are, where `splitlines` would cut."""
+    """Complete lines, split only at line feeds: `splitlines` also splits at U+2028 and the like, which JSON may contain."""
     rest = b""
     for chunk in chunks:
         *whole, rest = (rest + chunk).split(b"\n")

@@ -1,7 +1,7 @@
-"""Loss requests: ask, wait for the answer, ask anew when it got lost. Bodies and answers are bytes here.
+"""Loss requests: send one, wait for the answer, send it again if it was lost. Bodies and answers are bytes here.
 
-A loss is a pure computation that the service keeps in memory only: asking twice costs time and changes nothing. So whatever
-passes by itself (no connection, 429, 503: a worker died, Redis was restarted) is answered by sending the request again.
+A loss is a pure computation, so sending a request twice costs time and changes nothing. Errors that pass by themselves (no
+connection, 429, 503: a worker died, Redis was restarted) are therefore handled by sending the request again.
 """
 
 from math import ceil
@@ -14,14 +14,14 @@ from ratchet_client.transport import Transport
 
 PATH = "/v1/losses"
 JSON, TENSORS = "application/json", "application/vnd.safetensors"
-LONGEST_HOLD_S = 60.0  # the service holds no request for longer
-POLL_S = 1.0  # between two questions where something on the way does not let the service hold them
+LONGEST_HOLD_S = 60.0  # the service holds a request no longer than this
+POLL_S = 1.0  # between two polls, if a proxy on the way does not let the service hold requests
 
 
 def ask(transport: Transport, body: bytes, media_type: str, wait_s: float) -> httpx.Response:
     """The finished answer to POST /v1/losses, in the type of the body.
 
-    Raises RatchetLossPending when it is not there after `wait_s`.
+    Raises RatchetLossPending if it is not there after `wait_s`.
     """
     until = monotonic() + wait_s
 
@@ -33,7 +33,7 @@ def ask(transport: Transport, body: bytes, media_type: str, wait_s: float) -> ht
 
 
 def collect(transport: Transport, loss_id: str, media_type: str, wait_s: float) -> httpx.Response:
-    """The finished answer to a request that was accepted before. Raises as `ask`."""
+    """The finished answer to a request that was accepted earlier. Raises the same errors as `ask`."""
     until = monotonic() + wait_s
 
     def attempt() -> httpx.Response:
@@ -44,7 +44,7 @@ def collect(transport: Transport, loss_id: str, media_type: str, wait_s: float) 
 
 
 def _settled(transport: Transport, response: httpx.Response, media_type: str, until: float) -> httpx.Response:
-    """Goes on asking for as long as the answer is 202."""
+    """Poll as long as the response is 202."""
     while response.status_code == httpx.codes.ACCEPTED:
         ticket = response.json()
         if monotonic() >= until:
@@ -59,7 +59,7 @@ def _settled(transport: Transport, response: httpx.Response, media_type: str, un
 def _send(
     transport: Transport, method: str, path: str, headers: dict[str, str], until: float, body: bytes | None = None
 ) -> httpx.Response:
-    """One exchange that the service may hold for as long as there is time."""
+    """One exchange, which the service may hold for the time left."""
     hold_s = ceil(min(max(0.0, until - monotonic()), LONGEST_HOLD_S))
     prefer = {"Prefer": f"wait={hold_s}"} if hold_s else {}
     return transport.attempt(method, path, headers=headers | prefer, content=body, timeout_s=transport.timeout_s + hold_s)

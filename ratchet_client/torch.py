@@ -1,16 +1,16 @@
-"""A loss that the service computes and `backward()` goes through: the gradient comes with the answer.
+"""A loss that the service computes. `backward()` works on it, because the answer contains the gradient.
 
     from ratchet_client.torch import ratchet_loss
 
     loss = ratchet_loss(log_probs, objective="gspo", old_log_probs=old, advantages=advantages, response_mask=mask)
     loss.backward()
 
-Tensors may be on any device. They travel as safetensors in the type that they have, padded [B, T] beside a response_mask or
-flat [N] beside cu_seqlens [B + 1]. The loss is computed in the type of log_probs, in float32 at least.
+Tensors may be on any device. They are sent as safetensors in their own dtype, padded [B, T] with a response_mask or flat [N]
+with cu_seqlens [B + 1]. The loss is computed in the dtype of log_probs, at least in float32.
 
-Micro-batches. Whatever an objective derives from more than one row, it derives from the rows that were sent. So ask once for
-the aggregation weights of the whole step (and for its advantages, where they are made from rewards), and send each
-micro-batch with its own rows of them. The losses and gradients of the micro-batches then add up to the step's:
+Micro-batches. If an objective computes something from several rows, it sees only the rows of the request. So first request the
+aggregation weights of the whole step (and its advantages, if they come from rewards). Then send each micro-batch with its rows
+of these. The losses and gradients of the micro-batches add up to those of the step:
 
     _, step = ratchet_loss(old, objective=objective, old_log_probs=old, rewards=rewards, group_ids=group_ids,
                            response_mask=mask, outputs=["weights", "advantages"])
@@ -43,25 +43,25 @@ OPTIONS = ("on_nonfinite", "on_singleton", "seed")
 
 
 class Batch(TypedDict, total=False):
-    """What an objective may look at beside log_probs: B sequences, T tokens, R rewards. Per token: [B, T], or flat [N].
+    """The inputs of an objective besides log_probs: B sequences, T tokens, R rewards. Per token: [B, T], or flat [N].
 
-    What it needs of this is the service's to say: its refusal names what is missing. None is the same as nothing. All of it is
-    taken as constant, whatever graph a tensor may carry.
+    The objective decides which are needed; if one is missing, the service's error names it. None means not given. All inputs
+    are constants: no gradient flows to them, even if they have a graph.
     """
 
-    old_log_probs: Tensor | None  # per token, as are these:
+    old_log_probs: Tensor | None  # per token, like all down to entropy
     rollout_log_probs: Tensor | None
     ref_log_probs: Tensor | None
-    response_mask: Tensor | None  # 0 or 1; what stands behind the mask may be anything
+    response_mask: Tensor | None  # 0 or 1; masked values may be anything
     segment_ids: Tensor | None  # integers
-    weights: Tensor | None  # the aggregation weights of the whole step, in place of this batch's own
+    weights: Tensor | None  # the aggregation weights of the whole step, instead of this batch's own
     entropy: Tensor | None
     advantages: Tensor | None  # [B], or per token
-    rewards: Tensor | None  # [B] or [B, R]: the service makes advantages of them
+    rewards: Tensor | None  # [B] or [B, R]; the service computes advantages from them
     group_ids: Tensor | None  # [B], integers
     truncated: Tensor | None  # [B], 0 or 1
     reward_weights: Tensor | None  # [R]
-    cu_seqlens: Tensor | None  # [B + 1], integers: where each sequence of a flat batch starts, and where the last one ends
+    cu_seqlens: Tensor | None  # [B + 1], integers: the start of each sequence of a flat batch, and the end of the last one
     on_nonfinite: str | None  # "refuse", or "mask": rows that are not finite count nowhere and are reported
     on_singleton: str | None  # "refuse", or "zero": an answer alone in its group has the advantage 0
     seed: int | None  # for clip_cov and kl_cov, which draw tokens
@@ -72,9 +72,7 @@ class Item(Batch, total=False):
 
     log_probs: Required[Tensor]  # per token; the gradient is with respect to this
     objective: Required[str | Mapping[str, Any]]  # a preset's name, or an object as in a job's spec
-    outputs: (
-        Sequence[str] | None
-    )  # wanted beside the loss: ratio, log_importance_ratio, token_loss, clipped, advantages, weights
+    outputs: Sequence[str] | None  # further outputs: ratio, log_importance_ratio, token_loss, clipped, advantages, weights
 
 
 NAMES = frozenset(Item.__annotations__)
@@ -82,7 +80,7 @@ NAMES = frozenset(Item.__annotations__)
 
 @dataclass(frozen=True)
 class LossAnswer:
-    """`loss` is a scalar with a graph to log_probs; `tensors` are the outputs that were named, in the layout that was sent."""
+    """`loss` is a scalar with a graph to log_probs; `tensors` are the requested outputs, in the layout of the request."""
 
     loss: Tensor
     metrics: dict[str, float]
@@ -129,12 +127,13 @@ def ratchet_loss(
 ) -> Tensor | tuple[Tensor, LossAnswer]:
     """The loss of a batch (see `Batch`), to be minimised: a scalar with a graph to log_probs.
 
-    With `outputs`, which may be empty, also the LossAnswer: metrics, warnings (else they become Python's), and the tensors
-    that `outputs` names. `dtype`: what it is computed in, when not in the type of log_probs. `client`: default, the Ratchet
-    that `Ratchet()` finds. Under torch.no_grad, or when log_probs needs no gradient, none is asked for.
+    With `outputs`, which may be empty, also returns the LossAnswer: metrics, warnings, and the tensors that `outputs` names.
+    Without it, warnings are issued as Python warnings. `dtype`: the dtype of the computation; default: that of log_probs.
+    `client`: default: the Ratchet that `Ratchet()` finds. The gradient is not requested under torch.no_grad, or if log_probs
+    does not require it.
 
-    Raises RatchetApiError for what the service refuses, with pointers to what is wrong, RatchetConnectionError when it cannot
-    be reached, and RatchetLossPending when there is no answer within `wait_s`.
+    Raises RatchetApiError, with pointers to the faults, if the service refuses the request; RatchetConnectionError if it cannot
+    be reached; and RatchetLossPending if there is no answer within `wait_s`.
     """
     item: Item = {"log_probs": log_probs, "objective": objective, "outputs": outputs, **batch}
     (answer,) = ratchet_losses([item], dtype=dtype, client=client, wait_s=wait_s)
@@ -148,7 +147,7 @@ def ratchet_loss(
 def ratchet_losses(
     items: Sequence[Item], *, dtype: torch.dtype | None = None, client: Ratchet | None = None, wait_s: float = WAIT_S
 ) -> list[LossAnswer]:
-    """Several losses by one request. Arguments and errors as of `ratchet_loss`; when one item is refused, all are."""
+    """Several losses in one request. Arguments and errors as in `ratchet_loss`. If one item is refused, all are."""
     tensors = _packed(items)
     differentiated = [torch.is_grad_enabled() and item["log_probs"].requires_grad for item in items]
     request: dict[str, Any] = {
@@ -177,14 +176,14 @@ def _found(base_url: str, api_key: str) -> Ratchet:
 
 
 def _asked(item: Item, gradient: bool) -> dict[str, Any]:
-    """What of an item is no tensor."""
+    """The parts of an item that are not tensors."""
     wanted = {*(item.get("outputs") or ()), *(["gradients"] if gradient else [])}
     options = {name: value for name in OPTIONS if (value := item.get(name)) is not None}
     return {"objective": item["objective"], "return": sorted(wanted), **options}
 
 
 def _packed(items: Sequence[Item]) -> dict[str, Tensor]:
-    """Tensors by their names on the wire. Each has memory of its own: one that is sent under two names would be refused."""
+    """Tensors by their names in the request. Each has its own memory, because safetensors refuses shared memory."""
     tensors: dict[str, Tensor] = {}
     taken: set[int] = set()
     for index, item in enumerate(items):
@@ -204,7 +203,7 @@ def _packed(items: Sequence[Item]) -> dict[str, Tensor]:
 
 
 def _of(tensors: Mapping[str, Tensor], index: int) -> dict[str, Tensor]:
-    """One item's tensors, under their own names."""
+    """One item's tensors, by their names without the item's number."""
     start = f"{index}/"
     return {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
 
@@ -213,7 +212,7 @@ def _answer(
     log_probs: Tensor, item: Mapping[str, Any], tensors: dict[str, Tensor], gradient: bool, dtype: torch.dtype | None
 ) -> LossAnswer:
     tensors = {name: tensor.to(log_probs.device) for name, tensor in tensors.items() if name != "cu_seqlens"}
-    value = float(item["loss"])  # of "NaN" and "Infinity", too
+    value = float(item["loss"])  # also converts "NaN" and "Infinity"
     if gradient:
         loss = _Loss.apply(log_probs, tensors["gradients/log_probs"], value)
     else:
@@ -226,7 +225,7 @@ def _answer(
 
 
 class _Loss(torch.autograd.Function):
-    """A value, and its gradient with respect to log_probs; the gradient is cast to their type after it was scaled."""
+    """A value with its gradient with respect to log_probs. The gradient is scaled first and then cast to log_probs' dtype."""
 
     @staticmethod
     def forward(ctx: Any, log_probs: Tensor, gradient: Tensor, value: float) -> Tensor:
@@ -240,7 +239,7 @@ class _Loss(torch.autograd.Function):
 
 
 class _OnlyOnce(torch.autograd.Function):
-    """The gradient as it is, with a graph to log_probs that says what it cannot do. Else it would count as a constant."""
+    """The gradient, with a graph to log_probs that raises on a second derivative. Otherwise it would count as a constant."""
 
     @staticmethod
     def forward(ctx: Any, gradient: Tensor, log_probs: Tensor) -> Tensor:

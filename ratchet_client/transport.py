@@ -1,4 +1,4 @@
-"""One HTTP exchange that tries again: back-off with jitter, Retry-After, and always the same Idempotency-Key."""
+"""HTTP exchanges with retries: back-off with jitter, Retry-After, and always the same Idempotency-Key."""
 
 import random
 from collections.abc import Callable, Iterable, Mapping
@@ -14,7 +14,7 @@ from ratchet_client.errors import RatchetApiError, RatchetConnectionError, Ratch
 
 FIRST_PAUSE_S = 0.5  # doubles with each attempt
 LONGEST_PAUSE_S = 10.0
-LONGEST_RETRY_AFTER_S = 60.0  # told to wait longer than this, the caller should decide
+LONGEST_RETRY_AFTER_S = 60.0  # if the service asks for a longer wait, the caller decides
 CONNECT_TIMEOUT_S = 5.0
 RETRIED = frozenset({429, 502, 503, 504})  # 502 and 504 come from proxies in between
 
@@ -22,7 +22,7 @@ Content = bytes | Iterable[bytes]
 
 
 class Transport:
-    """An httpx client, the retries around it, and nothing that knows what a job is."""
+    """An httpx client with retries. It knows nothing of jobs."""
 
     def __init__(self, base_url: str, api_key: str | None, *, timeout_s: float, max_retries: int) -> None:
         self.base_url = base_url.rstrip("/")
@@ -38,7 +38,7 @@ class Transport:
             base_url=url,
             headers={"User-Agent": "ratchet-client"} | ({"Authorization": f"Bearer {api_key}"} if api_key else {}),
             timeout=httpx.Timeout(timeout_s, connect=CONNECT_TIMEOUT_S),
-            trust_env=not _is_this_machine(url.host),  # a proxy of the environment has no way to 127.0.0.1
+            trust_env=not _is_this_machine(url.host),  # a proxy from the environment cannot reach 127.0.0.1
         )
 
     def request(
@@ -54,9 +54,9 @@ class Transport:
         timeout_s: float | None = None,
         stream: bool = False,
     ) -> httpx.Response:
-        """A successful answer, read whole, or open when `stream`. `content` is called anew for each attempt.
+        """A successful response, read completely, or open if `stream`. `content` is called again for each attempt.
 
-        Raises RatchetApiError for a refusal and RatchetConnectionError when nobody answers.
+        Raises RatchetApiError for a refusal and RatchetConnectionError if nobody answers.
         """
         sent = dict(headers or {})
         if method == "POST":
@@ -77,7 +77,7 @@ class Transport:
     def attempt(
         self, method: str, path: str, *, timeout_s: float | None = None, stream: bool = False, **content: Any
     ) -> httpx.Response:
-        """One exchange, whatever it brings; a refusal is read whole. Raises httpx.TransportError."""
+        """One exchange without retries. A refusal is returned, read completely. Raises httpx.TransportError."""
         timeout = httpx.Timeout(timeout_s or self.timeout_s, connect=CONNECT_TIMEOUT_S)
         response = self.http.send(self.http.build_request(method, path, timeout=timeout, **content), stream=stream)
         if not response.is_success:
@@ -85,11 +85,11 @@ class Transport:
         return response
 
     def json(self, method: str, path: str, **request: Any) -> Any:
-        """`request`, and its answer parsed."""
+        """`request`, with the response parsed as JSON."""
         return self.parsed(self.request(method, path, **request))
 
     def parsed(self, response: httpx.Response) -> Any:
-        """An answer's JSON. Raises RatchetError when something answered that is no Ratchet."""
+        """The response's JSON. Raises RatchetError if the response is not from a Ratchet."""
         try:
             return response.json()
         except ValueError:
@@ -97,7 +97,7 @@ class Transport:
             raise RatchetError(f"{self.base_url} answers, but not with JSON ({kind}): is it a Ratchet?") from None
 
     def until_answered(self, attempt: Callable[[], httpx.Response], *, until: float = inf) -> httpx.Response:
-        """The first successful answer. What may pass is tried again, as long as there is time until then (of `monotonic`)."""
+        """The first successful response. Passing errors are retried until the time `until` (of `monotonic`)."""
         failures = 0
         while True:
             error: RatchetApiError | RatchetConnectionError
@@ -121,14 +121,14 @@ class Transport:
 
 
 def is_passing(error: RatchetApiError) -> bool:
-    """Whether the same request may fare better in a moment."""
+    """Whether the same request may succeed in a moment."""
     if error.retry_after_s is not None and error.retry_after_s > LONGEST_RETRY_AFTER_S:
         return False
     return error.status in RETRIED or (error.status == 409 and error.code == "idempotency_in_flight")
 
 
 def pause_s(failures: int, retry_after_s: float | None) -> float:
-    """How long to wait: never less than the service asked for; spread, so that clients do not come back all at once."""
+    """Seconds to wait: at least what the service asked for, with jitter so that clients do not come back all at once."""
     spread = random.uniform(0.5, 1.0)
     if retry_after_s is not None:
         return retry_after_s + 0.2 * spread

@@ -1,4 +1,4 @@
-"""The shapes of Ratchet's answers. Plain dictionaries at run time; an answer may have more members than stand here."""
+"""The types of Ratchet's responses. They are plain dictionaries at run time, and may have more members than listed here."""
 
 from typing import Any, Generic, Literal, NotRequired, TypedDict, TypeVar
 
@@ -9,7 +9,7 @@ FINAL: frozenset[str] = frozenset({"succeeded", "failed", "cancelled"})
 
 
 class Page(TypedDict, Generic[Item]):
-    """A part of a list; the next one starts `after` its last_id."""
+    """A part of a list. To get the next part, pass its last_id as `after`."""
 
     object: Literal["list"]
     data: list[Item]
@@ -19,7 +19,7 @@ class Page(TypedDict, Generic[Item]):
 
 
 class JobSummary(TypedDict):
-    """A job as it stands in lists."""
+    """A job in a list, without its spec."""
 
     id: str
     object: Literal["job"]
@@ -61,7 +61,7 @@ class Job(JobSummary):
 
 
 class UsageTotals(TypedDict):
-    """Sums of what was spent. `wasted` (sampled_tokens, trained_tokens, worker_s) is contained in the others."""
+    """Sums of what was spent. The other sums include `wasted` (sampled_tokens, trained_tokens, worker_s)."""
 
     attempts: int
     tokens: int
@@ -95,7 +95,7 @@ class Budget(TypedDict):
 
 
 class Validation(TypedDict):
-    """What a dry run found: the spec with everything filled in, and sample rows as their graders see them."""
+    """The result of a dry run: the spec with everything filled in, and sample rows with their grades."""
 
     spec: dict[str, Any]
     spec_sha256: str
@@ -117,7 +117,7 @@ class Event(TypedDict):
 
 
 class Series(TypedDict):
-    """One curve as columns. min and max stand beside value only where points were merged."""
+    """One curve as columns. min and max are there only if points were merged."""
 
     step: list[int]
     value: list[float | None]
@@ -170,7 +170,7 @@ class Dataset(TypedDict):
 
 
 class Model(TypedDict):
-    """Its id is what to write as model.source."""
+    """A model. Write its id as model.source."""
 
     id: str
     object: Literal["model"]
@@ -206,7 +206,7 @@ class NewKey(Key):
 
 
 class Losses(TypedDict):
-    """One entry an item: index, status "ok" with loss, metrics and what its `return` named, or "error" with error."""
+    """One entry per item: index, status "ok" with loss, metrics and what its `return` named, or "error" with error."""
 
     object: Literal["list"]
     data: list[dict[str, Any]]

@@ -1,4 +1,4 @@
-"""`python -m service`: the API alone, at RATCHET_HOST and RATCHET_PORT. `ratchet up` brings Redis and a worker with it."""
+"""`python -m service`: only the API, at RATCHET_HOST and RATCHET_PORT. `ratchet up` also starts Redis and a worker."""
 
 import uvicorn
 

@@ -51,7 +51,7 @@ SWITCH_S = 0.001  # a thread that computes lets others run after so long; with P
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
-    """Without settings they are read from the environment. Nothing is opened before the application starts."""
+    """Settings default to the environment. Nothing is opened before the application starts."""
     settings = settings or get_settings()
 
     @asynccontextmanager

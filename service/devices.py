@@ -1,4 +1,4 @@
-"""Which accelerators this machine shows, found out without torch."""
+"""Detects this machine's accelerators without torch."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ def shows_gpu() -> bool:
 
 
 def missing_gpu(device: str) -> str | None:
-    """What is wrong with RATCHET_DEVICE on this machine; None when nothing is."""
+    """An error message if RATCHET_DEVICE cannot be used on this machine, else None."""
     if device != "cuda" or shows_gpu():
         return None
     return (

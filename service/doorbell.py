@@ -1,7 +1,7 @@
-"""The doorbell: the only producer of Celery messages and Redis signals.
+"""The doorbell: the only sender of Celery messages ("rings") and Redis signals.
 
-The store is the truth. A ring or a signal that is lost, doubled or late is harmless, so nothing here raises and nothing
-waits for long: a dead Redis costs a moment and a line in the log.
+All state is in the store. A ring or a signal that is lost, doubled or late does no harm, so nothing here raises or waits for
+long. If Redis is down, a call takes about a second and writes a line to the log.
 """
 
 import asyncio
@@ -28,11 +28,11 @@ log = logging.getLogger(__name__)
 RING_TASK = "ratchet.train"
 LOSSES_TASK = "ratchet.losses"
 LOSSES_QUEUE = "losses"
-KEYS_EDITION = "ratchet:keys:edition"  # another one after each revocation of an API key
+KEYS_EDITION = "ratchet:keys:edition"  # changes with each revocation of an API key
 CLASSES = ("any", "cpu", "gpu")
 TIMEOUT_S = 1.0  # for a connection, and for an answer
-HUSH_S = 10.0  # no signals for so long after one that Redis did not answer: a frozen Redis must not cost a second each
-POLL_S = 1.0  # how long a listener sleeps while Redis is away
+HUSH_S = 10.0  # no signals for this long after one timed out: a frozen Redis must not cost a second per signal
+POLL_S = 1.0  # how long a listener sleeps while Redis is down
 VISIBILITY_TIMEOUT_S = 300
 
 
@@ -45,7 +45,7 @@ def channel_name(job_id: str) -> str:
 
 
 def redis_py_url(url: str) -> str:
-    """As redis-py wants it: unix:///path?db=0 for a socket."""
+    """The URL in redis-py's form: unix:///path?db=0 for a socket."""
     if not url.startswith(("redis+socket://", "unix://")):
         return url
     path, number = _socket_of(url)
@@ -53,7 +53,7 @@ def redis_py_url(url: str) -> str:
 
 
 def kombu_url(url: str) -> str:
-    """As kombu wants it: redis+socket:///path?virtual_host=0 for a socket."""
+    """The URL in kombu's form: redis+socket:///path?virtual_host=0 for a socket."""
     if not url.startswith(("redis+socket://", "unix://")):
         return url
     path, number = _socket_of(url)
@@ -67,15 +67,15 @@ def _socket_of(url: str) -> tuple[str, str]:
 
 
 def celery_app(settings: Settings) -> Celery:
-    """The configured application, for both sides; it holds no tasks."""
+    """The configured Celery application, for API and workers. It has no tasks."""
     app = Celery("ratchet", broker=kombu_url(settings.redis_url.get_secret_value()), set_as_current=False)
     app.conf.update(
-        # CUDA cannot survive a fork. The parent stays alive beside its one child and answers control.
+        # CUDA cannot survive a fork. The parent of the one child stays alive and answers control messages.
         worker_pool="prefork",
         worker_concurrency=1,
         worker_pool_start_method="spawn",
         worker_proc_alive_timeout=120,  # a new child imports torch first; after the default of 4 s it would be killed
-        # A late acknowledgement runs a long job on two workers at the visibility timeout. The lease does that work here.
+        # With late acknowledgement, a job longer than the visibility timeout would run on two workers. Leases handle lost jobs.
         task_acks_late=False,
         worker_prefetch_multiplier=1,
         worker_disable_prefetch=True,
@@ -117,17 +117,17 @@ class Doorbell:
         self._mine = local()  # each listening thread keeps its own subscription
 
     def ring(self, job_id: str, resource_class: str) -> bool:
-        """Tell the workers of this class that there is work. False when Redis did not take it."""
+        """Tell the workers of this class that there is work. False if Redis did not accept the message."""
         return self._send(RING_TASK, [job_id], queue_name(resource_class))
 
     def ring_losses(self) -> bool:
-        """Tell the loss workers that requests wait. False when Redis did not take it."""
+        """Tell the loss workers that requests wait. False if Redis did not accept the message."""
         return self._send(LOSSES_TASK, [], LOSSES_QUEUE)
 
     def _send(self, task: str, arguments: list[str], queue: str) -> bool:
         try:
             self._celery.send_task(task, args=arguments, queue=queue, retry=False, ignore_result=True)
-        except Exception as error:  # kombu raises many kinds, and none of them may reach whoever created a job
+        except Exception as error:  # kombu raises many types, and none may reach the caller who creates a job
             log.warning("could not ring for %s: %s", ", ".join(arguments) or queue, error)
             telemetry.RINGS.labels("no").inc()
             return False
@@ -135,14 +135,14 @@ class Doorbell:
         return True
 
     def waiting(self, resource_class: str) -> int | None:
-        """How many rings no worker has taken yet; None when Redis does not say."""
+        """How many rings no worker has taken yet; None if Redis does not answer."""
         try:
             return int(self._redis.llen(queue_name(resource_class)))  # pyright: ignore[reportArgumentType]
         except (redis.RedisError, OSError):
             return None
 
     def signal(self, job_id: str, what: str) -> bool:
-        """Wake those who follow the job: `events` (there are new ones) or `wish` (its worker should look at once)."""
+        """Wake listeners of the job. `what`: `events` (there are new ones) or `wish` (its worker should look at once)."""
         if time.monotonic() < self._hushed_until:
             return False
         try:
@@ -155,7 +155,7 @@ class Doorbell:
         return True
 
     def keys_changed(self) -> bool:
-        """Begin a new edition of the API keys: nobody goes by what he remembers of them. False when Redis did not take it."""
+        """Start a new edition of the API keys, so that cached keys are no longer used. False if Redis did not accept it."""
         try:
             self._redis.set(KEYS_EDITION, token_hex(8))
         except (redis.RedisError, OSError) as error:
@@ -164,10 +164,9 @@ class Doorbell:
         return True
 
     def listen(self, job_ids: Set[str], timeout_s: float, *, what: str | None = "wish") -> bool:
-        """Wait for a signal of this kind (None: of any) about one of these jobs. While Redis is away this only sleeps.
+        """Wait for a signal of this kind (None: any) about one of these jobs. False on timeout. If Redis is down, only sleep.
 
-        False when the time is up. The subscription is kept between the calls of a thread: nothing is missed in between about
-        a job that was among them before.
+        A thread's subscription is kept between its calls, so no signal in between is missed for a job of the previous call.
         """
         deadline = time.monotonic() + timeout_s
         try:
@@ -192,7 +191,7 @@ class Doorbell:
         return subscription
 
     def hang_up(self) -> None:
-        """This thread listens to nothing until it does again."""
+        """Close this thread's subscription. The next `listen` opens a new one."""
         subscription = getattr(self._mine, "subscription", None)
         self._mine.subscription = None
         if subscription is not None:
@@ -212,14 +211,14 @@ class Doorbell:
 
 
 class Watch:
-    """One follower of one job. Register before reading the store: what is committed after that wakes the next wait."""
+    """One follower of one job. Create it before reading the store: any later commit then wakes the next `wait`."""
 
     def __init__(self, signals: "Signals") -> None:
         self._signals = signals
         self.rung = asyncio.Event()
 
     async def wait(self, timeout_s: float) -> bool:
-        """True when the job was signalled since the last wait. While Redis is away it returns early, so that callers poll."""
+        """True if the job was signalled since the last wait. While Redis is down it returns early, so that callers poll."""
         if not self._signals.connected:
             timeout_s = min(timeout_s, POLL_S)
         try:
@@ -244,7 +243,7 @@ class Signals:
 
     async def stop(self) -> None:
         while self._task is not None and not self._task.done():
-            self._task.cancel()  # again, if need be: Python 3.11's wait_for may swallow one
+            self._task.cancel()  # repeated, because Python 3.11's wait_for may swallow a cancellation
             await asyncio.wait([self._task], timeout=1.0)
         self._task = None
 
@@ -260,7 +259,7 @@ class Signals:
                 del self._watches[job_id]
 
     async def wait(self, job_id: str, timeout_s: float) -> bool:
-        """Wait for the next signal of a job. False when the time is up, or sooner while Redis is away."""
+        """Wait for the next signal of a job. False on timeout, or earlier while Redis is down."""
         with self.watch(job_id) as watch:
             return await watch.wait(timeout_s)
 
@@ -280,7 +279,7 @@ class Signals:
         async with client, client.pubsub() as subscription:
             await subscription.psubscribe(channel_name("*"))
             self.connected = True
-            self.wake_all()  # what was missed meanwhile
+            self.wake_all()  # signals may have been missed meanwhile
             while True:
                 message = await subscription.get_message(ignore_subscribe_messages=True, timeout=5.0)
                 if message is not None:
@@ -291,6 +290,6 @@ class Signals:
             watch.rung.set()
 
     def wake_all(self) -> None:
-        """Let every follower look, whether there is something new or not."""
+        """Wake every follower, even if there is nothing new."""
         for job_id in self._watches:
             self._wake(job_id)

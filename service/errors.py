@@ -8,7 +8,7 @@ from service.failures import CODES, Category
 
 @dataclass(frozen=True)
 class FieldError:
-    """One thing that is wrong with an input: where (JSON pointer), what came, what is allowed."""
+    """One fault of an input: where it is (JSON pointer), what came, what is allowed."""
 
     pointer: str
     detail: str
@@ -21,7 +21,7 @@ class FieldError:
 
 
 class Portable(Exception):
-    """Goes from process to process whatever its `__init__` takes: it is rebuilt from what it holds, not made a second time."""
+    """Can be pickled whatever its `__init__` takes: it is rebuilt from its attributes, and `__init__` is not called again."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self).__new__, (type(self), *self.args), self.__dict__
@@ -42,7 +42,7 @@ class RatchetError(Portable):
 
 
 class InvalidRequest(RatchetError):
-    """The caller's input cannot be taken as it is."""
+    """The caller's input is invalid."""
 
     code = "invalid_request"
 
@@ -70,7 +70,7 @@ class NotFound(RatchetError):
 
 
 class Conflict(RatchetError):
-    """The object's state does not allow this now; `extra["allowed_moves"]` says what is."""
+    """The object's state does not allow this now; `extra["allowed_moves"]` lists what it allows."""
 
     code = "conflict"
 
@@ -98,7 +98,7 @@ class UriTooLong(RatchetError):
 
 
 class BodyTooSlow(RatchetError):
-    """The body did not come in the time that its size allows."""
+    """The body took longer to arrive than its size allows."""
 
     code = "body_too_slow"
     retryable = True
@@ -109,26 +109,26 @@ class BodyTooLarge(RatchetError):
 
 
 class UnsupportedMedia(RatchetError):
-    """The body is in a format, or a compression, that is not taken here."""
+    """The body's format or compression is not supported here."""
 
     code = "unsupported_media_type"
 
 
 class NotAcceptable(RatchetError):
-    """No answer can be made in a format that the caller takes."""
+    """The response cannot be produced in any format that the caller accepts."""
 
     code = "not_acceptable"
 
 
 class Busy(RatchetError):
-    """More work waits than may wait."""
+    """Too much work is waiting."""
 
     code = "busy"
     retryable = True
 
 
 class Unavailable(RatchetError):
-    """Something that we stand on does not answer just now."""
+    """A service that we depend on does not answer."""
 
     code = "unavailable"
     retryable = True
@@ -151,7 +151,7 @@ class LeaseLost(RatchetError):
 class Failure:
     """Why a job failed, paused or was put back, as stored in `jobs.error` and shown to its owner.
 
-    Who can mend it and whether it is tried again follow from the code; KeyError for one that service.failures does not know.
+    The code determines who can fix it and whether it is retried. An unknown code (see service.failures) raises KeyError.
     """
 
     code: str
@@ -175,7 +175,7 @@ class Failure:
 
 
 class JobFailed(RatchetError):
-    """Raised inside a worker: ends the attempt, and what becomes of the job follows from the code (service.failures)."""
+    """Raised inside a worker: ends the attempt. The code decides what happens to the job (service.failures)."""
 
     def __init__(self, code: str, detail: str, *, hint: str | None = None, pointer: str | None = None, **details: Any) -> None:
         super().__init__(detail, code=code, hint=hint)

@@ -1,6 +1,6 @@
-"""Every way in which a job, or one attempt at it, can fail: one registry, from which docs/failures.md has its table.
+"""The registry of all failures of a job or an attempt. docs/failures.md contains its table.
 
-`python -m service.failures` prints the table. A failure whose code does not stand here cannot be raised.
+`python -m service.failures` prints the table. A failure whose code is not registered here cannot be raised.
 """
 
 from collections.abc import Mapping
@@ -13,13 +13,13 @@ Category = Literal["user", "infra", "internal"]
 
 @dataclass(frozen=True)
 class Code:
-    """What a failure code stands for. `remedy` is its hint, where the failure has none that says more."""
+    """The meaning of a failure code. `remedy` is the hint if the failure has no hint of its own."""
 
-    category: Category  # who can mend it: the job's owner, the operator, or we
+    category: Category  # who can fix it: the job's owner, the operator, or Ratchet's developers
     means: str
     remedy: str
-    retryable: bool = False  # the attempt is made again, after a pause, up to limits.max_attempts times
-    pauses: bool = False  # the job pauses instead of failing: once mended, a resume goes on
+    retryable: bool = False  # the job is retried after a pause, up to limits.max_attempts times
+    pauses: bool = False  # the job pauses instead of failing; after a fix it can be resumed
 
 
 CODES: Mapping[str, Code] = MappingProxyType(

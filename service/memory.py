@@ -1,15 +1,17 @@
-"""What malloc does with freed memory, in a process that takes and frees blocks of megabytes all the time."""
+"""Tells malloc to keep freed memory, for processes that often allocate and free blocks of megabytes."""
 
 import ctypes
 from contextlib import suppress
 
-KEPT_BYTES = 64 * 2**20  # of freed memory stay here; larger blocks than half of it are given back as ever
+KEPT_BYTES = 64 * 2**20  # freed memory that is kept; blocks larger than half of it are still returned
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
 def keep_freed_memory() -> None:
-    """Freed blocks wait for the next request. By default glibc returns large ones to the kernel at once, and for the next
-    request gets each page anew, cleared: a quarter of the API's time for a loss request of 2 MiB. Nothing where no glibc is.
+    """Keep freed blocks for the next request. Does nothing without glibc.
+
+    By default glibc returns large blocks to the kernel at once. The next request then gets new, cleared pages, which takes a
+    quarter of the API's time for a loss request of 2 MiB.
     """
     with suppress(AttributeError, OSError):
         libc = ctypes.CDLL(None)

@@ -1,4 +1,4 @@
-"""`python -m service.openapi` prints openapi.json, as it stands in docs/."""
+"""`python -m service.openapi` prints docs/openapi.json."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""What an operator may set: environment variables with the prefix RATCHET_, one place, read once."""
+"""The operator's settings: environment variables with the prefix RATCHET_, all defined here and read once."""
 
 from functools import lru_cache
 from ipaddress import IPv4Network, IPv6Network
@@ -8,7 +8,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-# Values that stand in examples and tutorials: never a secret in production.
+# Values from examples and tutorials, which production refuses as secrets.
 WELL_KNOWN_SECRETS = frozenset({"", "ratchet", "postgres", "password", "changeme", "change-me", "secret", "admin"})
 
 

@@ -26,7 +26,7 @@ class Status(StrEnum):
 
 
 class Phase(StrEnum):
-    """What a running job is doing just now; free beside the status."""
+    """What a running job is doing now. Phases may follow in any order."""
 
     LOADING = "loading"
     SAMPLING = "sampling"
@@ -37,7 +37,7 @@ class Phase(StrEnum):
 
 
 class Wish(StrEnum):
-    """What the owner of a running job asks its worker for; carried by the renewal's answer."""
+    """What a running job's worker is asked to do. The worker reads it whenever it renews its lease."""
 
     PAUSE = "pause"
     CANCEL = "cancel"
@@ -62,7 +62,7 @@ MOVES = MappingProxyType(
 FINAL = frozenset(status for status, targets in MOVES.items() if not targets)
 HELD = frozenset({S.RUNNING, S.PAUSING, S.CANCELLING})  # a worker holds (or held) a lease on these
 
-# What a person may ask for, the statuses in which it is legal, and the status that follows at once.
+# A user's actions: the statuses in which each is legal, and the status that follows at once.
 ACTIONS = MappingProxyType(
     {
         "pause": {S.QUEUED: S.PAUSED, S.RUNNING: S.PAUSING},
@@ -83,7 +83,7 @@ def is_legal(source: Status, target: Status) -> bool:
 
 
 def allowed_actions(status: Status) -> list[str]:
-    """What a person may do with a job in this status: actions of ACTIONS, and fork and delete on final ones."""
+    """A user's legal actions on a job in this status: those of ACTIONS, and fork and delete in final statuses."""
     actions = [name for name, moves in ACTIONS.items() if status in moves]
     if status is not S.VALIDATING:
         actions.append("fork")

@@ -1,4 +1,4 @@
-"""Logs and metrics: JSON or plain lines on stderr with secrets struck out, and the few counters that parts share."""
+"""Logs and metrics: JSON or plain lines on stderr without secrets, and the few counters that several modules use."""
 
 import json
 import logging
@@ -35,7 +35,7 @@ _PATTERNS = (
 
 
 class Scrubber:
-    """Takes out API keys, passwords in URLs, and every secret of the settings by its value."""
+    """Removes API keys, passwords in URLs, and the values of all secrets in the settings."""
 
     def __init__(self, settings: Settings | None = None) -> None:
         self._secrets = sorted(_secrets_of(settings), key=len, reverse=True) if settings else []
@@ -49,11 +49,11 @@ class Scrubber:
 
 
 def _secrets_of(settings: Settings) -> set[str]:
-    """Short and well-known words are left out: they would strike out innocent text."""
+    """The secrets' values, except short and well-known words, which also occur in harmless text."""
     secrets = [*settings.grader_secrets.values(), settings.bootstrap_key]
     texts = {secret.get_secret_value() for secret in secrets if isinstance(secret, SecretStr)}
     for url in (settings.sql_url, settings.redis_url.get_secret_value()):
-        with suppress(ValueError):  # no URL at all: whoever connects will say so
+        with suppress(ValueError):  # not a URL: connecting to it will report that
             password = urlsplit(url).password or ""
             texts |= {password, unquote(password)}
     return {text for text in texts if len(text) >= 6 and text not in WELL_KNOWN_SECRETS}
@@ -81,7 +81,7 @@ class PlainFormatter(logging.Formatter):
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a record, for machines; what `extra=` brings stands beside it."""
+    """One JSON object per record, for programs; the fields of `extra=` become members."""
 
     _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName", "color_message"}
 
@@ -105,12 +105,12 @@ class JsonFormatter(logging.Formatter):
         return value if value is None or isinstance(value, bool | int | float) else self._scrub(str(value))
 
 
-# Variables of ours that are no settings: of the CLI, of the compose file, of a worker's child, of the tests.
+# Our variables that are not settings: those of the CLI, the compose file, a worker's child and the tests.
 NO_SETTINGS = {"URL", "API_KEY", "WORKER_ID", "API_IMAGE", "WORKER_IMAGE", "PUBLISH"}
 
 
 def warn_of_unknown_variables(environment: Mapping[str, str] = os.environ) -> None:
-    """Say which RATCHET_ variables set nothing, for a misspelt one is easily overlooked."""
+    """Log RATCHET_ variables that have no effect, because a misspelt one is easily overlooked."""
     known = {name.upper() for name in Settings.model_fields} | NO_SETTINGS
     for variable in sorted(environment):
         prefix, name = variable[:8], variable[8:]
@@ -128,6 +128,6 @@ def configure_logging(settings: Settings, *, json_lines: bool | None = None) -> 
     handler.setFormatter(JsonFormatter(scrub) if json_lines else PlainFormatter(scrub))
     root = logging.getLogger()
     root.handlers[:] = [handler]
-    root.setLevel(logging.WARNING)  # libraries speak up only when something is wrong
+    root.setLevel(logging.WARNING)  # libraries log only warnings and errors
     for name in ("service", "workers", "uvicorn.error"):
         logging.getLogger(name).setLevel(settings.log_level)

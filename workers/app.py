@@ -26,13 +26,13 @@ log = logging.getLogger(__name__)
 
 
 def queues(settings: Settings) -> list[str]:
-    """What it listens to: jobs, loss requests, or both."""
+    """The queues that this worker listens to: jobs, loss requests, or both."""
     return [queue_name(name) for name in resource_classes(settings)] + [LOSSES_QUEUE] * (settings.serves != "training")
 
 
 app = celery_app(get_settings())
 app.conf.task_queues = [Queue(name) for name in queues(get_settings())]
-app.conf.imports = ["workers.app"]  # the spawned child makes an app of its own from this one's settings
+app.conf.imports = ["workers.app"]  # the spawned child builds its own app from these settings
 app.task(name=RING_TASK, shared=False)(train)
 app.task(name=LOSSES_TASK, shared=False)(losses)
 
@@ -74,7 +74,7 @@ def _shutdown(**_: Any) -> None:
 
 @signals.task_failure.connect
 def _task_failure(exception: BaseException | None = None, **_: Any) -> None:
-    if parent is not None:  # in the parent only a lost child is reported here
+    if parent is not None:  # the parent gets this signal only for a child that died
         log.error("the child died: %s", exception)
         parent.child_died()
 

@@ -1,7 +1,7 @@
-"""The parent's eye on its training process: one that does not obey, or that works for nobody, is killed as a process group.
+"""The parent watches its training process and kills its process group if it does not obey, or works without a job.
 
-A process that is stuck in native code, or frozen, sees no wish and no lost lease by itself. Its parent can still end it: the
-GPU is free, and Celery's pool starts another.
+A process that is frozen or stuck in native code notices neither a wish nor a lost lease. If its parent kills it, the GPU is
+free again, and Celery's pool starts another process.
 """
 
 import logging
@@ -25,7 +25,7 @@ WITHOUT_A_JOB_S = 30.0  # how long a training process may be at work while this 
 
 
 def lead_a_group() -> None:
-    """Called in the training process: whatever it starts can be ended with it."""
+    """Called in the training process: makes it the leader of a process group, so that its children can be killed with it."""
     os.setpgid(0, 0)
 
 
@@ -39,7 +39,7 @@ def kill_children() -> None:
 
 
 class Minder:
-    """A thread of the worker's parent."""
+    """A thread of the worker's parent that looks every LOOK_EVERY_S."""
 
     def __init__(self, store: Store, doorbell: Doorbell, owner: str) -> None:
         self._store, self._doorbell, self._owner = store, doorbell, owner
@@ -57,7 +57,7 @@ class Minder:
         while not self._stop.wait(LOOK_EVERY_S):
             try:
                 self.look()
-            except Exception:  # the store is away: looked again in a second
+            except Exception:  # the store is down: tried again in LOOK_EVERY_S
                 log.warning("could not look after the training process", exc_info=True)
                 self._idle_since = None
 
@@ -67,7 +67,7 @@ class Minder:
             log.error("job %s: the training process did not obey in time; killing it", job_id)
             kill_children()
             lease.unresponsive(self._store, self._doorbell, job_id, now)
-        trains = any(request.name == RING_TASK for request in state.active_requests)  # who answers losses holds no job
+        trains = any(request.name == RING_TASK for request in state.active_requests)  # loss requests need no job
         if not trains or not lease.holds_nothing(self._store, self._owner):
             self._idle_since = None
         elif self._idle_since is None:

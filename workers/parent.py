@@ -1,6 +1,6 @@
-"""What the worker's parent process does beside Celery's own work; it holds no torch.
+"""The worker's parent process, apart from what Celery itself does. It does not load torch.
 
-It says hello to the store, reconciles, and puts back the job of a child that died.
+It registers the worker in the store, runs the reconciler, and puts the job of a child that died back into the queue.
 """
 
 import logging
@@ -33,7 +33,7 @@ SEEN_EVERY_S = 10.0
 
 
 class Parent:
-    """What the worker's parent process does beside Celery's own work."""
+    """The threads of the parent process. `start`, `drain` and `stop` follow Celery's signals."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings, self.store, self.doorbell = settings, open_store(settings), Doorbell(settings)
@@ -51,20 +51,20 @@ class Parent:
         self._minder.start()
         self._thread.start()
         if self.settings.serves != "training":
-            self.doorbell.ring_losses()  # what was rung for a worker that is gone; and one for losses alone begins to listen
+            self.doorbell.ring_losses()  # for requests left by a worker that is gone; starts a loss-only worker
 
     def drain(self) -> None:
-        """SIGTERM: the child hears of it, saves and releases its job, and Celery's warm shutdown ends when it is done.
+        """On SIGTERM: the child is told to save and release its job. Celery's warm shutdown ends when the child is done.
 
-        The bound is ours: Celery's soft shutdown has one, but always sleeps for the whole of it.
+        `drain_grace_s` bounds the wait. Celery's soft shutdown has a bound too, but always sleeps for all of it.
         """
         self._draining = True
-        # In threads: this is a signal handler, and whatever it interrupts may hold what it would wait for.
+        # In threads: this is a signal handler, and the interrupted code may hold a lock that this work needs.
         for work in (self._give_up_later, self._stop_losses, self._ask_for_job):
             Thread(target=work, name=work.__name__, daemon=True).start()
 
     def child_died(self) -> None:
-        """Its job goes back into the queue, and who waits for a loss that it had in hand is told so at once."""
+        """Put its job back into the queue, and answer the callers of the loss requests that it was computing."""
         try:
             lease.worker_lost(self.store, self.doorbell, self.id)
         finally:
@@ -75,7 +75,7 @@ class Parent:
         try:
             self._losses.give_up(self.id)
             self._losses.leave()
-        except redis.RedisError as error:  # they are told when their time is over
+        except redis.RedisError as error:  # they get their answer when their time limit is over
             log.warning("could not answer the loss requests of a child that died: %s", error)
         self.doorbell.ring_losses()  # for the next child
 
@@ -90,7 +90,7 @@ class Parent:
         lease.goodbye(self.store, self.id)
 
     def _ask_for_job(self) -> None:
-        """Tell the child to save and release its job; again and again while the store is away."""
+        """Tell the child to save and release its job. Retried while the store is down."""
         while True:
             try:
                 lease.draining(self.store, self.id)
@@ -105,7 +105,7 @@ class Parent:
             self.doorbell.signal(job_id, "wish")
 
     def _stop_losses(self) -> None:
-        with suppress(redis.RedisError):  # without Redis it leaves its loop, too
+        with suppress(redis.RedisError):  # without Redis the child leaves its loop anyway
             self._losses.ask_to_stop(self.id)
 
     def _give_up_later(self) -> None:
@@ -114,26 +114,26 @@ class Parent:
         kill_children()
         try:
             self.child_died()
-        finally:  # the store may be away: then the lease ends by itself
+        finally:  # the store may be down: then the lease expires by itself
             os._exit(1)
 
     def _say_seen(self) -> None:
-        """Hello at first, and again and again that this worker lives."""
+        """Register this worker, and renew its last_seen_at every SEEN_EVERY_S."""
         while not self._stop.is_set():
             try:
                 lease.seen(self.store, self._row())
-            except Exception:  # the store is away: said again in ten seconds
+            except Exception:  # the store is down: tried again in SEEN_EVERY_S
                 log.warning("could not say that this worker lives", exc_info=True)
             if self.settings.serves != "training":
                 self._say_alive()
             self._stop.wait(SEEN_EVERY_S)
 
     def _say_alive(self) -> None:
-        """To those who serve losses; what a dead one of them had in hand is computed by whoever is rung."""
+        """Tell the other loss workers that this one lives, and put requests of dead workers back in line."""
         try:
             back = self._losses.alive(self.id)
         except redis.RedisError:
-            return  # nobody can be asked for anything meanwhile
+            return  # without Redis there are no loss requests
         if back:
             log.warning("%d loss requests were in the hands of a worker that died; they are in line again", back)
             self.doorbell.ring_losses()

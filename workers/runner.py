@@ -1,4 +1,4 @@
-"""One attempt at one job: claim, load, loop, commit, release. Whatever happens in between has one place here."""
+"""One attempt at one job: claim, load, loop, commit, release. Every error on the way is handled here."""
 
 import logging
 import os
@@ -42,7 +42,7 @@ from workers.tenure.tenure import Tenure
 
 log = logging.getLogger(__name__)
 
-# Where a job's spec asks for what a policy refuses.
+# The place in a job's spec for each subject of a policy's failure, as a JSON pointer.
 POINTERS = {
     Subject.SOURCE: "/model/source",
     Subject.ADAPTER: "/model/adapter",
@@ -53,7 +53,7 @@ POINTERS = {
 
 
 def run_next(rung_by: str) -> None:
-    """Claim the best queued job, if there is one, and see it through. Returns when it is over or given back."""
+    """Claim the best queued job, if there is one, and run it. Returns when the job has ended or was given back."""
     keeper = _keeper()
     claimed = leases.claim(keeper.store, keeper.settings, os.environ[WORKER_ID], resource_classes(keeper.settings))
     if claimed is None:
@@ -64,13 +64,13 @@ def run_next(rung_by: str) -> None:
 
 @cache
 def _keeper() -> Keeper:
-    """This process's, from its first ring to its end: between two jobs nothing is waited for."""
+    """The one keeper of this process. It lives as long as the process, so that no time is lost between two jobs."""
     settings = get_settings()
     return Keeper(open_store(settings), settings, Doorbell(settings)).start()
 
 
 def run(keeper: Keeper, lease: Lease, job: Job) -> None:
-    """Run a claimed job and write down how it ended, unless another attempt has taken over meanwhile."""
+    """Run a claimed job and record how it ended, unless another attempt has taken over meanwhile."""
     stall_timeout_s = job.spec.get("limits", {}).get("stall_timeout_s", WorkLimits().stall_timeout_s)
     try:
         with Tenure(keeper, lease, job, stall_timeout_s=stall_timeout_s) as tenure:
@@ -81,10 +81,10 @@ def run(keeper: Keeper, lease: Lease, job: Job) -> None:
 
 
 def _managed(tenure: Tenure) -> None:
-    """A job whose loop is ours: load, drive, settle."""
+    """Load, run and settle a managed job, that is, a job whose loop Ratchet runs."""
     attempt: Attempt | None = None
     try:
-        # As it is read today: an older version may have stored what this one refuses. Raises InvalidRequest then.
+        # Parsed again: an older version may have stored a spec that this version refuses with InvalidRequest.
         attempt = _load(tenure, parse(JobSpec, tenure.job.spec))
         tenure.settle(drive(attempt))
     except LeaseLost:
@@ -96,7 +96,7 @@ def _managed(tenure: Tenure) -> None:
             attempt.rewards.close()
 
 
-# What a kind of job does from its claim to its end.
+# For each kind of job, the function that runs it from its claim to its end.
 RUNS = {"rl": _managed, "supervised": _managed}
 
 
@@ -121,7 +121,7 @@ def failure_of(error: Exception) -> Failure:
     if isinstance(error, JobFailed):
         return error.failure
     name = type(error).__name__
-    if isinstance(error, InvalidRequest):  # what this worker cannot open, though the API could: a missing extra, for example
+    if isinstance(error, InvalidRequest):  # the API could open it, but this worker cannot: an extra is missing, for example
         code = error.code if error.code in CODES else "invalid_request"
         return Failure(code, error.detail, hint=error.hint, pointer=error.errors[0].pointer if error.errors else None)
     if isinstance(error, OperationalError | InterfaceError):
@@ -134,7 +134,7 @@ def failure_of(error: Exception) -> Failure:
 
 
 def _load(tenure: Tenure, spec: RLSpec | SupervisedSpec) -> Attempt:
-    """Data, graders and the model, at the newest good checkpoint of the job, else at its start."""
+    """Load data, graders and the model, at the job's newest good checkpoint, or at its start if it has none."""
     store, settings, job = tenure.store, tenure.settings, tenure.job
     tenure.check(Phase.LOADING)
     store.blobs.discard_before(job.id, tenure.lease.attempt)
@@ -159,7 +159,7 @@ def _load(tenure: Tenure, spec: RLSpec | SupervisedSpec) -> Attempt:
 def _learner(
     tenure: Tenure, spec: RLSpec | SupervisedSpec, start_from: Path | None, resume_from: Path | None
 ) -> tuple[Learner, Policy | None]:
-    """On a base of its own, at one of these checkpoints; and the reference, if the objective needs one."""
+    """A learner with its own base, loaded from one of these checkpoints; and the reference, if the objective needs one."""
     settings, start = tenure.settings, spec.model.from_checkpoint
     weights = resume_from or start_from
     with_optimizer = start is not None and start.load == "weights+optimizer"
@@ -179,7 +179,7 @@ def _learner(
 
 
 def _optimizer_steps(spec: RLSpec | SupervisedSpec) -> int:
-    """How many there will be in all: what the learning rate's schedule is laid over."""
+    """Optimizer steps of the whole job: the length of the learning rate's schedule."""
     per_step = spec.update.minibatches * spec.update.epochs if isinstance(spec, RLSpec) else 1
     return spec.limits.max_steps * per_step
 
@@ -190,7 +190,7 @@ def _dataset_path(store: Store, project: str, dataset_id: str) -> Path:
 
 
 def _newest_checkpoint(store: Store, job: Job) -> Path | None:
-    """The newest checkpoint of this job that is whole; a torn or altered one is passed over, by name."""
+    """The newest complete checkpoint of this job. Torn or altered ones are skipped, and the log names them."""
     with store.begin(readonly=True) as session:
         rows = checkpoints.of_job(session, job.id)
     for row in rows:

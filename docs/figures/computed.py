@@ -111,15 +111,15 @@ def aggregates() -> str:
 
 
 def spread() -> str:
-    """What the figure of the spread shows, and of what run."""
+    """The caption of the spread's figure: the run it shows."""
     found = json.loads(MEASURED.read_text())
     run, rewards = found["run"], found["reward"]
     answers = len(SUMS) * run["groups_a_size"] * run["group_size"]
     return paragraph(
         "*Figure 2. Measured in a small, real run: the `tiny` model (0.24 M parameters) learns to write sums, with the preset",
-        f"`{run['objective']}`, {run['rollouts']} rollouts of {answers} answers, {run['updates']} updates a rollout,",
+        f"`{run['objective']}`, {run['rollouts']} rollouts of {answers} answers, {run['updates']} updates per rollout,",
         f"learning rate {run['learning_rate']:g}. Its reward goes from {rewards[0]:.2f} to {rewards[-1]:.2f}.",
-        f"Shown is what the last update of each rollout saw: {found['answers']:,} answers, {found['tokens']:,} tokens.*",
+        f"The figure shows the batch of each rollout's last update: {found['answers']:,} answers, {found['tokens']:,} tokens.*",
     )
 
 
@@ -131,9 +131,9 @@ def independence() -> str:
         for row in (rows[0], rows[-1])
     ]
     return paragraph(
-        f"The deviation of the log of the sequence ratio was {said[0]}, and {said[1]}: in this run the tokens did move nearly",
-        "independently. The token ratio's deviation does not depend on the length, and the product's grows with it. Over the",
-        "same answers:",
+        f"The standard deviation of the log of the sequence ratio was {said[0]}, and {said[1]}: in this run the tokens moved",
+        "nearly independently. The token ratio's deviation does not depend on the length, and the product ratio's grows with",
+        "it. For the same answers:",
     )
 
 
@@ -141,7 +141,7 @@ def measured() -> str:
     """The table below figure 1."""
     found = json.loads(MEASURED.read_text())
     names = {"token": "token", "segment": "segment of 7 tokens", "sequence": "sequence", "product": "product"}
-    rows = ["| ratio | nine tenths lie in | least, greatest | clipped at 3e-4 | clipped at 0.2 |", "|---|---|---|---|---|"]
+    rows = ["| ratio | 5th to 95th percentile | least, greatest | clipped at 3e-4 | clipped at 0.2 |", "|---|---|---|---|---|"]
     for name, label in names.items():
         at = found["ratio"][name]
         shares = [f"{100 * share:.2g} %" for share in found["clipped_at"].get(name, {}).values()] or ["", ""]
@@ -155,8 +155,9 @@ def shares() -> str:
     gspo, grpo = 100 * found["sequence"]["0.0003"], 100 * found["token"]["0.2"]
     return paragraph(
         f"*Figure 3. The same answers. A clip of 3e-4 leaves {gspo:.0f} % of the tokens without a gradient under a sequence",
-        f"ratio; one of 0.2 leaves {grpo:.1f} % without one under a token ratio. A clip acts on one side only, which is why",
-        "even the narrowest takes about half, and less of the token ratio: many tokens are all but certain and do not move.*",
+        f"ratio; a clip of 0.2 leaves {grpo:.1f} % without a gradient under a token ratio. A clip acts on one side only, so",
+        "even the narrowest clips only about half of the tokens. It clips fewer with the token ratio, because many tokens are",
+        "almost certain and do not move.*",
     )
 
 

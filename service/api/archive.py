@@ -1,4 +1,4 @@
-"""A folder as a tar stream: regular files only, under names that unpack into one folder and nowhere else."""
+"""A folder as a tar stream. It has only regular files, whose names unpack into one folder and nowhere else."""
 
 import os
 import tarfile
@@ -20,7 +20,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Archive:
-    """What will be sent, known before the first byte."""
+    """A tar archive whose content and size are known before the first byte is sent."""
 
     entries: list[Entry]
 
@@ -30,7 +30,7 @@ class Archive:
         return sum(len(entry.header) + _padded(entry.size) for entry in self.entries) + len(END)
 
     def stream(self) -> Iterator[bytes]:
-        """Raises OSError when a file went away or changed its size: the connection then breaks, for the archive would lie."""
+        """Raises OSError if a file was removed or changed its size. The connection then breaks, so no wrong archive arrives."""
         for entry in self.entries:
             yield entry.header
             yield from _content(entry)

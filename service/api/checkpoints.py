@@ -53,7 +53,7 @@ class CheckpointPage(Page[CheckpointView]):
 
 
 class DeleteRequest(Section):
-    """Which checkpoints shall go. At least one of `ids`, `job_id` and `older_than_s`; all that are given must hold."""
+    """The checkpoints to delete. Give at least one of `ids`, `job_id` and `older_than_s`; a checkpoint must match all given."""
 
     ids: Annotated[
         list[Annotated[str, Field(max_length=40)]] | None, Field(min_length=1, max_length=1000, description="these")
@@ -77,7 +77,7 @@ class KeptView(BaseModel):
 
 
 class DeletedView(BaseModel):
-    """What went, or would go."""
+    """The checkpoints that were deleted, or would be."""
 
     object: Literal["checkpoints.deleted"] = "checkpoints.deleted"
     dry_run: bool
@@ -169,7 +169,7 @@ def pin_checkpoint(context: ContextDep, caller: CallerDep, checkpoint_id: str) -
 
 @router.post("/checkpoints/{checkpoint_id}/unpin", responses=responses(404))
 def unpin_checkpoint(context: ContextDep, caller: CallerDep, checkpoint_id: str) -> CheckpointView:
-    """Let it go when its time comes."""
+    """Allow a pinned checkpoint to be removed again."""
     with context.store.begin() as session:
         return CheckpointView.of(checkpoints.pin(session, caller.project, checkpoint_id, None))
 
@@ -198,7 +198,7 @@ def _ancestor(row: Checkpoint, job: Job | None) -> AncestorView:
 
 @router.post("/checkpoints:delete", responses=responses(*BODY), openapi_extra=documented("DeleteRequest"))
 def delete_checkpoints(context: ContextDep, caller: CallerDep, document: DocumentDep) -> DeletedView:
-    """Delete many at once. By default a dry run. What is pinned, or needed by a job that has not ended, stays."""
+    """Delete many at once. By default a dry run. Keeps pinned checkpoints, and those that an unfinished job needs."""
     asked = parse(DeleteRequest, document.data)
     filters = asked.model_dump(include={"ids", "job_id", "keep_last", "final"})
     with context.store.begin(readonly=asked.dry_run) as session:
@@ -227,4 +227,4 @@ def delete_checkpoint(context: ContextDep, caller: CallerDep, checkpoint_id: str
     """Delete a checkpoint, unless it is pinned, or a job that has not ended needs it."""
     with context.store.begin() as session:
         path = checkpoints.mark_deleted(session, caller.project, checkpoint_id, utcnow()).path
-    context.store.blobs.delete(path)  # should this process die here, the sweep removes the files
+    context.store.blobs.delete(path)  # if this process dies here, the sweep removes the files

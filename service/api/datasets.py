@@ -70,7 +70,7 @@ class DatasetPage(Page[DatasetView]):
 
 
 class RowsPage(BaseModel):
-    """Some rows, as they stand in the file; first_id and last_id are their numbers, from 0."""
+    """Some rows of the file; first_id and last_id are their numbers, from 0."""
 
     object: Literal["list"] = "list"
     data: list[dict[str, Any]]
@@ -98,7 +98,7 @@ class RowsQuery(BaseModel):
 
 @dataclass(frozen=True)
 class Upload:
-    """The whole body on the disk, in a file without a name that vanishes with this request."""
+    """The whole body, in an unnamed file on the disk that is removed with this request."""
 
     file: IO[bytes]
     sha256: str
@@ -141,7 +141,7 @@ async def _chunks_of(part: UploadFile) -> AsyncIterator[bytes]:
 
 
 async def _spool(chunks: AsyncIterator[bytes], file: IO[bytes]) -> str:
-    """Write to the file, in pieces that are worth a thread. Returns the sha256."""
+    """Write to the file in a thread, in pieces large enough to be worth it. Returns the sha256."""
     digest, waiting = sha256(), bytearray()
 
     def flush() -> None:
@@ -184,7 +184,7 @@ def create_dataset(
     upload: Annotated[Upload, Depends(_upload, scope="function")],
     turn_to_check: TurnDep,
 ) -> Any:
-    """Upload rows: JSONL, one object a line. Every line is checked; what is wrong is told by line number."""
+    """Upload rows as JSONL, one object per line. Every line is checked; errors give the line's number."""
     name = parse(Name, query.name or upload.name or "unnamed", "/name")
     sent = sha256(f"{name}\n{upload.sha256}".encode()).hexdigest()
     with once(context.store, caller, idempotency_key, route="POST /v1/datasets", body_sha256=sent) as turn:
@@ -243,4 +243,4 @@ def delete_dataset(context: ContextDep, caller: CallerDep, dataset_id: str) -> N
     """Delete a dataset, unless a job that has not ended reads it."""
     with context.store.begin() as session:
         path = datasets.mark_deleted(session, caller.project, dataset_id, utcnow()).path
-    context.store.blobs.delete(path)  # should this process die here, the sweep removes the file
+    context.store.blobs.delete(path)  # if this process dies here, the sweep removes the file

@@ -1,4 +1,4 @@
-"""A day (UTC) as it is sent and answered: YYYY-MM-DD and nothing else. Pydantic's own date takes seconds since 1970, too."""
+"""A day (UTC) in requests and responses: only YYYY-MM-DD. Pydantic's own date also accepts seconds since 1970."""
 
 import re
 from datetime import date

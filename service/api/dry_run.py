@@ -1,4 +1,4 @@
-"""The dry run: everything that is known before the queue, and nothing that is kept."""
+"""The dry run: everything that can be checked before a job is queued. Nothing is stored."""
 
 from typing import Annotated, Any, Literal
 
@@ -35,7 +35,7 @@ class ProbeView(BaseModel):
 
 
 class SampleView(BaseModel):
-    """A row as the job will put it, and what its own right answer gets from the graders."""
+    """A row's prompt, and the graders' scores for the row's own right answer."""
 
     prompt: Annotated[str | list[dict[str, Any]], Field(description="text, or chat messages")]
     reference: Annotated[str | None, Field(description="the right answer, where the spec says what it is")]
@@ -45,7 +45,7 @@ class SampleView(BaseModel):
 
 
 class DryRun(BaseModel):
-    """What a job of this spec would be."""
+    """The job that this spec would create."""
 
     object: Literal["dry_run"] = "dry_run"
     spec: Annotated[dict[str, Any], Field(description="every default filled in, the objective as its axes")]

@@ -117,7 +117,7 @@ async def list_events(
 
 
 def _read(context: Context, caller: Caller, job_id: str, after: int, limit: int) -> list[EventView]:
-    """Events behind `after`, in one short transaction; NotFound where the job is not this project's."""
+    """Events after `after`, in one short transaction. Raises NotFound if the job is not this project's."""
     with context.store.begin(readonly=True) as session:
         jobs.standing(session, caller.project, job_id)
         rows = events.after(session, job_id, after, limit)
@@ -125,7 +125,7 @@ def _read(context: Context, caller: Caller, job_id: str, after: int, limit: int)
 
 
 def _look(context: Context, project: str, job_id: str, after: int | None, key_ids: frozenset[str]) -> Look:
-    """What is new, for all who follow the job with these keys. One short transaction."""
+    """New events, read once for all who follow the job with these keys, in one short transaction."""
     with context.store.begin(readonly=True) as session:
         in_force = keys.in_force(session, key_ids, utcnow())
         status, last = jobs.standing(session, project, job_id)  # before the events: a final status comes with its event
@@ -141,13 +141,13 @@ def _line(event: EventView) -> TailLine:
 
 
 async def _stream(context: Context, caller: Caller, job_id: str, after: int) -> AsyncIterator[bytes]:
-    """Between two events it holds neither a thread nor a connection, and asks nothing."""
+    """The stream. Between two events it holds no thread and no connection, and does not poll."""
     look = partial(_look, context, caller.project, job_id)
     with context.tails.follow(job_id, caller.key_id, look) as tail:
         yield format_sse_event(retry=RETRY_MS, comment=f"events of {job_id}")
         while not context.stopping.is_set() and caller.key_id not in tail.revoked:
             lines = tail.behind(after)
-            if lines is None:  # further back than what is kept for all
+            if lines is None:  # older than the events cached for all
                 try:
                     async with context.shares.share(caller.key_id, always=True):
                         lines = await run_in_threadpool(_lines, context, caller, job_id, after)

@@ -34,7 +34,7 @@ class WorkersCheck(BaseModel):
 
 
 class Ready(BaseModel):
-    """Ready is who reaches database and Redis. Workers may come later: jobs wait for them."""
+    """The service is ready if it reaches the database and Redis. Workers may come later: jobs wait for them."""
 
     status: Literal["ready", "unavailable"]
     database: Check
@@ -67,7 +67,7 @@ def _check(ask: Callable[[], bool], otherwise: str) -> Check:
     started = perf_counter()
     try:
         ok = ask()
-    except Exception:  # why it failed is in the log of that part; here only that it did
+    except Exception:  # the failing part logs the reason; here only the fact is reported
         ok = False
     return Check(ok=ok, detail=None if ok else otherwise, took_s=round(perf_counter() - started, 4))
 

@@ -1,4 +1,4 @@
-"""Jobs: created, listed, followed, paused, resumed, cancelled, forked, deleted."""
+"""Routes to create, list, follow, pause, resume, cancel, fork and delete jobs."""
 
 from time import monotonic
 from typing import Annotated, Any, Literal
@@ -55,7 +55,7 @@ Grace = Annotated[float, Field(ge=0, le=86_400, description="a worker that has n
 
 
 class PauseRequest(Section):
-    """How long the job may take to rest."""
+    """How long the job may take to pause."""
 
     grace_seconds: Annotated[Grace | None, Field(description="default: as long as its step takes")] = None
 
@@ -70,13 +70,13 @@ class CancelRequest(Section):
 
 
 class ResumeRequest(Section):
-    """What the job may spend from now on, with what it has spent already."""
+    """The job's new budget, which includes what it has already spent."""
 
     budget: Annotated[Budget | None, Field(description="replaces the parts that it names; null in one: without bound")] = None
 
 
 class ForkRequest(Section):
-    """What shall be different in the new job."""
+    """The changes of the new job."""
 
     from_checkpoint: Annotated[
         str | CheckpointRef | None, Field(description="where it starts; default: the parent's newest checkpoint")
@@ -114,7 +114,7 @@ def fork_job(
     turn_to_check: TurnDep,
     idempotency_key: IdempotencyKeyDep,
 ) -> Any:
-    """Queue a new job that goes on from this one, in any way differently. The parent stays as it is."""
+    """Queue a new job that continues from this one, with any changes. The parent is not changed."""
     request = parse(ForkRequest, document.data)
     with context.store.begin(readonly=True) as session:
         parent = jobs.get(session, caller.project, job_id)
@@ -192,7 +192,7 @@ def _standing(context: Context, caller: Caller, job_id: str) -> tuple[Status, in
 
 
 def _answer(context: Context, caller: Caller, job_id: str) -> Response:
-    """Written here, in a thread, for a spec with thousands of inline rows takes a while."""
+    """Serialised here, in a thread, because a spec with thousands of inline rows takes a while."""
     with context.store.begin(readonly=True) as session:
         view = JobView.read(session, jobs.get(session, caller.project, job_id))
     return Response(view.model_dump_json(), media_type="application/json")

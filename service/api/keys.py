@@ -1,4 +1,4 @@
-"""API keys: made, listed, revoked, by keys of scope `admin`. A key's text is in the answer that makes it and nowhere else."""
+"""Routes to create, list and revoke API keys, for keys of scope `admin`. Only the response to the creation has a key's text."""
 
 from datetime import datetime, timedelta
 from time import sleep
@@ -33,14 +33,14 @@ MAX_EXPIRES_IN_S = 10 * 366 * 86_400
 
 
 class KeyRate(Section):
-    """How often a key may ask: a bucket of `burst` requests that fills by `requests_per_s`."""
+    """A key's rate limit: a token bucket of `burst` requests, refilled at `requests_per_s`."""
 
     requests_per_s: Annotated[float, Field(gt=0, le=1_000_000, description="requests a second in the long run")]
     burst: Annotated[int | None, Field(ge=1, le=1_000_000, description="requests at once; default: two seconds' worth")] = None
 
 
 class KeyRequest(Section):
-    """A key that shall be made."""
+    """A key to create."""
 
     name: Annotated[str, Field(min_length=1, max_length=200, description="for people: whose key it is, or what for")]
     project: Annotated[
@@ -57,7 +57,7 @@ class KeyRequest(Section):
 
 
 class KeyRateView(BaseModel):
-    """A rate that a key has of its own."""
+    """A key's own rate limit."""
 
     requests_per_s: float
     burst: int
@@ -104,7 +104,7 @@ class KeysQuery(BaseModel):
 
 @router.post("", status_code=201, responses=responses(403, 409, *BODY), openapi_extra=documented("KeyRequest"))
 def create_key(context: ContextDep, caller: AdminDep, document: DocumentDep, idempotency_key: IdempotencyKeyDep) -> NewKeyView:
-    """Make a key. A repetition with the same Idempotency-Key makes no second one, and is a 409: no text is kept."""
+    """Create a key. Repeated with the same Idempotency-Key it creates none and gets a 409, as the key's text is not stored."""
     request = parse(KeyRequest, document.data)
     project = caller.managed(request.project, NOT_OURS)
     rate, expires_at = request.rate, _expires_at(caller, request)
@@ -140,18 +140,18 @@ def list_keys(context: ContextDep, caller: AdminDep, query: Annotated[KeysQuery,
 
 @router.delete("/{key_id}", status_code=204, response_class=Response, responses=responses(403, 404, 409))
 def revoke_key(context: ContextDep, caller: AdminDep, key_id: str, query: Annotated[KeysQuery, Query()]) -> None:
-    """Revoke a key, at once and for good. No key revokes itself, so that nobody locks himself out."""
+    """Revoke a key, at once and for good. A key cannot revoke itself, so that nobody locks themselves out."""
     project = caller.managed(query.project, NOT_OURS)
     if key_id == caller.key_id:
         raise Conflict("a key cannot revoke itself", code="own_key", hint="make another key and revoke this one with it")
     with context.store.begin() as session:
         keys.revoke(session, project, key_id)
     if not context.doorbell.keys_changed():
-        sleep(KEPT_FOR_S)  # until no process remembers it
+        sleep(KEPT_FOR_S)  # until no process has it in its cache
 
 
 def _expires_at(caller: Caller, request: KeyRequest) -> datetime | None:
-    """A key that ends makes none that lasts longer: else its end would mean nothing."""
+    """The new key's expiry. A key that expires cannot make one that lasts longer: its own expiry would mean nothing."""
     expires_at = None if request.expires_in_s is None else utcnow() + timedelta(seconds=request.expires_in_s)
     if caller.expires_at is not None and (expires_at is None or expires_at > caller.expires_at):
         detail = f"the key that asks expires at {caller.expires_at:%Y-%m-%dT%H:%M:%SZ}; it makes no key that lasts longer"

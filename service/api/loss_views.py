@@ -1,4 +1,4 @@
-"""How loss requests and their answers look in openapi.json; the bodies are read and written by other means."""
+"""The models of loss requests and answers for openapi.json. They do not parse or write the bodies themselves."""
 
 from datetime import datetime
 from typing import Annotated, Any, Literal
@@ -33,7 +33,7 @@ class LossError(BaseModel):
 
 
 class LossResult(BaseModel):
-    """One item's answer. What `return` asked for stands beside it: rows as they were sent; in safetensors as `i/NAME`."""
+    """One item's answer. The outputs that `return` names are further members; in safetensors they are tensors `i/NAME`."""
 
     model_config = ConfigDict(extra="allow")
 

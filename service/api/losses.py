@@ -1,4 +1,4 @@
-"""Loss requests: read and checked here, computed by a worker without memory, answered as soon as that is done."""
+"""Loss requests are read and checked here, computed by a stateless worker, and answered as soon as the result is there."""
 
 import re
 from collections.abc import Awaitable, Callable
@@ -49,14 +49,14 @@ async def compute_losses(
 ) -> Response:
     """Compute losses, and what else is wanted, of batches of log-probs. Items that are wrong are refused in their place.
 
-    The answer comes in the format of the body, or the one that Accept names. Nothing is stored: an answer that was waited for
-    is gone when it was sent, another one after some minutes.
+    The response has the format of the body, or the one that Accept names. Nothing is stored: an answer is forgotten when it was
+    sent, or, if the caller did not wait for it, after some minutes.
     """
     sent_as = _sent_as(request)
     answer_as = accepted(request, (sent_as, TENSORS if sent_as == JSON else JSON))
     loss_id = new_id("loss")
     raw = await limited(request, context.settings.max_loss_body_bytes, "a loss request").body()
-    deadline = time() + context.settings.loss_time_limit_s  # the caller's line may be slow
+    deadline = time() + context.settings.loss_time_limit_s  # from here: the caller's connection may be slow
     make = partial(intake.order, raw, sent_as, loss_id, caller.project, deadline)
     if intake.is_quick(raw, sent_as):
         order = make()
@@ -64,7 +64,7 @@ async def compute_losses(
         async with _turn(context, caller, raw):
             order = await run_in_threadpool(make)
     del raw, make  # both may be large, and the wait long
-    with context.signals.watch(loss_id) as bell:  # before it is sent: no answer is missed
+    with context.signals.watch(loss_id) as bell:  # before it is pushed, so that no answer is missed
         must_ring = await context.losses.push(caller.project, loss_id, order, deadline)
         del order
         if must_ring:
@@ -138,9 +138,9 @@ def _turn(context: Context, caller: Caller, raw: bytes) -> AbstractAsyncContextM
 async def _answer(
     context: Context, share: Share, look: Callable[[], Awaitable[Standing]], deadline: float, bell: Watch, seconds: float
 ) -> bytes | None:
-    """The worker's answer, as soon as it is there; None when the caller waits no longer.
+    """The worker's answer, as soon as it is there; None if the caller's wait is over first.
 
-    Raises Unavailable when it will not come: Redis is away or was emptied, or the request's own time is over.
+    Raises Unavailable if no answer will come: Redis is down or was emptied, or the request's time limit has passed.
     """
     until = monotonic() + seconds
     while True:

@@ -14,7 +14,7 @@ router = APIRouter(prefix="/v1/jobs/{job_id}/metrics", tags=["jobs"])
 
 
 class SeriesView(BaseModel):
-    """One curve. Where points were put together `value` is their mean, and `min` and `max` keep every spike."""
+    """One curve. If points were merged, `value` is their mean, and `min` and `max` keep every spike."""
 
     step: list[int]
     value: Annotated[list[float | None], Field(description="null where it was not finite")]
@@ -47,7 +47,7 @@ class MetricsQuery(BaseModel):
 
 @router.get("", response_model=MetricsView, response_model_exclude_none=True, responses=responses(404))
 def read_metrics(context: ContextDep, caller: CallerDep, job_id: str, query: Annotated[MetricsQuery, Query()]) -> Response:
-    """Curves by name and range of steps. One of more than `points` points is downsampled; spikes stay in `min` and `max`."""
+    """Curves by name and range of steps. A curve with more than `points` points is downsampled; `min` and `max` keep spikes."""
     with context.store.begin(readonly=True) as session:
         jobs.standing(session, caller.project, job_id)
         curves = metrics.series(

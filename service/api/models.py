@@ -1,4 +1,4 @@
-"""Models that a job may start from without a download: the built-in one, and folders that the operator laid ready."""
+"""Models that need no download: the built-in one, and the folders in the operator's models directory."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,7 +17,7 @@ FACTS = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads"
 
 
 class ModelView(BaseModel):
-    """A model, by what to write as `model.source`."""
+    """A model. Its id is the value for `model.source`."""
 
     id: Annotated[str, Field(description="write this as model.source")]
     object: Literal["model"] = "model"
@@ -42,10 +42,10 @@ TINY = ModelView(
 
 @router.get("")
 def list_models(context: ContextDep, caller: CallerDep) -> ModelPage:
-    """The built-in model and the folders of the operator. Any model of the hub may be named too, where workers reach it."""
+    """The built-in model and the operator's model folders. Jobs may also name hub models, if the workers reach the hub."""
     folder = context.settings.local_models_dir
     paths = sorted(path.parent for path in folder.glob("*/config.json")) if folder.is_dir() else []
-    paths = [path for path in paths if path.resolve().is_relative_to(folder.resolve())]  # others cannot be named
+    paths = [path for path in paths if path.resolve().is_relative_to(folder.resolve())]  # `model.source` cannot name others
     models = [TINY, *(_of_folder(path) for path in paths)]
     return ModelPage.of(models, [model.id for model in models])
 

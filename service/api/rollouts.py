@@ -17,7 +17,7 @@ router = APIRouter(prefix="/v1/jobs/{job_id}/rollouts", tags=["jobs"])
 
 
 class RolloutView(BaseModel):
-    """A prompt, the answers that were sampled to it, and their rewards."""
+    """A prompt, the answers sampled for it, and their rewards."""
 
     id: Annotated[str, Field(description="STEP.SPLIT.GROUP")]
     object: Literal["rollout"] = "rollout"

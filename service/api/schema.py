@@ -1,4 +1,4 @@
-"""/openapi.json: what FastAPI finds by itself, and the bodies that we parse ourselves."""
+"""/openapi.json: FastAPI's own description, plus the bodies that we parse ourselves."""
 
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as version_of
@@ -18,7 +18,7 @@ from service.losses.request import LossRequest
 from service.spec.job import JobSpec
 
 REF = "#/components/schemas/{model}"
-# What is sent, as it may be written, and what FastAPI does not see in a route's signature.
+# Request bodies in the forms that callers may write, which FastAPI cannot see in a route's signature.
 SENT = {
     "JobSpec": JobSpec,
     "ForkRequest": ForkRequest,
@@ -41,7 +41,7 @@ def version() -> str:
 
 
 def complete(app: FastAPI) -> None:
-    """Make `app.openapi()` add them."""
+    """Make `app.openapi()` include these bodies."""
     found_by_fastapi = app.openapi
 
     def openapi() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a project spent, and what it may spend."""
+"""Usage and budget of a project."""
 
 from datetime import date, datetime
 from typing import Annotated, Any, Literal, Self
@@ -27,7 +27,7 @@ EVER = date(1970, 1, 1)
 
 
 class WastedView(BaseModel):
-    """What was spent after an attempt's last checkpoint, and done again or never used. Contained in the other sums."""
+    """Spent after an attempt's last checkpoint, and repeated or never used. The other sums include it."""
 
     sampled_tokens: int
     trained_tokens: int
@@ -142,7 +142,7 @@ def read_budget(context: ContextDep, caller: CallerDep, query: Annotated[BudgetQ
 
 @router.put("/budget", responses=responses(403, *BODY), openapi_extra=documented("BudgetRequest"))
 def set_budget(context: ContextDep, caller: AdminDep, document: DocumentDep) -> BudgetView:
-    """Set a project's budget, with a key of the administrators' project. Jobs that rest for it are resumed by their owners."""
+    """Set a project's budget, with a key of the administrators' project. Owners must resume jobs that paused because of it."""
     if caller.project != ADMIN_PROJECT:
         raise Forbidden("a project does not set its own budget", hint=f"use a key of the project `{ADMIN_PROJECT}`")
     asked = parse(BudgetRequest, document.data)

@@ -1,4 +1,4 @@
-"""How a job looks from outside; shared by the routes that answer with one."""
+"""The JSON views of a job, shared by all routes that return one."""
 
 from datetime import datetime
 from typing import Annotated, Any, Literal, Self
@@ -16,7 +16,7 @@ DERIVED = frozenset({"usage", "object", "metadata", "allowed_actions", "links"})
 
 
 class FailureView(BaseModel):
-    """Why a job failed or paused, or was put back the last time. All codes: docs/failures.md."""
+    """Why a job failed, paused or was last put back into the queue. All codes: docs/failures.md."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -47,7 +47,7 @@ class Links(BaseModel):
 
 
 class JobSummary(BaseModel):
-    """A job without its spec: what lists give."""
+    """A job without its spec, as in lists."""
 
     id: str
     object: Literal["job"] = "job"
@@ -104,7 +104,7 @@ class JobView(JobSummary):
 
     @classmethod
     def read(cls, session: Session, job: Job) -> Self:
-        """The job with what stands in other tables."""
+        """The job, with its data from other tables."""
         return cls(**cls._columns(job), usage=UsageTotals.of(usage.of_job(session, job.id)))
 
 

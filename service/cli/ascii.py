@@ -1,4 +1,4 @@
-"""Terminals that cannot show everything: what stands for a character that the stream's encoding does not have."""
+"""For terminals with a limited encoding: replacements for the characters that the stream's encoding does not have."""
 
 import codecs
 import sys
@@ -16,7 +16,7 @@ STANDS_FOR = {
     "→": "->",
     "•": "*",
 }
-BRAILLE = range(0x2800, 0x2900)  # what curves are drawn with
+BRAILLE = range(0x2800, 0x2900)  # the characters that curves are drawn with
 
 
 def _instead(error: UnicodeError) -> tuple[str, int]:
@@ -31,7 +31,7 @@ def _one(char: str) -> str:
 
 
 def adapt_streams() -> None:
-    """Nothing that is printed ends the program because a terminal cannot show it."""
+    """Make printing replace characters that the terminal cannot show, instead of raising."""
     codecs.register_error(HANDLER, _instead)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper) and "utf" not in stream.encoding.lower():

@@ -1,4 +1,4 @@
-"""Two jobs or more side by side: in what their specs differ, and what became of them."""
+"""Compares jobs side by side: the differences of their specs, and their results."""
 
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any
@@ -14,7 +14,7 @@ from service.cli.output import duration, number, one_line, print_json, print_tab
 from service.metric_names import DRAWN, EVAL_GREEDY_REWARD_MEAN, EVAL_LOSS, EVAL_REWARD_MEAN
 
 ABSENT = "-"
-APART = ("name", "tags", "metadata")  # for people; no difference between runs
+APART = ("name", "tags", "metadata")  # labels for people, not differences between runs
 
 
 def register(app: typer.Typer) -> None:
@@ -70,7 +70,7 @@ def facts(jobs: list[Job]) -> dict[str, list[str]]:
 
 
 def flat(spec: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, Any]]:
-    """Every leaf with its dotted place; lists are leaves."""
+    """Every leaf with its dotted path; lists are leaves."""
     for name, value in spec.items():
         if not place and name in APART:
             continue
@@ -81,7 +81,7 @@ def flat(spec: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def differing(specs: list[dict[str, Any]]) -> dict[str, list[Any]]:
-    """The places whose values are not all the same; None where a spec has no such place."""
+    """The paths whose values differ, with each spec's value; None if a spec does not have the path."""
     places = list(dict.fromkeys(place for spec in specs for place in spec))
     values = {place: [spec.get(place) for spec in specs] for place in places}
     return {place: several for place, several in values.items() if any(value != several[0] for value in several[1:])}

@@ -1,4 +1,4 @@
-"""What the shell may offer after Tab: ids and states. It says nothing where there is no service."""
+"""Shell completion of ids and states. It offers nothing if no service is found."""
 
 from collections.abc import Callable, Iterator
 from typing import Any

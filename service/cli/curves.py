@@ -1,4 +1,4 @@
-"""Commands about what a job measured and said: metrics, rollouts."""
+"""Commands for a job's metrics and sampled answers: metrics, rollouts."""
 
 import csv
 import re
@@ -73,7 +73,7 @@ def metrics(
 
 
 def print_csv(job_ids: Sequence[str], curves_of_jobs: Sequence[Mapping[str, Series]]) -> None:
-    """One row a point; a value that is not finite is empty."""
+    """One row per point; a value that is not finite is empty."""
     rows = csv.writer(sys.stdout, lineterminator="\n")
     rows.writerow(("job", "metric", "step", "value"))
     for job_id, series in zip(job_ids, curves_of_jobs, strict=True):
@@ -101,7 +101,7 @@ def _print_curves(
 
 
 def plot(name: str, curve: Series, width: int) -> str:
-    """One curve with its extremes, as text without colours. What was not finite is left out."""
+    """One curve with its extremes, as text without colours. Values that are not finite are left out."""
     points = [(step, value) for step, value in zip(curve["step"], curve["value"], strict=True) if value is not None]
     gaps = len(curve["step"]) - len(points)
     title = f"{name}  {number(points[-1][1])} at step {points[-1][0]}" if points else name
@@ -109,7 +109,7 @@ def plot(name: str, curve: Series, width: int) -> str:
         title += f"  ({gaps} not finite)"
     if not points:
         return title
-    import plotext  # as slow to import as all the rest
+    import plotext  # as slow to import as everything else together
 
     figure = plotext.figure
     figure.clear()
@@ -123,7 +123,7 @@ def plot(name: str, curve: Series, width: int) -> str:
 
 
 def ticks(first: int, last: int) -> list[int]:
-    """Up to TICKS + 1 whole steps, evenly apart, with both ends."""
+    """Up to TICKS + 1 evenly spaced whole steps, including both ends."""
     return sorted({round(first + (last - first) * part / TICKS) for part in range(TICKS + 1)})
 
 
@@ -164,7 +164,7 @@ def print_group(group: Rollout, *, answers: int | None = None) -> None:
 
 
 def answer_text(sample: dict[str, object]) -> Text:
-    """One answer behind its reward; an error of a grader stands behind it."""
+    """The reward, then the answer, then the errors of graders if there are any."""
     reward, errors = sample.get("reward"), sample.get("errors")
     value = reward if isinstance(reward, float | int) else None
     text = Text(f"  {number(value):>9}  ", style="green" if value is not None and value > 0 else "dim")

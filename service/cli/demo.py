@@ -1,8 +1,8 @@
-"""`ratchet demo`: real reinforcement learning on two CPU cores, over the same HTTP as everybody else.
+"""`ratchet demo`: real reinforcement learning on two CPU cores, through the ordinary HTTP API.
 
-The task is to reverse six digits. A supervised warm-up job brings a tiny model to about 25 % right; a GSPO job starts from
-its checkpoint and learns from nothing but whether its own sampled answers were right. Prompts whose crc32 is divisible by
-ten are held out: no job trains on them, and the last line is the share of them that is answered exactly.
+The task is to reverse six digits. A supervised warm-up job trains a tiny model until about 25 % of its answers are right. A
+GSPO job then starts from that checkpoint; its only reward is whether a sampled answer is right. Prompts whose crc32 is
+divisible by ten are held out: no job trains on them. The last line printed is the share of them that is answered exactly.
 """
 
 import os
@@ -30,7 +30,7 @@ from service.metric_names import EVAL_GREEDY_REWARD_MEAN, EVAL_REWARD_MEAN
 TRAIN_ROWS, PROBE_ROWS, HELD_OUT_ROWS = 20_000, 128, 512
 SHOWN = 5  # sampled answers, before and after
 READY_WITHIN_S = 120.0
-LEAVE_WITHIN_S = 90.0  # longer than the stack gives its worker
+LEAVE_WITHIN_S = 90.0  # longer than the stack waits for its worker
 
 Row = dict[str, str]
 
@@ -79,10 +79,10 @@ def teach(ratchet: Ratchet, seed: int, keep: Path | None) -> None:
 
 
 def make_rows(seed: int) -> dict[str, list[Row]]:
-    """Distinct prompts by whom they are for. `probe` is drawn from those trained on: it says when to end the warm-up."""
+    """Distinct prompts for each purpose. `probe` are some training prompts, which decide when the warm-up ends."""
     generator, rows = random.Random(seed), {"train": list[Row](), "held_out": list[Row]()}
     wanted = {"train": TRAIN_ROWS, "held_out": HELD_OUT_ROWS}
-    for drawn in generator.sample(range(10**6), 2 * TRAIN_ROWS):  # a tenth of them is held out, and that is enough
+    for drawn in generator.sample(range(10**6), 2 * TRAIN_ROWS):  # a tenth of these is held out, which is enough
         digits = f"{drawn:06d}"
         part = "held_out" if crc32(f"rev {digits}>".encode()) % 10 == 0 else "train"
         if len(rows[part]) < wanted[part]:
@@ -91,7 +91,7 @@ def make_rows(seed: int) -> dict[str, list[Row]]:
 
 
 def finished(ratchet: Ratchet, job: Job) -> Job:
-    """The job once it has succeeded. A demo that fails, or is interrupted, takes its job with it."""
+    """Wait until the job has succeeded. If the demo fails or is interrupted, cancel the job."""
     try:
         job = follow(ratchet, job["id"])
     except BaseException:
@@ -104,7 +104,7 @@ def finished(ratchet: Ratchet, job: Job) -> Job:
 
 
 def task(ids: dict[str, str], eval_part: str) -> dict[str, Any]:
-    """What both jobs share: where prompts come from, and what is right."""
+    """The sections that both jobs share: the data and the reward."""
     return {
         "data": {
             "train": {"source": "dataset", "id": ids["train"]},
@@ -143,7 +143,7 @@ def gspo_spec(ids: dict[str, str], checkpoint_id: str, seed: int) -> dict[str, A
         "rollout": {"prompts_per_step": 32, "group_size": 8, "max_completion_tokens": 8, "temperature": 1.0},
         "update": {"minibatches": 4},
         "optimizer": {
-            "learning_rate": 7e-4,  # 1e-3 climbs faster, and on some seeds falls on the way
+            "learning_rate": 7e-4,  # with 1e-3 it rises faster, but on some seeds drops in between
             "betas": [0.9, 0.95],
             "schedule": {"kind": "cosine", "warmup_steps": 20, "min_ratio": 0.1},
         },
@@ -158,7 +158,7 @@ def gspo_spec(ids: dict[str, str], checkpoint_id: str, seed: int) -> dict[str, A
 
 
 def show_answers(ratchet: Ratchet, job: Job) -> None:
-    """The same held-out prompts before the first step and after the last."""
+    """Show answers to the same held-out prompts before the first step and after the last."""
     for title, step in (("before", 0), ("after", job["step"])):
         say(f"\nsampled answers {title}:")
         for group in ratchet.list_rollouts(job["id"], split="eval", step=step, limit=SHOWN)["data"]:
@@ -188,7 +188,7 @@ def what_next(keep: Path | None) -> str:
 
 @contextmanager
 def folder_for(data_dir: Path | None) -> Iterator[Path]:
-    """The named directory, kept; or a temporary one, removed at the end."""
+    """The named directory, which is kept, or a temporary one, which is removed at the end."""
     if data_dir is not None:
         yield data_dir.absolute()
         return
@@ -201,7 +201,7 @@ def folder_for(data_dir: Path | None) -> Iterator[Path]:
 
 @contextmanager
 def embedded_stack(folder: Path) -> Iterator[None]:
-    """`ratchet up` on any free port, in a process of its own: exactly what a user would start."""
+    """`ratchet up` on any free port, in its own process, exactly as a user would start it."""
     say("starting Redis, a Celery worker and the API on this machine ...")
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     log, url, started = folder / "up.log", folder / "url", time.monotonic()
@@ -209,7 +209,7 @@ def embedded_stack(folder: Path) -> Iterator[None]:
     with log.open("wb") as file:
         stack = subprocess.Popen(
             [sys.executable, "-m", "service.local.tied", str(os.getpid()), *up],
-            # A folder `service` where we were called is not ours; a loss worker would only take time from the other.
+            # Do not import a `service` folder in the current directory. No loss worker: it would only slow down training.
             env=os.environ | {"PYTHONSAFEPATH": "1", "RATCHET_SERVES": "training"},
             stdin=subprocess.DEVNULL,
             stdout=file,
@@ -218,7 +218,7 @@ def embedded_stack(folder: Path) -> Iterator[None]:
         )
     opened_ns = log.stat().st_mtime_ns
     try:
-        # An older file is what a stack that was killed left behind.
+        # An older file is left from a stack that was killed.
         wait_until(lambda: url.exists() and url.stat().st_mtime_ns >= opened_ns, stack, log)
         say(f"ready after {time.monotonic() - started:.0f} s at {url.read_text().strip()}")
         yield
@@ -235,7 +235,7 @@ def wait_until(ready: Callable[[], bool], stack: subprocess.Popen[bytes], log: P
 
 
 def leave(stack: subprocess.Popen[bytes]) -> None:
-    """Stop the stack in order. A second Ctrl-C is handed on: it stops at once. What is killed takes its children with it."""
+    """Stop the stack in order. A second Ctrl-C is passed on and stops it at once. If it is killed, its children die with it."""
     for _ in range(2):
         stack.terminate()
         try:

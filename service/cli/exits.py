@@ -1,9 +1,9 @@
-"""Exit statuses: what a script may rely on. They stand in `ratchet --help`, too."""
+"""Exit statuses, which scripts may rely on. `ratchet --help` lists them, too."""
 
 from ratchet_client.types import Status
 
 OK = 0
-REFUSED = 1  # the service refused, or something on this side could not be done
+REFUSED = 1  # the service refused, or something local failed
 USAGE = 2  # the command line itself is wrong (typer's own)
 UNREACHABLE = 3  # no service, or no key for it
 JOB_FAILED = 4

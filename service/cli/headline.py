@@ -1,4 +1,4 @@
-"""The few numbers that people follow, picked by name from the metrics of a step."""
+"""The few metrics that people follow live, by name."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -8,7 +8,7 @@ from service.metric_names import CLIP_HIGH, CLIP_LOW, EVAL_REWARD_MEAN, LOSS, PO
 
 @dataclass
 class Headline:
-    """The newest value of each, as step events come in; rewards are kept for a sparkline."""
+    """The newest value of each metric from the step events; rewards are kept for a sparkline."""
 
     reward: float | None = None
     clip_fraction: float | None = None

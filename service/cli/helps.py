@@ -1,4 +1,4 @@
-"""Help texts from docstrings: a paragraph that begins with `$ ` is examples, whose lines stay as they are."""
+"""Help texts from docstrings. A paragraph that begins with `$ ` has examples, whose lines are not wrapped."""
 
 from collections.abc import Callable
 from inspect import cleandoc
@@ -7,7 +7,7 @@ from typing import Any
 
 import typer
 
-KEEP = "\b\n"  # what Click takes for: do not wrap this paragraph
+KEEP = "\b\n"  # tells Click not to wrap this paragraph
 
 
 def text(docstring: str | None) -> str:

@@ -219,7 +219,7 @@ def delete(
 
 
 def read_spec(file: str) -> bytes:
-    """A spec as it was written; the service parses it, so that its errors point into that."""
+    """The spec's bytes, unparsed: the service parses them, so that its errors point into what was written."""
     if file != "-":
         return Path(file).read_bytes()
     if sys.stdin.isatty():
@@ -228,7 +228,7 @@ def read_spec(file: str) -> bytes:
 
 
 class _Loader(yaml.SafeLoader):
-    """As the service reads YAML: 1e-5 is a number."""
+    """Reads YAML like the service: 1e-5 is a number."""
 
 
 _Loader.add_implicit_resolver(

@@ -1,4 +1,4 @@
-"""Following a job in the terminal: a progress bar with the numbers that move, or plain lines where there is no terminal."""
+"""Follows a job in the terminal: a progress bar with changing numbers, or plain lines if there is no terminal."""
 
 import sys
 import time
@@ -23,7 +23,7 @@ LINE_EVERY_S = 2.0  # without a terminal: at most one line of numbers in this ti
 
 
 class View(Protocol):
-    """What the events of a job are shown on."""
+    """Shows the events of a job."""
 
     def __enter__(self) -> Self: ...
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None: ...
@@ -31,14 +31,15 @@ class View(Protocol):
 
 
 def follow(ratchet: Ratchet, job_id: str, *, as_json: bool = False) -> Job:
-    """Show the job's events until it is over or rests; answers the job as it then is."""
-    last = None  # the number of the event at which it rests, once it does
+    """Show the job's events until it has ended or is paused. Returns the job."""
+    last = None  # the number of its last event, once it is paused
     with make_view(ratchet.get_job(job_id), as_json=as_json) as view:
         for event in ratchet.follow(job_id):
             view.show(event)
             if event["type"] == "status_changed":
                 job = ratchet.get_job(job_id) if event["data"]["to"] == "paused" else None
-                last = job["last_event"] if job is not None and job["status"] == "paused" else None  # it may have gone on since
+                # None if it was resumed meanwhile.
+                last = job["last_event"] if job is not None and job["status"] == "paused" else None
             if last is not None and event["seq"] >= last:
                 break
     return ratchet.get_job(job_id)
@@ -51,7 +52,7 @@ def make_view(job: Job, *, as_json: bool) -> View:
 
 
 class JsonLines:
-    """One event a line, for programs."""
+    """One event per line, for programs."""
 
     def __enter__(self) -> Self:
         return self
@@ -64,7 +65,7 @@ class JsonLines:
 
 
 class Lines:
-    """A line whenever something happens; numbers now and then."""
+    """One line for each notable event, and numbers from time to time."""
 
     def __init__(self, job: Job) -> None:
         self._console, self._headline, self._said_at = console(), Headline(), float("-inf")
@@ -89,7 +90,7 @@ class Lines:
 
 
 class Bar:
-    """A progress bar and below it the numbers; what happens is printed above."""
+    """A progress bar with numbers below it. Notable events are printed above."""
 
     def __init__(self, job: Job) -> None:
         self._headline, self._phase = Headline(), Text("waiting for a worker", style="dim")
@@ -107,7 +108,7 @@ class Bar:
         self._live.stop()
 
     def show(self, event: Event) -> None:
-        if event["type"] != "evaluation" and (note := note_of(event)) is not None:  # its number stands below the bar
+        if event["type"] != "evaluation" and (note := note_of(event)) is not None:  # its number is below the bar
             self._live.console.print(note)
         data = event["data"]
         if event["type"] == "step":
@@ -125,7 +126,7 @@ class Bar:
 
 
 def numbers(headline: Headline) -> str:
-    """The numbers that are there, in one line."""
+    """The known numbers, in one line."""
     pairs = {
         "reward": headline.reward,
         "clip fraction": headline.clip_fraction,
@@ -148,7 +149,7 @@ def sparkline(values: list[float]) -> str:
 
 
 def note_of(event: Event) -> Text | None:
-    """What an event says in words; None for those that only move a number."""
+    """An event in words; None for events that only change a number."""
     teller = TELLERS.get(event["type"])
     return None if teller is None else teller(event["data"])
 

@@ -27,7 +27,7 @@ RATCHET_DATA_DIR (default: ./.ratchet, then ~/.ratchet).
 
 
 class Command(typer.Typer):
-    """Errors that are answers, not faults, become a message and an exit status."""
+    """Turns expected errors into a message and an exit status."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         as_json = "--json" in (args[0] if args else sys.argv[1:])

@@ -14,7 +14,7 @@ from rich.text import Text
 from ratchet_client import RatchetApiError
 
 ID = re.compile(r"[a-z]+_[0-9a-z]{26}")
-PIPE_WIDTH = 500  # no terminal, no reason to cut a line
+PIPE_WIDTH = 500  # without a terminal, lines need not be cut
 
 STATUS_STYLES = {
     "succeeded": "green",
@@ -43,11 +43,11 @@ def print_json(value: Any) -> None:
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, nothing: str) -> None:
-    """A plain table; `nothing` is said instead of an empty one."""
+    """A plain table; `nothing` is printed instead of an empty one."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     cells = [[cell if isinstance(cell, Text) else Text(clean(shown(cell))) for cell in row] for row in rows]
     for number, column in enumerate(columns):
-        whole = any(ID.fullmatch(row[number].plain) for row in cells) or ID.fullmatch(column)  # to be copied
+        whole = any(ID.fullmatch(row[number].plain) for row in cells) or ID.fullmatch(column)  # never cut ids: people copy them
         least = max(len(column), *(len(row[number]) for row in cells)) if whole and cells else None
         right = column in ("step", "size", "rows", "reward")
         table.add_column(column, overflow="fold", min_width=least, no_wrap=bool(whole), justify="right" if right else "left")
@@ -60,7 +60,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, nothin
 
 
 def print_facts(facts: Mapping[str, Any]) -> None:
-    """Name and value, one a line; what is empty is left out."""
+    """One name and value per line; empty values are left out."""
     facts = {name: value for name, value in facts.items() if value not in (None, "", [], {})}
     width = max(map(len, facts), default=0)
     for name, value in facts.items():
@@ -74,7 +74,7 @@ def print_error_json(problem: Mapping[str, Any]) -> None:
 
 
 def print_problem(error: RatchetApiError) -> None:
-    """A refusal: the message, then each wrong place with what came there and what is allowed."""
+    """A refusal: the message, then each fault with its place, what came and what is allowed."""
     complain(Text("error: ", style="bold red") + Text(clean(error.detail)), Text(f"({error.code})", style="dim"))
     for wrong in error.errors:
         complain(Text(f"  {clean(wrong.get('pointer') or '(the whole)')}", style="bold"), Text(clean(wrong.get("detail", ""))))
@@ -93,7 +93,7 @@ def status_text(status: str) -> Text:
 
 
 def shown(value: Any) -> str:
-    """A value in a cell: numbers short, lists joined, the rest as JSON."""
+    """A value for a cell: numbers shortened, lists joined, anything else as JSON."""
     if value is None:
         return "-"
     if isinstance(value, bool):
@@ -120,7 +120,7 @@ def number(value: float | None) -> str:
 
 
 def clean(text: str) -> str:
-    """Control characters made visible: a sampled answer must not be able to drive the terminal."""
+    """Make control characters visible, so that a sampled answer cannot control the terminal."""
     return "".join(char if char.isprintable() or char in "\n\t" else char.encode("unicode_escape").decode() for char in text)
 
 
@@ -145,7 +145,7 @@ def duration(seconds: float) -> str:
 
 
 def ago(moment: str | None) -> str:
-    """How long since a time of the service's."""
+    """The time since a moment that the service gave."""
     if moment is None:
         return "-"
     seconds = (datetime.now(UTC) - datetime.fromisoformat(moment)).total_seconds()

@@ -40,7 +40,7 @@ def up(
     on the same directory, it goes on where it was, also after a crash. RATCHET_HOST says on which address it listens
     (default 127.0.0.1), and every other RATCHET_* setting applies, too.
     """
-    from service.local.up import up as run  # the API is imported only by this command
+    from service.local.up import up as run  # only this command imports the API
 
     try:
         run(data_dir, port, _say)
@@ -56,7 +56,7 @@ def up(
 
 
 def _say(line: str) -> None:
-    with suppress(OSError):  # the terminal may be gone; everything must be stopped all the same
+    with suppress(OSError):  # the terminal may be gone, but everything must still be stopped
         print(line, flush=True)
 
 

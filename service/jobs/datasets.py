@@ -39,7 +39,7 @@ TYPES = {str: "string", bool: "boolean", int: "integer", float: "number", list: 
 
 
 class BadLine(Exception):
-    """What is wrong with one line."""
+    """The fault of one line."""
 
 
 def ingest(
@@ -51,7 +51,7 @@ def ingest(
     *,
     also: Callable[[Session, Dataset], None] | None = None,
 ) -> Dataset:
-    """Store an upload of JSON objects, one a line, and its row in the table. Nothing is left behind on failure.
+    """Store an upload of JSON objects, one per line, and add its row to the table. A failure leaves nothing behind.
 
     `also` runs in the transaction of the row: there an idempotency key is completed with the answer.
     `stream` gives bytes in any portions. Blank lines, a byte order mark and carriage returns are dropped. Raises
@@ -92,7 +92,7 @@ def _insert(store: Store, checked: "_Checked", also: Callable[[Session, Dataset]
 
 
 class _Checked:
-    """The file as it is written, and what was seen on the way."""
+    """The file being written, and what was counted on the way."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -141,7 +141,7 @@ class _Checked:
 
 
 def read_row(line: bytes) -> dict[str, Any]:
-    """The JSON object that a line holds. Raises BadLine: not UTF-8, not JSON, a key twice, NaN, not an object, empty."""
+    """The JSON object on a line. Raises BadLine: not UTF-8, not JSON, a duplicate key, NaN, not an object, empty."""
     try:
         row = read(line, partial(json.loads, object_pairs_hook=no_key_twice, parse_constant=no_constant), MAX_VALUES)
     except BadJson as error:
@@ -170,7 +170,7 @@ def _bounded(chunks: Iterable[bytes], max_bytes: int) -> Iterator[bytes]:
 
 
 def _lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
-    """Lines without their ends. A line that is too long is given up at once: it would have to be held in memory."""
+    """Lines without their ends. Raises at once on a line that is too long, because lines are held in memory."""
     pending, number = bytearray(), 1
     for chunk in chunks:
         pending += chunk

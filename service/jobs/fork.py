@@ -1,4 +1,4 @@
-"""Forking: a new job from an old one's spec and checkpoint. To try again is to fork; a job that has ended stays as it was."""
+"""Forking: a new job from an old one's spec and checkpoint. An ended job never changes; to try again, fork it."""
 
 from typing import Any
 
@@ -6,10 +6,10 @@ from service.store.tables import Job
 
 
 def forked_spec(parent: Job, from_checkpoint: str | dict[str, Any] | None, overrides: dict[str, Any]) -> dict[str, Any]:
-    """The spec of the fork: the parent's as it was sent, with the overrides merged in (RFC 7396: null removes a key).
+    """The spec of the fork: the parent's submitted spec with the overrides merged in (RFC 7396: null removes a key).
 
-    It starts from `from_checkpoint`, else from what the overrides say, else from the parent's newest checkpoint; a parent
-    without one is begun anew.
+    It starts from `from_checkpoint`, else from the checkpoint that the overrides name, else from the parent's newest one. If
+    the parent has none, it starts from the beginning.
     """
     spec = merged(parent.spec_sent, overrides)
     named = "from_checkpoint" in (overrides.get("model") or {})

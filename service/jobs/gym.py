@@ -1,4 +1,4 @@
-"""Tasks of reasoning-gym: their configuration as JSON says it, checked before anything runs."""
+"""Tasks of reasoning-gym: their configuration as JSON, checked before anything runs."""
 
 import datetime
 import re
@@ -22,9 +22,9 @@ def open_task(task: str, config: dict[str, Any], **settings: int) -> Any:
 
 
 def converted(config_class: type, config: dict[str, Any]) -> dict[str, Any]:
-    """JSON's values as the types of the config's fields: enums, dates, tuples, and settings that are dataclasses themselves.
+    """JSON values converted to the types of the config's fields: enums, dates, tuples, nested dataclasses.
 
-    Raises ValueError, TypeError or KeyError for a value that is none of its type."""
+    Raises ValueError, TypeError or KeyError for a value that does not fit its type."""
     types = get_type_hints(config_class)
     return {name: _as(types.get(name), value) for name, value in config.items()}
 
@@ -49,7 +49,7 @@ def _as(kind: Any, value: Any) -> Any:
 
 
 def check_task(source: ReasoningGymSource, pointer: str) -> None:
-    """Look at the task's name and config without making a row. Raises InvalidRequest, with the code that fits."""
+    """Check the task's name and config without making a row. Raises InvalidRequest, with the code that fits."""
     try:
         from reasoning_gym.factory import DATASETS  # slow to import, and an extra
     except ImportError:
@@ -81,7 +81,7 @@ def _check_config(tasks: dict[str, Any], task: str, config: dict[str, Any], poin
                 for name, detail in zip(unknown, details, strict=True)
             ],
         )
-    for name, value in config.items():  # spell_backward reads any file that its data_file names, and shows its words
+    for name, value in config.items():  # for example, spell_backward shows the words of any file that data_file names
         if NAMES_A_FILE.search(name) and isinstance(value, str) and not PLAIN_NAME.fullmatch(value):
             detail = f"{name} names a file that comes with reasoning-gym; a path is not taken"
             where = f"{pointer}/{escape(name)}"
@@ -92,13 +92,13 @@ def _check_config(tasks: dict[str, Any], task: str, config: dict[str, Any], poin
         made = config_class(**converted(config_class, config), **settings)
         if hasattr(made, "validate"):
             made.validate()
-    except Exception as error:  # each task checks its config in its own way
+    except Exception as error:  # each task raises other types for a bad config
         detail = f"reasoning-gym refuses this config of {task}: {str(error) or type(error).__name__}"
         raise InvalidRequest(detail, [FieldError(pointer, detail, "task_config")]) from None
 
 
 def _check_parts(tasks: dict[str, Any], parts: Any, pointer: str) -> None:
-    """The tasks that a composite is made of, each with a config of its own."""
+    """Check the tasks of a composite, each of which has its own config."""
     if not isinstance(parts, list) or not parts:
         detail = 'composite takes datasets: [{"name": task, "weight": number, "config": {...}}, ...]'
         raise InvalidRequest(detail, [FieldError(pointer, detail, "task_config", got=str(parts)[:200])])

@@ -1,4 +1,4 @@
-"""What the API asks for: one transaction each, then the doorbell. A bell that was not heard is rung again by the reconciler."""
+"""The API's operations on jobs. Each is one transaction, then a ring; if the ring is lost, the reconciler rings again."""
 
 from collections.abc import Callable, Mapping
 from datetime import timedelta
@@ -20,7 +20,7 @@ from service.store.tables import Job
 if TYPE_CHECKING:
     from service.jobs.resolve import Resolved
 
-# Asked for again, these are answered with the job as it is: a client that got no answer may repeat itself.
+# A repeated request for one of these returns the job unchanged, so a client that got no response can retry.
 ALREADY = {
     "pause": frozenset({Status.PAUSING, Status.PAUSED}),
     "resume": frozenset[Status](),
@@ -40,7 +40,7 @@ def create_job(
     key_id: str | None = None,
     also: Callable[[Session, Job], None] | None = None,
 ) -> Job:
-    """Queue a job. `also` runs in the same transaction: there an idempotency key is completed with the job's answer.
+    """Queue a job. `also` runs in the same transaction, to complete an idempotency key with the response.
 
     Raises NotFound when the parent was deleted meanwhile, InvalidRequest when it was a checkpoint or dataset that `resolved`
     names.
@@ -92,7 +92,7 @@ def create_job(
 
 
 def _hold_inputs(session: Session, job: Job) -> None:
-    """What the job starts from must still be there when it is queued; from then on it cannot be deleted."""
+    """Check that the job's inputs still exist. Once the job is queued, they cannot be deleted."""
     wanted: list[tuple[str, str, Callable[[Session, str, str], Any]]] = []
     if job.from_checkpoint_id is not None:
         wanted.append(("/model/from_checkpoint", job.from_checkpoint_id, checkpoints.hold))
@@ -110,8 +110,8 @@ def _hold_inputs(session: Session, job: Job) -> None:
 def pause(store: Store, doorbell: Doorbell, project: str, job_id: str, *, grace_s: float | None = None) -> Job:
     """A queued job pauses at once; a running one saves a checkpoint first.
 
-    A worker that has not done so within `grace_s` is killed, and the job rests at the checkpoint before. Without it a step
-    may take as long as limits.stall_timeout_s allows.
+    A worker that has not done so within `grace_s` is killed, and the job pauses at its last checkpoint. Without `grace_s` the
+    step may take as long as limits.stall_timeout_s allows.
     """
     return _act(store, doorbell, project, job_id, "pause", wish=Wish.PAUSE, grace_s=grace_s)
 
@@ -119,9 +119,9 @@ def pause(store: Store, doorbell: Doorbell, project: str, job_id: str, *, grace_
 def resume(
     store: Store, doorbell: Doorbell, project: str, job_id: str, *, budget: Mapping[str, float | None] | None = None
 ) -> Job:
-    """A paused job queues again, and goes on from its last checkpoint. `budget` (tokens, worker_s) replaces what it names.
+    """Queue a paused job, which continues from its last checkpoint. `budget` (tokens, worker_s) replaces the amounts it names.
 
-    Raises Conflict `budget_spent` when it could not spend anything.
+    Raises Conflict `budget_spent` if the job has no budget left.
     """
     columns = {f"budget_{name}": value for name, value in (budget or {}).items()}
     return _act(store, doorbell, project, job_id, "resume", columns=columns)
@@ -130,9 +130,9 @@ def resume(
 def cancel(
     store: Store, doorbell: Doorbell, project: str, job_id: str, *, save: bool = False, grace_s: float = CANCEL_GRACE_S
 ) -> Job:
-    """A job that nobody runs is cancelled at once; a running one when its worker has seen the wish.
+    """Cancel a job: at once if no worker runs it, else as soon as its worker obeys.
 
-    `save`: the worker saves a checkpoint first. One that has not let go within `grace_s` is killed.
+    `save`: the worker saves a checkpoint first. A worker that has not obeyed within `grace_s` is killed.
     """
     wish = Wish.SAVE_AND_CANCEL if save else Wish.CANCEL
     return _act(store, doorbell, project, job_id, "cancel", wish=wish, grace_s=grace_s)
@@ -155,7 +155,7 @@ def _act(
         until = None if grace_s is None else now + timedelta(seconds=grace_s)
         if status in ALREADY[action]:
             if status in HELD and until is not None and (job.wish_until is None or until < job.wish_until):
-                job.wish_until = until  # asked again with less patience
+                job.wish_until = until  # a repeated request with a shorter grace
             return job
         target = ACTIONS[action].get(status)
         if target is None:
@@ -203,7 +203,7 @@ def _illegal(job: Job, action: str) -> Conflict:
 
 
 def _ring(store: Store, doorbell: Doorbell, job: Job) -> None:
-    """After the commit. The row says already that the bell was rung; when it was not, the reconciler shall not wait."""
+    """Ring after the commit. The row already says that the bell was rung; if ringing fails, correct it for the reconciler."""
     if doorbell.ring(job.id, job.resource_class):
         return
     with store.begin() as session:

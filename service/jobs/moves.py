@@ -16,10 +16,10 @@ WISHED = frozenset({Status.PAUSING, Status.CANCELLING})
 
 
 def move(session: Session, job: Job, target: Status, reason: str, now: datetime, **values: Any) -> None:
-    """One legal move of a job that this transaction has locked; `values` are further columns.
+    """Move a job that this transaction has locked; `values` are further columns to set.
 
-    What follows from the target (queue times, the end, the cleared lease) is set here. The given object is refreshed.
-    Raises Conflict when the move is not legal, or when the row is no longer as `job` says.
+    The columns that follow from the target (queue times, the end, the cleared lease) are set here. `job` is refreshed. Raises
+    Conflict if the move is not legal, or if the row differs from `job`.
     """
     source = Status(job.status)
     if not is_legal(source, target):
@@ -69,9 +69,9 @@ def running_s(job: Job | Runtime, now: datetime) -> float:
 
 
 def end(session: Session, job: Job, target: Status, reason: str, now: datetime, **values: Any) -> Status:
-    """Move a held job out of its worker's hands as near to `target` as its owner's wish allows. Returns where it went.
+    """Take a held job from its worker and move it to `target`, or to what its owner's wish demands. Returns the new status.
 
-    Whoever asked for a cancel gets it, whatever became of the attempt; a job that was to pause does not queue again.
+    A job that should be cancelled is cancelled however the attempt ended; a job that should pause is not queued again.
     """
     source = Status(job.status)
     if source is Status.CANCELLING:
@@ -113,13 +113,13 @@ def put_back(session: Session, job: Job, failure: Failure, now: datetime, **valu
 
 
 def deadline(job: Job) -> Failure:
-    """The failure of a job that is late."""
+    """The failure of a job that passed its deadline."""
     passed = "" if job.deadline_at is None else f" at {job.deadline_at:%Y-%m-%d %H:%M:%S} UTC"
     return Failure("deadline", f"the job's deadline passed{passed} (limits.deadline_s)")
 
 
 def unresponsive(session: Session, job: Job, now: datetime) -> Status | None:
-    """Settle a job whose worker did not obey in time, where its owner wished. It is our own doing: no crash is counted."""
+    """Settle a job whose worker did not obey in time, as its owner wished. We killed it, so no crash is counted."""
     if job.status not in WISHED or job.wish_until is None or job.wish_until >= now:
         return None
     detail = f"the training process did not {job.wish} in the time that it was given, and was killed"
@@ -127,7 +127,7 @@ def unresponsive(session: Session, job: Job, now: datetime) -> Status | None:
 
 
 def lost(session: Session, job: Job, code: str, now: datetime) -> Status:
-    """Settle a held job whose worker is gone. Attempts that die again and again without a checkpoint end the job."""
+    """Settle a held job whose worker is gone. If attempts die repeatedly without a new checkpoint, the job fails."""
     crashes = job.crashes + 1
     allowed = int(job.spec.get("limits", {}).get("max_attempts", 3))
     if job.status == Status.RUNNING and crashes >= allowed:

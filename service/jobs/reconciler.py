@@ -1,4 +1,4 @@
-"""Puts right what a crash, a lost message or a dead worker left behind. Any number of copies may run at once."""
+"""Repairs what a crash, a lost message or a dead worker left behind. Any number of copies may run at once."""
 
 import logging
 from collections.abc import Callable
@@ -27,16 +27,16 @@ from service.store.tables import Job
 
 log = logging.getLogger(__name__)
 
-PARENT_KILLS_WITHIN = timedelta(seconds=15)  # a training process that does not obey
+PARENT_KILLS_WITHIN = timedelta(seconds=15)  # after the grace of a training process that does not obey
 ORPHAN_AFTER = timedelta(hours=1)  # from the rename of a blob to the commit of its row
 TEMPORARY_AFTER = timedelta(days=1)  # the longest upload
 SWEEP_EVERY_S = 600.0
-RINGS_AT_ONCE = 500  # of a class in one look: after Redis has lost thousands, dead workers must not wait until all are rung
+RINGS_AT_ONCE = 500  # per class and look: if Redis lost thousands, dead workers must not wait for all rings
 
 
 @dataclass
 class Report:
-    """Ids of jobs by what was done with them."""
+    """The ids of jobs, by what was done to them."""
 
     queued: list[str] = field(default_factory=list)
     paused: list[str] = field(default_factory=list)
@@ -51,7 +51,7 @@ class Report:
 
 
 def reconcile(store: Store, settings: Settings, doorbell: Doorbell, now: datetime) -> Report:
-    """One look at everything. Each job is settled in a transaction of its own, which looks again before it acts."""
+    """Check everything once. Each job is settled in its own transaction, which checks again before it acts."""
     report = Report()
     with store.begin(readonly=True) as session:
         expired = jobs.held(session, expired_at=now)
@@ -64,7 +64,7 @@ def reconcile(store: Store, settings: Settings, doorbell: Doorbell, now: datetim
         _settle(store, doorbell, report, job_id, lambda session, job: _end_overdue(session, job, settings, now))
     for job_id in late:
         _settle(store, doorbell, report, job_id, lambda session, job: _end_late(session, job, settings, now))
-    for job_id in disobeyed:  # by a worker whose parent is stuck, too: what it still writes is refused
+    for job_id in disobeyed:  # here the parent is stuck, too; later writes of this worker are refused
         _settle(store, doorbell, report, job_id, lambda session, job: moves.unresponsive(session, job, now))
     _ring_again(store, settings, doorbell, report, now)
     report.expired = expire(store, now)
@@ -88,7 +88,7 @@ def _settle(
 
 
 def _return_lost(session: Session, job: Job, now: datetime) -> Status | None:
-    """A lease that ended: its worker is dead, or has stopped by itself."""
+    """Settle a job whose lease expired: its worker is dead, or has stopped by itself."""
     if job.status not in HELD or (job.lease_until is not None and job.lease_until >= now):
         return None
     return moves.lost(session, job, "lease_lost", now)
@@ -121,7 +121,7 @@ def _end_late(session: Session, job: Job, settings: Settings, now: datetime) -> 
 
 
 def _ring_again(store: Store, settings: Settings, doorbell: Doorbell, report: Report, now: datetime) -> None:
-    """Ring for queued jobs that nobody claimed, but never have more rings waiting than jobs: a busy worker reads them all."""
+    """Ring for queued jobs that nobody claimed. Never have more rings waiting than jobs: a busy worker must read them all."""
     rung_before = now - timedelta(seconds=settings.ring_again_s)
     with store.begin(readonly=True) as session:
         missing = {class_: jobs.count_queued(session, class_, now) - (doorbell.waiting(class_) or 0) for class_ in CLASSES}
@@ -135,19 +135,19 @@ def _ring_again(store: Store, settings: Settings, doorbell: Doorbell, report: Re
         if len(rung) < len(silent):
             with store.begin() as session:
                 jobs.unring(session, silent[len(rung) :])
-            return  # the doorbell is out of order: the next look tries again
+            return  # Redis did not accept the ring: the next look tries again
 
 
 # ---------------------------------------------------------------- files
 
 
 def expire(store: Store, now: datetime) -> list[str]:
-    """Delete checkpoints whose time is over (checkpoints.ttl_s). Returns their ids."""
+    """Delete checkpoints whose time to live is over (checkpoints.ttl_s). Returns their ids."""
     with store.begin(readonly=True) as session:
         over = checkpoints.expired(session, now)
     if not over:
         return []
-    with store.begin() as session:  # looks again, under locks
+    with store.begin() as session:  # checks again, under locks
         removed, _ = checkpoints.remove(session, over, now)
     for row in removed:
         store.blobs.delete(row.path)
@@ -155,9 +155,9 @@ def expire(store: Store, now: datetime) -> list[str]:
 
 
 def sweep(store: Store, now: datetime) -> list[str]:
-    """Remove blobs that no row names and temporary folders that nobody writes to. Returns what went, as relative paths.
+    """Remove blobs that no row names and temporary folders that nobody writes to. Returns their relative paths.
 
-    When not one blob here is known to the database, this is the wrong folder or the wrong database: nothing is touched.
+    If the database knows none of the blobs here, this is the wrong folder or the wrong database, and nothing is removed.
     """
     with store.begin(readonly=True) as session:
         claimed = checkpoints.live_paths(session) | datasets.live_paths(session)
@@ -178,11 +178,11 @@ def _abandoned(blobs: Blobs, now: datetime) -> list[Path]:
 
 
 def _is_older(path: Path, moment: datetime) -> bool:
-    """Nothing in it was written, and it was not renamed, since `moment`."""
+    """Whether nothing in it was written, and it was not renamed, since `moment`."""
     try:
         stats = [member.lstat() for member in [path, *path.rglob("*")]]
     except FileNotFoundError:
-        return False  # somebody is at work there
+        return False  # it is being changed right now
     return max(max(stat.st_mtime, stat.st_ctime) for stat in stats) < moment.timestamp()
 
 
@@ -190,7 +190,7 @@ def _is_older(path: Path, moment: datetime) -> bool:
 
 
 class Reconciler:
-    """Looks every `reconcile_every_s`, a little earlier or later so that copies spread out; sweeps files every ten minutes."""
+    """Runs `reconcile` every `reconcile_every_s`, with jitter so that copies spread out, and `sweep` every ten minutes."""
 
     def __init__(self, store: Store, settings: Settings, doorbell: Doorbell) -> None:
         self._store, self._settings, self._doorbell = store, settings, doorbell

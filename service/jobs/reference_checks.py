@@ -1,4 +1,4 @@
-"""The references of `number` graders, before the queue: one that cannot be read is no reward, or a wrong one."""
+"""Checks the references of `number` graders before a job is queued. An unreadable one would give no reward, or a wrong one."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,13 +13,13 @@ from service.spec.maths.values import Atom, Listing, Value
 from service.spec.reward import NumberGrader
 from service.spec.templates import render
 
-READ_WITHIN_S = 5.0  # of an API thread; rows beyond are read by the worker
+READ_WITHIN_S = 5.0  # of an API thread; the worker reads the remaining rows
 MAX_FORMULAS = 200
 
 
 @dataclass(frozen=True)
 class Formula:
-    """A reference with a formula that only sympy can read, and where it stands."""
+    """A reference with a formula that only sympy can read, and its place."""
 
     pointer: str
     where: str
@@ -28,7 +28,7 @@ class Formula:
 
 
 def check_references(spec: RLSpec | SupervisedSpec, data: Data) -> tuple[list[FieldError], list[Formula]]:
-    """What cannot be read, once a grader and part of the data; and the first formulas, which are left to the sandbox."""
+    """Errors, at most one per grader and part of the data; and the first formulas, which the sandbox must read."""
     errors: list[FieldError] = []
     formulas: dict[tuple[str, str], Formula] = {}
     until = monotonic() + READ_WITHIN_S
@@ -58,7 +58,7 @@ def check_references(spec: RLSpec | SupervisedSpec, data: Data) -> tuple[list[Fi
 
 
 def _graded(spec: RLSpec | SupervisedSpec, data: Data) -> Iterator[tuple[str, DataRows]]:
-    """The rows that answers are graded with, but for procedural ones: the worker makes them."""
+    """The rows that answers are graded with, except procedural ones, which only the worker makes."""
     train_is_made = isinstance(spec.data.train, ReasoningGymSource)
     eval_is_made = isinstance(spec.data.eval, ReasoningGymSource) or (isinstance(spec.data.eval, SplitSource) and train_is_made)
     if isinstance(spec, RLSpec) and not train_is_made:
@@ -77,7 +77,7 @@ def _references(grader: NumberGrader, rows: DataRows, part: str) -> Iterator[tup
 
 
 def _is_plain(read: Value) -> bool:
-    """Whether nothing in it needs algebra to be read."""
+    """Whether it can be read without algebra."""
     if isinstance(read, Listing):
         return all(map(_is_plain, read.items))
     return not isinstance(read, Atom) or read.numeral is not None or read.base is not None

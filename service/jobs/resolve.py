@@ -1,4 +1,4 @@
-"""From a parsed spec to what will run: every default filled in, every name looked up, everything wrong said at once."""
+"""From a parsed spec to the one that will run: fill in every default, look up every name, report all errors at once."""
 
 import hashlib
 import json
@@ -30,7 +30,7 @@ from service.validation import invalid
 T = TypeVar("T")
 
 DEFAULT_EVAL_TOKENS = 64
-GYM_ROW = {"question": "", "answer": "", "metadata": {}}  # the columns of every task; rows are made by the worker only
+GYM_ROW = {"question": "", "answer": "", "metadata": {}}  # the columns of every task; only the worker makes rows
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,11 @@ class Resolved:
     estimates: dict[str, Any]
     warnings: list[str] = field(default_factory=list)
     dataset_paths: dict[str, Path] = field(default_factory=dict)
-    formulas: list[Formula] = field(default_factory=list)  # references that are left to service.rewards.references
+    formulas: list[Formula] = field(default_factory=list)  # references that service.rewards.references must read
 
 
 def resolve(store: Store, settings: Settings, project: str, spec: RLSpec | SupervisedSpec) -> Resolved:
-    """Look everything up that the spec names. Raises InvalidRequest with one FieldError for each thing that is wrong."""
+    """Look up everything that the spec names. Raises InvalidRequest with one FieldError for each fault."""
     errors = not_storable(spec.model_dump(by_alias=True))
     if errors:  # the rest could not even be quoted
         raise invalid(errors)
@@ -89,7 +89,7 @@ def resolve(store: Store, settings: Settings, project: str, spec: RLSpec | Super
 
 
 def sha256_of(value: Any) -> str:
-    """Of the value's canonical JSON: sorted keys, no white space."""
+    """The sha256 of the value's canonical JSON: sorted keys, no white space."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()).hexdigest()
 
 
@@ -108,7 +108,7 @@ def _datasets(session: Session, project: str, spec: RLSpec | SupervisedSpec, err
 
 
 def _open(spec: RLSpec | SupervisedSpec, paths: dict[str, Path], errors: list[FieldError]) -> Data | None:
-    """The rows as the worker will have them, as far as the sources can be opened; why they cannot goes to `errors`."""
+    """The rows as the worker will have them, or None if a source cannot be opened. The reasons are added to `errors`."""
     train = _attempt(lambda: _source(spec.data.train, paths, "/data/train"), errors)
     held_out = None
     source = spec.data.eval
@@ -127,7 +127,7 @@ def _source(source: TrainSource, paths: dict[str, Path], pointer: str) -> DataRo
     if isinstance(source, DatasetSource) and source.id not in paths:
         return None  # reported already
     if isinstance(source, ReasoningGymSource):
-        # A config may make rows that take for ever to make: here only their number and their columns are needed.
+        # With some configs a row takes forever to make. Only the number of rows and their columns are needed here.
         check_task(source, pointer)
         return InlineRows([GYM_ROW] * min(source.size, source.max_rows or source.size))
     try:
@@ -146,7 +146,7 @@ def _attempt(work: Callable[[], T], errors: list[FieldError]) -> T | None:
 
 
 def _data_facts(spec: RLSpec | SupervisedSpec, uploaded: dict[str, Dataset]) -> dict[str, Any]:
-    """What the data hash is taken over: contents, not names or times."""
+    """The facts that the data hash covers: contents, not names or times."""
     data = spec.data.model_dump(mode="json")
     return {
         "train": _source_facts(spec.data.train, uploaded),
@@ -171,7 +171,7 @@ def _source_facts(source: TrainSource, uploaded: dict[str, Dataset]) -> dict[str
 
 
 def _filled(spec: RLSpec | SupervisedSpec) -> RLSpec | SupervisedSpec:
-    """Defaults that depend on another section, written where they belong."""
+    """The spec with the defaults that depend on another section."""
     longest = spec.eval.max_completion_tokens or (
         spec.rollout.max_completion_tokens if isinstance(spec, RLSpec) else DEFAULT_EVAL_TOKENS
     )
@@ -179,7 +179,7 @@ def _filled(spec: RLSpec | SupervisedSpec) -> RLSpec | SupervisedSpec:
     if spec.reward is not None:
         graders = [grader.model_copy(update={"name": grader.name or grader.kind}) for grader in spec.reward.graders]
         changes["reward"] = spec.reward.model_copy(update={"graders": graders})
-    if isinstance(spec, RLSpec):  # one switch under two names
+    if isinstance(spec, RLSpec):  # one switch with two names
         truncated = spec.rollout.mask_truncated or spec.objective.select.truncated
         select = spec.objective.select.model_copy(update={"truncated": truncated})
         changes["objective"] = spec.objective.model_copy(update={"select": select})
@@ -204,7 +204,7 @@ def _check_context(spec: RLSpec | SupervisedSpec, context: int | None) -> list[F
 
 
 def _estimates(spec: RLSpec | SupervisedSpec, data: Data) -> dict[str, Any]:
-    """What the job amounts to if it runs to max_steps. Upper bounds; nothing here is a promise of time."""
+    """Upper bounds on the job's work if it runs to max_steps. They do not estimate time."""
     steps, rows = spec.limits.max_steps, len(data.train)
     held_out = 0 if data.eval is None else len(data.eval)
     every = spec.eval.every_steps
@@ -234,7 +234,7 @@ def _estimates(spec: RLSpec | SupervisedSpec, data: Data) -> dict[str, Any]:
 
 
 def _warnings(spec: RLSpec | SupervisedSpec, estimates: dict[str, Any]) -> list[str]:
-    """What is legal and probably not meant."""
+    """Warnings about settings that are valid but probably a mistake."""
     warnings: list[str] = []
     data, warmup, updates = spec.data, spec.optimizer.schedule.warmup_steps, estimates["optimizer_steps"]
     if data.prompt is not None and not columns_of(data.prompt):
@@ -255,7 +255,7 @@ def _warnings(spec: RLSpec | SupervisedSpec, estimates: dict[str, Any]) -> list[
 
 
 def _refused(errors: list[FieldError]) -> InvalidRequest:
-    """As `invalid`, under the code that says most when there is one thing to say."""
+    """As `invalid`, but with the code model_not_found or missing_extra if all errors have it."""
     error = invalid(errors)
     if len({field_error.code for field_error in errors}) == 1 and errors[0].code in ("model_not_found", "missing_extra"):
         error.code = errors[0].code

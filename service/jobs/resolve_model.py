@@ -1,4 +1,4 @@
-"""The model section: what the name stands for, and what a checkpoint brings along."""
+"""Resolves the model section: what the source names, and the settings that a checkpoint fixes."""
 
 import os
 import re
@@ -22,7 +22,7 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.AS
 def resolve_model(
     session: Session, settings: Settings, project: str, model: ModelSpec, errors: list[FieldError]
 ) -> tuple[ModelSpec, int | None]:
-    """The section with everything filled in, and the context in tokens where it is known before loading."""
+    """The section with everything filled in, and the context length in tokens if it is known before loading."""
     source = None if model.source is None else _source(model.source, settings)
     if model.from_checkpoint is not None:
         model = _from_checkpoint(session, project, model, source, errors)
@@ -53,7 +53,7 @@ def _source(name: str, settings: Settings) -> str:
 
 
 def _is_ours(folder: str, settings: Settings) -> bool:
-    """Whether it lies in the operator's folder of models, also when links are followed."""
+    """Whether it is inside the operator's models directory, even after following links."""
     return Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(settings.local_models_dir))
 
 
@@ -71,7 +71,7 @@ def _context(source: str, revision: str | None, settings: Settings, errors: list
             errors.append(_not_found(source, detail, settings))
         return None
     folder = Path(source)
-    if not (settings.takes_any_model_folder or _is_ours(source, settings)):  # the same, whether it is there or not
+    if not (settings.takes_any_model_folder or _is_ours(source, settings)):  # the same error whether it exists or not
         detail = f"{source} is none of the operator's models, which lie in {settings.local_models_dir}"
         errors.append(_not_found(source, detail, settings))
         return None
@@ -99,7 +99,7 @@ def _not_found(source: str, detail: str, settings: Settings) -> FieldError:
 def _from_checkpoint(
     session: Session, project: str, model: ModelSpec, source: str | None, errors: list[FieldError]
 ) -> ModelSpec:
-    """The checkpoint's own model section, with what the spec may change laid over it."""
+    """The checkpoint's own model section, with the settings that the spec may change."""
     assert model.from_checkpoint is not None
     pointer = "/model/from_checkpoint"
     try:

@@ -20,7 +20,7 @@ NAME_REFUSED = (
 
 
 def check_reward(spec: RLSpec | SupervisedSpec, settings: Settings) -> list[FieldError]:
-    """Graders that need something which this job or this service does not have."""
+    """Errors for graders that need something that this job or this service does not have."""
     errors: list[FieldError] = []
     for number, grader in enumerate(spec.reward.graders if spec.reward else []):
         pointer = f"/reward/graders/{number}"
@@ -48,7 +48,7 @@ def _tasks(spec: RLSpec | SupervisedSpec) -> set[str]:
 
 
 def _other_sources(spec: RLSpec | SupervisedSpec) -> str:
-    """Which graded rows come from elsewhere; a split is of the training source."""
+    """Which graded rows come from another source; a split belongs to the training source."""
     parts = {"data.train": spec.data.train, "data.eval": spec.data.eval}
     others = [
         f"{name} is {source.source}"
@@ -59,7 +59,7 @@ def _other_sources(spec: RLSpec | SupervisedSpec) -> str:
 
 
 def check_metrics(spec: RLSpec | SupervisedSpec) -> list[FieldError]:
-    """early_stopping and keep_best must name what the job's evaluations measure."""
+    """Errors if early_stopping or keep_best name a metric that the job's evaluations do not measure."""
     known = _eval_metrics(spec)
     rules = {"/early_stopping/metric": spec.early_stopping, "/checkpoints/keep_best/metric": spec.checkpoints.keep_best}
     return [

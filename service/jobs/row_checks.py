@@ -1,4 +1,4 @@
-"""Every row against the templates that will be filled in with it, and for the tiny model against what it can read."""
+"""Checks every row against the templates that it fills, and for the tiny model also against its characters and context."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ TEXTS = ("/data/prompt", "/data/answer", "/data/chat/")  # pointers of templates
 
 
 def check_rows(spec: RLSpec | SupervisedSpec, data: Data, uploaded: dict[str, Dataset]) -> list[FieldError]:
-    """Everything that is wrong with the rows, each complaint once, with the number of the first row it applies to."""
+    """All errors in the rows, each once, with the number of the first row it applies to."""
     errors: dict[tuple[str, str], FieldError] = {}
     templates = templates_of(spec)
     for part, rows in (("train", data.train), ("eval", data.eval)):
@@ -42,7 +42,7 @@ def check_rows(spec: RLSpec | SupervisedSpec, data: Data, uploaded: dict[str, Da
 
 
 def templates_of(spec: RLSpec | SupervisedSpec) -> dict[str, list[str]]:
-    """JSON pointer -> the columns that are named there."""
+    """From JSON pointer to the columns named there."""
     data = spec.data
     templates = {"/data/prompt": data.prompt, "/data/answer": data.answer}
     if isinstance(data.chat, list):
@@ -56,7 +56,7 @@ def templates_of(spec: RLSpec | SupervisedSpec) -> dict[str, list[str]]:
 def _known_complete(
     source: Any, templates: dict[str, list[str]], spec: RLSpec | SupervisedSpec, uploaded: dict[str, Dataset]
 ) -> bool:
-    """Whether the upload has already seen every named column, with a value, in every row."""
+    """Whether the upload's check already found every named column, with a value, in every row."""
     dataset = uploaded.get(source.id) if isinstance(source, DatasetSource) else None
     if dataset is None:
         return False
@@ -184,7 +184,7 @@ def _what_does_not_fit(spec: RLSpec | SupervisedSpec, messages: list[dict[str, A
 
 @dataclass
 class _Room:
-    """How many tokens fit, and who says so."""
+    """How many tokens fit, and which limit says so."""
 
     prompt: int
     sequence: int
@@ -193,7 +193,7 @@ class _Room:
 
 
 def _unreadable(spec: RLSpec | SupervisedSpec, data: Data, rows: DataRows, part: str) -> Iterator[FieldError]:
-    """For the tiny model, where a character is a token: what it cannot read, and what does not fit its context."""
+    """Errors for the tiny model, where a character is a token: unknown characters, and texts longer than its context."""
     if spec.model.source != "tiny" or spec.model.tiny is None:
         return
     if spec.data.chat is not None:

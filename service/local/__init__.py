@@ -1,4 +1,4 @@
-"""`ratchet up`: the whole stack from one command. A real redis-server on a private socket, Celery workers, the API,
+"""`ratchet up`: the whole stack from one command. It runs a real redis-server on a private socket, Celery workers, the API and
 SQLite.
 
     ratchet up (this process: supervisor, and the API in a thread)
@@ -7,5 +7,5 @@ SQLite.
       `-- celery worker    (and its child, which answers loss requests; not where RATCHET_SERVES is training)
 
 The children are restarted when they die, stopped in order when we stop, and killed by the kernel when we are killed.
-What they share is settings: RATCHET_* variables, set here once and inherited.
+They share their settings: RATCHET_* variables, set here once and inherited.
 """

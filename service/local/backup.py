@@ -1,9 +1,9 @@
-"""A copy of a live system: the SQL store as of one moment, and every blob that it names. And starting again from it.
+"""Backup of a live system: a snapshot of the SQL database, and every blob that it names. And restoring it.
 
-Blobs never change: they appear by a rename before the row that names them, and go after the row says that they are deleted.
-So blobs are copied first, then the SQL store in one snapshot, then the blobs that came in between. Retention may have removed
-some of those meanwhile; then the snapshot is taken anew, until nothing that it names is missing. Each round has only to
-copy what is new, so the last ones are short.
+Blobs never change: they appear by a rename before a row names them, and are removed only after the row says that they are
+deleted. So blobs are copied first, then the database in one snapshot, then the blobs that were added in between. If retention
+removed one of those meanwhile, another snapshot is taken, until nothing that it names is missing. Each round copies only new
+blobs, so later rounds are short.
 """
 
 import json
@@ -53,7 +53,7 @@ class BackupFailed(RatchetError):
 
 
 def backup(settings: Settings, folder: Path) -> dict[str, Any]:
-    """Copy everything into a new folder. Returns what backup.json says. Raises BackupFailed, and the folder is no backup."""
+    """Copy everything into a new folder. Returns backup.json. Raises BackupFailed, and then the folder is not a backup."""
     if folder.exists() and any(folder.iterdir()):
         raise BackupFailed(f"{folder} is not empty; a backup takes a new folder")
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -75,7 +75,7 @@ def _backup(store: Store, settings: Settings, folder: Path) -> dict[str, Any]:
         named = snapshot(settings.sql_url, folder)
         _copy_blobs(store.blobs, copy, named)
         missing = {path for path in named if not copy.path(path).exists()}
-        lost = missing & live_paths(store)  # named here and now, and not there: not removed meanwhile, but lost before
+        lost = missing & live_paths(store)  # still named and missing: lost before the backup, not removed meanwhile
         if missing == lost:
             break
         log.info("round %d: %d blobs were removed while they were copied", number, len(missing - lost))
@@ -94,7 +94,7 @@ def live_paths(store: Store) -> set[str]:
 
 
 def _copy_blobs(source: Blobs, copy: Blobs, paths: set[str]) -> None:
-    """Each as a whole or not at all; those that are there already, and those that are gone, are passed over."""
+    """Copy each blob completely or not at all. Blobs that are already copied, or that are gone, are skipped."""
     for path in sorted(paths):
         if copy.path(path).exists():
             continue
@@ -115,7 +115,7 @@ def _copy_blobs(source: Blobs, copy: Blobs, paths: set[str]) -> None:
 
 
 def _snapshot_sqlite(url: str, folder: Path) -> set[str]:
-    """SQLite's own online backup: one moment, without stopping writers. Returns the blobs that it names."""
+    """Take a snapshot with SQLite's online backup, without stopping writers. Returns the blobs that it names."""
     target = folder / f"{SQLITE}.tmp"
     target.unlink(missing_ok=True)
     with closing(sqlite3.connect(str(make_url(url).database), timeout=60)) as live, closing(sqlite3.connect(target)) as copy:
@@ -127,7 +127,7 @@ def _snapshot_sqlite(url: str, folder: Path) -> set[str]:
 
 
 def _snapshot_postgresql(url: str, folder: Path) -> set[str]:
-    """COPY every table in one REPEATABLE READ transaction: one moment, without stopping writers."""
+    """Take a snapshot by COPY of every table in one REPEATABLE READ transaction, without stopping writers."""
     target = folder / f"{POSTGRESQL}.tmp"
     engine = make_engine(url)
     options = {"isolation_level": "REPEATABLE READ", "postgresql_readonly": True}
@@ -149,7 +149,7 @@ def _snapshot_postgresql(url: str, folder: Path) -> set[str]:
 
 
 def _revision(connection: Connection, url: str) -> str:
-    """The version of the tables. Raises BackupFailed when it is not this program's, which would copy other columns."""
+    """The version of the tables. Raises BackupFailed if it is not this program's, because the columns would differ."""
     revision = MigrationContext.configure(connection).get_current_revision()
     ours = ScriptDirectory.from_config(alembic_config(url)).get_current_head()
     if revision is None or revision != ours:
@@ -160,7 +160,7 @@ def _revision(connection: Connection, url: str) -> str:
 
 
 def _speak_plainly(connection: Connection) -> None:
-    """Texts that every server reads back as what they were, whatever the database is set to."""
+    """Set formats that every server reads back without change, whatever the database's own settings are."""
     for line in ("client_encoding = UTF8", "datestyle = ISO", "timezone = UTC", "extra_float_digits = 1"):
         connection.exec_driver_sql(f"SET LOCAL {line}")
 
@@ -179,7 +179,7 @@ def _copy_out(connection: Connection, table: Table, archive: ZipFile) -> None:
 
 def _copy_in(connection: Connection, archive: ZipFile, name: str) -> None:
     with archive.open(name) as file:
-        header = file.readline()  # the names of the columns: PostgreSQL would skip them unread
+        header = file.readline()  # the names of the columns, which PostgreSQL would skip
         columns = sql.SQL(", ").join(sql.Identifier(column) for column in header.decode().strip().split(","))
         table = sql.Identifier(name.removesuffix(CSV))
         with (
@@ -191,7 +191,7 @@ def _copy_in(connection: Connection, archive: ZipFile, name: str) -> None:
 
 
 def _cursor(connection: Connection) -> psycopg.Cursor[Any]:
-    """psycopg's own: SQLAlchemy has no COPY."""
+    """psycopg's cursor, because SQLAlchemy has no COPY."""
     driver: Any = connection.connection.driver_connection
     return driver.cursor()
 
@@ -207,10 +207,10 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def restore(settings: Settings, folder: Path) -> dict[str, Any]:
-    """Put a backup where these settings point: an empty database and a data directory without blobs.
+    """Restore a backup into the empty database and the data directory without blobs that these settings name.
 
-    Jobs that ran when it was made are queued, as of that moment; a worker takes them up at their last checkpoint. Returns
-    what backup.json says, and the ids of those jobs.
+    Jobs that were running at the time of the backup are queued as of that time; a worker continues them from their last
+    checkpoints. Returns backup.json, and the ids of those jobs.
     """
     facts = _facts(folder)
     blobs = settings.blobs_dir
@@ -259,7 +259,7 @@ def _restore_postgresql(url: str, folder: Path) -> None:
             upgrade(url, archive.read(REVISION).decode())
             with engine.begin() as connection:
                 _speak_plainly(connection)
-                for name in archive.namelist():  # as they were written: what is referred to comes first
+                for name in archive.namelist():  # in the order of writing: referenced tables come first
                     if name.endswith(CSV):
                         _copy_in(connection, archive, name)
     except (BadZipFile, zlib.error) as error:
@@ -275,7 +275,7 @@ def _restore_postgresql(url: str, folder: Path) -> None:
 
 
 def _settle(store: Store, made_at: datetime) -> list[str]:
-    """No worker of the old system works for this one; its attempts ended when the copy was made."""
+    """End the attempts of the old system's workers as of the time of the backup. Returns the ids of their jobs."""
     with store.begin() as session:
         workers.forget_all(session)
         settled: list[str] = []

@@ -1,4 +1,4 @@
-"""Child processes that are kept running: started again with growing pauses, stopped with time to finish, never left behind."""
+"""Child processes that are kept running: restarted with growing pauses, given time to finish on stop, never left behind."""
 
 import os
 import signal
@@ -10,15 +10,15 @@ from contextlib import suppress
 from pathlib import Path
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 30.0
-LIVED_S = 60.0  # a child that ran for this long is not one that fails at its start
-LOG_BYTES = 10 * 2**20  # a longer log is put aside when its child is started
+LIVED_S = 60.0  # a child that ran for this long did not fail at its start
+LOG_BYTES = 10 * 2**20  # a longer log is rotated when its child is started
 TAIL_LINES = 5
 
 Say = Callable[[str], None]
 
 
 class Child:
-    """One child process with its own session (a Ctrl-C in the terminal reaches only us) and its own log file."""
+    """One child process with its own session (so a Ctrl-C in the terminal reaches only the parent) and its own log file."""
 
     def __init__(
         self,
@@ -38,7 +38,7 @@ class Child:
         self._start_again_at: float | None = None
 
     def start(self) -> None:
-        """Must be called in a thread that lives as long as the child: the kernel ties the child to it."""
+        """Start the child. Call it in a thread that outlives the child, because the kernel kills the child with that thread."""
         self._before_start()
         self._log.parent.mkdir(parents=True, exist_ok=True)
         if self._log.exists() and self._log.stat().st_size > LOG_BYTES:
@@ -46,7 +46,7 @@ class Child:
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "service.local.tied", str(os.getpid()), *self._argv],
-                env=self._env | {"PYTHONSAFEPATH": "1"},  # a folder `service` or `workers` of the caller's is not ours
+                env=self._env | {"PYTHONSAFEPATH": "1"},  # do not import the caller's own `service` or `workers` folder
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -59,7 +59,7 @@ class Child:
         return self._process is not None and self._process.poll() is None
 
     def look(self) -> None:
-        """Notice a death, and start the child again when its pause is over. Called every moment by the supervisor."""
+        """Notice that the child died, and restart it when its pause is over. The supervisor calls this all the time."""
         if self._start_again_at is not None:
             if time.monotonic() >= self._start_again_at:
                 self.start()

@@ -1,4 +1,4 @@
-"""Where an embedded stack lives: its data directory, its port, its key, and the settings that follow from them."""
+"""An embedded stack's data directory, port and key, and the settings that follow from them."""
 
 import fcntl
 import os
@@ -22,7 +22,7 @@ class CannotStart(RatchetError):
 
 @contextmanager
 def locked(data_dir: Path) -> Iterator[None]:
-    """This data directory is ours until the process ends, even when it is killed. Raises CannotStart when it is another's."""
+    """Lock the data directory until this process ends, however it ends. Raises CannotStart if another process has it."""
     try:
         data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         file = (data_dir / "lock").open("a+")
@@ -47,7 +47,7 @@ def locked(data_dir: Path) -> Iterator[None]:
 
 @contextmanager
 def listen(host: str, port: int) -> Iterator[socket.socket]:
-    """The API's socket, taken before anything is started. Raises CannotStart when the port is taken."""
+    """Open the API's socket, before anything is started. Raises CannotStart if the port is taken."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -63,13 +63,13 @@ def listen(host: str, port: int) -> Iterator[socket.socket]:
 
 def url_of(listener: socket.socket) -> str:
     host, port = listener.getsockname()[:2]
-    if host in ("0.0.0.0", "::"):  # all addresses; this is how we reach ourselves
+    if host in ("0.0.0.0", "::"):  # all addresses; we connect to ourselves by this one
         host = "127.0.0.1" if host == "0.0.0.0" else "::1"
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def local_key(path: Path) -> str:
-    """The key of the project `default`: what the file holds, else a new one, readable by its owner only."""
+    """The key of the project `default`: the file's content, else a new key in a file that only its owner can read."""
     with suppress(FileNotFoundError):
         path.chmod(0o600)
         if (key := path.read_text().strip()).startswith("tml-"):
@@ -80,7 +80,7 @@ def local_key(path: Path) -> str:
 
 
 def _write_private(path: Path, line: str) -> None:
-    """Whole or not at all, and never readable by others, not even for a moment."""
+    """Write the file atomically. Others cannot read it at any moment."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
         file.write(line + "\n")
@@ -94,8 +94,8 @@ def embedded_settings(data_dir: Path, port: int, folder: Path) -> Settings:
         _write_private(data_dir / "key", bootstrap_key)
     os.environ.pop("RATCHET_DATABASE_URL", None)  # the embedded store is SQLite in the data directory
     os.environ.setdefault("RATCHET_LOG_FORMAT", "plain")  # people read these logs
-    os.environ.setdefault("RATCHET_ANY_MODEL_FOLDER", "true")  # who starts it owns the folders
-    if (host := literal(Settings().host)) is not None and host.is_loopback:  # only this machine's people can ask
+    os.environ.setdefault("RATCHET_ANY_MODEL_FOLDER", "true")  # the user who starts it owns the folders
+    if (host := literal(Settings().host)) is not None and host.is_loopback:  # only users of this machine can send requests
         os.environ.setdefault("RATCHET_GRADER_NETWORKS", "127.0.0.0/8, ::1/128")
     os.environ.update(
         RATCHET_DATA_DIR=str(data_dir),

@@ -1,4 +1,4 @@
-"""The redis-server of an embedded stack: a real one, on a unix socket that only its owner can open."""
+"""The redis-server of an embedded stack, on a unix socket that only its owner can open."""
 
 import os
 import re
@@ -18,7 +18,7 @@ from service.local.place import CannotStart
 
 ANSWERS_WITHIN_S = 15.0
 SOCKET_PATH_BYTES = 100  # the kernel allows 107
-PLAIN_PATH = re.compile(r"[A-Za-z0-9/._-]+")  # what stands in a URL as it is
+PLAIN_PATH = re.compile(r"[A-Za-z0-9/._-]+")  # needs no escaping in a URL
 
 
 def make_redis(data_dir: Path, folder: Path, say: Say) -> Child:
@@ -42,7 +42,7 @@ def redis_binary() -> str:
 
 @contextmanager
 def socket_folder(data_dir: Path) -> Iterator[Path]:
-    """Where the socket stands: in the data directory, or in a temporary folder when that path is too long for a socket."""
+    """The socket's folder: the data directory, or a temporary folder if that path is too long for a socket."""
     folder = data_dir / "redis"
     folder.mkdir(mode=0o700, exist_ok=True)
     folder.chmod(0o700)

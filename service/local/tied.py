@@ -1,8 +1,7 @@
 """`python -m service.local.tied PARENT COMMAND...`: become COMMAND, and be killed when the process PARENT ends.
 
-However PARENT ends: the kernel keeps this promise, also across exec. On Linux only; elsewhere a parent that is killed
-outright leaves COMMAND behind.
-It is a program of its own because Python code between fork and exec is not safe in a process that has threads.
+The kernel does this however PARENT ends, even across exec. It works on Linux only; elsewhere COMMAND survives if its parent is
+killed. This is a separate program because Python code between fork and exec is not safe in a process with threads.
 """
 
 import ctypes
@@ -16,7 +15,7 @@ PR_SET_PDEATHSIG = 1
 def main(parent: int, command: list[str]) -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it ended before we asked to be told
+    if os.getppid() != parent:  # it ended before the kernel was asked
         sys.exit(f"process {parent} has ended; not starting {command[0]}")
     os.execv(command[0], command)
 

@@ -27,7 +27,7 @@ READY_WITHIN_S = 60.0
 REDIS_GRACE_S = 10.0
 STREAMS_MAY_LAST_S = 3  # open event streams when the API stops
 LOSSES_GRACE_S = 10.0
-AFTER_GRACE_S = 15.0  # beyond drain_grace_s, for the worker to leave by itself
+AFTER_GRACE_S = 15.0  # beyond drain_grace_s, for the worker to end by itself
 
 
 def up(data_dir: Path, port: int, say: Say) -> None:
@@ -61,7 +61,7 @@ def up(data_dir: Path, port: int, say: Say) -> None:
         api.start()
         _wait_ready(url, api, children, stop)
         if loss_worker and not stop.asked:
-            loss_worker.start()  # not before: nobody who waits for the stack waits for its torch
+            loss_worker.start()  # only now, so that loading its torch does not delay the stack
             children.append(loss_worker)
         stack.enter_context(url_file(data_dir / "url", url))
         if not stop.asked:
@@ -75,7 +75,7 @@ def up(data_dir: Path, port: int, say: Say) -> None:
 
 
 class Api:
-    """uvicorn in a thread of its own, which leaves the signals to the supervisor."""
+    """uvicorn in its own thread. It leaves the signals to the supervisor."""
 
     def __init__(self, settings: Settings, listener: socket.socket) -> None:
         app = create_app(settings)
@@ -126,7 +126,7 @@ def _look(api: Api, children: list[Child]) -> None:
 class Stop:
     """Whether a signal asked us to stop, and whether a second one asked us to hurry.
 
-    Plain attributes: a lock, even an Event's, may be held by the very code that the signal interrupts.
+    It uses plain attributes, because the code that a signal interrupts may hold any lock, even that of an Event.
     """
 
     def __init__(self) -> None:

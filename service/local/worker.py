@@ -1,4 +1,4 @@
-"""The Celery workers of an embedded stack: one that trains, one that answers loss requests beside it."""
+"""The Celery workers of an embedded stack: one that trains, and one that answers loss requests."""
 
 import logging
 import os
@@ -18,8 +18,8 @@ from service.store.session import open_store
 
 log = logging.getLogger(__name__)
 
-# As `celery -A workers.app worker`. Only, Celery imports from the current directory first, where a user's own `workers`
-# may stand, unless that directory is on the path already: so it is, at the end, behind ours.
+# Like `celery -A workers.app worker`. But Celery puts the current directory first on the path, where a user may have another
+# `workers`, unless it is already on the path. So it is appended here, after our own packages.
 START = """
 import os, sys, workers
 sys.path += [os.path.dirname(workers.__path__[0]), os.getcwd()]
@@ -37,7 +37,7 @@ def check_worker_can_run(settings: Settings) -> None:
 
 
 def make_worker(settings: Settings, say: Say) -> Child | None:
-    """The one that trains; None where RATCHET_SERVES is losses."""
+    """The training worker; None if RATCHET_SERVES is losses."""
     if settings.serves == "losses":
         return None
     return Child(
@@ -51,8 +51,8 @@ def make_worker(settings: Settings, say: Say) -> Child | None:
 
 
 def make_loss_worker(settings: Settings, say: Say) -> Child | None:
-    """A training worker is busy for as long as its job takes, so losses have one of their own; None where RATCHET_SERVES is
-    training."""
+    """The loss worker; None if RATCHET_SERVES is training. It is separate, because a training worker is busy for the whole of
+    its job."""
     if settings.serves == "training":
         return None
     log = settings.data_dir / "logs" / "losses.log"
@@ -61,11 +61,11 @@ def make_loss_worker(settings: Settings, say: Say) -> Child | None:
 
 
 def _argv(name: str) -> list[str]:
-    return [sys.executable, "-c", START, "--hostname", f"{name}@%h"]  # two nodes of one name would answer for each other
+    return [sys.executable, "-c", START, "--hostname", f"{name}@%h"]  # nodes with equal names would be confused
 
 
 def settle_the_dead(settings: Settings) -> None:
-    """Jobs that a killed worker of this machine held go back into the queue now, not when their leases end."""
+    """Put the jobs of killed workers of this machine back into the queue now, before their leases expire."""
     store, doorbell = open_store(settings), Doorbell(settings)
     try:
         with store.begin(readonly=True) as session:
@@ -73,7 +73,7 @@ def settle_the_dead(settings: Settings) -> None:
         for owner, row in owners.items():
             if row is not None and row.host == socket.gethostname() and not is_alive(row.pid):
                 lease.worker_lost(store, doorbell, owner)
-    except Exception:  # nothing is lost but time
+    except Exception:  # the leases then expire by themselves, later
         log.warning("could not settle the jobs of workers that are gone; their leases will end", exc_info=True)
     finally:
         doorbell.close()
@@ -81,7 +81,7 @@ def settle_the_dead(settings: Settings) -> None:
 
 
 def is_alive(pid: int) -> bool:
-    """Whether the process runs. One that was killed and that nobody has waited for yet (a zombie) does not."""
+    """Whether the process runs. A killed process that its parent has not waited for yet (a zombie) does not run."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -90,6 +90,6 @@ def is_alive(pid: int) -> bool:
         pass
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:  # no /proc here; or gone in this moment, and then its lease will end
+    except OSError:  # no /proc here; or it has just ended, and its lease will expire
         return True
     return stat.rpartition(")")[2].split()[0] != "Z"

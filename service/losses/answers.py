@@ -1,7 +1,7 @@
-"""A worker's answer as JSON: the tensors of an item become members of it, rows as they were sent.
+"""A worker's answer as JSON: the tensors of an item become its members, with the rows of the request.
 
-Numbers that are not finite are written as the strings "NaN", "Infinity" and "-Infinity". Row by row, so that other threads
-get their turn.
+Numbers that are not finite are written as the strings "NaN", "Infinity" and "-Infinity". Rows are converted one by one, so that
+other threads can run in between.
 """
 
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ FORMATS = {"F64": "d", "F32": "f", "BOOL": "?"}
 
 
 def as_json(answer: Answer) -> bytes:
-    """The whole body."""
+    """The whole body of the response."""
     by_item: dict[str, Tensors] = {}
     for name, tensor in answer.tensors.items():
         index, _, name_in_item = name.partition("/")
@@ -48,14 +48,14 @@ def _rows(tensor: Tensor, ends: Any) -> Iterator[bytes]:
     else:
         spans = list(pairwise(ends))
     values: Any = tensor.data
-    if tensor.data:  # what is empty cannot be cast
+    if tensor.data:  # an empty memoryview cannot be cast
         values = values.cast(FORMATS[tensor.dtype])
     for begin, end in spans:
         yield orjson.dumps(_written(values[begin:end].tolist()))
 
 
 def _written(row: list[Any]) -> list[Any]:
-    """A sum is finite only where all its terms are; where it is not, every number is looked at."""
+    """The row with nonfinite numbers as strings. If the row's sum is finite, so are all its numbers, and it is unchanged."""
     if isfinite(sum(row)):
         return row
     return [value if isfinite(value) else _name(value) for value in row]

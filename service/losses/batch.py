@@ -1,7 +1,7 @@
-"""The batch of an item as it is sent: what may be in it, as arrays of JSON or as tensors.
+"""The batch of a request's item: the fields it may have, as arrays of JSON or as tensors.
 
-B sequences. Per token: in JSON an array for each sequence, of any lengths; as tensors flat [N] with `cu_seqlens` [B + 1]
-(ragged), or [B, T] (padded). Whether the parts agree is asked in `shapes`.
+A batch has B sequences. Values per token are, in JSON, one array per sequence, of any length; as tensors they are flat [N] with
+`cu_seqlens` [B + 1] (ragged), or [B, T] (padded). `shapes` checks whether the fields agree.
 """
 
 from typing import Annotated, Any
@@ -17,7 +17,7 @@ PER_TOKEN = sorted(
     (name for name, tensor in TENSORS.items() if tensor.per == ("token",)), key=lambda name: not TENSORS[name].is_float
 )
 PER_SEQUENCE = [name for name, tensor in TENSORS.items() if "row" in tensor.per and "token" not in tensor.per]
-# The dtypes that are taken, by name, in the order of openapi.json.
+# The accepted dtypes, by name, in the order of openapi.json.
 TAKEN = {name: TENSORS[name].dtypes for name in dict.fromkeys((*PER_TOKEN, *PER_SEQUENCE, *TENSORS))}
 
 
@@ -49,7 +49,7 @@ def _schema(tensor: BatchTensor) -> dict[str, Any]:
 
 
 def _field(tensor: BatchTensor) -> Any:
-    unseen = PlainValidator(_array_or_tensor)  # pydantic does not look inside
+    unseen = PlainValidator(_array_or_tensor)  # pydantic does not validate the content
     return Annotated[Any, unseen, WithJsonSchema(_schema(tensor)), Field(description=tensor.meaning)]
 
 
@@ -60,5 +60,5 @@ class LossBatch(create_model("LossTensors", __base__=Section, **_FIELDS)):
     """B sequences. Per token: an array for each sequence, of any lengths. What the objective does not need may be left out."""
 
     def sent(self) -> dict[str, Any]:
-        """What came, by name."""
+        """The fields that were sent, by name."""
         return {name: value for name, value in self if value is not None}

@@ -1,4 +1,4 @@
-"""From the bytes of a loss request to the work order that a worker gets, or to what is wrong with every item of it."""
+"""From the bytes of a loss request to a work order for a worker, or to the errors of all its items."""
 
 from typing import Any
 
@@ -10,18 +10,18 @@ from service.relay.orders import Order, Parcel
 from service.relay.tensors import LENGTH_BYTES
 from service.validation import invalid
 
-JSON, TENSORS = "application/json", "application/vnd.safetensors"  # what a request may come as
-QUICK_BYTES = 2**10  # mistakes on so little are explained within 10 ms; what is right takes less than to wake a thread
+JSON, TENSORS = "application/json", "application/vnd.safetensors"  # the media types of a request
+QUICK_BYTES = 2**10  # even with errors this takes at most 10 ms; without, less than waking a thread
 
 
 def is_quick(raw: bytes, sent_as: str) -> bool:
-    """Whether to read it on the spot. Of safetensors only the header is read."""
+    """Whether to read the body here and not in a thread. For safetensors only the header is read."""
     return (len(raw) if sent_as == JSON else int.from_bytes(raw[:LENGTH_BYTES], "little")) <= QUICK_BYTES
 
 
 def order(raw: bytes, sent_as: str, loss_id: str, project: str, deadline: float) -> Parcel:
-    """The work order that a body asks for; `deadline` in unix seconds. Raises Malformed, BodyTooLarge, and InvalidRequest when
-    no item of it can be computed."""
+    """The work order for a body; `deadline` in unix seconds. Raises Malformed, BodyTooLarge, and InvalidRequest if no item can
+    be computed."""
     if sent_as == TENSORS:
         tensors, text = requests.decoded(raw)
         try:
@@ -37,12 +37,12 @@ def order(raw: bytes, sent_as: str, loss_id: str, project: str, deadline: float)
 
 
 def errors_of(data: list[dict[str, Any]]) -> list[FieldError]:
-    """What a worker found wrong with the items of an order, as it stands in its answer."""
+    """The errors of the items in a worker's answer."""
     said = [error for item in data if "error" in item for error in item.get("errors", [item["error"]])]
     return [FieldError(**{name: entry.get(name) for name in ("pointer", "detail", "code", "got", "allowed")}) for entry in said]
 
 
 def none_answered(items: list[dict[str, Any]], errors: list[FieldError]) -> InvalidRequest:
-    """The refusal of a request of which nothing was computed."""
+    """The error for a request of which no item was computed."""
     error = invalid(errors)
     return InvalidRequest(error.detail, error.errors, code=errors[0].code, data=requests.withheld(items))

@@ -1,4 +1,4 @@
-"""What is missing of a batch, and what becomes of an objective where parts that it does not need did not come."""
+"""The tensors that an objective needs and a batch lacks, and how the objective changes without optional tensors."""
 
 from collections.abc import Collection
 from typing import Any
@@ -9,16 +9,16 @@ from service.spec.tensors import uses
 
 
 def missing(objective: ObjectiveSpec, has: Collection[str]) -> list[FieldError]:
-    """A FieldError for each tensor that the objective cannot do without; their pointers begin at the batch."""
+    """A FieldError for each tensor that the objective needs and `has` lacks. Pointers are relative to the batch."""
     needed = uses(objective, has).needed.items()
     return [FieldError(f"/{name}", f"is missing: {why}", "missing_tensor") for name, why in needed if name not in has]
 
 
 def resolved(objective: ObjectiveSpec, has: Collection[str]) -> tuple[dict[str, Any], list[str]]:
-    """Every axis in full, and what is legal and probably not meant.
+    """Every axis in full, and warnings about settings that are valid but probably a mistake.
 
-    A selection has no effect without the facts that it looks at, nor under `weights`, in which the selection of the whole step
-    is contained: it is switched off.
+    A selection is switched off if the tensors that it needs are missing, or if `weights` are given, because these already
+    contain the selection of the whole step.
     """
     axes, warnings = objective.resolve(), objective.warnings()
     select = axes["select"]

@@ -1,7 +1,7 @@
-"""Arrays of JSON as tensors: by `array`, in C, as long as everything is a plain number.
+"""Arrays of JSON to tensors. Python's `array` converts them in C, as long as everything is a plain number.
 
-NaN and the infinities may be written as the literals of Python's JSON or as the strings "NaN", "Infinity", "-Infinity", and
-NaN as null too: behind a mask anything is legal. Only where something else came is it looked for one by one.
+NaN and the infinities may be literals, as Python's JSON writes them, or the strings "NaN", "Infinity", "-Infinity"; null is
+NaN, too. They are legal because masked values may be anything. If the fast conversion fails, values are checked one by one.
 """
 
 from array import array
@@ -24,7 +24,7 @@ INT64 = range(-(2**63), 2**63)
 
 
 class NotThese(Portable):
-    """What came cannot be these numbers."""
+    """The values cannot be converted to these numbers."""
 
     def __init__(self, error: FieldError) -> None:
         super().__init__(error.detail)
@@ -32,8 +32,8 @@ class NotThese(Portable):
 
 
 def tensor(values: "array[Any]", *shape: int) -> Tensor:
-    """Without a copy; one dimension unless a shape is given."""
-    data = memoryview(values).cast("B") if values else memoryview(b"")  # what is empty cannot be cast
+    """A tensor without a copy; one-dimensional unless a shape is given."""
+    data = memoryview(values).cast("B") if values else memoryview(b"")  # an empty memoryview cannot be cast
     return Tensor(DTYPES[values.typecode], shape or (len(values),), data)
 
 
@@ -55,7 +55,7 @@ def flat(values: list[Any], pointer: str, typecode: str, *, flags: bool = False)
 def rows(
     values: list[Any], pointer: str, typecode: str, *, flags: bool = False, each: str = "a sequence"
 ) -> "tuple[array[Any], array[int]]":
-    """Numbers in arrays of any lengths, one behind the other, and the lengths. Raises NotThese."""
+    """The concatenated numbers of arrays of any lengths, and the lengths. Raises NotThese."""
     numbers, lengths = array(typecode), array("q")
     for number, row in enumerate(values):
         if type(row) is not list:
@@ -102,7 +102,7 @@ def _one_by_one(values: Iterable[Any], pointer: str, whole: bool, flags: bool) -
 
 
 def labels(values: list[Any], pointer: str) -> "array[int]":
-    """Integers as they are; texts (or both) as numbers of the different ones in order of appearance. Raises NotThese."""
+    """Integers unchanged. If there are texts, each distinct value gets a number in order of appearance. Raises NotThese."""
     kinds = set(map(type, values))
     if not kinds <= {int, str}:
         number, wrong = next((n, value) for n, value in enumerate(values) if type(value) not in (int, str))
@@ -120,6 +120,6 @@ def labels(values: list[Any], pointer: str) -> "array[int]":
 
 
 def integers(values: Tensor) -> "array[int]":
-    """An I64 or I32 tensor's numbers."""
+    """The numbers of an I64 or I32 tensor."""
     numbers = array("q" if values.dtype == "I64" else "i", values.data.tobytes())
     return numbers if numbers.typecode == "q" else array("q", numbers)

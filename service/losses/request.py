@@ -1,6 +1,6 @@
-"""A loss request: what may be asked, the same for JSON and for safetensors, and how much of it is sound.
+"""The schema of a loss request, for JSON and safetensors alike, and the check of its items.
 
-Each item is checked by itself: one that is wrong is refused in its place of the answer, and the others are computed.
+Each item is checked by itself. An invalid item has an error in its place of the answer, and the others are computed.
 """
 
 import re
@@ -35,7 +35,7 @@ Returned = Literal[
     "advantages",
     "weights",
 ]
-# Of log_probs, to what is computed and answered in unless the request says it.
+# From the dtype of log_probs to the default dtype of the computation and the answer.
 DTYPES: Mapping[str, Dtype] = {"F64": "float64", "F32": "float32", "BF16": "float32"}
 
 
@@ -88,7 +88,7 @@ ENVELOPE, ITEM = TypeAdapter(_Envelope), TypeAdapter(LossItem)
 
 @dataclass
 class Checked:
-    """What a worker gets of a request (see `orders`): the items in order, and the tensors of those that are sound."""
+    """The part of a request that a worker gets (see `orders`): all items in order, and the tensors of the valid ones."""
 
     all_or_nothing: bool
     items: list[dict[str, Any]] = field(default_factory=list)
@@ -97,13 +97,13 @@ class Checked:
 
     @property
     def is_hopeless(self) -> bool:
-        """No worker can make a good answer of it."""
+        """Whether no worker is needed, because only errors can be answered."""
         wrong = sum("error" in item for item in self.items)
         return wrong == len(self.items) or (self.all_or_nothing and wrong > 0)
 
 
 def withheld(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The items' places in an answer that holds no result: what is wrong, and that the others are not answered."""
+    """The items of an answer without results: the errors, and a note on the others that they were not computed."""
     return [item if "error" in item else refused(item["index"], [_withheld(item["index"])]) for item in items]
 
 
@@ -113,8 +113,9 @@ def _withheld(index: int) -> FieldError:
 
 
 def check(sent: Any, tensors: Tensors | None = None) -> Checked:
-    """`tensors`: those of a safetensors body, whose metadata `request` was `sent`. Raises InvalidRequest when not even the
-    items can be told apart."""
+    """Check a request. `tensors`: those of a safetensors body, whose metadata `request` is `sent`.
+
+    Raises InvalidRequest if the items cannot even be separated."""
     request = parse(ENVELOPE, sent)
     checked = Checked(request.all_or_nothing)
     by_item = None if tensors is None else _by_item(tensors, len(request.items))
@@ -132,7 +133,7 @@ def check(sent: Any, tensors: Tensors | None = None) -> Checked:
 
 
 def refused(index: int, errors: list[FieldError]) -> dict[str, Any]:
-    """An item's place in the answer."""
+    """A refused item in the answer."""
     said = [_said(error) for error in errors[:MAX_ERRORS]]
     return {"index": index, "status": "error", "error": said[0], **({"errors": said} if len(said) > 1 else {})}
 
@@ -163,7 +164,7 @@ def decoded(raw: bytes) -> tuple[Tensors, str]:
 
 
 def _by_item(tensors: Tensors, items: int) -> list[Tensors]:
-    """Sorted by the item that their names begin with. Raises InvalidRequest where there is no such item."""
+    """The tensors of each item, by the number that their names begin with. Raises InvalidRequest if there is no such item."""
     by_item: list[Tensors] = [{} for _ in range(items)]
     errors = []
     for name, tensor in tensors.items():
@@ -196,7 +197,7 @@ def _with_batch(raw: Any, tensors: Tensors, index: int) -> Any:
 
 
 def _sound(request: _Request, item: LossItem, index: int) -> tuple[dict[str, Any], Tensors]:
-    """The item as it stands in a work order, and its tensors. Raises InvalidRequest with everything that is wrong."""
+    """The item for the work order, and its tensors. Raises InvalidRequest with all errors."""
     sent = item.batch.sent()
     log_probs = sent["log_probs"]
     dtype = request.dtype or (DTYPES.get(log_probs.dtype, "float32") if isinstance(log_probs, Tensor) else "float64")

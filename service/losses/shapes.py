@@ -1,7 +1,7 @@
-"""Whether the parts of a batch agree in shape and dtype. Their numbers are for the worker to judge.
+"""Checks that the parts of a batch agree in shape and dtype. The worker checks their numbers.
 
-What comes out is the same for JSON and for tensors: tensors, and where ragged always `cu_seqlens` (int64). Advantages are
-[B], or per token; where there are as many tokens as sequences, every sequence has one.
+The result is the same for JSON and for tensors: tensors, and for ragged batches always `cu_seqlens` (int64). Advantages are [B]
+or per token; a ragged batch with as many tokens as sequences can be read either way, because each sequence has one token.
 """
 
 from array import array
@@ -17,18 +17,18 @@ from service.losses.numbers import NotThese
 from service.relay.tensors import Tensor, Tensors
 from service.spec.tensors import TENSORS
 
-MAX_CELLS = 2**24  # sequences times the longest of them: ragged batches are padded to be computed
-MAX_SEQUENCES = 2**20  # they are looked at one by one
+MAX_CELLS = 2**24  # number of sequences times the longest: ragged batches are padded for the computation
+MAX_SEQUENCES = 2**20  # they are checked one by one
 
 
 @dataclass
 class CheckedBatch:
-    """Parts that agree, or the errors (their pointers begin at the batch)."""
+    """Parts that agree, or errors, whose pointers are relative to the batch."""
 
     layout: Literal["ragged", "padded"]
     tensors: Tensors = field(default_factory=dict)
     errors: list[FieldError] = field(default_factory=list)
-    rows: int | None = None  # B; None: log_probs are not what they should be
+    rows: int | None = None  # B; None: log_probs are invalid
     longest: int = 0
 
     def refuse(self, name: str, detail: str, code: str = "shape_mismatch", **more: Any) -> None:
@@ -84,7 +84,7 @@ def _known(rows: int | None) -> str:
 
 
 def check(sent: LossBatch, floats: str) -> CheckedBatch:
-    """`floats`: the typecode of `array` that JSON's numbers become."""
+    """Check a batch. `floats`: the typecode of `array` for JSON's numbers."""
     parts = sent.sent()
     batch = _of_tensors(parts) if isinstance(parts["log_probs"], Tensor) else _of_json(parts, floats)
     batch.check_per_sequence()
@@ -118,7 +118,7 @@ def _of_json(parts: dict[str, Any], floats: str) -> CheckedBatch:
 def _rows_of_json(
     batch: CheckedBatch, name: str, value: list[Any], floats: str, wanted: "array[int] | None"
 ) -> "array[int] | None":
-    """Put the numbers into the batch; their lengths, or None when they are no numbers."""
+    """Put the numbers into the batch. Returns their lengths, or None if they are not numbers."""
     holds = TENSORS[name].holds
     typecode = "q" if holds == "id" else "d" if holds == "flag" else floats
     try:
@@ -213,7 +213,7 @@ def _cut(batch: CheckedBatch) -> None:
         )
         return
     if tensor.dtype not in TAKEN["cu_seqlens"]:
-        return  # said already
+        return  # already reported
     if len(tensor.shape) != 1 or not len(tensor):
         batch.refuse("cu_seqlens", f"has the shape {_shape(tensor)}; it is [B + 1]")
         return
@@ -245,10 +245,10 @@ AMBIGUOUS = (
 
 
 def _check_advantages(batch: CheckedBatch) -> None:
-    """One a sequence, or per token."""
+    """Check that there is one advantage per sequence, or one per token."""
     shape, tokens = batch.tensors["advantages"].shape, batch.tensors["log_probs"].shape
     if batch.rows is None:
-        return  # what is wrong with log_probs was said
+        return  # the errors of log_probs are already reported
     if shape not in ((batch.rows,), tokens):
         wanted = f"[{batch.rows}], one a sequence, or {list(tokens)}, as log_probs"
         batch.refuse("advantages", f"has the shape {list(shape)}; it is {wanted}")

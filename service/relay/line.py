@@ -1,18 +1,18 @@
-"""A line: requests of one kind on their way from the API to a worker and back. What it is called, what it may hold, its keys.
+"""A line: the queue in Redis for requests of one kind, from the API to a worker and back. Its name, bounds and keys.
 
-Under `ratchet:{name}:` stand
+Its keys, all under `ratchet:{name}:`, are
 
     {project}:{id}:head      the work order (see `orders`), until its deadline
-    {project}:{id}:tensors   its other part
+    {project}:{id}:tensors   the order's second part
     {project}:{id}:state     its deadline (unix seconds); without it the request is unknown, expired, or was flushed away
     {project}:{id}:answer    the worker's answer (bytes), until it expires or was handed over
-    {project}:{id}:handed    the same for the moment in which it is handed over
+    {project}:{id}:handed    the answer while it is being handed over
     waiting, bytes           entries "id project size deadline" in order of arrival, and the sum of their sizes
-    taken:{worker}           entries that a worker has in hand
-    workers                  who works here, scored by when they said so last
-    answers, answer_bytes    answers that are kept: members "size key" scored by their expiry, and the sum of their sizes
-    listening                a worker is in its loop and will look by itself: no ring is needed
-    rung                     somebody rang a moment ago
+    taken:{worker}           entries that a worker has taken and not answered
+    workers                  the workers, scored by the time of their last sign of life
+    answers, answer_bytes    kept answers: members "size key" scored by their expiry, and the sum of their sizes
+    listening                set while a worker is in its loop and needs no ring
+    rung                     set for a moment after a ring
     seen                     a worker was at work within the last minutes
     stop:{worker}            this worker should leave its loop
 """
@@ -24,7 +24,7 @@ from service.settings import Settings
 
 
 class RedisKeys(NamedTuple):
-    """Of one request."""
+    """The keys of one request."""
 
     head: str
     tensors: str
@@ -35,7 +35,7 @@ class RedisKeys(NamedTuple):
 
 @dataclass(frozen=True)
 class Line:
-    """`noun` and the codes are for refusals; at most `max_bytes` of requests and answers are held, answers for `keep_s`."""
+    """`noun` and the codes are for errors. At most `max_bytes` of requests and answers are held; answers are kept `keep_s`."""
 
     name: str
     noun: str
@@ -53,7 +53,7 @@ class Line:
 
 
 def losses(settings: Settings) -> Line:
-    """Of loss requests."""
+    """The line of loss requests."""
     return Line(
         name="losses",
         noun="loss requests",

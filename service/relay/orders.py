@@ -1,20 +1,20 @@
-"""What travels between the API and a worker: the work order, and its answer.
+"""The messages between the API and a worker: the work order, and its answer.
 
-An order has two parts, so that a body that came as safetensors goes on as it is. The head, JSON:
+An order has two parts, so that a body in safetensors is passed on unchanged. The head is JSON:
 
     {"id", "project", "deadline": unix seconds, "all_or_nothing": bool, "items": [
         {"index", "objective": every axis in full, "dtype": "float64" | "float32" | "bfloat16", "layout": "ragged" | "padded",
          "return": [names], "on_nonfinite": "refuse" | "mask", "on_singleton": "refuse" | "zero", "seed", "warnings": [texts]}
-        | {"index", "error": {...}, "errors": [...]}]}            refused already; goes into the answer as it is
+        | {"index", "error": {...}, "errors": [...]}]}            already refused; copied into the answer
 
-and a safetensors file with the tensors `i/NAME`: flat with `i/cu_seqlens` where ragged, [B, T] where padded. In it there may be
-more: metadata, and tensors of items that were refused. An answer is one safetensors file with the metadata
+The second part is a safetensors file with the tensors `i/NAME`: flat with `i/cu_seqlens` if ragged, [B, T] if padded. It may
+also contain metadata, and tensors of refused items. An answer is one safetensors file with the metadata
 
-    "outcome"    ok: items were computed · invalid: nothing can be answered but what is wrong · unavailable: try again
-    "response"   {"object": "list", "data": [an item's answer, in order]}      of ok and invalid
-    "problem"    {"code", "detail", "retryable": true}                          of unavailable
+    "outcome"    ok: items were computed · invalid: the answer has errors only · unavailable: try again
+    "response"   {"object": "list", "data": [an item's answer, in order]}      for ok and invalid
+    "problem"    {"code", "detail", "retryable": true}                          for unavailable
 
-and tensors `i/NAME` in the layout that was sent; in JSON they are members of their item.
+and the tensors `i/NAME` in the layout of the request. In a JSON response they are members of their item.
 """
 
 import json
@@ -28,7 +28,7 @@ Outcome = Literal["ok", "invalid", "unavailable"]
 
 
 class Parcel(NamedTuple):
-    """An order as it travels."""
+    """An encoded order: its two parts."""
 
     head: bytes
     tensors: bytes
@@ -40,7 +40,7 @@ class Parcel(NamedTuple):
 
 @dataclass(frozen=True)
 class Order:
-    """A work order, read."""
+    """A decoded work order."""
 
     id: str
     project: str
@@ -50,7 +50,7 @@ class Order:
     tensors: Tensors
 
     def encode(self, body: bytes | None = None) -> Parcel:
-        """`body`: a safetensors file that holds the tensors already."""
+        """`body`: a safetensors file that already contains the tensors."""
         head = {
             "id": self.id,
             "project": self.project,
@@ -68,7 +68,7 @@ class Order:
 
 @dataclass(frozen=True)
 class Answer:
-    """A worker's answer, read. `raw` is what it was read from."""
+    """A worker's decoded answer. `raw` are its bytes."""
 
     outcome: Outcome
     data: list[dict[str, Any]]
@@ -86,12 +86,12 @@ class Answer:
 
 
 def answered(outcome: Literal["ok", "invalid"], data: list[dict[str, Any]], tensors: Mapping[str, Tensor]) -> bytes:
-    """The answer of a worker that could look at every item."""
+    """The encoded answer of a worker that handled every item."""
     return encode(tensors, {"response": _json({"object": "list", "data": data}), "outcome": outcome})
 
 
 def unavailable(code: str, detail: str) -> bytes:
-    """The answer of one that could not."""
+    """The encoded answer of a worker that failed; the caller can retry."""
     return encode({}, {"problem": _json({"code": code, "detail": detail, "retryable": True}), "outcome": "unavailable"})
 
 

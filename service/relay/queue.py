@@ -1,6 +1,6 @@
-"""Requests on their way: from the API to a worker and back, in Redis only and for a limited time. `line` names the keys.
+"""The queue of requests from the API to a worker and back, kept in Redis for a limited time. `line` names the keys.
 
-The API's half is asynchronous, the worker's is not. Whatever is lost in here costs the caller a retryable refusal.
+The API's half is asynchronous, the worker's is not. If a request is lost, its caller gets an error and can retry.
 """
 
 import asyncio
@@ -22,19 +22,19 @@ from service.relay.orders import Parcel, unavailable
 from service.settings import Settings
 
 BLOCK_S = 5.0  # the longest that `take` waits
-LISTENS_FOR_S = 10.0  # longer than that, and than most batches take
+LISTENS_FOR_S = 10.0  # longer than BLOCK_S, and than most batches take
 SEEN_FOR_S = 600
-ALIVE_FOR_S = 25  # without a word for so long, a worker that should say one every ten seconds is dead
+ALIVE_FOR_S = 25  # a worker gives a sign of life every ten seconds; after this long without one it is dead
 STOP_FOR_S = 3600
 RING_AGAIN_S = 2.0
-HANDED_MS = 10_000  # for one whose fetching broke off
-TRANSFER_TIMEOUT_S = 5.0  # for one answer of Redis, the largest request in it
+HANDED_MS = 10_000  # for a caller whose connection broke while fetching
+TRANSFER_TIMEOUT_S = 5.0  # for one reply of Redis, even with the largest request
 CONNECTIONS = 32  # of one API process
 SIGNAL = "answer"
 
 
 def _options(settings: Settings, timeout_s: float) -> dict[str, Any]:
-    """For redis-py: nothing is tried again behind our back."""
+    """Options for redis-py, without automatic retries."""
     return {
         "url": redis_py_url(settings.redis_url.get_secret_value()),
         "socket_timeout": timeout_s,
@@ -47,7 +47,7 @@ def _options(settings: Settings, timeout_s: float) -> dict[str, Any]:
 
 
 class Standing(NamedTuple):
-    """Where a request stands: answered, waiting until its deadline, or (neither) unknown."""
+    """The state of a request: answered, waiting until its deadline, or (neither) unknown."""
 
     answer: bytes | None
     deadline: float | None
@@ -59,16 +59,16 @@ def _standing(values: list[Any]) -> Standing:
 
 
 class RequestQueue:
-    """What the API does. Every method raises Unavailable when Redis does not answer."""
+    """The API's half. Every method raises Unavailable if Redis does not answer."""
 
     def __init__(self, settings: Settings, line: Line) -> None:
         self._line, self._key = line, line.key
         self._redis = redis.asyncio.Redis.from_url(**_options(settings, TRANSFER_TIMEOUT_S), max_connections=CONNECTIONS)
-        # In the order in which they come; without a bound on the wait, which is our own: who has a connection is bounded.
+        # First come, first served, without a time limit for a connection: each use of a connection is bounded in time.
         self._turns = asyncio.Semaphore(CONNECTIONS)
 
     async def push(self, project: str, request_id: str, parcel: Parcel, deadline: float) -> bool:
-        """Put a work order in line; answers whether a worker must be rung. Raises Busy when too many bytes wait."""
+        """Put a work order into the queue. Returns whether a worker must be rung. Raises Busy if too many bytes wait."""
         keys, now = self._line.of_request(project, request_id), time.time()
         left_ms = max(1, int((deadline - now) * 1000))
         names = (
@@ -105,24 +105,24 @@ class RequestQueue:
         return bool(number)
 
     async def standing(self, project: str, request_id: str) -> Standing:
-        """Where it stands; nothing changes."""
+        """The request's state. Changes nothing."""
         keys = self._line.of_request(project, request_id)
         async with self._turns, self._answering():
             values: list[Any] = await self._redis.mget(keys.answer, keys.state)
         return _standing(values)
 
     async def collect(self, project: str, request_id: str) -> Standing:
-        """Where it stands; an answer is handed over, and forgotten here."""
+        """The request's state. If it is answered, the answer is removed from Redis."""
         keys = self._line.of_request(project, request_id)
         names = (self._key("answers"), self._key("answer_bytes"), keys.answer, keys.state, keys.handed)
         async with self._turns, self._answering(), self._redis.pipeline(transaction=False) as pipe:
             pipe.eval(scripts.COLLECT, len(names), *names, HANDED_MS)
-            pipe.getdel(keys.handed)  # not from the script: a large text is slow to go through Lua
+            pipe.getdel(keys.handed)  # not in the script: large values are slow in Lua
             deadline, answer = await pipe.execute()
         return _standing([answer, deadline])
 
     async def must_ring(self) -> bool:
-        """Whether something waits that no worker looks for, and nobody rang a moment ago."""
+        """Whether requests wait, no worker is in its loop, and nobody has just rung."""
         async with self._turns, self._answering():
             return bool(
                 await self._redis.eval(
@@ -151,7 +151,7 @@ class RequestQueue:
 
 
 class Taken(NamedTuple):
-    """An order in the hands of a worker."""
+    """An order that a worker has taken."""
 
     id: str
     project: str
@@ -160,23 +160,23 @@ class Taken(NamedTuple):
 
 
 def _whose(entry: bytes) -> tuple[str, str]:
-    """Id and project."""
+    """Id and project of an entry."""
     request_id, project, _, _ = entry.decode().split(" ")
     return request_id, project
 
 
 class WorkerQueue:
-    """What a worker does; one thread at a time. Every method raises redis.RedisError when Redis does not answer."""
+    """The worker's half, for one thread at a time. Every method raises redis.RedisError if Redis does not answer."""
 
     def __init__(self, settings: Settings, line: Line) -> None:
         self._line, self._key = line, line.key
         self._redis = redis.Redis.from_url(**_options(settings, BLOCK_S + TRANSFER_TIMEOUT_S))
 
     def take(self, worker_id: str, timeout_s: float, at_most: int) -> list[Taken]:
-        """All that waits, up to so many, as soon as something does; nothing when the time is up (0: only look).
+        """Wait for orders and take up to `at_most`; none after `timeout_s` (0: do not wait).
 
-        What this worker had in hand before and did not answer comes first: its connection broke meanwhile. Orders whose
-        deadline is over are dropped. A worker that leaves its loop calls `leave`, then takes once more with timeout 0.
+        Orders that this worker took earlier and did not answer, because its connection broke, come first. Orders past their
+        deadline are dropped. A worker that leaves its loop calls `leave`, then takes once more with timeout 0.
         """
         taken = self._key(f"taken:{worker_id}")
         with self._redis.pipeline(transaction=False) as pipe:
@@ -190,32 +190,32 @@ class WorkerQueue:
         return self._moved(taken, min(timeout_s, BLOCK_S), at_most)
 
     def _moved(self, taken: str, timeout_s: float, at_most: int) -> list[Taken]:
-        """Orders that waited and are now in hand."""
+        """Move waiting orders to this worker."""
         if timeout_s <= 0:
             moved: Any = self._redis.eval(scripts.TAKE, 3, self._key("waiting"), self._key("bytes"), taken, at_most)
             return self._found(taken, moved, self._fetched(moved))
         first: Any = self._redis.execute_command("BLMOVE", self._key("waiting"), taken, "LEFT", "RIGHT", timeout_s)
         if first is None:
             return []
-        with self._redis.pipeline(transaction=False) as pipe:  # most often it is the only one
+        with self._redis.pipeline(transaction=False) as pipe:  # most often there is only one order
             pipe.eval(scripts.TAKE, 3, self._key("waiting"), self._key("bytes"), taken, at_most - 1, first)
             pipe.mget(self._parts(first))
             moved, parts = pipe.execute()
         return self._found(taken, moved, [*parts, *self._fetched(moved[1:])])
 
     def _fetched(self, entries: list[bytes]) -> list[bytes | None]:
-        """The two parts of each, one behind the other."""
+        """The two parts of each order, in one list."""
         parts: Any = self._redis.mget([key for entry in entries for key in self._parts(entry)]) if entries else []
         return parts
 
     def _parts(self, entry: bytes) -> tuple[str, str]:
-        """The keys of its two parts."""
+        """The keys of the order's two parts."""
         request_id, project = _whose(entry)
         keys = self._line.of_request(project, request_id)
         return keys.head, keys.tensors
 
     def _found(self, taken: str, entries: list[bytes], parts: list[bytes | None]) -> list[Taken]:
-        """Without those whose time is over: they are in nobody's hand any more."""
+        """The orders, without expired ones, which are removed from this worker's list."""
         parcels = [
             None if head is None or tensors is None else Parcel(head, tensors)
             for head, tensors in zip(parts[::2], parts[1::2], strict=True)
@@ -230,7 +230,7 @@ class WorkerQueue:
         return [Taken(*_whose(entry), parcel, entry) for entry, parcel in pairs if parcel is not None]
 
     def answer(self, worker_id: str, answers: Sequence[tuple[Taken, bytes]]) -> None:
-        """Leave the answers (see `orders`), and wake whoever waits for one of them."""
+        """Store the answers (see `orders`), and wake the API processes that wait for them."""
         with self._redis.pipeline(transaction=True) as pipe:
             for order, raw in answers:
                 keys = self._line.of_request(order.project, order.id)
@@ -243,25 +243,25 @@ class WorkerQueue:
             pipe.execute()
 
     def give_up(self, worker_id: str) -> int:
-        """Answer all that a worker had in hand, which died, with a retryable refusal; how many these were."""
+        """Answer all orders that a dead worker had taken with a retryable error. Returns how many."""
         entries: Any = self._redis.lrange(self._key(f"taken:{worker_id}"), 0, -1)
         refusal = unavailable(self._line.worker_died, "the worker that computed this died; send the request again")
         self.answer(worker_id, [(Taken(*_whose(entry), Parcel(b"", b""), entry), refusal) for entry in entries])
         return len(entries)
 
     def alive(self, worker_id: str) -> int:
-        """Say so, every ten seconds. Orders in the hands of workers that said nothing for long are put back in line; how many
-        these were. A worker that died with its parent, which would have said it, costs its callers time and no answer.
+        """Give this worker's sign of life; call it every ten seconds. Orders taken by workers without a recent sign of life go
+        back into the queue. Returns how many. So if a worker dies with its parent, its callers wait longer but get answers.
         """
         names = (self._key("waiting"), self._key("bytes"), self._key("workers"))
         return int(self._redis.eval(scripts.ALIVE, len(names), *names, worker_id, ALIVE_FOR_S, self._key("taken:")))  # pyright: ignore[reportArgumentType]
 
     def goodbye(self, worker_id: str) -> None:
-        """This worker ends; were anything still in its hand, the next word of another one puts it back."""
+        """Sign this worker off. If it still has orders, another worker's next `alive` puts them back."""
         self._redis.zadd(self._key("workers"), {worker_id: 0})
 
     def leave(self) -> None:
-        """From now on rings are needed. Another worker that is still in its loop says otherwise at its next `take`."""
+        """Say that rings are needed from now on. Another worker still in its loop revokes this at its next `take`."""
         self._redis.delete(self._key("listening"), self._key("rung"))
 
     def ask_to_stop(self, worker_id: str) -> None:

@@ -1,10 +1,10 @@
-"""What a line does in one step: Lua, which Redis runs as a whole or not at all.
+"""A line's atomic operations, as Lua scripts, which Redis runs completely or not at all.
 
-Whatever leaves the waiting list, and every answer that goes, is taken off its sum. Of an empty list the sum is 0, so that
-what was lost between two commands does not count for ever.
+An entry that leaves the waiting list, and an answer that is removed, is subtracted from its sum of bytes. For an empty list the
+sum is set to 0, so that an error in the sum does not last.
 """
 
-# Answers {1, whether to ring} or, when too much is held, {0, bytes that are held}; the order's parts were set before.
+# Returns {1, whether to ring} or, if too many bytes are held, {0, bytes held}. The order's parts were set before.
 ADMIT = """
 local waiting, bytes, answers, answer_bytes, listening, rung, head, tensors, state = unpack(KEYS)
 local entry, size, limit, now, keep_ms, deadline, ring_ms = unpack(ARGV)
@@ -33,14 +33,14 @@ local ring = redis.call('EXISTS', listening) == 0 and redis.call('SET', rung, 1,
 return {1, ring and 1 or 0}
 """
 
-# Whether to ring: something waits, no worker is in its loop, and nobody rang a moment ago.
+# Whether to ring: requests wait, no worker is in its loop, and nobody has just rung.
 RING = """
 local waiting, listening, rung = unpack(KEYS)
 if redis.call('LLEN', waiting) == 0 or redis.call('EXISTS', listening) == 1 then return 0 end
 return redis.call('SET', rung, 1, 'NX', 'PX', ARGV[1]) and 1 or 0
 """
 
-# ARGV: how many more may be taken, then what was taken already. Answers all of it.
+# ARGV: how many more entries may be taken, then the entries already taken. Returns all of them.
 TAKE = """
 local waiting, bytes, taken = unpack(KEYS)
 local entries = {}
@@ -57,7 +57,7 @@ if redis.call('LLEN', waiting) == 0 then redis.call('DEL', bytes) end
 return entries
 """
 
-# The state; an answer is taken off the books and put where it is fetched from.
+# Returns the state. An answer is subtracted from the sums and moved to the key from which it is fetched.
 COLLECT = """
 local answers, answer_bytes, answer, state, handed = unpack(KEYS)
 local deadline, size = redis.call('GET', state), redis.call('STRLEN', answer)
@@ -70,8 +70,8 @@ end
 return deadline
 """
 
-# ARGV: a worker that lives, after how many seconds without a word one does not, and what its hand's key begins with. What those
-# who do not live had in hand goes back to the head of the line, in its order. Answers how much.
+# ARGV: a living worker's id, the seconds without a sign of life after which a worker is dead, the prefix of the `taken` keys.
+# Entries taken by dead workers go back to the head of the queue, in their order. Returns how many.
 ALIVE = """
 local waiting, bytes, workers = unpack(KEYS)
 local worker, patience, prefix = unpack(ARGV)

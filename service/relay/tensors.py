@@ -1,9 +1,9 @@
 """Safetensors without torch: bytes to named tensors, which are views of those bytes, and back.
 
-The format: 8 bytes that hold the header's length N (little-endian), N bytes of JSON, the data. The JSON gives each tensor's
-`dtype`, `shape` and `data_offsets` [begin, end) in the data, and under `__metadata__` texts. Nothing that a header says is
-believed before it is checked: the tensors must cover the data exactly, each byte once. What is taken here the library
-`safetensors` takes too; a few odd things that it takes are refused (a name that stands twice, unknown keys).
+The format: 8 bytes with the header's length N (little-endian), N bytes of JSON, then the data. The JSON gives each tensor's
+`dtype`, `shape` and `data_offsets` [begin, end) in the data, and texts under `__metadata__`. The whole header is checked: the
+tensors must cover the data exactly, each byte once. The library `safetensors` accepts everything that is accepted here, and a
+few oddities that are refused here (duplicate names, unknown keys).
 """
 
 import json
@@ -25,7 +25,7 @@ ITEM_BYTES: Mapping[str, int] = {
 }
 MAX_HEADER_BYTES = 4 * 2**20
 MAX_DIMENSIONS = 8
-MAX_SIZE = 2**60  # of a shape, zeros left aside: far beyond every file, and no product of it leaves 64 bits
+MAX_SIZE = 2**60  # product of a shape's nonzero sizes: larger than any file, and times an item's bytes it still fits 64 bits
 LENGTH_BYTES = 8
 METADATA = "__metadata__"
 KEYS = frozenset({"dtype", "shape", "data_offsets"})
@@ -39,7 +39,7 @@ WRONG_JSON = {
 
 
 class BadTensors(Malformed):
-    """The bytes are no safetensors file, or one whose header lies. `tensor`: which one the complaint is about."""
+    """The bytes are not a safetensors file, or its header is false. `tensor`: the name of the tensor at fault."""
 
     code = "malformed_safetensors"
 
@@ -51,14 +51,14 @@ class BadTensors(Malformed):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Tensor:
-    """Numbers in row-major order, little-endian. `data` is a view: whoever keeps it keeps the bytes that it was cut from."""
+    """Numbers in row-major order, little-endian. `data` is a view, which keeps the whole underlying bytes in memory."""
 
     dtype: str
     shape: tuple[int, ...]
     data: memoryview
 
     def __len__(self) -> int:
-        """How many numbers."""
+        """The number of elements."""
         return prod(self.shape)
 
 
@@ -69,7 +69,7 @@ Tensors = dict[str, Tensor]
 
 
 def decode(raw: bytes | memoryview) -> tuple[Tensors, dict[str, str]]:
-    """The tensors, in the order of their data, and the metadata. Raises BadTensors and nothing else."""
+    """The tensors, in the order of their data, and the metadata. Raises only BadTensors."""
     view = memoryview(raw)
     if len(view) < LENGTH_BYTES:
         raise BadTensors(f"a safetensors file begins with 8 bytes that hold its header's length; {len(view)} bytes came")
@@ -94,7 +94,7 @@ def _header(raw: bytes) -> dict[str, Any]:
 
 
 def _count(text: str) -> int | float:
-    """Sizes and offsets: 64 bits, and -0 is none."""
+    """Parse a size or an offset: at most 64 bits, and not -0."""
     return int(text) if text.isdecimal() and len(text) < 20 else float("nan")
 
 
@@ -112,7 +112,7 @@ def _whole_characters(text: str, where: str) -> None:
 
 
 def _tensors(header: dict[str, Any], data: memoryview) -> Tensors:
-    """Cut the data as the header says, if that leaves nothing out and nothing is used twice."""
+    """Cut the data as the header says. Raises BadTensors if bytes are left out or used twice."""
     spans = sorted((_span(name, entry), name) for name, entry in header.items())
     tensors: Tensors = {}
     at = 0
@@ -131,7 +131,7 @@ def _tensors(header: dict[str, Any], data: memoryview) -> Tensors:
 
 
 def _span(name: str, entry: Any) -> tuple[int, int]:
-    """Where one tensor begins and ends; its dtype and shape are then known to be sound and to need that many bytes."""
+    """Where one tensor begins and ends. Raises BadTensors unless its dtype and shape are valid and need that many bytes."""
     _whole_characters(name, "a name")
     if not isinstance(entry, dict) or entry.keys() != KEYS:
         raise BadTensors(f"must be an object with exactly {', '.join(sorted(KEYS))}", name)
@@ -161,7 +161,7 @@ def _are_counts(values: Any) -> bool:
 
 
 def encode(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    """As the library writes it: the widest dtypes first, the data aligned to 8 bytes, so that no tensor stands askew."""
+    """Encode like the library: the widest dtypes first and the data aligned to 8 bytes, so that every tensor is aligned."""
     header: dict[str, Any] = {METADATA: dict(metadata)} if metadata else {}
     at = 0
     names = sorted(tensors, key=lambda name: (-ITEM_BYTES[tensors[name].dtype], name))

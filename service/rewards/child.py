@@ -1,7 +1,7 @@
-"""The child's side of the sandbox: `python -m service.rewards.child`, spoken to by service.rewards.sandbox only.
+"""The child's side of the sandbox, `python -m service.rewards.child`. Only service.rewards.sandbox talks to it.
 
-Requests come pickled from the parent on stdin (rows of reasoning-gym hold more than JSON can say); answers go back as lines
-of JSON, because what is evaluated here is not to be trusted with more.
+Requests come pickled from the parent on stdin, because rows of reasoning-gym contain more than JSON can express. Answers go
+back as lines of JSON, because the parent must not unpickle anything from a process that evaluates untrusted code.
 """
 
 import json
@@ -20,11 +20,11 @@ HARMLESS = ("os.listdir", "os.scandir", "os.walk", "os.fwalk", "os.listxattr", "
 
 
 def main() -> None:
-    # Only the parent's end closes this process: a Ctrl-C or TERM for the whole group must not turn into grading errors.
+    # This process ends only with its parent: a Ctrl-C or TERM to the whole group must not cause grading errors.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # a scorer that prints must not disturb the answers
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what a scorer prints must not mix with the answers
 
     kind, options, within_s, memory_bytes = pickle.load(sys.stdin.buffer)
     try:
@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def _answer(score: Any, request: tuple[Any, ...], within_s: float) -> dict[str, Any]:
-    signal.setitimer(signal.ITIMER_REAL, within_s)  # nobody handles it: the process ends, in the middle of C code too
+    signal.setitimer(signal.ITIMER_REAL, within_s)  # the signal is not handled, so it ends the process even inside C code
     try:
         return {"score": float(score(*request))}
     except BaseException as error:  # an evaluated answer may raise anything, SystemExit too

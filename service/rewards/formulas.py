@@ -1,4 +1,4 @@
-"""Whether two values are the same: exact for numbers, math-verify and sympy for formulas. Runs in the sandbox only."""
+"""Compares two values: numbers exactly, formulas with math-verify and sympy. Runs only in the sandbox."""
 
 import re
 from fractions import Fraction
@@ -13,7 +13,7 @@ from service.spec.maths.numerals import Numeral, same_number
 from service.spec.maths.units import disagree
 from service.spec.maths.values import Atom, Listing, Value, Words
 
-# Without its removal of units: it takes 3t for 3.
+# Without math-verify's removal of units, which reads 3t as 3.
 LATEX = [
     LatexExtractionConfig(
         normalization_config=NormalizationConfig(
@@ -97,8 +97,8 @@ class Comparison:
 
 
 def _relations(*values: Value) -> list[str] | None:
-    """Both as LaTeX, where one is an inequality and the other an interval (x > 3 and (3, \\infty)), or one an equation and the
-    other a named value (y - 2x = 1 and y = 2x + 1). None for other pairs."""
+    """Both values as LaTeX, if one is an inequality and the other an interval (x > 3 and (3, \\infty)), or one an equation and
+    the other a named value (y - 2x = 1 and y = 2x + 1). None for other pairs."""
     texts = [_as_latex(value) for value in values]
     if None in texts or not any(isinstance(value, Atom) and RELATION.search(value.formula) for value in values):
         return None
@@ -131,13 +131,13 @@ def _brackets_agree(expected: Listing, given: Listing) -> bool:
         return True
     if kinds == {"", "{}"} or len(expected.items) == 1:
         return ":" not in kinds
-    # Bare numbers may stand for a tuple or a row of numbers, not for an interval.
+    # Bare numbers may mean a tuple or a row of numbers, but not an interval.
     return kinds == {"", "()"} or (kinds == {"", "[]"} and len(expected.items) != 2)
 
 
-@lru_cache(maxsize=4096)  # a group's answers repeat, and they share the reference
+@lru_cache(maxsize=4096)  # the answers of a group repeat, and share the reference
 def expression(atom: Atom) -> Any | None:
-    """The formula in sympy; None where it cannot be read."""
+    """The formula in sympy; None if it cannot be read."""
     if atom.numeral is not None:
         return Rational(atom.numeral.value.numerator, atom.numeral.value.denominator)
     read = parse(f"\\boxed{{{atom.formula}}}", LATEX, fallback_mode="no_fallback", parsing_timeout=0)
@@ -145,14 +145,14 @@ def expression(atom: Atom) -> Any | None:
 
 
 def unreadable(value: Value) -> str | None:
-    """The first formula in the value that cannot be read; None where all can."""
+    """The first formula in the value that cannot be read; None if all can."""
     if isinstance(value, Listing):
         return next((found for item in value.items if (found := unreadable(item)) is not None), None)
     return value.formula if isinstance(value, Atom) and not value.base and expression(value) is None else None
 
 
 def _number(expression: Any, written: Numeral | None) -> Numeral | None:
-    """The expression's value to 40 digits, exact where it is rational; None where it is no real number."""
+    """The expression's value to 40 digits, exact if it is rational; None if it is not a real number."""
     if written is not None:
         return written
     if not getattr(expression, "is_number", False) or getattr(expression, "is_Matrix", False):

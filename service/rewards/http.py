@@ -1,4 +1,4 @@
-"""The caller's own reward service: batches of samples out, rewards back. The wire format is told in docs/graders.md."""
+"""The grader that calls the user's own reward service: it sends batches of samples and gets rewards (docs/graders.md)."""
 
 import asyncio
 import hashlib
@@ -24,13 +24,13 @@ FIRST_PAUSE_S = 0.5  # before the first retry; doubled for each further one, wit
 LONGEST_PAUSE_S = 30.0
 LONGEST_RETRY_AFTER_S = 120.0
 MAX_ANSWER_BYTES = 16 * 2**20
-SHOWN = 200  # characters of a service's answer in an error
+SHOWN = 200  # characters of a service's response in an error message
 
 Headers = Mapping[str, str]
 
 
 class Retry(Exception):
-    """One attempt failed in a way that another may not."""
+    """An attempt failed, and another may succeed."""
 
     def __init__(self, reason: str, after_s: float | None = None) -> None:
         super().__init__(reason)
@@ -48,7 +48,7 @@ def sign(secret: str, body: bytes, timestamp: int) -> str:
 
 
 class HttpRewards(Grader):
-    """Posts batches side by side. A service that is down after all retries pauses the job as grader_unhealthy."""
+    """Posts batches in parallel. If the service is down after all retries, the job pauses as grader_unhealthy."""
 
     def __init__(self, spec: HttpGrader, context: GraderContext) -> None:
         self._spec, self._context = spec, context
@@ -64,11 +64,11 @@ class HttpRewards(Grader):
         if not samples:
             return []
         if self._runner is None:
-            # One loop for the grader's life, so that its connections live on from step to step.
+            # One event loop for the grader's life, so that its connections are kept from step to step.
             self._runner = asyncio.Runner()
         try:
             return self._runner.run(self._grade(samples))
-        except ExceptionGroup as group:  # one batch gave up and the others were called off
+        except ExceptionGroup as group:  # one batch gave up, and the others were cancelled
             raise group.exceptions[0] from None
 
     def close(self) -> None:
@@ -82,7 +82,7 @@ class HttpRewards(Grader):
     async def _grade(self, samples: Sequence[Sample]) -> list[Outcome]:
         if self._client is None:
             limits = httpx.Limits(max_connections=AT_ONCE, max_keepalive_connections=AT_ONCE)
-            # `_once` keeps the time of a whole attempt. No proxy of the environment: it would choose the address.
+            # `_once` bounds the time of a whole attempt. No proxy from the environment, because it would choose the address.
             self._client = httpx.AsyncClient(transport=httpx.AsyncHTTPTransport(limits=limits), timeout=None)
         turns, size = asyncio.Semaphore(AT_ONCE), self._spec.batch_size
         async with asyncio.TaskGroup() as group:
@@ -105,7 +105,7 @@ class HttpRewards(Grader):
         raise AssertionError("unreachable")
 
     async def _once(self, client: httpx.AsyncClient, body: bytes, batch_id: str, attempt: int) -> bytes:
-        """One attempt, all of it inside timeout_s: a service that sends a byte now and then is late too."""
+        """One attempt, bounded by timeout_s as a whole: a service that sends a byte now and then also times out."""
         headers = {"Content-Type": "application/json", "Accept-Encoding": "identity", "Idempotency-Key": batch_id}
         if self._secret is not None:
             headers["Ratchet-Signature"] = sign(self._secret.get_secret_value(), body, int(time()))
@@ -127,8 +127,10 @@ class HttpRewards(Grader):
         return answer
 
     async def _address(self, attempt: int) -> tuple[httpx.URL, str, dict[str, Any]]:
-        """The URL with its host looked up, once, and that very address checked: a second look-up could bring another one.
-        Also the Host header and, for TLS, the name that the certificate must have. Further attempts take the next address."""
+        """The URL with an address in place of its host, the Host header and, for TLS, the name for the certificate.
+
+        The host is looked up once and the address used is the one that was checked: a second look-up could give another. Each
+        further attempt takes the next address."""
         try:
             host_name, url = host_of(self._spec.url), httpx.URL(self._spec.url)
         except ValueError as error:
@@ -142,7 +144,7 @@ class HttpRewards(Grader):
         return url.copy_with(host=host), url.netloc.decode("ascii"), {"sni_hostname": url.raw_host.decode("ascii")}
 
     def _body(self, samples: Sequence[Sample]) -> tuple[bytes, str]:
-        """The request and its id, which is a hash: the same samples always come under the same id."""
+        """The request and its id, which is a hash, so that the same samples always have the same id."""
         content = {
             "job_id": self._context.job_id,
             "grader": self._context.name,
@@ -158,7 +160,7 @@ class HttpRewards(Grader):
                 for index, sample in enumerate(samples)
             ],
         }
-        # ASCII, so that half of a character that a model broke off is still JSON; str, because rows may hold dates.
+        # ASCII, because an answer may end in half a character, which UTF-8 cannot encode; str, because rows may contain dates.
         text = json.dumps(content, default=str)
         batch_id = f"batch_{hashlib.sha256(text.encode()).hexdigest()[:32]}"
         return json.dumps({"batch_id": batch_id, **content}, default=str).encode(), batch_id
@@ -195,7 +197,7 @@ async def _look_up(name: str, url: httpx.URL) -> list[Address]:
 
 
 def read_rewards(answer: bytes, expected: int) -> list[Outcome]:
-    """One outcome a sample. What is wrong with the answer as a whole is every sample's problem."""
+    """One outcome per sample. If the response as a whole is invalid, every sample has an error."""
     try:
         value = json.loads(answer)
     except (ValueError, RecursionError):
@@ -216,7 +218,7 @@ def _reward(value: Any) -> Outcome:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return NotGraded(f"a reward must be a number, {{reward: number}} or {{error: text}}, got {json.dumps(value)[:SHOWN]}")
     try:
-        return float(value)  # NaN and infinities are refused with everyone else's
+        return float(value)  # NaN and infinities are refused later, for all graders
     except OverflowError:
         return NotGraded("the reward is too large for a float")
 
@@ -234,11 +236,11 @@ def _pause_s(attempt: int, after_s: float | None) -> float:
     if after_s is not None:
         return min(after_s, LONGEST_RETRY_AFTER_S)
     longest = min(FIRST_PAUSE_S * 2**attempt, LONGEST_PAUSE_S)
-    return longest * random.SystemRandom().uniform(0.5, 1.0)  # its own source: a job's draws must not depend on it
+    return longest * random.SystemRandom().uniform(0.5, 1.0)  # its own random source: it must not change a job's draws
 
 
 def _retry_after_s(headers: Headers) -> float | None:
-    """Seconds only; a date is treated as absent."""
+    """The header in seconds; None if it is absent or a date."""
     text = headers.get("Retry-After", "")
     return float(text) if text.isascii() and text.isdigit() else None
 

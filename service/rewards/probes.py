@@ -1,4 +1,4 @@
-"""Answers that a dry run tries on the graders: right ones, near misses and wrong ones, made from a row's reference."""
+"""Probes: answers that a dry run tries on the graders. Right ones, near misses and wrong ones, made from a row's reference."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -22,7 +22,7 @@ Kind = Literal["right", "near", "wrong", "stand_in"]
 
 @dataclass(frozen=True)
 class Probe:
-    """An answer to try. `made` says how it came from `reference`."""
+    """An answer to try. `made` says how it was made from `reference`."""
 
     kind: Kind
     answer: str
@@ -31,7 +31,7 @@ class Probe:
 
 
 def probes(reference: str, *, boxed: bool, others: Sequence[str]) -> list[Probe]:
-    """What is tried beside the reference itself. `others` are the references of other rows."""
+    """The answers to try, apart from the reference itself. `others` are the references of other rows."""
     made = [Probe("right", rf"\boxed{{{reference}}}", "the reference in a box", reference)] if boxed else []
     near = dict.fromkeys(_near(reference))
     made += [Probe("near", answer, how, reference) for answer, how in list(near)[:MAX_NEAR] if _differs(answer, reference)]
@@ -45,7 +45,7 @@ def probes(reference: str, *, boxed: bool, others: Sequence[str]) -> list[Probe]
 
 
 def _differs(answer: str, reference: str) -> bool:
-    """Whether the answer is plainly another one: 0 is not 0.0, but the same number."""
+    """Whether the answer is really different. 0 and 0.0 are different texts, but the same number."""
     one, other = numeral(plain(answer)), numeral(plain(reference))
     return answer.strip() != reference.strip() and (one is None or other is None or one.value != other.value)
 
@@ -76,7 +76,7 @@ def _near(reference: str) -> Iterator[tuple[str, str]]:
 
 
 def expected_of(grader: GraderBase, row: dict[str, object]) -> str | None:
-    """The answer that the grader takes for right in this row, where it says."""
+    """The answer that the grader treats as right in this row, if it has one."""
     if isinstance(grader, ReasoningGymGrader):
         answer = row.get("answer")
         return answer if isinstance(answer, str) else None
@@ -85,7 +85,7 @@ def expected_of(grader: GraderBase, row: dict[str, object]) -> str | None:
 
 
 def wanted(grader: GraderBase, probe: Probe) -> bool:
-    """Whether an option of the grader says that such a near miss shall count."""
+    """Whether an option of the grader makes this near miss count as right."""
     if not isinstance(grader, NumberGrader):
         return False
     return (

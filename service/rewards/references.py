@@ -1,4 +1,4 @@
-"""Whether formulas that rows give as references can be read: asked in the sandbox, as graders are."""
+"""Checks in the sandbox that the formulas which rows give as references can be read."""
 
 from time import monotonic
 
@@ -28,7 +28,7 @@ def resolve_and_read(store: Store, settings: Settings, project: str, spec: RLSpe
 
 
 def unreadable(formulas: list[Formula]) -> list[FieldError]:
-    """One FieldError for the first formula of each grader that cannot be read; as many are asked about as time allows."""
+    """One FieldError for the first unreadable formula of each grader. Checks as many formulas as time allows."""
     errors: dict[str, FieldError] = {}
     if not formulas:
         return []

@@ -38,8 +38,8 @@ class Rewards:
     """The graders of one job. Not for use by several threads at once."""
 
     def __init__(self, spec: RewardSpec, *, job_id: str, secrets: Mapping[str, SecretStr], networks: Networks = ()) -> None:
-        """`secrets` are the operator's, by name, for http graders that sign; `networks` what these may reach beside public
-        addresses. Nothing is started or connected yet."""
+        """Starts and connects nothing yet. For http graders: `secrets` are the operator's, by name, for signatures; `networks`
+        are those that they may reach in addition to public addresses."""
         self._specs = {grader.name or grader.kind: grader for grader in spec.graders}
         self._graders = {
             name: GRADERS[grader.kind](grader, GraderContext(job_id, name, f"/reward/graders/{number}", secrets, networks))
@@ -53,8 +53,9 @@ class Rewards:
         self.close()
 
     def grade(self, samples: Sequence[Sample], *, only: Collection[str] | None = None) -> list[Graded]:
-        """One Graded a sample, in order, by all graders or `only` these. A sample that cannot be graded carries its errors;
-        raises JobFailed only where a grader cannot work at all (its service is down, its package is missing)."""
+        """One Graded per sample, in order, by all graders or `only` these. A sample that cannot be graded has its errors.
+
+        Raises JobFailed only if a grader cannot work at all (its service is down, its package is missing)."""
         asked = self._graders if only is None else {name: self._graders[name] for name in only}
         outcomes = {name: self._outcomes(self._specs[name], grader, samples) for name, grader in asked.items()}
         return [self._graded({name: column[i] for name, column in outcomes.items()}) for i in range(len(samples))]
@@ -64,7 +65,7 @@ class Rewards:
             grader.close()
 
     def _outcomes(self, spec: GraderBase, grader: Grader, samples: Sequence[Sample]) -> list[Outcome]:
-        """Grade what `extract` leaves of each answer; an answer in which it finds nothing gets 0."""
+        """Grade the part of each answer that `extract` finds. An answer in which it finds nothing gets 0."""
         if spec.extract is None:
             return [_finite(outcome) for outcome in grader.grade(samples)]
         pattern = spec.extract

@@ -1,4 +1,4 @@
-"""What graders take and give."""
+"""The inputs and outputs of graders."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +26,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Graded:
-    """What a sample got. `total` (the weighted sum) is None when any grader could not grade it; `errors` says why."""
+    """A sample's scores. `total` (the weighted sum) is None if any grader could not grade it; `errors` says why."""
 
     total: float | None
     scores: dict[str, float | None]
@@ -46,8 +46,8 @@ B = TypeVar("B")
 
 
 def one_by_one(grade: Callable[[A], B | NotGraded], samples: Sequence[A]) -> list[B | NotGraded]:
-    """Apply `grade`, which is bounded, to each. After LOST_WITHIN_S went into samples that brought nothing, the rest is given
-    up: ten thousand answers, each of which takes its five seconds, must not stop a job for a day."""
+    """Apply `grade`, whose time is bounded, to each. Once failed samples have taken LOST_WITHIN_S in all, give up the rest: ten
+    thousand answers of five seconds each must not stop a job for a day."""
     outcomes: list[B | NotGraded] = []
     lost_s = 0.0
     for sample in samples:
@@ -63,21 +63,21 @@ def one_by_one(grade: Callable[[A], B | NotGraded], samples: Sequence[A]) -> lis
 
 @dataclass(frozen=True)
 class GraderContext:
-    """What graders may know beside their own section of the spec."""
+    """What graders know in addition to their own section of the spec."""
 
     job_id: str
-    name: str  # of this grader, as in metrics
-    pointer: str  # where it stands in the spec
+    name: str  # of this grader in metrics
+    pointer: str  # its place in the spec
     secrets: Mapping[str, SecretStr]
-    networks: Networks = ()  # that http graders may reach beside public addresses
+    networks: Networks = ()  # that http graders may reach in addition to public addresses
 
 
 class Grader(ABC):
-    """One entry of `reward.graders`. Takes its section of the spec and a GraderContext; is used from one thread."""
+    """One entry of `reward.graders`, made from its section of the spec and a GraderContext. For use by one thread."""
 
     @abstractmethod
     def grade(self, samples: Sequence[Sample]) -> list[Outcome]:
-        """One outcome a sample, in order. Never hangs. Raises JobFailed where no sample of the job can be graded."""
+        """One outcome per sample, in order. Never hangs. Raises JobFailed if no sample of the job can be graded."""
 
     def close(self) -> None:  # noqa: B027 (most have nothing to give back)
-        """Give back processes and connections. May be called twice."""
+        """Release processes and connections. May be called twice."""

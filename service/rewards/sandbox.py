@@ -1,7 +1,7 @@
-"""A child process for graders whose work nobody can bound: a model's formula in sympy, a scorer that evaluates an answer.
+"""A child process for graders whose work has no bound: a model's formula in sympy, a scorer that evaluates an answer.
 
-The child has no secrets in its environment, little memory, and an alarm that ends it when one answer takes too long (which
-works in the middle of C code too). It ends by itself when this process does, however that happens.
+The child has no secrets in its environment and little memory. An alarm ends it if one answer takes too long, even inside C
+code. It also ends when this process does, however that happens.
 """
 
 import json
@@ -20,11 +20,11 @@ from service.rewards.samples import NotGraded, Outcome, one_by_one
 ANSWER_WITHIN_S = 5.0
 MEMORY_BYTES = 4 * 2**30
 START_WITHIN_S = 120.0
-GRACE_S = 5.0  # after the child's own alarm should have gone off
+GRACE_S = 5.0  # after the time of the child's own alarm
 
 
 class Sandbox:
-    """One child, started when it is first asked, started anew after it had to be ended. See service.rewards.child."""
+    """One child, started at the first request, and again after it had to be ended. See service.rewards.child."""
 
     def __init__(
         self,
@@ -66,7 +66,7 @@ class Sandbox:
         return NotGraded(f"the grader's process ended with status {code} on this answer")
 
     def _exchange(self, request: tuple[Any, ...], within_s: float) -> dict[str, Any] | None:
-        """The child's answer, or None when it died or is late."""
+        """The child's answer, or None if it died or is late."""
         child = self._child or self._start()
         try:
             self._send(child, request)
@@ -106,7 +106,7 @@ class Sandbox:
         return child
 
     def _end(self) -> int | None:
-        """The exit status of a child that is dead or shall be."""
+        """Kill the child if it still runs. Returns its exit status."""
         child = self._child
         if child is None:
             return None

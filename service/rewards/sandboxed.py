@@ -1,4 +1,4 @@
-"""Graders whose scorers run in the sandbox: this side only says what to ask."""
+"""Graders whose scorers run in the sandbox. This side only makes the requests."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,7 +10,7 @@ from service.spec.templates import render
 
 
 class Sandboxed(Grader):
-    """Asks a child process about each sample, one after the other."""
+    """Sends each sample to a child process, one by one."""
 
     def __init__(self, sandbox: Sandbox, request: Callable[[Sample], tuple[Any, ...]]) -> None:
         self._sandbox, self._request = sandbox, request
@@ -27,7 +27,7 @@ def number(spec: NumberGrader, context: GraderContext) -> Grader:
     sandbox = Sandbox("number", options, context.pointer)
 
     def request(sample: Sample) -> tuple[Any, ...]:
-        # What `extract` found is whole: a match at the end of an answer that was cut off is none.
+        # A match of `extract` is complete: it ignores a match at the end of an answer that was cut off.
         return sample.completion, render(spec.reference, sample.row), sample.truncated and spec.extract is None
 
     return Sandboxed(sandbox, request)

@@ -1,4 +1,4 @@
-"""What runs inside the sandbox's child: for each kind a factory (which imports what it needs) of a scoring function."""
+"""The code that runs in the sandbox's child: for each kind, a factory that imports what it needs and returns a scorer."""
 
 import json
 import logging
@@ -8,27 +8,27 @@ from importlib import import_module
 from math import isfinite
 from typing import Any
 
-READ_CHARACTERS = 4096  # the end of an answer, where its result stands
+READ_CHARACTERS = 4096  # from the end of an answer, where its result is
 
 
 def number(tolerance: float, units: str, percent: str) -> Callable[[str, str, bool], float]:
-    """1 if the answer's final number or formula equals the reference's. Raises ValueError for a reference that is none."""
+    """1 if the answer's final number or formula equals the reference's. Raises ValueError for an unreadable reference."""
     from service.rewards.formulas import Comparison
     from service.spec.maths.reading import answers
 
-    logging.disable()  # math-verify warns that somebody else must keep the time: the sandbox does
+    logging.disable()  # math-verify warns that it has no time limit; the sandbox has one
     comparison = Comparison(tolerance, units)
 
-    read = lru_cache(maxsize=1024)(partial(read_reference, percent=percent))  # a group's answers share the reference
+    read = lru_cache(maxsize=1024)(partial(read_reference, percent=percent))  # the answers of a group share the reference
 
     @lru_cache(maxsize=4096)
     def score(answer: str, reference: str, cut: bool) -> float:
-        """`cut`: the answer ends where the token limit was, so its last number may be a part of one."""
+        """`cut`: the token limit ended the answer, so its last number may be incomplete."""
         expected = read(reference)
         try:
             given = answers(end_of(answer), expected, cut=cut, percent=percent)
             return float(any(comparison.same(expected, final) for final in given))
-        except Exception:  # whatever a model wrote that algebra stumbles over is not the right answer
+        except Exception:  # an answer that algebra cannot handle is not the right one
             return 0.0
 
     return score
@@ -60,7 +60,7 @@ def text() -> Callable[[str, Any], float]:
 
 
 def read_reference(text: str, percent: str) -> Any:
-    """The value that a reference names. Raises ValueError where it names none, or a formula that sympy cannot read."""
+    """The value of a reference. Raises ValueError if it has none, or if sympy cannot read its formula."""
     from service.rewards.formulas import unreadable
     from service.spec.maths import reading
 
@@ -73,7 +73,7 @@ def read_reference(text: str, percent: str) -> Any:
 
 
 def end_of(answer: str) -> str:
-    """The last READ_CHARACTERS, without the piece of a word or number that they begin with."""
+    """The last READ_CHARACTERS, without an incomplete word or number at their start."""
     if len(answer) <= READ_CHARACTERS:
         return answer
     _, _, whole = answer[-READ_CHARACTERS - 1 :].partition(" ")
@@ -94,7 +94,7 @@ def json_schema(schema: dict[str, Any]) -> Callable[[str], float]:
         try:
             value = json.loads(answer, parse_constant=_refuse_constant, parse_float=_finite)
             return float(validator.is_valid(value))
-        except Exception:  # no JSON, or JSON that the schema's keywords cannot look at: nested too deeply, for example
+        except Exception:  # not JSON, or JSON that the validator cannot handle, for example nested too deeply
             return 0.0
 
     return score
@@ -107,14 +107,14 @@ def similarity(metric: str) -> Callable[[str, str], float]:
 
     measure = JaroWinkler.similarity if metric == "jaro_winkler" else getattr(fuzz, metric)
     whole = 1 if metric == "jaro_winkler" else 100
-    # Two equal texts are alike, also where rapidfuzz finds no word to compare (token_set_ratio of two empty ones is 0).
+    # Equal texts score 1, even if rapidfuzz finds no words to compare (token_set_ratio of two empty texts is 0).
     parts = str.split if metric.startswith("token_") else str
     return lambda answer, reference: 1.0 if parts(answer) == parts(reference) else measure(answer, reference) / whole
 
 
 def reasoning_gym(strict: bool) -> Callable[[str, dict[str, Any]], float]:
-    """The scorer of the task that the row's metadata names, with the configuration that made the row (0 to 1)."""
-    import_module("reasoning_gym")  # now: what is imported later is imported behind the fence
+    """The scorer (0 to 1) of the task that the row's metadata names, with the configuration that made the row."""
+    import_module("reasoning_gym")  # before the fence, whose limits also apply to imports
     from service.jobs.gym import open_task
 
     @cache
@@ -133,9 +133,9 @@ def reasoning_gym(strict: bool) -> Callable[[str, dict[str, Any]], float]:
         scored = scorer(task, json.dumps(metadata.get("source_config", {}), sort_keys=True))
         try:
             value = float(scored(answer, row))
-        except BaseException:  # scorers raise on texts that they cannot read, and an evaluated answer may raise SystemExit
+        except BaseException:  # scorers raise on unreadable texts, and an evaluated answer may raise SystemExit
             return 0.0
-        return min(max(value, 0.0), 1.0) if value == value else 0.0  # spell_backward pays more than 1
+        return min(max(value, 0.0), 1.0) if value == value else 0.0  # spell_backward can give more than 1
 
     return score
 

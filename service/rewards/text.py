@@ -1,4 +1,4 @@
-"""Graders that only look at the text: cheap and bounded, so they run where they are called."""
+"""Graders that only read the text. They are cheap and bounded, so they need no child process."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -35,13 +35,13 @@ def pattern(spec: RegexGrader, sample: Sample) -> Outcome:
 
 
 def length(spec: LengthGrader, sample: Sample) -> float:
-    """1 inside the bounds; `slack` tokens outside 0; a straight line between."""
+    """1 inside the bounds, 0 from `slack` tokens outside, linear in between."""
     outside = max(spec.min_tokens - sample.tokens, sample.tokens - spec.max_tokens, 0)
     return max(0.0, 1 - outside / spec.slack) if spec.slack else float(outside == 0)
 
 
 def position(spec: SimilarityGrader, sample: Sample) -> float:
-    """The share of characters that are right in their place; too many and too few count as wrong ones."""
+    """The share of characters that are right at their position. Missing and extra characters count as wrong."""
     answer, reference = sample.completion, render(spec.reference, sample.row)
     right = sum(a == b for a, b in zip(answer, reference, strict=False))
     return right / max(len(answer), len(reference)) if answer or reference else 1.0
@@ -58,8 +58,10 @@ class EachText(Grader):
 
 
 def extract(pattern: str, answer: str, *, cut: bool = False) -> str | NotGraded | None:
-    """The last match of the pattern that is not empty: the first of its groups that took part, if it has any. None without a
-    match, and (`cut`: the token limit ended the answer) where it is a number that may have gone on."""
+    """The last match of the pattern that is not empty; if the pattern has groups, the first group that took part in it.
+
+    None without a match. With `cut` (the token limit ended the answer) also None if the match is a number that may be
+    incomplete."""
     last = None
     try:
         for match in regex.finditer(pattern, answer, timeout=PATTERN_WITHIN_S):

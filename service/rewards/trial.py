@@ -1,4 +1,4 @@
-"""The graders of a job tried out on its first rows: what they pay for right, near and wrong answers."""
+"""Tries the graders of a job on its first rows: their scores for right answers, near misses and wrong answers."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -14,13 +14,13 @@ from service.spec.addresses import Networks
 from service.spec.job import RLSpec, SupervisedSpec
 from service.spec.reward import GraderBase, HttpGrader, NumberGrader, ReasoningGymGrader, RewardSpec
 
-HTTP_TIMEOUT_S = 10.0  # a dry run tries a reward service once, and not for long
+HTTP_TIMEOUT_S = 10.0  # a dry run tries a reward service only once and briefly
 CHARACTERS_PER_TOKEN = 4  # a guess for `length` graders; the tiny model's is exact
 
 
 @dataclass(frozen=True)
 class Trial:
-    """`samples` (prompt, reference, graded, errors) are those of `rows`, in order; they are filled in, and get `probes`."""
+    """`samples` (prompt, reference, graded, errors) belong to `rows`, in order. They are filled in, and get `probes`."""
 
     spec: RLSpec | SupervisedSpec
     reward: RewardSpec
@@ -30,7 +30,7 @@ class Trial:
     networks: Networks
 
     def run(self) -> list[str]:
-        """Fill in the samples. Returns warnings; raises JobFailed where a grader cannot work at all."""
+        """Fill in the samples. Returns warnings. Raises JobFailed if a grader cannot work at all."""
         brisk = self.reward.model_copy(update={"graders": [_brisk(grader) for grader in self.reward.graders]})
         with Rewards(brisk, job_id="job_preview", secrets=self.secrets, networks=self.networks) as rewards:
             return self._run(rewards)
@@ -44,7 +44,7 @@ class Trial:
         return [*_no_reward_for_the_right_answer(self.samples), *misreadings(self.reward, self.rows, tried)]
 
     def _stand_in(self, rewards: Rewards) -> list[str]:
-        """No right answer is known: an answer that stands in for one shows at least whether the graders work."""
+        """Grade a stand-in, because no right answer is known. It shows at least whether the graders work."""
         answers = rewards.grade([self._sample(i, STAND_IN) for i in range(len(self.samples))])
         for sample, graded in zip(self.samples, answers, strict=True):
             probe = _told(Probe("stand_in", STAND_IN, "no right answer is known"), graded)
@@ -52,14 +52,14 @@ class Trial:
         return self.stands_in()
 
     def stands_in(self) -> list[str]:
-        """What the caller is told where no right answer is known."""
+        """The warnings for the caller if no right answer is known."""
         if any(sample["reference"] is not None for sample in self.samples):
             return []
         source = "data.answer, or a grader's reference"
         return [f"the spec says no right answer ({source}): the graders were asked about the stand-in {STAND_IN!r} only"]
 
     def _right(self, rewards: Rewards, gradable: list[int]) -> None:
-        """Grade each right answer as if the model had given it, and one that is none: http graders see no more than that."""
+        """Grade each right answer as if the model had given it, and one wrong answer. http graders see only these."""
         right = [(i, self.samples[i]["reference"]) for i in gradable]
         graded = rewards.grade([self._sample(i, answer) for i, answer in (*right, *((i, NO_ANSWER) for i in gradable))])
         for (i, reference), one, none in zip(right, graded, graded[len(right) :], strict=False):
@@ -67,7 +67,7 @@ class Trial:
             self.samples[i] |= {"graded": asdict(one), "errors": _errors(one), "probes": [_told(wrong, none)]}
 
     def _probes(self, rewards: Rewards) -> list[tuple[int, Probe, Graded]]:
-        """What the graders that run here pay for near misses and wrong answers; also put into the samples."""
+        """The scores of the graders that run here for near misses and wrong answers, which are also put into the samples."""
         graders = [grader for grader in self.reward.graders if not isinstance(grader, HttpGrader)]
         asked = self._asked(graders)
         names = [grader.name or grader.kind for grader in graders]
@@ -80,7 +80,7 @@ class Trial:
         return tried
 
     def _asked(self, graders: list[Any]) -> list[tuple[int, Probe]]:
-        """For each row, and each answer that a grader takes for right there, what is tried."""
+        """The probes for each row, and for each answer that a grader treats as right in it."""
         boxed = any(isinstance(grader, NumberGrader) for grader in graders)
         expected = [
             list(dict.fromkeys(text for each_grader in graders if (text := expected_of(each_grader, row)) is not None))
@@ -100,7 +100,7 @@ class Trial:
 
 
 def misreadings(reward: RewardSpec, rows: list[Row], tried: list[tuple[int, Probe, Graded]]) -> list[str]:
-    """One warning for each grader that pays an answer which is not right as much as the right one, or pays none in a box."""
+    """One warning per grader that scores a wrong answer as high as the right one, or scores a boxed right answer 0."""
     warnings: list[str] = []
     for grader in reward.graders:
         name = grader.name or grader.kind
@@ -124,7 +124,7 @@ def misreadings(reward: RewardSpec, rows: list[Row], tried: list[tuple[int, Prob
 
 
 def _pays(grader: GraderBase, score: float, right: float) -> bool:
-    """A scorer of reasoning-gym that pays half for a wrong answer is worth a word; the others pay all or what they measure."""
+    """Whether a wrong answer's score is worth a warning: for a reasoning-gym scorer from half of the right answer's score."""
     return score >= right * (0.5 if isinstance(grader, ReasoningGymGrader) else 1)
 
 

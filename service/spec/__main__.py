@@ -14,8 +14,8 @@ Printed from the models (`make reference`); unknown keys are refused. A field wi
 job.yaml` shows a spec with every default filled in.
 """
 REF = "#/$defs/"
-TAGS = ("kind", "source")  # which member of a union a section is
-# of a value, a text's characters, an array's items
+TAGS = ("kind", "source")  # they tell which member of a union a section is
+# Bounds of a value, of a text's characters, of an array's items.
 BOUNDS = (("minimum", "maximum", ""), ("minLength", "maxLength", " characters"), ("minItems", "maxItems", " of them"))
 Schema = dict[str, Any]
 
@@ -41,7 +41,7 @@ def described(section: Schema) -> str:
 
 
 def heading(pointer: str, section: Schema) -> str:
-    """Where it stands, and in a union which member it is."""
+    """The section's place, and in a union which member it is."""
     tags = [(name, section["properties"].get(name, {}).get("const")) for name in TAGS]
     return f"`{pointer}`" + "".join(f", `{name}: {value}`" for name, value in tags if value)
 
@@ -71,7 +71,7 @@ def compact(value: Any) -> str:
 
 
 def kinds(field: Schema, sections: Schema) -> str:
-    """What a field may be, in words."""
+    """The types of a field, in words."""
     if "$ref" in field:
         return "object"
     if "const" in field:
@@ -103,7 +103,7 @@ def bounds(field: Schema) -> Iterator[str]:
 
 
 def below(section: Schema, sections: Schema, pointer: str = "") -> Iterator[tuple[str, str]]:
-    """Every section that stands below, with its dotted place."""
+    """Every section below this one, with its dotted path."""
     for name, field in section["properties"].items():
         for reference in references(field):
             place = f"{pointer}.{name}".strip(".")

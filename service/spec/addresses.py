@@ -1,7 +1,7 @@
-"""Which addresses a caller's URL may lead to: the public ones, and what the operator has allowed beside them.
+"""The addresses that a caller's URL may lead to: public ones, and those that the operator has allowed in addition.
 
-Without this, whoever may submit a job could make a worker talk to services that trust their own network, and to the
-metadata service of a cloud.
+Without this check, anyone who may submit a job could make a worker talk to services that trust their own network, and to a
+cloud's metadata service.
 """
 
 import re
@@ -37,7 +37,7 @@ def host_of(url: str) -> str:
 
 
 def may_reach(address: Address, allowed: Networks) -> bool:
-    """Public, also in what it carries of IPv4; or in one of the operator's networks."""
+    """Whether the address, and any IPv4 address inside it, is public; or the address is in one of the operator's networks."""
     if any(address in network for network in allowed):
         return True
     carried = _carried(address)
@@ -49,7 +49,7 @@ def may_reach(address: Address, allowed: Networks) -> bool:
 
 
 def _carried(address: Address) -> IPv4Address | None:
-    """The IPv4 address that a gateway or the kernel would talk to in place of this one."""
+    """The IPv4 address that a gateway or the kernel would connect to instead of this one."""
     if not isinstance(address, IPv6Address):
         return None
     if address.ipv4_mapped is not None:
@@ -64,9 +64,9 @@ def _carried(address: Address) -> IPv4Address | None:
 
 
 def literal(host: str) -> Address | None:
-    """The address that a host is without being looked up, in every form that a resolver takes: 127.1, 0x7f000001, 017700000001.
+    """The address that a host denotes without a look-up, in every form that resolvers accept: 127.1, 0x7f000001, 017700000001.
 
-    A name is None, but for `localhost`, which no resolver has to be asked for.
+    None for a name, except `localhost`, which needs no look-up.
     """
     host = host.rstrip(".").lower()
     if host == "localhost" or host.endswith(".localhost"):

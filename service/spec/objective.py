@@ -1,8 +1,8 @@
-"""Objectives as they may be asked for: a preset, and any axis overridden beside it.
+"""The objective of a spec: a preset, any axis of which can be overridden.
 
 An axis is written as its kind (`"aggregate": "token"`), as an object with `kind` and parameters, or as parameters alone,
-which change the preset's. After validation every axis stands there in full, and a resolved objective is again a legal
-one that resolves to itself. The mathematics behind the names is in `workers.objectives`.
+which change the preset's. Validation completes every axis. A resolved objective is itself valid and resolves to itself. The
+mathematics is in `workers.objectives`.
 """
 
 from collections.abc import Mapping
@@ -30,10 +30,10 @@ class _OrKind:
 
 # The key that a bare string stands for, and that decides whether the preset's parameters still apply.
 _HEADS = {"ratio": "kind", "surrogate": "kind", "aggregate": "kind", "advantage": "centre", "kl": "place", "correct": "action"}
-# Axes that a preset may leave switched off: who gives them parameters has to say that they are on.
+# Axes that a preset may leave switched off. Parameters alone do not switch them on: the switch must be given, too.
 _SWITCHES = {"kl", "correct"}
-WIDE_SEQUENCE_CLIP = 0.05  # more than a sequence ratio ever moves; the libraries' default of 0.2 never clips
-# For these axes another head means other parameters, so the preset's are dropped.
+WIDE_SEQUENCE_CLIP = 0.05  # a sequence ratio never moves this much, so the libraries' default of 0.2 never clips
+# For these axes another kind has other parameters, so the preset's are dropped.
 _TAGGED = {"ratio", "surrogate", "aggregate"}
 
 
@@ -45,24 +45,24 @@ def _known_preset(name: str | None) -> str | None:
 
 
 def preset_axes(name: str | None) -> dict[str, Any]:
-    """BASE with the preset's axes laid over it; of an unknown preset or none, BASE itself."""
+    """BASE with the preset's axes in place of its own; BASE itself for no preset or an unknown one."""
     changed = PRESETS[name].axes if name in PRESETS else {}
     return {axis: _laid_over(axis, base, changed.get(axis)) for axis, base in BASE.items()}
 
 
 def _laid_over(axis: str, base: Any, override: Any) -> Any:
-    """One axis in one of its written forms, completed from what it overrides."""
+    """Complete one axis, in any of its written forms, from the one that it overrides."""
     head = _HEADS.get(axis)
     if override is None:
         return base
     if isinstance(override, str) and head is not None:
         override = {head: override}
     if not isinstance(override, Mapping) or not isinstance(base, Mapping):
-        return override  # the anchor; and what pydantic is to refuse
+        return override  # the anchor; or a value that pydantic will refuse
     if axis in _TAGGED and override.get(head, base[head]) != base[head]:
         return dict(override)
     if axis in _SWITCHES and head not in override and base[head] == "none":
-        return dict(override)  # the missing switch is then reported
+        return dict(override)  # pydantic then reports the missing switch
     return {**base, **override}
 
 
@@ -107,7 +107,7 @@ class ObjectiveSpec(Section):
     @model_validator(mode="before")
     @classmethod
     def complete(cls, sent: Any) -> Any:
-        """Fill each axis from the preset, so that what comes out is whole."""
+        """Complete each axis from the preset."""
         if isinstance(sent, str):
             sent = {"preset": sent}
         if not isinstance(sent, Mapping):
@@ -138,22 +138,22 @@ class ObjectiveSpec(Section):
         return self
 
     def resolve(self) -> dict[str, Any]:
-        """Every axis with every parameter, as plain JSON; legal input again, and then it resolves to itself."""
+        """Every axis with every parameter, as plain JSON. The result is valid input and resolves to itself."""
         return self.model_dump(mode="json")
 
     @property
     def has_segments(self) -> bool:
-        """Whether the batch brings the segments of the ratio."""
+        """Whether the ratio's segments must be given in the batch."""
         return isinstance(self.ratio, axes.SegmentRatio) and self.ratio.chunk is None
 
     @property
     def compares_with_anchor(self) -> bool:
-        """Whether the anchor's log-probs change anything."""
+        """Whether the loss depends on the anchor's log-probs."""
         weighs_kl = self.kl.in_loss and self.kl.coef > 0 and self.kl.gradient == "token_ratio_weighted"
         return not self.ratio.constant or self.surrogate.through_anchor or weighs_kl
 
     def warnings(self, *, updates_per_rollout: int | None = None) -> list[str]:
-        """What is legal and probably not meant."""
+        """Warnings about settings that are valid but probably a mistake."""
         return [text for applies, text in _guards(self, updates_per_rollout) if applies]
 
 

@@ -1,4 +1,4 @@
-"""Regular expressions and JSON Schemas that callers send: what is wrong with them is said before anything runs them.
+"""Checks regular expressions and JSON Schemas that callers send, before anything runs them.
 
 Checking must itself be harmless. Here stand the bounds on what is sent, which the spec's models apply, and what may take long
 or much memory: that is for the sandbox (`service.rewards.texts`). `regex` writes fixed repeats out while it compiles, so

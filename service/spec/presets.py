@@ -1,10 +1,10 @@
-"""Published objectives as data: what each name changes on the axes of `BASE`. Nothing else in the house knows these names."""
+"""Published objectives as data: the axes that each name sets differently from `BASE`. No other module knows these names."""
 
 from typing import Any, NamedTuple
 
 Axes = dict[str, Any]
 
-# What an axis is when neither the caller nor the preset names it.
+# The value of each axis that neither the caller nor the preset names.
 BASE: Axes = {
     "ratio": {"kind": "token"},
     "anchor": "old",
@@ -18,7 +18,7 @@ BASE: Axes = {
 
 
 class Preset(NamedTuple):
-    """The axes that differ from BASE, and where they were published."""
+    """The axes that differ from BASE, and the publication."""
 
     axes: Axes
     summary: str

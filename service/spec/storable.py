@@ -1,4 +1,4 @@
-"""What JSON allows and a store (or a stack) does not: the character NUL, halves of characters, bottomless nesting."""
+"""Refuses what JSON allows and a store or a call stack does not: the character NUL, lone surrogates, very deep nesting."""
 
 import math
 from collections.abc import Iterator

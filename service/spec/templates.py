@@ -17,7 +17,7 @@ BRACES = "write {{ and }} for braces that shall stand in the text"
 
 @lru_cache(maxsize=64)  # of the longest, a few megabytes each
 def parts_of(template: str) -> tuple[tuple[str, str | None], ...]:
-    """Pairs of text and the column that follows it (None at the end). Raises ValueError when it is not a template."""
+    """Pairs of text and the column that follows it (None at the end). Raises ValueError if it is not a template."""
     parts: list[tuple[str, str | None]] = []
     try:
         for text, name, spec, conversion in Formatter().parse(template):
@@ -31,7 +31,7 @@ def parts_of(template: str) -> tuple[tuple[str, str | None], ...]:
 
 
 def columns_of(template: str) -> list[str]:
-    """The columns that the template names, in order. Raises ValueError when it is not a template."""
+    """The columns that the template names, in order. Raises ValueError if it is not a template."""
     return [name for _, name in parts_of(template) if name is not None]
 
 
@@ -41,7 +41,7 @@ def check(template: str) -> str:
 
 
 def render(template: str, row: dict[str, Any]) -> str:
-    """Fill in a row. Strings stand as they are, everything else as JSON, its numbers in plain decimals.
+    """Fill in a row. Strings are inserted unchanged, everything else as JSON with plain decimal numbers.
     Raises KeyError for an absent column."""
     return "".join(text + ("" if name is None else _shown(row[name])) for text, name in parts_of(template))
 
@@ -53,7 +53,7 @@ def _shown(value: Any) -> str:
 
 
 def _in_decimals(token: re.Match[str]) -> str:
-    """A number without an exponent, for a reader who takes 1e-05 for 1; a string as it is."""
+    """A number without an exponent, because graders might read 1e-05 as 1; a string unchanged."""
     return token[0] if token[0].startswith('"') else format(Decimal(token[0]), "f")
 
 

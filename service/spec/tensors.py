@@ -1,8 +1,8 @@
-"""The tensors that a loss is computed of: one table of them, and one answer to what an objective does with a batch.
+"""The table of the tensors of a loss, and the function that says which of them an objective uses.
 
-The table is read by loss requests (what is taken, in which shape and dtype), by loss workers (how numbers are checked and
-rounded), and by who asks what an objective needs. `workers.objectives` and the client know nothing of it and have the same
-names: tests hold them together.
+Loss requests read the table for accepted names, shapes and dtypes; loss workers for the checks and rounding of numbers. Other
+modules ask it what an objective needs. `workers.objectives` and the client do not import it but use the same names; tests check
+that.
 """
 
 from collections.abc import Collection, Iterator, Mapping
@@ -12,16 +12,16 @@ from typing import Literal
 from service.spec.axes import Plain
 from service.spec.objective import ObjectiveSpec
 
-# What a number stands for. B sequences of T tokens, R rewards: [B, T] (or flat, one sequence behind the other), [B], [B, R],
+# What each number belongs to. B sequences of T tokens, R rewards: [B, T] (or flat, the sequences concatenated), [B], [B, R],
 # [R], and for `cut` [B + 1].
 Per = Literal["token", "row", "row_and_reward", "reward", "cut"]
-# What the numbers are, and so how they are checked:
-#   log_prob  finite where response_mask is 1; above 0 they are warned of
+# What the numbers mean, which determines how they are checked:
+#   log_prob  finite where response_mask is 1; a value above 0 draws a warning
 #   number    finite where response_mask is 1
 #   flag      0 or 1
 #   id        integers, at least 0
 #   label     integers of any value; in JSON strings too
-#   offset    integers from 0 to the number of tokens that never fall
+#   offset    non-decreasing integers from 0 to the number of tokens
 Holds = Literal["log_prob", "number", "flag", "id", "label", "offset"]
 
 FLOATS = ("F64", "F32", "BF16")
@@ -48,7 +48,7 @@ class BatchTensor:
 
     @property
     def dtypes(self) -> tuple[str, ...]:
-        """Those that are taken, by their names in safetensors."""
+        """The accepted dtypes, by their names in safetensors."""
         return DTYPES[self.holds]
 
     @property
@@ -92,12 +92,12 @@ MEASURED = tuple(name for name, tensor in TENSORS.items() if tensor.measured)
 
 GROUP_CENTRES = ("group_mean", "leave_one_out", "length_weighted", "best_minus_second")
 GROUP_SCALES = ("group_std", "group_mean")
-OF_A_JOB = frozenset({"rewards", "group_ids"})  # what the batches of an rl job bring, beside what its models compute
+OF_A_JOB = frozenset({"rewards", "group_ids"})  # what an rl job's batches contain besides the results of its models
 
 
 @dataclass(frozen=True)
 class Uses:
-    """Of a batch that brings certain tensors."""
+    """How an objective uses a batch with certain tensors."""
 
     needed: Mapping[str, str]  # what the objective cannot do without beside log_probs, and what for; brought or not
     reads: frozenset[str]  # tensors whose numbers reach the result, where they came
@@ -106,12 +106,12 @@ class Uses:
 
     @property
     def in_segments(self) -> bool:
-        """Whether segment_ids decide something."""
+        """Whether segment_ids affect the result."""
         return "segment_ids" in self.needed
 
 
 def uses(objective: ObjectiveSpec, given: Collection[str]) -> Uses:
-    """What the objective does with a batch that brings the tensors of these names."""
+    """How the objective uses a batch that contains the tensors `given`."""
     makes_advantages = "advantages" not in given and "rewards" in given
     in_groups = makes_advantages and (objective.advantage.centre in GROUP_CENTRES or objective.advantage.scale in GROUP_SCALES)
     needed = dict(sorted(dict(_needed_by_axes(objective, rewards=makes_advantages)).items()))
@@ -130,7 +130,9 @@ def uses(objective: ObjectiveSpec, given: Collection[str]) -> Uses:
 
 
 def _needed_by_axes(objective: ObjectiveSpec, *, rewards: bool) -> Iterator[tuple[str, str]]:
-    """`rewards`: advantages are made of them, so what changes those is needed too. Of two reasons the later one counts."""
+    """Pairs of a needed tensor and the reason; the later of two reasons for a tensor counts.
+
+    `rewards`: advantages are computed from rewards, so the tensors that affect advantages are needed too."""
     correct, kl = objective.correct, objective.kl
     if correct.wants_segments:
         yield "segment_ids", "correct.level segment, without a chunk length"
@@ -152,5 +154,5 @@ def _needed_by_axes(objective: ObjectiveSpec, *, rewards: bool) -> Iterator[tupl
 
 
 def _is_plain(objective: ObjectiveSpec) -> bool:
-    """-log p, whose advantages are 1 unless they are given (cross-entropy)."""
+    """Whether the loss is -log p, for which advantages default to 1 (cross-entropy)."""
     return objective.ratio.constant and isinstance(objective.surrogate, Plain) and objective.advantage.centre == "given"

@@ -1,7 +1,7 @@
-"""The built-in tiny model as the service knows it without torch: what its character tokenizer can say.
+"""What the service knows of the built-in tiny model without torch: the characters of its tokenizer.
 
-One character is one token; nothing stands before a prompt, and an answer ends with one end token. The worker builds the
-tokenizer from TINY_CHARACTERS, so a prompt that it could not read is refused before the job is queued.
+One character is one token. Nothing is put before a prompt, and an answer ends with one end token. The worker builds the
+tokenizer from TINY_CHARACTERS, so prompts with other characters are refused before the job is queued.
 """
 
 import string
@@ -12,6 +12,6 @@ _KNOWN = frozenset(TINY_CHARACTERS)
 
 def strange_characters(text: str) -> str:
     """The characters of `text` that the tiny tokenizer does not know, each once, in order."""
-    if _KNOWN.issuperset(text):  # every character of every row passes here
+    if _KNOWN.issuperset(text):  # fast path, because all characters of all rows are checked
         return ""
     return "".join(dict.fromkeys(sign for sign in text if sign not in _KNOWN))

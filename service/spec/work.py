@@ -1,4 +1,4 @@
-"""What every kind of work is asked with, whoever drives its loop: a name, a model, a place to run, bounds and a seed."""
+"""The sections that all kinds of work share, whoever runs the loop: name, model, resources, limits and seed."""
 
 from typing import Annotated, Any, Literal
 

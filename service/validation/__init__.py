@@ -1,4 +1,4 @@
-"""Parsing what callers send: pydantic's complaints as JSON pointers that name what came and what is allowed."""
+"""Parses what callers send. Pydantic's errors become JSON pointers with what came and what is allowed."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -42,7 +42,7 @@ def parse(model: Any, raw: Any, pointer: str = "") -> Any: ...
 def parse(model: Any, raw: Any, pointer: str = "") -> Any:
     """An instance of the model (a class, an annotation or a TypeAdapter). Raises InvalidRequest with every FieldError.
 
-    `pointer` is where `raw` stands in the caller's document.
+    `pointer` is the place of `raw` in the caller's document.
     """
     adapter: TypeAdapter[Any] = model if isinstance(model, TypeAdapter) else TypeAdapter(model)
     try:
@@ -54,7 +54,7 @@ def parse(model: Any, raw: Any, pointer: str = "") -> Any:
 
 
 def field_errors(annotation: Any, details: Iterable[ErrorDetails], pointer: str = "") -> list[FieldError]:
-    """Every complaint of pydantic's as a FieldError, those about one place of a plain union made one."""
+    """Each pydantic error as a FieldError. Errors about one place of a plain union are merged into one."""
     return merge_unions([complaint(walk(annotation, detail["loc"], pointer), detail) for detail in details])
 
 
@@ -70,7 +70,7 @@ def invalid(errors: list[FieldError], beside: int = 0) -> InvalidRequest:
 
 @contextmanager
 def below(pointer: str) -> Iterator[None]:
-    """What is wrong in here stands at `pointer` in the caller's document."""
+    """Errors raised inside this block get `pointer` in front of their own pointers."""
     try:
         yield
     except InvalidRequest as error:

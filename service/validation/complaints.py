@@ -1,4 +1,4 @@
-"""What pydantic complains about, said to the caller: where, what came, what is allowed, what was probably meant."""
+"""Pydantic's errors in words for the caller: where, what came, what is allowed, what was probably meant."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +10,7 @@ from service.validation.foreign import hint_for_key, hint_for_kind
 from service.validation.walk import Place, escape, legal_elsewhere, pointer_of
 from service.validation.words import did_you_mean, is_very_near, quoted, shown
 
-# pydantic's error types in the words of JSON; bounds are filled in from the error's context.
+# pydantic's error types in JSON's terms; bounds are filled in from the error's context.
 MUST_BE = {
     "model_type": "an object",
     "model_attributes_type": "an object",
@@ -43,11 +43,11 @@ MUST_BE = {
 class Complaint:
     place: Place
     error: FieldError
-    must_be: str | None = None  # of those about one place of a plain union, one sentence can be made
+    must_be: str | None = None  # used to merge the errors about one place of a plain union into one sentence
 
 
 def complaint(place: Place, details: ErrorDetails) -> Complaint:
-    """One of pydantic's errors, about the place that its `loc` leads to."""
+    """The complaint for one pydantic error; `place` is where its `loc` leads."""
     kind, context, sent = details["type"], details.get("ctx", {}), details["input"]
     got = shown(sent, place.name)
     if kind == "extra_forbidden":
@@ -63,13 +63,13 @@ def complaint(place: Place, details: ErrorDetails) -> Complaint:
     if kind in MUST_BE:
         return _must_be(place, got, MUST_BE[kind].format_map(context))
     detail = str(context.get("error") or details["msg"])
-    if isinstance(sent, dict | list):  # a rule about several fields; its message begins with the one to change
+    if isinstance(sent, dict | list):  # a rule about several fields; its message begins with the field to change
         return Complaint(place, FieldError(place.pointer + pointer_of(place.annotation, detail.split()[0]), detail))
     return Complaint(place, FieldError(place.pointer, detail, got=got))
 
 
 def unknown_key(pointer: str, key: str, legal: list[str], root: Any = None) -> FieldError:
-    """`root`: the model of the whole document, to say where else a key of this name is legal."""
+    """`root`: the model of the whole document, used to say where else this key is legal."""
     meant = did_you_mean(key, legal)
     if (hint := _elsewhere_called(root, key)) and not is_very_near(key, legal):
         meant = f"; here that is {hint}"
@@ -81,7 +81,7 @@ def unknown_key(pointer: str, key: str, legal: list[str], root: Any = None) -> F
 
 
 def _elsewhere_called(root: Any, key: str) -> str | None:
-    """What a name of another library's stands for, where the document has such a place."""
+    """Our counterpart of another library's name, if the document has a place for it."""
     hint = hint_for_key(key)
     return hint if hint and pointer_of(root, hint.partition(".")[0].split()[-1]) else None
 
@@ -110,7 +110,7 @@ def _wrong_tag(place: Place, key: str, sent: Any) -> FieldError:
 
 
 def merge_unions(complaints: list[Complaint]) -> list[FieldError]:
-    """Of a plain union pydantic reports every member. Keep the member that fits so far; else say all that is allowed."""
+    """For a plain union pydantic reports every member. Keep only the member that fits so far; if none does, list all."""
     fitting = {complaint.place.union for complaint in complaints if complaint.place.pointer != complaint.place.union}
     errors: dict[int, FieldError] = {}
     first_of: dict[str, tuple[int, str]] = {}

@@ -1,6 +1,6 @@
-"""Names that other libraries use for what has another name here: TRL, OpenAI, verl. For hints only; none of them is taken."""
+"""Names that TRL, OpenAI and verl use for things with another name here. They are only used in hints and never accepted."""
 
-# key -> where it stands here
+# key -> its place here
 KEYS = {
     "num_generations": "rollout.group_size",
     "n": "rollout.group_size",
@@ -101,7 +101,7 @@ KINDS = {
 
 
 def hint_for_key(key: str) -> str | None:
-    """Where the thing stands that another library calls so."""
+    """The place here of what another library calls `key`."""
     return KEYS.get(key.lower().replace("-", "_"))
 
 

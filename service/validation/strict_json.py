@@ -1,4 +1,4 @@
-"""JSON from others: no key twice, no halves of characters. Each kind of document says in its own words what is wrong."""
+"""Strict JSON for foreign documents: no duplicate keys, no lone surrogates. Each caller words the error for its documents."""
 
 import json
 from collections import Counter
@@ -13,10 +13,10 @@ Reason = Literal["encoding", "syntax", "too_deep", "number", "key_twice", "const
 
 
 class BadJson(Portable):
-    """Why a text is not taken.
+    """Why a text is refused.
 
-    `what` is the byte that is not UTF-8 (two hex digits), the parser's message, the key that stands twice, or the constant.
-    `at` counts from 0, `line` and `column` from 1: in bytes where the encoding is wrong, else in characters.
+    `what` is the byte that is not UTF-8 (two hex digits), the parser's message, the duplicate key, or the constant. `at` counts
+    from 0, `line` and `column` from 1: in bytes if the encoding is wrong, else in characters.
     """
 
     def __init__(self, reason: Reason, what: str = "", *, at: int = 0, line: int = 1, column: int = 1) -> None:
@@ -54,7 +54,7 @@ def _commas_outside_texts(raw: bytes) -> int:
 
 
 def decoded(raw: bytes) -> str:
-    """UTF-8 as text. Raises BadJson that says where it is none."""
+    """UTF-8 as text. Raises BadJson with the place of the first wrong byte."""
     try:
         return raw.decode()
     except UnicodeDecodeError as error:
@@ -64,7 +64,7 @@ def decoded(raw: bytes) -> str:
 
 
 def no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The object, as `object_pairs_hook`. Raises BadJson."""
+    """For `object_pairs_hook`: the object. Raises BadJson for a duplicate key."""
     members = dict(pairs)
     if len(members) != len(pairs):
         times = Counter(key for key, _ in pairs)
@@ -73,12 +73,12 @@ def no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def no_constant(name: str) -> Any:
-    """As `parse_constant`: NaN and the infinities, which Python writes, are no JSON. Raises BadJson."""
+    """For `parse_constant`: raises BadJson, because NaN and the infinities, which Python writes, are not JSON."""
     raise BadJson("constant", name)
 
 
 def has_lone_surrogate(text: str) -> bool:
-    """JSON's escapes can write what no UTF-8 can hold."""
+    """Whether the text has a lone surrogate, which JSON's escapes can express and UTF-8 cannot."""
     if text.isascii():
         return False
     try:

@@ -1,7 +1,7 @@
-"""Following pydantic's `loc` through a model: to the place in the caller's document, and to what is legal there.
+"""Follows pydantic's `loc` through a model, to the place in the caller's document and to what is legal there.
 
-Tags of discriminated unions and labels of plain unions stand in a `loc`, but are no keys of the document: only the model
-tells them from keys.
+A `loc` also contains tags of discriminated unions and labels of plain unions, which are not keys of the document. Only the
+model can distinguish them from keys.
 """
 
 import re
@@ -14,17 +14,17 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-MAX_SEARCHED = 200  # places that are looked at for a misplaced key
+MAX_SEARCHED = 200  # places to search for a misplaced key
 
 
 @dataclass
 class Place:
-    """Where one of pydantic's locations ends: in the caller's document, and in the model."""
+    """The end of a pydantic location: the place in the caller's document, and in the model."""
 
     pointer: str
     annotation: Any
     name: str = ""  # the last key
-    root: Any = None  # the first model on the way: where an unknown key may have been meant to stand
+    root: Any = None  # the first model on the way, searched for the right place of an unknown key
     owner: type[BaseModel] | None = None  # the model whose field the last key names
     field: FieldInfo | None = None
     union: str | None = None  # the pointer of the innermost plain union on the way
@@ -34,13 +34,13 @@ class Place:
         return sorted(_fields(self.owner)) if self.owner else []
 
     def tags(self, discriminator: str) -> list[str]:
-        """What the discriminator of the union at this place may be."""
+        """The legal values of the discriminator of the union at this place."""
         members, _ = _members(self.annotation)
         return [str(tag) for member in members for tag in _tags(_bare(member), discriminator)]
 
 
 def escape(key: str | int) -> str:
-    """A key as it stands in a JSON pointer (RFC 6901)."""
+    """A key, escaped for a JSON pointer (RFC 6901)."""
     return str(key).replace("~", "~0").replace("/", "~1")
 
 
@@ -53,7 +53,7 @@ def walk(annotation: Any, loc: tuple[int | str, ...], pointer: str = "") -> Plac
             if discriminator is None:
                 place.union = place.pointer
             place.annotation = _member(members, discriminator, item)
-        elif item != "[key]":  # that says: the key of a mapping, not its value, is wrong
+        elif item != "[key]":  # "[key]" means that the key of a mapping is wrong, not its value
             place.pointer += f"/{escape(item)}"
             place.name = str(item)
             _descend(place, members[0], item)
@@ -61,13 +61,13 @@ def walk(annotation: Any, loc: tuple[int | str, ...], pointer: str = "") -> Plac
 
 
 def legal_elsewhere(root: Any, key: str) -> str | None:
-    """The shallowest place below `root` where a key of this name is legal: its pointer, and in a union beside which kind."""
+    """The pointer of the shallowest place below `root` where this key is legal; in a union also the kind that has it."""
     return _legal_places(root).get(key)
 
 
 @cache
 def _legal_places(root: Any) -> dict[str, str]:
-    """Every name that is a key somewhere below `root`, and its shallowest place."""
+    """Every key that is legal somewhere below `root`, with its shallowest place."""
     places: dict[str, str] = {}
     queue: list[tuple[str, Any]] = [("", root)]
     for pointer, annotation in queue:
@@ -84,7 +84,7 @@ def _legal_places(root: Any) -> dict[str, str]:
 
 
 def pointer_of(annotation: Any, path: str) -> str:
-    """The pointer of a dotted path of fields, as far as these are legal: `rollout.group_size` -> /rollout/group_size."""
+    """The pointer of a dotted path of fields, up to the last legal one: `rollout.group_size` -> /rollout/group_size."""
     pointer = ""
     for name in path.split("."):
         legal = [_fields(model)[name] for model in _models(annotation) if name in _fields(model)]
@@ -96,7 +96,7 @@ def pointer_of(annotation: Any, path: str) -> str:
 
 
 def _descend(place: Place, annotation: Any, item: int | str) -> None:
-    """One step of the document down."""
+    """Go one level down in the document."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     place.owner = place.field = None
     if _is_model(annotation):
@@ -112,14 +112,14 @@ def _descend(place: Place, annotation: Any, item: int | str) -> None:
 
 
 def _annotation(field: FieldInfo | None) -> Any:
-    """A field's annotation, with the discriminator that pydantic took out of it put back."""
+    """A field's annotation, with the discriminator that pydantic removed from it."""
     if field is None:
         return Any
     return Annotated[field.annotation, field] if field.discriminator else field.annotation
 
 
 def _members(annotation: Any) -> tuple[list[Any], str | None]:
-    """The annotation without Annotated and None: one member, or those of a union with its discriminator."""
+    """The annotation without Annotated and None: one member, or a union's members and its discriminator."""
     discriminator: str | None = None
     while True:
         if hasattr(annotation, "__value__"):  # type X = ...
@@ -173,5 +173,5 @@ def _is_model(annotation: Any) -> bool:
 
 
 def _fields(model: type[BaseModel]) -> dict[str, FieldInfo]:
-    """Legal keys, as callers write them."""
+    """The legal keys, as callers write them, with their fields."""
     return {field.alias or name: field for name, field in model.model_fields.items()}

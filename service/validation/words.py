@@ -1,4 +1,4 @@
-"""How values and words stand in messages: shortened, never a secret, with the word that was probably meant."""
+"""Values and words for messages: shortened, without secrets, with the word that was probably meant."""
 
 import json
 import re
@@ -28,13 +28,13 @@ def is_very_near(word: str, legal: list[str]) -> bool:
 
 
 def did_you_mean(word: str, legal: list[str]) -> str:
-    """A half sentence for the end of a message; empty when nothing is near."""
+    """A clause for the end of a message; empty if no legal word is near."""
     near = nearest(word, legal)
     return f"; did you mean {near!r}?" if near else ""
 
 
 def shown(value: Any, name: str = "") -> Any:
-    """A value as it may stand in a message: shortened, containers by their size only, secrets never."""
+    """A value for a message: shortened, containers only by their size, secrets never."""
     if SECRET_NAME.search(name) or isinstance(value, SecretStr):
         return HIDDEN
     if isinstance(value, dict):
@@ -50,7 +50,7 @@ def shown(value: Any, name: str = "") -> Any:
 
 
 def without_secrets(text: str) -> str:
-    """API keys, and passwords in URLs, struck out."""
+    """The text without API keys and without passwords in URLs."""
     return SECRET_TEXT.sub(HIDDEN, text)
 
 
@@ -59,7 +59,7 @@ def _count(number: int, thing: str) -> str:
 
 
 def quoted(value: Any) -> str:
-    """What `shown` gives, in the words of JSON."""
+    """The result of `shown` as JSON."""
     if isinstance(value, str):
         return value if value.startswith(("an object with", "an array of", HIDDEN)) else repr(value)
     if value is None or isinstance(value, bool):

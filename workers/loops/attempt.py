@@ -1,4 +1,4 @@
-"""One attempt at a managed job: the parts that are alive for its length, and what one step of it gives."""
+"""One attempt at a managed job: the objects that it uses from start to end, and the result of one step."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,7 +17,7 @@ from workers.tenure.tenure import EventRow, Tenure
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one training step gives to be kept."""
+    """What one training step produced and the store keeps."""
 
     metrics: dict[str, float]
     rollouts: list[RolloutRow] = field(default_factory=list)
@@ -45,7 +45,7 @@ def in_row(number: int) -> Iterator[None]:
 
 @dataclass
 class Attempt:
-    """What is loaded, and the tenure through which the attempt speaks to the store."""
+    """The loaded model, data and graders, and the tenure, through which the attempt writes to the store."""
 
     tenure: Tenure
     spec: RLSpec | SupervisedSpec
@@ -53,7 +53,7 @@ class Attempt:
     rewards: Rewards | None
     policy: Learner
     progress: Progress
-    reference: Policy | None = None  # where the objective needs its log_probs
+    reference: Policy | None = None  # if the objective needs its log_probs
 
 
 TrainingStep = Callable[[Attempt, int], StepResult]

@@ -1,4 +1,4 @@
-"""Evaluation on held-out rows: sample answers and grade them; where answers are given, their loss too."""
+"""Evaluation on held-out rows: sample answers and grade them; if the rows have answers, also compute their loss."""
 
 from service.jobs.lease import RolloutRow
 from service.metric_names import EVAL, EVAL_GREEDY, EVAL_LOSS, EVAL_TOKENS_SAMPLED
@@ -8,7 +8,7 @@ from workers.loops.sampling import Group, draw_of, reward_metrics, rollout_rows,
 from workers.loops.supervised import answers_loss
 
 PROMPTS_AT_ONCE = 256
-KEPT_GROUPS = 8  # of each evaluation, to be read
+KEPT_GROUPS = 8  # kept of each evaluation, for people to read
 
 
 def evaluate(attempt: Attempt, step: int) -> StepResult:

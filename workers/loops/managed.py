@@ -1,8 +1,8 @@
-"""A job whose loop is ours: driven step by step, from where its attempt was loaded to its end.
+"""Runs a managed job step by step, from the step at which its attempt was loaded to its end.
 
-A loop only says what one training step is (`TrainingStep`). The driver looks for wishes, evaluates, commits, saves, stops
-early. The order inside a step is what makes a resume exact: metrics are committed first, then the checkpoint that covers them,
-so a process that dies in between repeats the step from the checkpoint before and writes the same rows again.
+A loop module only defines one training step (`TrainingStep`). The driver here checks for wishes, evaluates, commits, saves and
+stops early. Metrics are committed before the checkpoint that covers them. This order makes a resume exact: a process that dies
+in between repeats the step from the previous checkpoint and writes the same rows again.
 """
 
 from pathlib import Path
@@ -22,8 +22,9 @@ STEPS: dict[str, TrainingStep] = {"rl": rl.step, "supervised": supervised.step}
 
 
 def drive(attempt: Attempt) -> Outcome:
-    """Run to the end: max_steps, target_reached or no_improvement. Or to where a wish or a spent budget ends it sooner; then
-    everything worth keeping has been saved."""
+    """Run until max_steps, target_reached or no_improvement, or until a wish or a spent budget ends the job sooner.
+
+    Progress has then been saved, except after a cancel that does not ask for it."""
     spec, progress = attempt.spec, attempt.progress
     measure(attempt)
     if attempt.data.eval is not None and progress.evaluated_at is None:
@@ -46,7 +47,7 @@ def drive(attempt: Attempt) -> Outcome:
 
 
 def _interrupted(attempt: Attempt) -> Outcome | None:
-    """How it ends here, if it does: as its owner or a stopping worker wishes, else for want of a budget."""
+    """The outcome if the job must stop here, because of a wish of its owner or worker or a spent budget; else None."""
     wish = attempt.tenure.check()
     if wish is None and not attempt.tenure.budget_spent:
         return None
@@ -56,7 +57,7 @@ def _interrupted(attempt: Attempt) -> Outcome | None:
 
 
 def _in_time(attempt: Attempt) -> None:
-    """Raises JobFailed, with all saved, for a job that has no time left."""
+    """If the job has no time left, save and raise JobFailed."""
     job, allowed_s, run_s = attempt.tenure.job, attempt.spec.limits.max_runtime_s, attempt.tenure.run_s
     if job.deadline_at is not None and attempt.tenure.now > job.deadline_at:
         _save(attempt)
@@ -71,7 +72,7 @@ def _in_time(attempt: Attempt) -> None:
 
 
 def _step(attempt: Attempt) -> StepResult:
-    """The next step. When the job has to pause before anything was learnt in it, what came before is saved."""
+    """Run the next step. If it fails in a way that pauses the job, the progress before it is saved."""
     try:
         result = STEPS[attempt.spec.kind](attempt, attempt.progress.step + 1)
     except JobFailed as failed:

@@ -1,4 +1,4 @@
-"""Optimizer steps that were skipped, for their loss or gradient was not finite: counted, and the rows to look at named."""
+"""Optimizer steps that are skipped because their loss or gradient is not finite: count them and name their rows."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,13 +21,13 @@ class Suspects:
     _seen: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
 
     def watch(self, share: Tensor, log_probs: Tensor, index: Tensor) -> Tensor:
-        """`share` (a scalar) is the loss of the rows `index` [b] with these log_probs [b, T]; returned as it is."""
+        """Note `share`, the loss (a scalar) of the rows `index` [b] with these log_probs [b, T], and return it unchanged."""
         self._seen.append((share.detach(), torch.isfinite(log_probs.detach()).all(1), index))
         return share
 
     def name(self) -> tuple[str, list[int]]:
-        """`loss` or `gradient`, and the rows: those whose log_probs are not finite, else all of a micro-batch whose loss is
-        not finite, else (only the gradient was not) all."""
+        """The cause, `loss` or `gradient`, and the suspected rows. These are the rows whose log_probs are not finite; if there
+        are none, all rows of a micro-batch whose loss is not finite; if only the gradient is not finite, all rows."""
         poisoned = [(finite, index) for share, finite, index in self._seen if not torch.isfinite(share)]
         rows = [row for finite, index in poisoned for row in index[~finite].tolist()]
         rows = rows or [row for _, index in poisoned for row in index.tolist()]
@@ -37,12 +37,12 @@ class Suspects:
 
 
 def step_skipped(step: int, minibatch: int, cause: str, rows: list[dict[str, Any]]) -> EventRow:
-    """The event of an optimizer step that was skipped. `rows` say where they came from."""
+    """The event about a skipped optimizer step. `rows` name its suspected rows by their place in the data."""
     return "step_skipped", {"step": step, "minibatch": minibatch, "cause": cause, "rows": rows[:NAMED], "count": len(rows)}
 
 
 def count_skipped(progress: Progress, skipped: bool, step: int) -> None:
-    """A loss or gradient that is not finite never reaches the weights; too many in a row end the job."""
+    """Count skipped optimizer steps. Too many in a row raise JobFailed."""
     progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if skipped else 0
     if progress.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
         raise JobFailed(

@@ -1,4 +1,4 @@
-"""How far a job is: the part of a checkpoint that is neither weights nor optimizer. Plain JSON beside them."""
+"""A job's progress: the part of a checkpoint that is neither weights nor optimizer, stored as JSON."""
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,9 +20,9 @@ class Progress:
     evaluated_at: int | None = None
     initial: dict[str, float] = field(default_factory=dict)  # the first evaluation
     last: dict[str, float] = field(default_factory=dict)  # the newest evaluation
-    best: float | None = None  # of the early-stopping metric
+    best: float | None = None  # best value of the early-stopping metric
     best_step: int | None = None
-    stale: int = 0  # evaluations since then
+    stale: int = 0  # evaluations since the best
 
     def save(self, folder: Path) -> None:
         (folder / FILE).write_bytes(orjson.dumps(asdict(self), option=orjson.OPT_INDENT_2))
@@ -32,7 +32,7 @@ class Progress:
         return cls(**orjson.loads((folder / FILE).read_bytes()))
 
     def evaluated(self, step: int, metrics: dict[str, float], rule: EarlyStopping | None) -> None:
-        """Take in an evaluation; `rule` says which metric counts and what a gain is."""
+        """Record an evaluation. `rule` says which metric counts and how much better is an improvement."""
         self.evaluated_at, self.last = step, metrics
         if not self.initial:
             self.initial = metrics

@@ -1,7 +1,7 @@
-"""Reinforcement learning: sample groups, grade them, give advantages, update several times on one rollout.
+"""Reinforcement learning: sample groups, grade them, compute advantages, update several times on one rollout.
 
-The policy that sampled is `old`: its log_probs are recomputed by the trainer before the first update, so that the ratio
-is exactly 1 there and moves with each of the `minibatches x epochs` optimizer steps that follow.
+`old` is the policy that sampled. The trainer recomputes its log_probs before the first update, so the ratio is exactly 1 there
+and moves with each of the `minibatches x epochs` optimizer steps that follow.
 """
 
 from collections.abc import Sequence
@@ -30,10 +30,10 @@ from workers.tenure.tenure import EventRow
 
 @dataclass(frozen=True)
 class Experience:
-    """One rollout, ready to be learnt from: B sequences, padded to T answer tokens."""
+    """One rollout, ready for training: B sequences, padded to T answer tokens."""
 
     sequences: list[TokenSequence]
-    response_mask: Tensor  # [B, T] bool, without what is not learned from
+    response_mask: Tensor  # [B, T] bool, True on the tokens to learn from
     old_log_probs: Tensor  # [B, T]
     rollout_log_probs: Tensor  # [B, T]
     ref_log_probs: Tensor | None  # [B, T]
@@ -45,7 +45,7 @@ def step(attempt: Attempt, step: int) -> StepResult:
     """One rollout of `prompts_per_step` groups and the optimizer steps on it."""
     spec = attempt.spec
     assert isinstance(spec, RLSpec)
-    objective = Objective(spec.objective.resolve())  # as read today: what is stored may be of an older version
+    objective = Objective(spec.objective.resolve())  # resolved again: the stored one may be of an older version
     started = perf_counter()
     attempt.tenure.check(Phase.SAMPLING)
     rows = attempt.data.train
@@ -76,7 +76,7 @@ def step(attempt: Attempt, step: int) -> StepResult:
 
 
 def gather(attempt: Attempt, objective: Objective, groups: Sequence[Group]) -> tuple[Experience, dict[str, float]]:
-    """Score what was sampled under the policy (and the reference), and turn rewards into advantages."""
+    """Score the sampled answers under the policy (and the reference), and turn rewards into advantages."""
     spec, policy = attempt.spec, attempt.policy
     assert isinstance(spec, RLSpec)
     temperature = spec.rollout.temperature
@@ -118,9 +118,9 @@ def gather(attempt: Attempt, objective: Objective, groups: Sequence[Group]) -> t
 
 
 def rewards_of(spec: RLSpec, groups: Sequence[Group]) -> tuple[Tensor, Tensor | None]:
-    """The rewards [B] that the graders' weighted sum gives, in float64, 0 where there is none.
+    """The rewards [B], each the weighted sum of the graders, in float64; 0 for answers that were not graded.
 
-    Where each grader's scores are normalised by themselves (GDPO): those [B, R], and the graders' weights [R].
+    If each grader's scores are normalised separately (GDPO): the scores [B, R] and the graders' weights [R].
     """
     if spec.objective.advantage.several == "sum_then_normalize":
         return torch.tensor([reward or 0.0 for group in groups for reward in group.rewards], dtype=torch.float64), None
@@ -136,14 +136,14 @@ def update(
 ) -> tuple[dict[str, float], list[EventRow]]:
     """`minibatches x epochs` optimizer steps on one rollout; metrics are over all of them.
 
-    `numbers` are the places of the groups' rows in their source, for events about steps that were skipped.
+    `numbers` are the places of the groups' rows in their source, for events about skipped steps.
     """
     spec, policy, e = attempt.spec, attempt.policy, experience
     assert isinstance(spec, RLSpec)
     measured, norms, events, rate, size = Metrics(), list[float](), list[EventRow](), 0.0, spec.rollout.group_size
     for number, chosen in enumerate(minibatches(len(e.sequences), spec, step)):
         rows = torch.tensor(chosen, device=e.old_log_probs.device)
-        width = int(max(len(e.sequences[i].completion) for i in chosen))  # as the policy pads these rows
+        width = int(max(len(e.sequences[i].completion) for i in chosen))  # the policy pads these rows to it
 
         def of(tensor: Tensor | None, rows: Tensor = rows, width: int = width) -> Tensor | None:
             return None if tensor is None else tensor[rows, :width]
@@ -194,7 +194,7 @@ def update(
 
 
 def pad(rows: Sequence[Sequence[float]], like: Tensor) -> Tensor:
-    """Ragged rows as a tensor of the shape of `like`, 0 behind their ends."""
+    """Ragged rows as a tensor of the shape of `like`, padded with 0."""
     padded = torch.zeros(like.shape, dtype=like.dtype)
     for i, row in enumerate(rows):
         padded[i, : len(row)] = torch.tensor(row, dtype=like.dtype)

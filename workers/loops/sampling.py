@@ -22,7 +22,7 @@ REPORTED = 32  # samples in one event
 
 @dataclass(frozen=True)
 class Group:
-    """A prompt, its sampled answers, and what they got; `rewards[i]` is None where an answer could not be graded."""
+    """A prompt, its sampled answers and their rewards; `rewards[i]` is None if answer i could not be graded."""
 
     row: dict[str, Any]
     prompt: list[int]
@@ -33,7 +33,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Draw:
-    """How answers are drawn; `purpose` makes the draw its own."""
+    """How answers are drawn. Draws with different `purpose` use different random seeds."""
 
     purpose: str
     group_size: int
@@ -45,7 +45,7 @@ class Draw:
 
 
 def draw_of(attempt: Attempt, *, purpose: str, temperature: float | None = None) -> Draw:
-    """The training distribution, or (with a temperature) the plain one of an evaluation: one answer a prompt."""
+    """The draw for training; or, with a temperature, for an evaluation: one answer per prompt, without top_p and top_k."""
     spec = attempt.spec
     stop = tuple(spec.rollout.stop) if isinstance(spec, RLSpec) else ()
     if temperature is not None:
@@ -59,7 +59,7 @@ def draw_of(attempt: Attempt, *, purpose: str, temperature: float | None = None)
 
 
 def sample_and_grade(attempt: Attempt, rows: Sequence[dict[str, Any]], numbers: Sequence[int], draw: Draw) -> list[Group]:
-    """One group a row. `numbers` are the rows' places in their source, for error messages."""
+    """One group per row. `numbers` are the rows' places in their source, for error messages."""
     rendered = [attempt.data.prompt(row) for row in rows]
     prompts = [prompt_tokens(attempt, row, number) for row, number in zip(rows, numbers, strict=True)]
     check_lengths(attempt, prompts, numbers, draw.max_tokens)
@@ -108,7 +108,7 @@ def settle_errors(spec: RewardSpec, graded: Sequence[Graded]) -> list[float | No
 
 
 def reward_metrics(groups: Iterable[Group]) -> dict[str, float]:
-    """reward/mean, reward/std, one reward/NAME a grader, and the share that could not be graded."""
+    """reward/mean, reward/std, reward/NAME for each grader, reward/error_rate, and the length of the answers."""
     groups = list(groups)
     graded = [sample for group in groups for sample in group.graded]
     totals = [reward for group in groups for reward in group.rewards if reward is not None]
@@ -126,7 +126,7 @@ def reward_metrics(groups: Iterable[Group]) -> dict[str, float]:
 
 
 def reward_errors(groups: Sequence[Group], step: int) -> list[EventRow]:
-    """One event about the samples of a step that could not be graded, each with where it is and why; none when all could."""
+    """One event that lists the samples of a step that could not be graded, with the reasons; none if all could be graded."""
     failed = [
         {"group": g, "sample": i, "errors": graded.errors}
         for g, group in enumerate(groups)
@@ -139,7 +139,7 @@ def reward_errors(groups: Sequence[Group], step: int) -> list[EventRow]:
 
 
 def rollout_rows(attempt: Attempt, groups: Sequence[Group], split: str, step: int) -> list[RolloutRow]:
-    """The groups as they are kept and shown."""
+    """The groups as rows of the store."""
     return [
         RolloutRow(
             split=split,

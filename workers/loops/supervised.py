@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: cross-entropy on the given answers, the mean over all answer tokens of an optimizer step."""
+"""Supervised fine-tuning: cross-entropy on the given answers, averaged over all answer tokens of an optimizer step."""
 
 from collections.abc import Iterable, Sequence
 from time import perf_counter
@@ -63,7 +63,7 @@ def step(attempt: Attempt, step: int) -> StepResult:
 
 
 def answers_loss(attempt: Attempt) -> float:
-    """Mean negative log-likelihood of an answer token over data.eval; no gradient."""
+    """Mean negative log-likelihood per answer token over data.eval, without gradient."""
     rows = attempt.data.eval
     assert rows is not None
     total, tokens = 0.0, 0

@@ -1,1 +1,1 @@
-"""Batched loss requests: work orders taken from Redis, checked, merged, computed, answered. Nothing of a job in here."""
+"""Batched loss requests: take work orders from Redis, check, merge, compute, answer. Nothing here depends on jobs."""

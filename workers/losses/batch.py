@@ -1,7 +1,7 @@
-"""The tensors of one item: from the bytes of a work order, padded to [B, T], and back into the layout that was sent.
+"""The tensors of one item: from the bytes of a work order to padded [B, T], and back into the layout of the request.
 
-Nothing is copied that need not be: a tensor is a view of the order's bytes, and padded rows, or ragged rows that are all
-of one length, stay that view. So they are read-only: nothing in here is written in place.
+Copies are avoided. A tensor is a view of the order's bytes, and padded rows, or ragged rows of equal length, stay that view.
+The tensors are therefore read-only, and nothing here writes in place.
 """
 
 import json
@@ -19,7 +19,7 @@ from service.spec.tensors import TENSORS
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    torch.frombuffer(b"0", dtype=torch.uint8)  # it warns once that such a view must not be written to; ours are not
+    torch.frombuffer(b"0", dtype=torch.uint8)  # it warns once that such views are read-only; we never write to them
 
 DTYPES = {
     "F64": torch.float64,
@@ -31,7 +31,7 @@ DTYPES = {
     "I64": torch.int64,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-# What is computed in, and what inputs are rounded to before.
+# For each dtype of a request: the dtype to compute in, and the dtype to round the inputs to first.
 COMPUTED_IN = {
     "float64": (torch.float64, None),
     "float32": (torch.float32, None),
@@ -40,7 +40,7 @@ COMPUTED_IN = {
 
 
 def viewed(raw: tensors.Tensor) -> Tensor:
-    """Bytes as a tensor, without a copy where they lie as the dtype wants them."""
+    """Bytes as a tensor, without a copy if they are aligned for the dtype."""
     dtype = DTYPES[raw.dtype]
     if not len(raw):
         return torch.empty(raw.shape, dtype=dtype)
@@ -51,14 +51,14 @@ def viewed(raw: tensors.Tensor) -> Tensor:
 
 
 def bytes_of(tensor: Tensor) -> tensors.Tensor:
-    """The other way, without a copy where the tensor is contiguous."""
+    """A tensor as bytes, without a copy if the tensor is contiguous."""
     flat = tensor.detach().contiguous().view(-1)
     return tensors.Tensor(NAMES[tensor.dtype], tuple(tensor.shape), flat.view(torch.uint8).numpy().data)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How rows were sent: padded [B, T], or flat [N] with the offsets of the rows [B + 1]."""
+    """The layout of the request: padded [B, T], or flat [N] with the offsets of the rows [B + 1]."""
 
     rows: int
     longest: int
@@ -80,12 +80,12 @@ class Layout:
 
     @cached_property
     def tokens(self) -> int:
-        """Of a padded batch: cells, whatever its mask says."""
+        """Tokens of a ragged batch; all cells of a padded batch, even masked ones."""
         return self.cells if self.offsets is None else int(self.offsets[-1])
 
     @cached_property
     def inside_B_T(self) -> Tensor | None:
-        """Cells that lie within their row; None where all do."""
+        """Which cells lie within their row; None if all do."""
         if self.offsets is None or self.tokens == self.cells:
             return None
         return torch.arange(self.longest) < self.offsets.diff().unsqueeze(1)
@@ -96,25 +96,25 @@ class Layout:
         return self.inside_B_T.flatten().nonzero().squeeze(1)
 
     def is_per_token(self, values: Tensor) -> bool:
-        """Rather than one value a row. One value a row of one token is both, and the same."""
+        """Whether there is one value per token, and not one per row. If every row has one token, both are the same."""
         if self.offsets is None:
             return values.dim() == 2
         return values.shape[0] == self.tokens and values.shape[0] != self.rows
 
     def pad(self, values: Tensor) -> Tensor:
-        """Per-token values as they were sent, to [B, T]; 0 beyond a row's end."""
+        """Per-token values from the layout of the request to [B, T]; 0 beyond a row's end."""
         if self.inside_B_T is None:
             return values.view(self.rows, self.longest)
         return values.new_zeros(self.rows, self.longest).masked_scatter_(self.inside_B_T, values)
 
     def as_sent(self, values_B_T: Tensor) -> Tensor:
-        """[B, T] back into the layout of the request."""
+        """[B, T] to the layout of the request."""
         if self.inside_B_T is None:
             return values_B_T if self.offsets is None else values_B_T.reshape(-1)
         return values_B_T.reshape(-1).index_select(0, self._places)
 
     def cells_of(self, flags: Tensor, at_most: int) -> list[tuple[int, int]]:
-        """Row and position of the first flagged tokens of a tensor as it was sent."""
+        """Row and position of the first `at_most` flagged tokens; `flags` are in the layout of the request."""
         places = flags.flatten().nonzero().squeeze(1)[:at_most]
         if self.offsets is None:
             return [divmod(place, self.longest) for place in places.tolist()]
@@ -124,7 +124,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Item:
-    """One item of a request as the worker reads it. `tensors` are in the layout that was sent, floats in `dtype`."""
+    """One item of a request. `tensors` are in the layout of the request, floats in `dtype`."""
 
     index: int
     axes: Mapping[str, Any]
@@ -139,7 +139,7 @@ class Item:
 
     @cached_property
     def objective(self) -> str:
-        """The axes as text, which is the same for the same axes."""
+        """The axes as text; equal axes give equal text."""
         return json.dumps(self.axes, sort_keys=True)
 
     def pointer(self, name: str) -> str:
@@ -147,7 +147,7 @@ class Item:
 
 
 def read(entry: Mapping[str, Any], sent: Mapping[str, Tensor]) -> Item:
-    """An item of a work order; `sent` are its tensors, by their names in the batch."""
+    """Read an item of a work order. `sent` are its tensors, by their names in the batch."""
     dtype, rounded = COMPUTED_IN[entry["dtype"]]
     if entry["layout"] == "ragged":
         layout = Layout.ragged(sent["cu_seqlens"])

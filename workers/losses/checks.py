@@ -1,8 +1,7 @@
-"""What is wrong with the content of an item: numbers that no shape shows. Structure was checked by the API.
+"""Checks the numbers in an item's tensors. The API has already checked the structure and the shapes.
 
-A pass over a tensor costs as much as a term of the loss, so each is looked at once (`aminmax` tells NaN, infinities and
-positive log-probs together) and only one that looks wrong is searched for where. What stands behind the mask is never
-wrong.
+A pass over a tensor costs as much as a term of the loss. Each tensor is therefore read once (`aminmax` finds NaN, infinities
+and positive log-probs together), and only a tensor with a fault is searched for its place. Masked values may be anything.
 """
 
 from collections.abc import Callable
@@ -15,22 +14,24 @@ from service.errors import FieldError
 from service.spec.tensors import TENSORS
 from workers.losses.batch import Item
 
-NAMED = 4  # places named in a message, of however many
+NAMED = 4  # at most so many places are named in a message
 
 
 @dataclass
 class Findings:
-    """What `check` found. Rows with numbers that are not finite are only here when the item wants them masked."""
+    """What `check` found. `nonfinite_B` is set only if the item wants such rows masked."""
 
     errors: list[FieldError] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
-    nonfinite_B: Tensor | None = None  # rows
-    mask: Tensor | None = None  # the response mask as it was sent, bool; None: every token counts
+    nonfinite_B: Tensor | None = None  # rows with numbers that are not finite
+    mask: Tensor | None = None  # the response mask in the layout of the request, bool; None: every token counts
 
 
 def check(item: Item, *, used: frozenset[str], in_groups: bool, in_segments: bool) -> Findings:
-    """Everything that is wrong with the item. `used`: the tensors that reach the result; `in_groups`: advantages are made of
-    rewards with a statistic of the group; `in_segments`: segment_ids decide something."""
+    """Find all faults of the item.
+
+    `used`: the tensors that affect the result; `in_groups`: advantages are computed from rewards with statistics of the
+    group; `in_segments`: segment_ids affect the result."""
     findings = Findings()
     findings.mask = _binary(item, "response_mask", findings)
     _binary(item, "truncated", findings)
@@ -50,7 +51,7 @@ def _binary(item: Item, name: str, findings: Findings) -> Tensor | None:
     if not values.numel():
         return flags
     least, greatest = (float(end) for end in values.aminmax())
-    # Within [0, 1] all that is not 0 is 1 exactly where sum and count agree; the sum of 0s and 1s is exact.
+    # For values in [0, 1], all nonzero ones are 1 exactly if their sum equals their count. A sum of 0s and 1s is exact.
     if least >= 0 and greatest <= 1 and float(values.sum(dtype=torch.float64)) == int(flags.count_nonzero()):
         return flags
     wrong = values != flags.to(values.dtype)
@@ -96,7 +97,7 @@ def _tokens(item: Item, name: str, values: Tensor, findings: Findings) -> None:
 
 
 def _rows(item: Item, name: str, values: Tensor, findings: Findings) -> None:
-    """One value a row, or one of each reward a row. A row without tokens may hold anything."""
+    """Check one value per row, or one per row and reward. A row without tokens may hold anything."""
     wrong_B = ~values.isfinite().view(item.layout.rows, -1).all(dim=1)
     if not bool(wrong_B.any()):
         return
@@ -131,7 +132,7 @@ def _counted(flags: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _with_tokens(item: Item, mask: Tensor | None) -> Tensor:
-    """Rows that have tokens which count. [B]"""
+    """Rows with at least one unmasked token. [B]"""
     if mask is not None:
         return item.layout.pad(mask).any(dim=1)
     if item.layout.offsets is not None:
@@ -143,7 +144,7 @@ def _with_tokens(item: Item, mask: Tensor | None) -> Tensor:
 
 
 def _singletons(item: Item, findings: Findings) -> None:
-    """A group of one has no baseline: its advantage is 0, and its row teaches nothing."""
+    """Find groups of one. They have no baseline: the advantage is 0, and the row teaches nothing."""
     ids_B = item.tensors.get("group_ids")
     if ids_B is None or not ids_B.numel():
         return
@@ -174,7 +175,7 @@ def _segments(item: Item, findings: Findings) -> None:
 
 
 def _places(item: Item, flags: Tensor) -> str:
-    """`row 3, token 5`, or a few of them and how many more."""
+    """`row 3, token 5`, or a few such places and the number of the others."""
     cells = item.layout.cells_of(flags, NAMED)
     return _list([f"row {row}, token {token}" for row, token in cells], int(flags.count_nonzero()), "; ")
 

@@ -1,8 +1,8 @@
-"""One item: from checked tensors to loss, gradient and whatever else was asked for.
+"""One item: from checked tensors to loss, gradient and whatever else was requested.
 
-`prepare` does what looks at the whole batch (advantages, selection, aggregation and correction weights), which is the
-item's alone. The loss of its rows is computed in `merge`, alone or together with those of other items, and `returned` reads
-from it what was asked for. The item is an optimizer step of its own, unless it brings the step's `weights`.
+`prepare` computes what depends on the item's whole batch: advantages, selection, aggregation and correction weights. `merge`
+computes the loss of the rows, alone or together with rows of other items. `returned` picks the requested tensors from the
+result. An item counts as a whole optimizer step, unless it contains the step's `weights`.
 """
 
 import json
@@ -34,7 +34,7 @@ class ItemRefused(Portable):
 
 @dataclass(frozen=True)
 class ItemAnswer:
-    """An item of the answer: JSON, and its tensors in the layout that was sent."""
+    """An item of the answer: JSON, and its tensors in the layout of the request."""
 
     body: dict[str, Any]
     tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -46,7 +46,7 @@ class ItemAnswer:
 
 @dataclass(frozen=True)
 class Prepared:
-    """An item up to the point where only its rows are looked at, each alone."""
+    """An item for which only the loss is left to compute, which depends on each row alone."""
 
     item: Item
     objective: Objective
@@ -54,7 +54,7 @@ class Prepared:
     rows: Rows
     metrics: Metrics
     warnings: list[str]
-    nonfinite: list[int]  # rows that were left out because of what came in
+    nonfinite: list[int]  # rows left out because an input is not finite
 
     @property
     def wants_gradient(self) -> bool:
@@ -69,20 +69,20 @@ class Prepared:
 
 
 def prepare(item: Item) -> Prepared:
-    """Raises ItemRefused when the content of a tensor cannot be taken, or one is missing."""
+    """Raises ItemRefused if a tensor is missing or its content is invalid."""
     objective, used = _known(item.objective, frozenset(item.tensors))
     findings = check(item, used=used.reads, in_groups=used.in_groups, in_segments=used.in_segments)
     if findings.errors:
         raise ItemRefused(findings.errors)
     try:
         return _prepared(item, objective, used, findings)
-    except ValueError as error:  # what an axis needs and did not get, in its words
+    except ValueError as error:  # names the tensor that an axis needs and did not get
         raise ItemRefused([FieldError(f"/items/{item.index}/batch", str(error), "missing_tensor")]) from None
 
 
-@lru_cache(maxsize=256)  # the items of a request, and of many requests, have few different ones
+@lru_cache(maxsize=256)  # few different ones occur, even over many requests
 def _known(axes: str, given: frozenset[str]) -> tuple[Objective, Uses]:
-    """An objective that is resolved, and what it does with a batch that brings the tensors of these names."""
+    """The objective of these axes, and how it uses a batch that has the tensors `given`."""
     return Objective(json.loads(axes)), uses(ObjectiveSpec.model_validate_json(axes), given)
 
 
@@ -97,7 +97,7 @@ def _prepared(item: Item, objective: Objective, used: Uses, findings: Findings) 
     advantages = _advantages(item, objective, used, mask, valid_B, known)
     if weights is None:
         kept, selected = _selected(item, objective, used, mask, valid_B, known["entropy"])
-    else:  # of the whole step: what it selected is in them
+    else:  # weights of the whole step: they already contain its selection
         weights = torch.where(mask, layout.pad(weights), 0.0)
         kept, selected = mask, weights != 0
         warnings += _sees_less(item.axes)
@@ -139,8 +139,8 @@ def _one_group(rows: int) -> Tensor:
 def _selected(
     item: Item, objective: Objective, used: Uses, mask: Tensor, valid_B: Tensor | None, entropy: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """The mask without the answers that the select axis leaves out, which count nowhere; and without the tokens that it
-    leaves out, which take part in their sequence's ratio (None: there are none)."""
+    """The mask after `select`, twice: without the answers left out, which count nowhere; and also without the single tokens
+    left out, which still take part in their sequence's ratio (None: no single tokens are left out)."""
     looks = "rewards" in used.reads
     selected = objective.select(
         mask,
@@ -161,7 +161,7 @@ def _advantages(
     valid_B: Tensor | None,
     known: Mapping[str, Tensor | None],
 ) -> Tensor:
-    """As given, [B] or [B, T]; else from the rewards, [B]; else 1 (plain -log p)."""
+    """The given advantages, [B] or [B, T]; else computed from the rewards, [B]; else 1 (the loss is then -log p)."""
     sent, layout = item.tensors, item.layout
     if "advantages" in sent:
         given = sent["advantages"]
@@ -170,7 +170,7 @@ def _advantages(
         return torch.ones(layout.rows, dtype=item.dtype)
     rewards, weights_R = sent["rewards"], sent.get("reward_weights")
     if item.axes["kl"]["place"] == "reward":
-        if rewards.dim() == 2:  # there is one KL, so the rewards become one first
+        if rewards.dim() == 2:  # there is only one KL, so sum the rewards first
             rewards, weights_R = rewards @ (rewards.new_ones(rewards.shape[1]) if weights_R is None else weights_R), None
         if known["old_log_probs"] is None:
             raise ValueError("a KL in the reward needs old_log_probs [B, T]")
@@ -188,7 +188,7 @@ def _advantages(
 
 
 def _sees_less(axes: Mapping[str, Any]) -> list[str]:
-    """With the step's weights an item is a part of a step; what else looks at the whole step sees this part only."""
+    """Warnings for an item with the step's weights, which is part of a step: other statistics see this part only."""
     seen = []
     if axes["correct"]["action"] != "none" and axes["correct"]["normalize"]:
         seen.append("correct.normalize")
@@ -198,7 +198,7 @@ def _sees_less(axes: Mapping[str, Any]) -> list[str]:
 
 
 def _picked(objective: Objective, log_probs: Tensor, rows: Rows, seed: int) -> Tensor:
-    """The tokens that clip_cov or kl_cov picks, by the log-probs of the policy that is trained: here they are known."""
+    """The tokens that clip_cov or kl_cov picks, by the log-probs of the policy being trained, which are known here."""
     counted = rows.weights != 0
     _, outputs = objective.loss(log_probs, replace(rows, picked=torch.zeros_like(counted)))
     bounded, policy = outputs.clipped_low | outputs.clipped_high, torch.where(counted, log_probs, 0.0)
@@ -209,7 +209,7 @@ def _picked(objective: Objective, log_probs: Tensor, rows: Rows, seed: int) -> T
 # ---------------------------------------------------------------- after the loss
 
 
-# What may be asked for in `return`, beside the gradients.
+# What `return` may name, apart from the gradients.
 RETURNED = {
     "token_loss": lambda outputs: outputs.token_loss,
     "log_importance_ratio": lambda outputs: outputs.log_importance_ratio,
@@ -225,5 +225,5 @@ RETURNED = {
 
 @torch.no_grad()
 def returned(wanted: frozenset[str], outputs: LossOutputs) -> dict[str, Tensor]:
-    """What is asked for beside the gradients, [B, T], of all rows that `outputs` has."""
+    """The requested tensors except the gradients, [B, T], for all rows of `outputs`."""
     return {name: tensor_of(outputs).detach() for name, tensor_of in RETURNED.items() if name in wanted}

@@ -1,8 +1,8 @@
-"""Items that agree on objective, dtype and tensors, computed as one batch: a small one costs a hundred calls into torch
-whose price does not depend on its size.
+"""Computes items with the same objective, dtype and tensors as one batch. This is faster because a small item costs a hundred
+calls into torch whose cost does not depend on its size.
 
-What looks at a whole batch was done an item at a time (`compute.prepare`); the loss looks at each row alone, so the rows of
-many items can stand in one batch, and every item gets its own rows back: losses, gradients, metrics.
+`compute.prepare` has done, for each item, what depends on a whole batch. The loss depends on each row alone. The rows of many
+items can therefore share one batch, and every item gets the losses, gradients and metrics of its own rows.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,13 +16,13 @@ from workers.losses.compute import ItemAnswer, Prepared, returned
 from workers.objectives import LossOutputs, Rows
 from workers.objectives.metrics import Metrics
 
-SMALL_CELLS = 2**16  # a larger item gains nothing from company
+SMALL_CELLS = 2**16  # a larger item gains nothing from merging
 MERGED_CELLS = 2**20
-PADDING = 2  # a merged batch has at most so many times the cells of its items
+PADDING = 2  # a merged batch has at most this many times the cells of its items
 
 
 def groups(prepared: Sequence[Prepared]) -> list[list[int]]:
-    """Which of them to compute together, by their places; each stands in one group."""
+    """Which items to compute together, as indices into `prepared`; each item is in one group."""
     kinds: dict[str, list[int]] = {}
     alone: list[list[int]] = []
     for place, work in enumerate(prepared):
@@ -34,7 +34,7 @@ def groups(prepared: Sequence[Prepared]) -> list[list[int]]:
 
 
 def _of_like_length(prepared: Sequence[Prepared], places: list[int]) -> Iterable[list[int]]:
-    """Cut into groups whose padding stays within bounds."""
+    """Split into groups so that padding stays within bounds."""
     group, rows, cells = list[int](), 0, 0
     for place in sorted(places, key=lambda place: prepared[place].item.layout.longest):
         layout = prepared[place].item.layout
@@ -82,7 +82,7 @@ def _stacked(parts: Sequence[Tensor], longest: int) -> Tensor:
 
 
 def compute(prepared: Sequence[Prepared]) -> list[ItemAnswer]:
-    """The answers of items of one kind. Raises whatever torch raises; then none of them has an answer."""
+    """The answers of items of one kind. If torch raises, so does this, and no item has an answer."""
     batch, objective = batch_of(prepared), prepared[0].objective
     with torch.set_grad_enabled(prepared[0].wants_gradient):
         log_probs = batch.log_probs.detach().requires_grad_(prepared[0].wants_gradient)
@@ -140,5 +140,5 @@ def _answer(
 
 
 def _finite(values: Tensor) -> bool:
-    """A finite sum has finite terms, and costs a twentieth of looking at each."""
+    """Whether all values are finite. Their sum is tried first: if it is finite, all are, at a twentieth of the cost."""
     return bool(values.sum().isfinite()) or bool(values.isfinite().all())

@@ -1,7 +1,7 @@
-"""The loss worker's loop: take all orders that wait, compute them together, answer them as soon as they are done.
+"""The loss worker's loop: take all waiting orders, compute them together, answer each as soon as it is done.
 
-Nothing that is wrong with one order reaches another. One that cannot be read, or whose computation raises, is answered as
-unavailable, so that its caller may try again; the log says which it was and where it stopped, and none of its numbers.
+A faulty order never affects another. If an order cannot be read, or its computation raises, it is answered as unavailable, so
+that its caller can retry. The log names the order and where it failed, but none of its numbers.
 """
 
 import logging
@@ -28,14 +28,14 @@ from workers.losses.compute import ItemAnswer, ItemRefused, Prepared, prepare
 
 log = logging.getLogger(__name__)
 
-AT_MOST = 64  # orders taken at once: what may be merged, and what another worker will not get
-TOGETHER = 512  # small items that are prepared at once
+AT_MOST = 64  # orders taken at once: they can be merged, but no other worker gets them
+TOGETHER = 512  # small items prepared at once
 WAIT_S = 1.0  # between two looks at the stop flag
-SHARED_FOR_S = 5.0  # then a job has its turn on a worker that also trains
+SHARED_FOR_S = 5.0  # then a worker that also trains takes a job
 
 
 def run() -> None:
-    """What a ring starts."""
+    """Started by a Celery message."""
     settings = get_settings()
     keep_freed_memory()
     torch.set_num_threads(settings.torch_threads)
@@ -47,8 +47,9 @@ def run() -> None:
 
 
 def serve(queue: WorkerQueue, worker_id: str, *, linger: bool, merging: bool = True) -> None:
-    """Answer what waits. `linger`: until told to stop, or Redis is away; else until nothing waits. `merging` false: to measure
-    what it is worth."""
+    """Answer waiting orders. `linger`: continue until told to stop or Redis is down; else until nothing waits.
+
+    `merging` false is for benchmarks that measure what merging gains."""
     until = float("inf") if linger else time.monotonic() + SHARED_FOR_S
 
     def work(taken: list[Taken]) -> None:
@@ -61,8 +62,8 @@ def serve(queue: WorkerQueue, worker_id: str, *, linger: bool, merging: bool = T
                 break
             work(taken)
         queue.leave()
-        work(queue.take(worker_id, 0.0, AT_MOST))  # who came before that did not ring
-    except redis.RedisError as error:  # the next ring begins anew, and callers hear of it from the API
+        work(queue.take(worker_id, 0.0, AT_MOST))  # callers that came before `leave` sent no message
+    except redis.RedisError as error:  # the next message starts again, and the API tells the callers
         log.warning("no loss requests for now, Redis does not answer: %s", error)
 
 
@@ -71,7 +72,7 @@ class _Open(NamedTuple):
 
     taken: Taken
     order: Order
-    items: dict[int, Item]  # what is to be computed, by its place among the order's items
+    items: dict[int, Item]  # items to compute, by their place in the order
     done: dict[int, ItemAnswer]
 
 
@@ -85,15 +86,15 @@ Answered = Sequence[tuple[Taken, bytes]]
 
 
 class Round:
-    """Orders that were taken together. `answer` gets those that were done together with their answers; what it raises ends the
-    round."""
+    """Orders that were taken together. `answer` is called with orders and their answers as they are done; if it raises, the
+    round ends."""
 
     def __init__(self, taken: Sequence[Taken], answer: Callable[[Answered], None], *, merging: bool = True) -> None:
         self._taken, self._answer, self._merging = list(taken), answer, merging
         self._finished, self._answered = list[tuple[Taken, bytes]](), set[str]()
 
     def run(self) -> None:
-        """Small items first and together, then large ones, one after the other."""
+        """Compute small items first, together; then large ones, one by one."""
         small, large = list[_Work](), list[_Work]()
         for taken in self._taken:
             for work in self._opened(taken):
@@ -143,7 +144,7 @@ class Round:
                 self._fail(group[0][0].opened.taken, error)
                 return
             computed = None
-        if computed is None:  # whoever fails, fails alone; not in the handler, which holds on to the tensors of the batch
+        if computed is None:  # one by one: only the faulty item fails. Not in the handler, which keeps the batch alive
             for single in group:
                 self._compute_merged([single])
             return
@@ -171,7 +172,7 @@ class Round:
         self._finished.append((taken, raw))
 
     def _send(self) -> None:
-        """Answer what was finished since the last time: one trip to Redis for all of it."""
+        """Send all answers finished since the last call, in one round trip to Redis."""
         if finished := self._finished:
             self._finished = []
             self._answer(finished)
@@ -181,7 +182,7 @@ class Round:
 
 
 def open_order(taken: Taken) -> _Open:
-    """Raises whatever the bytes make it raise: they were written by the API, so none of it is expected."""
+    """Decode an order. Any exception may come from bad bytes; none is expected, because the API wrote them."""
     order = Order.decode(taken.parcel)
     sent: dict[int, dict[str, Tensor]] = {}
     for name, raw in order.tensors.items():
@@ -203,7 +204,7 @@ def refused_answer(item: Item, refused: ItemRefused) -> ItemAnswer:
 
 
 def finished(order: Order, items: Sequence[ItemAnswer]) -> bytes:
-    """The answer of an order. Where nothing, or not all that was wanted, could be computed it holds no tensors."""
+    """The answer of an order. It has no tensors if all items failed, or if one failed and all_or_nothing is set."""
     data, ok = [item.body for item in items], [item.ok for item in items]
     tensors: Tensors = {}
     refused = not any(ok) or (order.all_or_nothing and not all(ok))
@@ -213,12 +214,12 @@ def finished(order: Order, items: Sequence[ItemAnswer]) -> bytes:
     outcome = "invalid" if refused else "ok"
     try:
         return answered(outcome, data, tensors)
-    except ValueError:  # a number that is not finite, which is rare
+    except ValueError:  # some number is not finite, which is rare
         return answered(outcome, _in_json(data), tensors)
 
 
 def _in_json(value: Any) -> Any:
-    """JSON has no word for a number that is not finite; the answers of this service write it as a string."""
+    """Replace numbers that are not finite, which JSON cannot express, by strings."""
     if isinstance(value, float) and not isfinite(value):
         return "NaN" if value != value else "Infinity" if value > 0 else "-Infinity"
     if isinstance(value, Mapping):
@@ -227,7 +228,7 @@ def _in_json(value: Any) -> Any:
 
 
 def refusal(order_id: str, error: Exception) -> bytes:
-    """What its caller gets, and a line in the log."""
+    """The answer to an order that failed with this error, which is also logged."""
     where = "".join(traceback.format_tb(error.__traceback__))  # without the message: it may quote numbers
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
         log.error("loss request %s: out of memory\n%s", order_id, where)

@@ -1,4 +1,4 @@
-"""The loss mathematics: seven axes, one file each, and `Objective`, which composes them. torch and nothing else of ours."""
+"""The loss mathematics: seven axes, one file each, and `Objective`, which composes them. It imports torch and no other room."""
 
 from workers.objectives.metrics import Metrics
 from workers.objectives.objective import Objective

@@ -1,7 +1,7 @@
-"""The advantage axis: rewards [B] (or several, [B, R]) to one advantage a sequence [B]. float64 inside.
+"""The advantage axis: from rewards [B] (or several, [B, R]) to one advantage per sequence [B]. Computed in float64.
 
-Invalid samples (ungraded, or a reward that is not finite) enter no statistic and get 0. In a group without spread, a
-singleton among them, every baseline gives exactly 0; only whitening over the batch moves it afterwards.
+Invalid samples (ungraded, or with a reward that is not finite) enter no statistic and get 0. In a group whose rewards are all
+equal, such as a group of one, every baseline gives exactly 0; only whitening over the batch changes it afterwards.
 """
 
 from collections.abc import Callable
@@ -95,24 +95,24 @@ BASELINES = frozenset(CENTRES) - {"none", "given"}
 
 
 def unscaled(centred_B: Tensor, rewards_B: Tensor, groups: Groups, eps: float) -> Tensor:
-    """As it is."""
+    """No scaling."""
     return centred_B
 
 
 def group_std(centred_B: Tensor, rewards_B: Tensor, groups: Groups, eps: float) -> Tensor:
-    """Over the group's unbiased standard deviation; 0 in a group without spread."""
+    """Divided by the group's unbiased standard deviation; 0 in a group whose rewards are all equal."""
     variance_B = groups.sum_B(group_mean(rewards_B, groups).square()) / (groups.sizes_B - 1).clamp(min=1)
     return torch.where(groups.spread_B(rewards_B), centred_B / (variance_B.sqrt() + eps).clamp(min=_TINY), 0.0)
 
 
 def batch_std(centred_B: Tensor, rewards_B: Tensor, groups: Groups, eps: float) -> Tensor:
-    """Over the unbiased standard deviation of all rewards; 0 where they are all equal."""
+    """Divided by the unbiased standard deviation of all rewards; 0 if they are all equal."""
     _, deviation = _moments(rewards_B, groups.valid_B.double())
     return centred_B / (deviation + eps) if deviation > 0 else torch.zeros_like(centred_B)
 
 
 def over_group_mean(centred_B: Tensor, rewards_B: Tensor, groups: Groups, eps: float) -> Tensor:
-    """Over the group's mean reward (MaxRL, for rewards that are not negative); 0 where that mean is not positive."""
+    """Divided by the group's mean reward (MaxRL, for rewards that are not negative); 0 if that mean is not positive."""
     mean_B = groups.mean_B(rewards_B)
     return torch.where(mean_B > eps, centred_B / (mean_B + eps).clamp(min=_TINY), 0.0)
 
@@ -134,7 +134,7 @@ _TINY = torch.finfo(torch.float64).tiny
 
 
 def _moments(values_B: Tensor, weights_B: Tensor) -> tuple[Tensor, float]:
-    """Weighted mean and unbiased standard deviation; of a single unit of weight, or of equal values, the deviation is 0."""
+    """Weighted mean and unbiased standard deviation, which is 0 for equal values or a total weight of at most 1."""
     total = weights_B.sum()
     counted = values_B[weights_B > 0]
     mean = torch.where(weights_B > 0, values_B * weights_B, 0.0).sum() / total.clamp(min=1)
@@ -150,14 +150,14 @@ def _moments(values_B: Tensor, weights_B: Tensor) -> tuple[Tensor, float]:
 def sum_then_normalize(
     rewards_B_R: Tensor, weights_R: Tensor, normalize: Callable[[Tensor], Tensor], groups: Groups, eps: float
 ):
-    """One weighted sum, normalised."""
+    """Normalise the weighted sum of the rewards."""
     return normalize(rewards_B_R @ weights_R)
 
 
 def normalize_then_sum(
     rewards_B_R: Tensor, weights_R: Tensor, normalize: Callable[[Tensor], Tensor], groups: Groups, eps: float
 ):
-    """Each reward normalised, their weighted sum, and that brought to mean 0 and deviation 1 over the batch's sequences
+    """Normalise each reward, take their weighted sum, and scale it to mean 0 and deviation 1 over the batch's sequences
     (GDPO, arXiv 2601.05242)."""
     summed_B = torch.stack([normalize(column) for column in rewards_B_R.unbind(1)], dim=1) @ weights_R
     mean, deviation = _moments(summed_B, groups.valid_B.double())
@@ -185,7 +185,7 @@ def advantages(
 ) -> Tensor:
     """Advantages [B] of rewards [B] or [B, R], in the rewards' dtype (float32 for integers).
 
-    `lengths_B` (answer tokens) weighs rows where the mathematics asks for it; default: all equal. `reward_weights_R`: all 1.
+    `lengths_B` (answer tokens) weights rows in formulas that use lengths; default: all equal. `reward_weights_R`: default 1.
     """
     rewards_B_R = by_column(rewards).double()
     groups = groups_of(rewards, group_ids_B, lengths_B=lengths_B, valid_B=valid_B)
@@ -206,7 +206,7 @@ def advantages(
 def groups_of(
     rewards: Tensor, group_ids_B: Tensor, *, lengths_B: Tensor | None = None, valid_B: Tensor | None = None
 ) -> Groups:
-    """The groups, with rows whose reward is not finite taken as invalid."""
+    """The groups. Rows whose reward is not finite are invalid."""
     finite_B = by_column(rewards).isfinite().all(dim=1)
     valid_B = finite_B if valid_B is None else finite_B & valid_B.bool()
     lengths_B = torch.ones_like(finite_B, dtype=torch.float64) if lengths_B is None else lengths_B.double()
@@ -215,7 +215,7 @@ def groups_of(
 
 
 def zero_variance_groups(rewards: Tensor, group_ids_B: Tensor, valid_B: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """One flag a group, at its first valid row: whether its rewards are all equal, and that it is a group. Both [B]."""
+    """Flags of groups whose rewards are all equal, and of all groups. Both [B], set only at a group's first valid row."""
     groups = groups_of(rewards, group_ids_B, valid_B=valid_B)
     row_B = torch.arange(len(groups.index_B), dtype=torch.float64, device=rewards.device)
     first_B = groups.valid_B & (row_B == groups.extreme_B(row_B, "amin"))
@@ -223,7 +223,7 @@ def zero_variance_groups(rewards: Tensor, group_ids_B: Tensor, valid_B: Tensor |
 
 
 def without_spread(rewards: Tensor, group_ids_B: Tensor, valid_B: Tensor | None = None) -> Tensor:
-    """Rows whose group's rewards are all equal (of several rewards: each of them), invalid rows left aside. [B]"""
+    """Rows whose group's valid rewards are all equal (with several rewards: each of them). [B]"""
     groups = groups_of(rewards, group_ids_B, valid_B=valid_B)
     columns = by_column(rewards).double().unbind(1)
     return ~torch.stack([groups.spread_B(column) for column in columns]).any(dim=0)

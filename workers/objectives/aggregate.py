@@ -1,7 +1,7 @@
 """The aggregate axis: weights w [B, T] such that the loss of an optimizer step is sum(w * L).
 
-They are computed once, from the mask of the whole step, so that cutting the step into micro-batches, or spreading it
-over ranks, changes neither loss nor gradient. A fully masked row counts nowhere; with no token at all every weight is 0.
+They are computed once, from the mask of the whole step. Splitting the step into micro-batches or over ranks therefore changes
+neither loss nor gradient. A fully masked row counts nowhere; without any token every weight is 0.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from workers.objectives.tensors import group_indices, group_sum
 
 @dataclass(frozen=True)
 class Counts:
-    """Of a whole optimizer step; all in the weights' dtype."""
+    """Counts of a whole optimizer step, in the weights' dtype."""
 
     tokens_B: Tensor  # n_i
     group_ids_B: Tensor | None
@@ -88,10 +88,10 @@ def weights(
     dtype: torch.dtype = torch.float32,
     **parameters: float | None,
 ) -> Tensor:
-    """The weights [B, T] of a whole optimizer step, 0 where masked; float64 inside. The mask is boolean, or that of `kernels`.
+    """The weights [B, T] of a whole optimizer step, 0 where masked. Computed in float64. The mask is boolean or from `kernels`.
 
-    `length_power` multiplies each row's weight by n_i to that power (LUSPO, arXiv 2602.05261: 1). `longest` is the longest
-    possible answer, by default T. `tokens_B`: each row's tokens under the mask, where they are known.
+    `length_power`: each row's weight is multiplied by n_i to this power (LUSPO, arXiv 2602.05261: 1). `longest` is the longest
+    possible answer, by default T. `tokens_B`: each row's unmasked tokens, if already known.
     """
     tokens_B = (kernels.tokens_of(mask_B_T) if tokens_B is None else tokens_B).double()
     counts = Counts(
@@ -106,7 +106,7 @@ def weights(
 
 
 def rows(token_loss: Tensor, weights_B_T: Tensor, row_weights_B: Tensor) -> Tensor:
-    """sum_t w L of each row, [B]; of one loss a row, [B, 1], it is taken out of the sum: `row_weights_B` are those of w."""
+    """sum_t w L of each row, [B]. A loss [B, 1] is constant over the row: it is multiplied by `row_weights_B`, sum_t w."""
     if token_loss.shape != weights_B_T.shape:
         return token_loss.squeeze(1) * row_weights_B
     return (token_loss * weights_B_T).sum(dim=1)

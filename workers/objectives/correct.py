@@ -1,8 +1,8 @@
-"""The correct axis: detached weights for tokens that were sampled by a policy that is not quite the trainer's.
+"""The correct axis: detached weights for tokens from a sampler whose probabilities differ slightly from the trainer's.
 
-The raw weight is exp(log p_old - log p_rollout), pooled over a token, a segment or the sequence. It is a constant of the
-optimizer step: computed once from the whole step, multiplied onto the surrogate (never onto the KL), and the
-aggregation weights keep counting every selected token, masked ones too.
+The raw weight is exp(log p_old - log p_rollout), pooled over a token, a segment or the sequence. It is constant during an
+optimizer step: it is computed once from the whole step, and multiplies the surrogate, never the KL. The aggregation weights
+still count every selected token, including those that the correction masks.
 """
 
 from collections.abc import Callable
@@ -27,7 +27,7 @@ def over_sequences(weights: Tensor, mask_B_T: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Level:
-    """How token log ratios are pooled, and over what units the weights are averaged when they are normalised."""
+    """How token log ratios are pooled, and the units over which weights are averaged for `normalize`."""
 
     pool: ratio.Pool
     mean: Callable[[Tensor, Tensor], Tensor]
@@ -57,7 +57,7 @@ def truncate(raw: Tensor, *, floor: float, cap: float, low: float, high: float) 
 
 
 def mask(raw: Tensor, *, floor: float, cap: float, low: float, high: float) -> tuple[Tensor, Tensor, Tensor]:
-    """w inside of [low, high], 0 outside."""
+    """w inside [low, high], 0 outside."""
     masked = outside(raw, low, high)
     return raw.masked_fill(masked, 0.0), torch.zeros_like(masked), masked
 
@@ -88,9 +88,9 @@ def correction(
 ) -> Correction:
     """The correction of a whole optimizer step from log p_old - log p_rollout (0 where masked).
 
-    `weigh` false keeps the mask and sets what is left to 1; `normalize` divides by the step's mean weight, over tokens or
-    over sequences as the level has it. With `mask_level` what is dropped is judged by the raw weight at that level, and not at
-    `level`, whose weights are made (and normalised) as if nothing were.
+    `weigh` false keeps the mask and sets the remaining weights to 1. `normalize` divides by the step's mean weight, over tokens
+    or sequences according to the level. With `mask_level`, tokens are dropped by the raw weight at that level; the weights at
+    `level` are computed (and normalised) as if none were dropped.
     """
     answers = ratio.AnswerTokens.of(mask_B_T, segments_B_T)
 
@@ -113,8 +113,8 @@ def correction(
 
 @torch.no_grad()
 def fresh(delta_B_T: Tensor, advantages_B_T: Tensor, answers: ratio.AnswerTokens, *, sequence_delta: float) -> Tensor:
-    """Tokens that stay: all but those with A < 0 in sequences whose mean of log p_old - log p exceeds the bound. [B, T]
+    """Tokens to keep: all except those with A < 0 in sequences whose mean of log p_old - log p exceeds the bound. [B, T]
 
-    `delta_B_T` is log p - log p_old. The policy has already moved away from such answers (DeepSeek-V3.2, arXiv 2512.02556).
+    The policy has already moved away from those sequences (DeepSeek-V3.2, arXiv 2512.02556). `delta_B_T` is log p - log p_old.
     """
     return ~((advantages_B_T < 0) & (-ratio.sequence(delta_B_T, answers) > sequence_delta))

@@ -1,5 +1,5 @@
 """Tokens picked by the covariance of their log-prob and advantage, (A - mean A)(log p - mean log p), for clip_cov and
-kl_cov (arXiv 2505.22617). Means run over the unmasked tokens of all rows, so a pick belongs to a whole optimizer step."""
+kl_cov (arXiv 2505.22617). Means are over the unmasked tokens of all rows, so tokens are picked for a whole optimizer step."""
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ def draw(
     clipped_B_T: Tensor | None = None,
     seed: int = 0,
 ) -> Tensor:
-    """A share of all tokens (at least one), drawn by `seed` among the unclipped ones with a covariance in (low, high)."""
+    """A share of all tokens (at least one), drawn with `seed` from the unclipped ones whose covariance is in (low, high)."""
     terms = covariance(log_probs_B_T, advantages_B_T, mask_B_T)
     eligible = mask_B_T & (terms > cov_low) & (terms < cov_high)
     if clipped_B_T is not None:

@@ -1,11 +1,11 @@
-"""What is written for the speed of a CPU: each function here has a plain twin, which is what it means.
+"""Functions written for speed on a CPU. Each has a plain twin, which defines what it computes.
 
-On a CPU, comparisons that answer in booleans and torch.where take 4 to 20 times as long as arithmetic does. So a mask is
-integers of the width of what it clears (a float's bits times 1 or 0 are what they were, or 0, were they NaN), flags are 1 and 0
-in the dtype of what was compared, and gradients that torch would make with comparisons are written out.
+On a CPU, comparisons that give booleans, and torch.where, take 4 to 20 times as long as arithmetic. Three tricks avoid them. A
+mask is integers as wide as the floats that it clears: the float's bits times 1 are unchanged, times 0 they are 0, even for NaN.
+Flags are 1 and 0 in the dtype of the compared values. Gradients for which torch would use comparisons are written by hand.
 
-The fast twin runs on a CPU; the plain one on every other device, under torch.compile (which makes its own fast code of plain
-operations) and inside of `plain()`. Both take masks and flags of either kind. Shapes: B sequences, T tokens.
+The fast twin runs on a CPU. The plain twin runs on every other device, under torch.compile (which makes fast code of plain
+operations by itself) and inside `plain()`. Both accept masks and flags of either kind. Shapes: B sequences, T tokens.
 """
 
 import math
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 MAX_LOG_RATIO = 20.0  # exp(20) is 5e8: far beyond every clip, and its square is still finite in float32
-BLOCK = 2**17  # cells: temporaries are half a megabyte, and a call into torch costs little beside the work on them
+BLOCK = 2**17  # cells: temporaries take half a megabyte, and the overhead of a call into torch is small in comparison
 INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64}  # of the same width
 LOG2_E = math.log2(math.e)
 
@@ -27,7 +27,7 @@ _plain_only = False
 
 @contextmanager
 def plain() -> Iterator[None]:
-    """Only plain twins, whatever the device. Of the whole process: for tests."""
+    """Use only plain twins, on any device. Affects the whole process; for tests."""
     global _plain_only
     before, _plain_only = _plain_only, True
     try:
@@ -44,8 +44,8 @@ def _fast(like: Tensor) -> bool:
 
 
 def as_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """Where a mask of any type is set, or a weight is not 0. Plain: booleans; fast: 1 and 0 in integers, as wide as `dtype`
-    (float32 or float64) is."""
+    """Where a mask of any type is set, or a weight is not 0. Plain: booleans; fast: integers 1 and 0, as wide as `dtype`
+    (float32 or float64)."""
     if not _fast(mask):
         return mask.bool()
     if mask.is_floating_point():
@@ -57,7 +57,7 @@ def as_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def cleared(values: Tensor, mask: Tensor) -> Tensor:
-    """`values` where the mask is set, 0 elsewhere: what stands behind the mask, NaN too, has no effect. Without a graph."""
+    """`values` where the mask is set, 0 elsewhere, even for NaN. Without a graph."""
     values = values.detach()
     if not _fast(values) or values.shape != mask.shape or values.dtype not in INTEGERS:
         return torch.where(mask.bool(), values, 0.0)
@@ -65,8 +65,8 @@ def cleared(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def difference(values: Tensor, other: Tensor | None, mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """values - other (None: nothing) where the mask is set, 0 elsewhere, in `dtype`; so is the gradient of `values`. `other`
-    gets none."""
+    """values - other (other None: values) in `dtype` where the mask is set, 0 elsewhere. The gradient of `values` is masked
+    in the same way; `other` gets none."""
     if _fast(values):
         return _Difference.apply(values, other, as_mask(mask, dtype), dtype)  # pyright: ignore[reportReturnType]
     moved = values.to(dtype) if other is None else values.to(dtype) - other.detach().to(dtype)
@@ -74,7 +74,7 @@ def difference(values: Tensor, other: Tensor | None, mask: Tensor, dtype: torch.
 
 
 class _Difference(torch.autograd.Function):
-    """Nothing but the mask is kept for the gradient."""
+    """Saves only the mask for the gradient."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, other: Tensor | None, mask: Tensor, dtype: torch.dtype) -> Tensor:
@@ -91,7 +91,7 @@ class _Difference(torch.autograd.Function):
 
 
 def tokens_of(mask_B_T: Tensor) -> Tensor:
-    """How many are set in each row of a mask. [B], integers"""
+    """How many tokens are set in each row of a mask. [B], integers"""
     if _fast(mask_B_T) and mask_B_T.dtype == torch.bool:
         mask_B_T = mask_B_T.view(torch.uint8)
     return mask_B_T.sum(dim=1, dtype=torch.int32)
@@ -101,21 +101,22 @@ def tokens_of(mask_B_T: Tensor) -> Tensor:
 
 
 def bounded_exp(log_ratio: Tensor) -> Tensor:
-    """exp that stays finite, as does its gradient: 0 beyond the bounds. (At a bound, the fast one's is 0 too.)"""
+    """exp of the log ratio clamped to +-MAX_LOG_RATIO, so that it is finite. The gradient is 0 beyond the bounds (in the fast
+    twin also at a bound)."""
     if _fast(log_ratio):
         return torch.nn.functional.hardtanh(log_ratio, -MAX_LOG_RATIO, MAX_LOG_RATIO).exp()  # clamp with a faster gradient
     return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
 
 
 def k3(x: Tensor) -> Tensor:
-    """exp(-x) - 1 + x, its exponential bounded. Of tiny x that is a tiny difference: expm1 keeps its digits."""
+    """exp(-x) - 1 + x, with a bounded exponential. For tiny x expm1 keeps the digits of the tiny result."""
     if _fast(x):
         return _K3.apply(x)  # pyright: ignore[reportReturnType]
     return torch.expm1((-x).clamp(max=MAX_LOG_RATIO)) + x
 
 
 class _K3(torch.autograd.Function):
-    """With its derivative, 1 - exp(-x), in three passes; of the bounded exponential it is 1 beyond the bound."""
+    """k3 and its derivative 1 - exp(-x), in three passes. Where the exponential is bounded, the derivative is 1."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -132,11 +133,11 @@ class _K3(torch.autograd.Function):
 
 
 def clamp(values: Tensor, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """torch.clamp between tensors that broadcast against `values`, and where these are below and above (flags, 1 or True).
+    """torch.clamp with bounds that broadcast against `values`; and flags (1 or True) for values below and above the bounds.
 
-    The gradient of a value outside of the bounds is 0, at a bound it is 1.
+    The gradient of a value outside the bounds is 0, at a bound it is 1.
     """
-    one_a_row = values.shape[1] == 1 and values.shape == lower.shape  # so few that torch's own is faster
+    one_a_row = values.shape[1] == 1 and values.shape == lower.shape  # so few values that torch.clamp is faster
     if not one_a_row and _fast(values):
         return _Clamp.apply(values, lower, upper)  # pyright: ignore[reportReturnType]
     seen = values.detach()
@@ -144,14 +145,14 @@ def clamp(values: Tensor, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor,
 
 
 class _Clamp(torch.autograd.Function):
-    """Compares once, where torch's own would again for the gradient."""
+    """Compares once; torch.clamp would compare again for the gradient."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         below, above = _flags(torch.lt, values, lower), _flags(torch.gt, values, upper)
         ctx.save_for_backward(below, above)
         ctx.mark_non_differentiable(below, above)
-        ctx.set_materialize_grads(False)  # no zeros as their gradients
+        ctx.set_materialize_grads(False)  # no tensors of zeros as gradients of the flags
         return torch.maximum(torch.minimum(values, upper), lower), below, above
 
     @staticmethod
@@ -164,7 +165,7 @@ class _Clamp(torch.autograd.Function):
 
 
 def _flags(compare: Callable[..., Tensor], a: Tensor, b: Tensor | float) -> Tensor:
-    """A comparison (torch.lt, ...) that answers with 1 and 0 in the dtype of `a`."""
+    """A comparison (torch.lt, ...) whose result is 1 and 0 in the dtype of `a`."""
     # torch.broadcast_shapes takes longer than the comparison
     shape = a.shape if not isinstance(b, Tensor) else [m if n == 1 else n for n, m in zip(a.shape, b.shape, strict=True)]
     return compare(a.detach(), b, out=torch.empty(shape, dtype=a.dtype, device=a.device))
@@ -179,7 +180,7 @@ def row_sums(values_B_T: Tensor, mask_B_T: Tensor) -> Tensor:
 
 
 def row_extremes(values_B_T: Tensor, mask_B_T: Tensor) -> tuple[Tensor, Tensor]:
-    """The least and the greatest, each [B]; inf and -inf where there is none. T is at least 1."""
+    """The least and the greatest unmasked value of each row, each [B]; inf and -inf if a row has none. T is at least 1."""
     if not _fast(values_B_T):
         inside = mask_B_T.bool()
         least_B_T, greatest_B_T = (torch.where(inside, values_B_T, end) for end in (torch.inf, -torch.inf))
@@ -200,16 +201,16 @@ _INFINITE = {torch.float32: 0x7F800000, torch.float64: 0x7FF0000000000000}  # th
 
 
 def row_kl(x_B_T: Tensor, mask_B_T: Tensor | None, sign: int = 1) -> tuple[Tensor, Tensor]:
-    """The sums of k1 and of k3 of sign * x, each [B]. Without a mask every token counts, or x is 0 where it does not.
+    """The sums of k1 and of k3 of sign * x, each [B]. Without a mask, x must be 0 where a token does not count.
 
-    The fast k3 may be off by 6e-8 a token in float32, which averages out: exp2 takes a quarter of the time that expm1 does.
-    (exp takes less still, but errs to one side.)
+    The fast k3 uses exp2, which takes a quarter of the time of expm1. It may be off by 6e-8 per token in float32, which
+    averages out. (exp is faster still, but its errors have one sign.)
     """
     if not _fast(x_B_T):
         x_B_T = sign * (x_B_T if mask_B_T is None else cleared(x_B_T, mask_B_T))
         return x_B_T.sum(dim=1), k3(x_B_T).sum(dim=1)
     masks = () if mask_B_T is None else (mask_B_T,)
-    k1_B, k3_B = _by_block(partial(_kl, sign=sign), x_B_T, *masks, size=2).unbind(1)  # it makes few temporaries
+    k1_B, k3_B = _by_block(partial(_kl, sign=sign), x_B_T, *masks, size=2).unbind(1)  # 2: it makes few temporaries
     return k1_B, k3_B
 
 
@@ -223,7 +224,7 @@ def _kl(x: Tensor, mask: Tensor | None = None, *, sign: int) -> Tensor:
 
 
 def _by_block(reduce: Callable[..., Tensor], *tensors_B_T: Tensor, size: int = 1) -> Tensor:
-    """Some rows at a time on a CPU (of so many BLOCKs), so that temporaries stay small; all of them elsewhere."""
+    """On a CPU, reduce `size` BLOCKs of rows at a time, so that temporaries stay small; elsewhere all rows at once."""
     rows, tokens = tensors_B_T[0].shape
     at_once = max(1, size * BLOCK // max(1, tokens))
     if rows <= at_once or not _fast(tensors_B_T[0]):
@@ -232,15 +233,15 @@ def _by_block(reduce: Callable[..., Tensor], *tensors_B_T: Tensor, size: int = 1
 
 
 def surely_equal(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are equal, where one need not wait for the device to know; else False. Plain: False."""
+    """Whether two tensors are equal, if this is known without waiting for the device; else False. Plain: False."""
     return _fast(a) and torch.equal(a, b)
 
 
 def distinct(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[int]]:
-    """Each of the tensors once, and the place of each in that list. Plain: every one is taken for another."""
+    """The tensors without repetitions, and each one's place in that list. Plain: no repetitions are detected."""
     if _plain_only:
         return list(tensors), list(range(len(tensors)))
-    place_of: dict[int, int] = {}  # by `id`, which is its own for as long as the tensor is held here
+    place_of: dict[int, int] = {}  # by `id`, which is unique while the tensor is held here
     once: list[Tensor] = []
     for tensor in tensors:
         if id(tensor) not in place_of:

@@ -1,4 +1,4 @@
-"""The kl axis: a per-token estimate of KL(policy || reference) from sampled tokens, and how its gradient is taken.
+"""The kl axis: a per-token estimate of KL(policy || reference) from sampled tokens, and the way to compute its gradient.
 
 x = log p - log p_ref [B, T], 0 where masked. The estimators are Schulman's (http://joschu.net/blog/kl-approx.html).
 """
@@ -36,14 +36,14 @@ ESTIMATORS: dict[str, Callable[[Tensor], Tensor]] = {"k1": k1, "k2": k2, "k3": k
 
 
 class Ratios(NamedTuple):
-    """How much likelier the trained policy makes what was sampled, differentiable."""
+    """The importance ratios of the trained policy to the one that sampled, differentiable."""
 
-    pooled: Tensor  # as the ratio axis has it, [B, T] or [B, 1]
-    delta: Tensor  # the logarithm of each token's own, [B, T]
+    pooled: Tensor  # the ratio of the ratio axis, [B, T] or [B, 1]
+    delta: Tensor  # each token's own log ratio, [B, T]
 
 
 def plain(value: Tensor, x: Tensor, ratios: Ratios) -> Tensor:
-    """The estimator differentiated as it stands."""
+    """The estimator itself, differentiated."""
     return value
 
 
@@ -54,17 +54,17 @@ def straight_through(value: Tensor, x: Tensor, ratios: Ratios) -> Tensor:
 
 
 def ratio_weighted(value: Tensor, x: Tensor, ratios: Ratios) -> Tensor:
-    """r times the estimator, r differentiated too: unbiased when the tokens were sampled by an older policy."""
+    """r times the estimator, with r differentiated too: unbiased if an older policy sampled the tokens."""
     return ratios.pooled * value
 
 
 def token_ratio_weighted(value: Tensor, x: Tensor, ratios: Ratios) -> Tensor:
-    """The same with the token's own ratio, where the surrogate's is of something larger."""
+    """The same with the token's own ratio, for objectives whose ratio is of a segment or sequence."""
     return kernels.bounded_exp(ratios.delta) * value
 
 
 def score(value: Tensor, x: Tensor, ratios: Ratios) -> Tensor:
-    """exp(l - sg l) times the estimator: its value, and the score function's share of the gradient, KL grad l."""
+    """exp(l - sg l) times the estimator: the same value, and the score-function part of the gradient, KL grad l."""
     return torch.exp(x - x.detach()) * value
 
 
@@ -78,11 +78,11 @@ GRADIENTS: dict[str, Callable[[Tensor, Tensor, Ratios], Tensor]] = {
 
 
 def penalty(x_B_T: Tensor, ratios: Ratios, *, estimator: str, gradient: str) -> Tensor:
-    """The KL a token, [B, T]."""
+    """The KL per token, [B, T]."""
     return GRADIENTS[gradient](ESTIMATORS[estimator](x_B_T), x_B_T, ratios)
 
 
 @torch.no_grad()
 def in_reward(x_B_T: Tensor, *, estimator: str, coef: float) -> Tensor:
-    """What an answer's reward is lowered by: coef times the sum over its tokens. [B]"""
+    """What to subtract from an answer's reward: coef times the sum over its tokens. [B]"""
     return coef * ESTIMATORS[estimator](x_B_T).sum(dim=1)

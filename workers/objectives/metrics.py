@@ -1,6 +1,6 @@
-"""Metrics that add up: collected a row at a time, merged by concatenation, read once at the end.
+"""Metrics that can be merged: collected per row, merged by concatenation, read once at the end.
 
-Nothing is brought to the host before `finish` or `split`, so collecting costs a few reductions and no synchronisation.
+Nothing is copied to the host before `finish` or `split`, so collecting costs a few reductions and no synchronisation.
 """
 
 import math
@@ -28,9 +28,9 @@ def _effective(total: float, squares: float, count: float) -> float | None:
 
 
 class _Rule(NamedTuple):
-    """How a metric becomes one number: each of its columns is reduced over rows, then the columns are put together."""
+    """How a metric becomes one number: each of its columns is reduced over rows, then the results are combined."""
 
-    over_rows: tuple[np.ufunc, float]  # and what that is of no rows
+    over_rows: tuple[np.ufunc, float]  # and its value for no rows
     together: Callable[..., float | None]
 
 
@@ -47,7 +47,7 @@ _Floats = np.ndarray[Any, np.dtype[np.float64]]
 
 @dataclass
 class Metrics:
-    """Parts of (how to reduce, name, columns); a column [B] holds one value a row. `+` merges."""
+    """Parts of (how to reduce, name, columns); a column [B] holds one value per row. `+` merges."""
 
     parts: list[tuple[str, str, tuple[Tensor, ...]]] = field(default_factory=list)
 
@@ -55,7 +55,7 @@ class Metrics:
         return Metrics(self.parts + other.parts)
 
     def add(self, how: str, name: str, *columns_B: Tensor) -> None:
-        """sum, min, max of one column; mean of (total, count); effective share of (sum w, sum w^2, count). Without a graph."""
+        """`how`: sum, min, max of one column; mean of (total, count); effective of (sum w, sum w^2, count). Keeps no graph."""
         self.parts.append((how, name, columns_B))
 
     def finish(self) -> dict[str, float]:
@@ -64,9 +64,9 @@ class Metrics:
         return host.finished(host.numbers, host.sizes)[0]
 
     def split(self, item_of_row_B: Tensor, items: int) -> list[dict[str, float]]:
-        """What `finish` would give of each item's rows alone; `item_of_row_B` holds 0..items-1, in the order of the rows.
+        """What `finish` would give for each item's rows alone. `item_of_row_B` holds 0..items-1, in the order of the rows.
 
-        Raises ValueError unless every metric was measured once of each of the B rows, in one part or in several in their order.
+        Raises ValueError unless every metric was measured once for each of the B rows, in the order of the rows.
         """
         host, item_of_row = self._on_host(), item_of_row_B.numpy(force=True)
         lengths = sorted(set(host.sizes))
@@ -77,14 +77,14 @@ class Metrics:
 
     def _on_host(self) -> "_OnHost":
         merged = self._merged()
-        columns, places = kernels.distinct([column for *_, columns in merged for column in columns])  # counts stand in many
+        columns, places = kernels.distinct([column for *_, columns in merged for column in columns])  # many share counts
         place = iter(places)
         metrics = [(how, name, [next(place) for _ in columns]) for how, name, columns in merged]
         numbers = torch.cat(columns).double().numpy(force=True) if columns else np.zeros(0)  # one transfer
         return _OnHost(metrics, [column.shape[0] for column in columns], numbers)
 
     def _merged(self) -> list[tuple[str, str, tuple[Tensor, ...]]]:
-        """Each metric once, over the rows of all its parts."""
+        """Each metric once, with the rows of all its parts."""
         parts_of: dict[tuple[str, str], list[tuple[Tensor, ...]]] = {}
         for how, name, columns in self.parts:
             parts_of.setdefault((how, name), []).append(columns)
@@ -95,7 +95,7 @@ class Metrics:
 
 @dataclass(frozen=True)
 class _OnHost:
-    """Metrics (how to reduce, name, places of their columns), and the rows of the columns: one column behind the other."""
+    """Metrics (how to reduce, name, places of their columns); the columns are concatenated into one array."""
 
     metrics: list[tuple[str, str, list[int]]]
     sizes: list[int]
@@ -103,7 +103,7 @@ class _OnHost:
 
     @np.errstate(all="ignore")
     def finished(self, numbers: _Floats, sizes: Any) -> list[dict[str, float]]:
-        """Of columns [N] and their sizes [C] the metrics of all rows; of [C, B] and the items' sizes [I] those of each item."""
+        """From columns [N] and their sizes [C]: the metrics of all rows. From [C, B] and the items' sizes [I]: of each item."""
         sizes = np.asarray(sizes, dtype=np.intp)
         starts, full = sizes.cumsum() - sizes, sizes > 0
 

@@ -15,12 +15,12 @@
     loss.backward()
     metrics = metrics + outputs.metrics                          # begin with step.metrics; metrics.finish() at the end
 
-`prepare` is where everything is computed that looks at more than one row: aggregation weights, correction weights and
-their normalisation, tokens picked by covariance. `loss` looks at each row alone. Tensors that the axes do not need may be
-None; those that are given are measured all the same. `torch.compile(..., fullgraph=True)` takes what calls `loss`.
+`prepare` computes everything that depends on more than one row: aggregation weights, correction weights and their
+normalisation, tokens picked by covariance. `loss` depends on each row alone. Tensors that the axes do not need may be None; if
+given, they are still used for metrics. A function that calls `loss` works with `torch.compile(..., fullgraph=True)`.
 
-Shapes: B sequences, T tokens; masks may be of any type; what stands behind a mask may be anything, NaN too. Computed in
-float32 or better. Inside, a quantity that is constant over a sequence stays [B, 1] and is broadcast.
+Shapes: B sequences, T tokens. Masks may have any dtype; masked values may be anything, even NaN. Computed in float32 or better.
+Inside, a quantity that is constant over a sequence has the shape [B, 1] and is broadcast.
 """
 
 from collections.abc import Mapping
@@ -56,7 +56,7 @@ class Objective:
         self.kl_in_loss = axes["kl"]["place"] == "loss" and bool(axes["kl"]["coef"])
         self.kl_kinds = {name: axes["kl"][name] for name in ("estimator", "gradient")}
         weighs_kl = self.kl_in_loss and axes["kl"]["gradient"] == "token_ratio_weighted"
-        self.compares = not self.ratio.constant or weighs_kl  # with the anchor
+        self.compares = not self.ratio.constant or weighs_kl  # whether the loss uses the anchor
         self.correct_axis = dict(axes["correct"])
         self.sequence_delta: float | None = axes["correct"]["sequence_delta"]
         self.select_axis = dict(axes["select"])
@@ -73,7 +73,7 @@ class Objective:
         ref_log_probs: Tensor | None = None,
         rollout_log_probs: Tensor | None = None,
     ) -> Tensor:
-        """The rewards [B] less coef times the answer's KL, where the KL is placed in the reward; else as they are."""
+        """The rewards [B] minus coef times the answer's KL if the KL is placed in the reward; else unchanged."""
         if self.kl_axis["place"] != "reward" or not self.kl_axis["coef"]:
             return rewards_B
         known = {"ref_log_probs": ref_log_probs, "rollout_log_probs": rollout_log_probs}
@@ -90,13 +90,13 @@ class Objective:
         valid: Tensor | None = None,
         reward_weights: Tensor | None = None,
     ) -> Tensor:
-        """Advantages [B] from rewards [B], or [B, R] with weights [R]. Rows that are not valid enter no statistic and get 0."""
+        """Advantages [B] from rewards [B], or [B, R] with weights [R]. Invalid rows enter no statistic and get 0."""
         return advantage.advantages(
             rewards, group_ids_B, lengths_B=lengths, valid_B=valid, reward_weights_R=reward_weights, **self.advantage_axis
         )
 
     def group_metrics(self, rewards: Tensor, group_ids_B: Tensor, valid: Tensor | None = None) -> Metrics:
-        """How many groups there are, and how many of them teach nothing because all their rewards are equal.
+        """How many groups there are, and in how many of them all rewards are equal, so that they teach nothing.
 
         A group is counted at its first valid row, so the metrics can be split by items whose group ids differ.
         """
@@ -116,7 +116,7 @@ class Objective:
         valid: Tensor | None = None,
         entropy: Tensor | None = None,
     ) -> Tensor:
-        """The mask [B, T] of what is learned from: without invalid rows, and without what the select axis leaves out."""
+        """The mask [B, T] of the tokens to learn from: without invalid rows, and without what `select` leaves out."""
         mask = response_mask.bool()
         if valid is not None:
             mask = mask & valid.bool().unsqueeze(1)
@@ -145,12 +145,12 @@ class Objective:
         dtype: torch.dtype | None = None,
         seed: int = 0,
     ) -> OptimizerStep:
-        """What `loss` needs beside the log-probs, computed over all rows of an optimizer step.
+        """What `loss` needs besides the log-probs, computed over all rows of an optimizer step.
 
-        `selected` [B, T] may take single tokens out of the loss that still belong to their sequence's ratio; default: none.
-        `dtype` of weights: default that of the log-probs given here; float32 at least. With surrogate clip_cov or kl_cov tokens
-        are picked here, by `seed` and by the old log-probs (those of the policy that is trained are not known yet; at the
-        first update after a rollout they are the same).
+        `selected` [B, T] can exclude single tokens from the loss; they still belong to their sequence's ratio. Default: none is
+        excluded. `dtype` is that of the weights; default: that of the log-probs given here, at least float32. For surrogates
+        clip_cov and kl_cov, tokens are picked here, with `seed` and the old log-probs. (The log-probs of the policy being
+        trained are not known yet; at the first update after a rollout they are the same.)
         """
         mask, metrics = response_mask.bool(), Metrics()
         known = {"old_log_probs": old_log_probs, "rollout_log_probs": rollout_log_probs, "ref_log_probs": ref_log_probs}
@@ -182,7 +182,7 @@ class Objective:
         return OptimizerStep(rows, metrics)
 
     def _of_counted(self, advantages: Tensor, dtype: torch.dtype, counted_B_T: Tensor, counts_B: Tensor) -> Tensor:
-        """0 where nothing counts; in `dtype`, unless they are in float32 or better as they are."""
+        """The advantages, 0 where nothing counts; in `dtype`, unless they are already in float32 or better."""
         advantages = advantages.to(
             torch.promote_types(advantages.dtype, torch.float32) if advantages.is_floating_point() else dtype
         )
@@ -192,7 +192,7 @@ class Objective:
         return torch.where(counts if advantages.dim() == 1 else counts.unsqueeze(1), advantages, 0.0)
 
     def _picked(self, old_log_probs: Tensor | None, advantages: Tensor, weights: Tensor, seed: int) -> Tensor | None:
-        """Tokens picked by covariance over the whole step, where the surrogate wants that."""
+        """Tokens picked by covariance over the whole step, if the surrogate needs them."""
         if self.surrogate_kind not in PICKS or old_log_probs is None:
             return None
         counted = weights != 0
@@ -209,7 +209,7 @@ class Objective:
         weights: Tensor,
         metrics: Metrics,
     ) -> Tensor | None:
-        """The correction weights, or None; measures how far sampler and trainer are apart wherever both are known."""
+        """The correction weights, or None. Also measures how much sampler and trainer differ, if both are known."""
         axis, wanted = self.correct_axis, self.correct_axis["action"] in correct.ACTIONS
         if not wanted and (old_log_probs is None or rollout_log_probs is None):
             return None
@@ -231,9 +231,9 @@ class Objective:
     # ------------------------------------------------------------ once a micro-batch
 
     def loss(self, log_probs: Tensor, rows: Rows) -> tuple[Tensor, LossOutputs]:
-        """The rows' share of the step's loss (a scalar with a graph, to be minimised) and what it was made of.
+        """The rows' share of the step's loss (a scalar with a graph, to be minimised) and the outputs behind it.
 
-        Raises ValueError when a tensor is missing that an axis needs. Of an empty or fully masked batch the loss is 0, with a
+        Raises ValueError if a tensor that an axis needs is missing. For an empty or fully masked batch the loss is 0, with a
         graph.
         """
         moved, answers = Moved(log_probs, rows), AnswerTokens(rows.mask, rows.lengths, rows.segments)
@@ -255,7 +255,7 @@ class Objective:
         bounded = self.surrogate(terms, **self.surrogate_parameters)
 
         token_loss = bounded.loss
-        if rows.correction is not None:  # of the surrogate, never of the KL
+        if rows.correction is not None:  # it multiplies the surrogate, never the KL
             token_loss = token_loss * rows.correction
         if self.sequence_delta is not None:
             since_old = moved.less("old_log_probs").detach()

@@ -1,4 +1,4 @@
-"""What a loss was made of, filled in to [B, T] only when it is asked for, and the metrics, measured when they are read."""
+"""The tensors behind a loss, expanded to [B, T] only on access, and its metrics, measured when they are read."""
 
 from functools import cached_property
 
@@ -15,8 +15,8 @@ from workers.objectives.surrogate import Terms, TokenLoss
 class LossOutputs:
     """All [B, T] and 0 (or False) where a token does not count; `token_loss` carries the graph, the others do not.
 
-    `weights` are the aggregation weights, `loss_B` [B] each row's share of the loss (without a graph), `nonfinite_rows` [B]
-    the rows whose share is not finite, `metrics` those of the rows.
+    `weights` are the aggregation weights. `loss_B` [B] is each row's share of the loss (without a graph), `nonfinite_rows` [B]
+    marks rows whose share is not finite.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class LossOutputs:
 
     @property
     def log_importance_ratio(self) -> Tensor:
-        """Its logarithm, before the bound that keeps exp finite; 0 where masked only."""
+        """The logarithm of the ratio, before the bound that keeps exp finite; 0 where masked."""
         return cleared(self._log_ratio, self._rows.mask)
 
     @property
@@ -73,8 +73,7 @@ class LossOutputs:
     @cached_property
     @torch.no_grad()
     def metrics(self) -> Metrics:
-        """approx_kl is the KL of the old policy to the trained one (tokens come from the old one), kl/ref that of the trained
-        one to the reference."""
+        """policy/approx_kl is KL(old || trained), as the old policy sampled the tokens; kl/ref is KL(trained || reference)."""
         rows, moved = self._rows, self._moved
         measured = Reductions(self.weights, moved.dtype, counts_B=rows.counts, lengths_B=rows.lengths)
         metrics = measured.metrics

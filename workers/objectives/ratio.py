@@ -1,21 +1,21 @@
 """The ratio axis: how per-token log ratios d = log p - log p_anchor are pooled into the log importance ratio.
 
-Every function maps d [B, T] (0 where masked) and what is known of the answers to log r, [B, T] or, where a sequence
-has one for all its tokens, [B, 1]; what it gives where masked is finite and not looked at. The ratio r is its exponential.
+Every function maps d [B, T] (0 where masked) and the `AnswerTokens` to log r, which is [B, T], or [B, 1] if all tokens of a
+sequence share one value. Where masked, log r is finite and ignored. The ratio r is its exponential.
 
-The segment ratio, for segments of any kind (a turn: arXiv 2511.20718; a part of a sentence: 2511.04256; so many tokens). Cut
-an answer y_i into segments S and ask for one weight a segment. The exact weight of a
-segment given its prefix is the product of its token ratios, exp(sum_{u in S} d_u), whose spread grows with |S|. As GSPO
-does for the whole answer, take its |S|-th root: the geometric mean
+The segment ratio, for segments of any kind (a turn: arXiv 2511.20718; a part of a sentence: 2511.04256; a number of tokens).
+Cut an answer y_i into segments S, each with one weight. The exact weight of a segment given its prefix is the product of its
+token ratios, exp(sum_{u in S} d_u), whose spread grows with |S|. As GSPO does for the whole answer, take its |S|-th root, the
+geometric mean:
 
     r_it = exp( 1/|S(t)| * sum_{u in S(t)} d_iu ),      d log r_it / d log p_iu = [u in S(t)] / |S(t)|.
 
-One-token segments give the token ratio, one segment the sequence ratio (GSPO). With an advantage that is constant over
-a segment and weights w that are constant over a sequence, a segment contributes w |S| r_S A to the objective and
-w r_S A grad log p_u for each of its tokens: all its tokens share one weight and are clipped together or not at all, and
-a long segment counts by its length, just as the token mean of a GSPO sequence does. For independent token noise of
-deviation sigma, log r_S has deviation sigma / sqrt(|S|): the clip range belongs between GRPO's 0.2 (|S| = 1) and
-GSPO's 3e-4 (the whole answer), and shrinks with the root of the segment's length.
+One-token segments give the token ratio, a single segment gives the sequence ratio (GSPO). If the advantage is constant over a
+segment and the weights w are constant over a sequence, a segment contributes w |S| r_S A to the objective and
+w r_S A grad log p_u to the gradient for each of its tokens. All tokens of a segment share one weight and are clipped together
+or not at all. A segment counts in proportion to its length, as in the token mean of a GSPO sequence. If tokens have independent
+noise of deviation sigma, log r_S has the deviation sigma / sqrt(|S|). The clip range should therefore lie between GRPO's 0.2
+(|S| = 1) and GSPO's 3e-4 (the whole answer), and shrink with the square root of the segment's length.
 """
 
 from collections.abc import Callable
@@ -29,7 +29,7 @@ from workers.objectives import kernels
 
 @dataclass(frozen=True)
 class AnswerTokens:
-    """Which tokens are answers, how many of them a row has (of none: 1), and what segment each belongs to (see `segments`)."""
+    """Which tokens belong to answers, how many there are in each row (at least 1), and their segments (see `segments`)."""
 
     mask_B_T: Tensor
     lengths_B: Tensor
@@ -56,7 +56,7 @@ def sequence(delta_B_T: Tensor, answers: AnswerTokens) -> Tensor:
 def sequence_token(delta_B_T: Tensor, answers: AnswerTokens) -> Tensor:
     """sg(mean_t d) + (d - sg d): the sequence ratio's value, each token's own gradient (GSPO-token, eq. 14).
 
-    The difference is exactly 0 and is formed first: (mean + d) - d would lose digits in low precision.
+    The difference is exactly 0 and is computed first, because (mean + d) - d would lose digits in low precision.
     """
     return sequence(delta_B_T.detach(), answers) + (delta_B_T - delta_B_T.detach())
 
@@ -72,7 +72,7 @@ def product_token(delta_B_T: Tensor, answers: AnswerTokens) -> Tensor:
 
 
 def segment(delta_B_T: Tensor, answers: AnswerTokens) -> Tensor:
-    """The mean of d inside a token's segment; the derivation stands above."""
+    """The mean of d over the token's segment. The module's docstring has the derivation."""
     place_B_T = answers.segments_B_T
     if place_B_T is None:
         raise ValueError("the segment ratio needs segment_ids [B, T] in the batch, or a chunk length in the objective")
@@ -83,7 +83,7 @@ def segment(delta_B_T: Tensor, answers: AnswerTokens) -> Tensor:
 
 
 def one(delta_B_T: Tensor, answers: AnswerTokens) -> Tensor:
-    """log 1, and no gradient (REINFORCE)."""
+    """0 without a gradient, so that the ratio is 1 (REINFORCE)."""
     return delta_B_T.new_zeros(len(delta_B_T), 1)
 
 
@@ -107,7 +107,7 @@ RATIOS: dict[str, Ratio] = {
 
 
 def segments(mask_B_T: Tensor, ids_B_T: Tensor | None, chunk: int | None) -> Tensor | None:
-    """The segments of each row's answer tokens, numbered from 0: chunks of so many tokens, or else by the given ids. [B, T]"""
+    """The segments of each row's answer tokens, numbered from 0: chunks of `chunk` tokens, or else by the given ids. [B, T]"""
     if chunk is not None:
         return chunks(mask_B_T, chunk)
     return None if ids_B_T is None else dense(ids_B_T, mask_B_T)
@@ -119,7 +119,7 @@ def chunks(mask_B_T: Tensor, length: int) -> Tensor:
 
 
 def dense(ids_B_T: Tensor, mask_B_T: Tensor) -> Tensor:
-    """Ids that are any numbers as 0, 1, 2 ... within each row. [B, T]"""
+    """Renumber arbitrary ids to 0, 1, 2 ... within each row. [B, T]"""
     ordered, order = torch.where(mask_B_T, ids_B_T, 0).sort(dim=1)
     starts = torch.zeros_like(order)
     starts[:, 1:] = ordered[:, 1:] != ordered[:, :-1]

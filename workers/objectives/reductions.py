@@ -1,4 +1,4 @@
-"""Numbers of each row of a batch, written into Metrics."""
+"""Statistics of each row of a batch, written into Metrics."""
 
 from functools import cached_property
 
@@ -12,8 +12,8 @@ from workers.objectives.metrics import Metrics
 class Reductions:
     """Sums, extremes and fractions over the counted tokens of each row of a batch, written into Metrics.
 
-    `mask_B_T` is boolean, or weights that are not 0 where a token counts. Values are [B, T], or [B, 1] where a sequence has one
-    for all its tokens; not counted ones may be anything. Temporaries have the size of a few blocks of rows.
+    `mask_B_T` is boolean, or weights that are not 0 where a token counts. Values are [B, T], or [B, 1] if all tokens of a
+    sequence share one; tokens that do not count may have any value. Temporaries have the size of a few blocks of rows.
     """
 
     def __init__(
@@ -24,8 +24,8 @@ class Reductions:
         counts_B: Tensor | None = None,
         lengths_B: Tensor | None = None,
     ) -> None:
-        """`counts_B`: the counted tokens of each row, where they are known; `lengths_B`: those at which differences are not 0
-        anyway. If they are all counted, `kl` need not look."""
+        """`counts_B`: the number of counted tokens of each row, if known. `lengths_B`: the number of tokens whose differences
+        may be other than 0. If the two are equal, `kl` needs no mask."""
         self.metrics = Metrics() if metrics is None else metrics
         self._mask, self.dtype = mask_B_T, dtype
         self.tokens_B = (kernels.tokens_of(self.mask) if counts_B is None else counts_B).to(dtype)
@@ -38,7 +38,7 @@ class Reductions:
         return kernels.as_mask(self._mask, self.dtype)
 
     def mean(self, name: str, values: Tensor) -> None:
-        """Over tokens."""
+        """The mean over tokens."""
         if values.shape == self._mask.shape:
             total_B = self._sums(values)
         else:
@@ -46,7 +46,7 @@ class Reductions:
         self.metrics.add("mean", name, total_B, self.tokens_B)
 
     def extremes(self, name: str, values: Tensor) -> None:
-        """NAME_min and NAME_max; of nothing they are inf and -inf, which `finish` leaves out."""
+        """NAME_min and NAME_max; without tokens inf and -inf, which `finish` leaves out."""
         if not self._mask.numel():
             return
         if values.shape == self._mask.shape:
@@ -57,7 +57,7 @@ class Reductions:
         self.metrics.add("max", f"{name}_max", greatest_B)
 
     def fraction(self, name: str, flags: Tensor | None) -> None:
-        """Of tokens, and as NAME_sequence the mean over sequences of their fractions. None: nothing is flagged."""
+        """NAME: the fraction of tokens. NAME_sequence: the mean over sequences of their fractions. None: nothing is flagged."""
         count_B = share_B = self.nothing_B
         if flags is not None and flags.shape == self._mask.shape:
             count_B = self._sums(flags)
@@ -69,16 +69,16 @@ class Reductions:
         self.metrics.add("mean", f"{name}_sequence", share_B, self.counted_B)
 
     def kl(self, name: str, difference_B_T: Tensor, sign: int = 1) -> None:
-        """NAME (k1) and NAME_k3 from `sign` times log-probs under the sampled policy less those under the other."""
+        """NAME (k1) and NAME_k3 from `sign` times the difference: log-probs of the policy that sampled minus the other's."""
         mask = None if self.all_counted else self.mask
         k1_B, k3_B = kernels.row_kl(difference_B_T.to(self.dtype), mask, sign)
         self.metrics.add("mean", name, k1_B, self.tokens_B)
         self.metrics.add("mean", f"{name}_k3", k3_B, self.tokens_B)
 
     def effective(self, name: str, weights_B_T: Tensor) -> None:
-        """(sum w)^2 / (n sum w^2): the share of the tokens that the weights leave in effect."""
+        """(sum w)^2 / (n sum w^2): the effective sample size, as a share of the tokens."""
         self.metrics.add("effective", name, self._sums(weights_B_T), self._sums(weights_B_T.square()), self.tokens_B)
 
     def _sums(self, values_B_T: Tensor) -> Tensor:
-        """Over the counted tokens of each row."""
+        """The sum over the counted tokens of each row."""
         return kernels.row_sums(values_B_T.to(self.dtype), self.mask)

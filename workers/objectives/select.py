@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Facts:
-    """What the selectors look at; None where the caller has none of it."""
+    """The inputs of the selectors; None if the caller does not have them."""
 
     truncated_B: Tensor | None = None
     without_spread_B: Tensor | None = None
@@ -17,7 +17,7 @@ class Facts:
 
 
 def truncated(mask_B_T: Tensor, facts: Facts, wanted: float) -> Tensor:
-    """Leave out answers that were cut at the token limit (DAPO's overlong filter, arXiv 2503.14476)."""
+    """Leave out answers that the token limit cut off (DAPO's overlong filter, arXiv 2503.14476)."""
     if facts.truncated_B is None:
         raise ValueError("select.truncated needs `truncated` [B]")
     return mask_B_T & ~facts.truncated_B.bool().unsqueeze(1)
@@ -49,7 +49,7 @@ SELECTORS: dict[str, Callable[[Tensor, Facts, float], Tensor]] = {
 
 @torch.no_grad()
 def select(mask_B_T: Tensor, facts: Facts, **wanted: float | bool | None) -> Tensor:
-    """The mask after every selector that is switched on; all look at the mask that came in."""
+    """The mask after all enabled selectors. Each selector sees the original mask."""
     selected_B_T = mask_B_T
     for name, value in wanted.items():
         if value:

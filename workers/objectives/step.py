@@ -12,16 +12,19 @@ from workers.objectives.metrics import Metrics
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of a step, as `Objective.prepare` makes them and `Objective.loss` takes them: B sequences of T tokens."""
+    """Rows of a step, as `Objective.prepare` makes them and `Objective.loss` takes them: B sequences of T tokens.
+
+    Log-probs that the axes do not need may be None. If given, they are used for metrics.
+    """
 
     mask: Tensor  # [B, T] the answers' tokens, as `kernels.as_mask` gives them
-    lengths: Tensor  # [B] tokens under the mask (of none: 1)
-    weights: Tensor  # [B, T] of the aggregate axis; where it is 0 a token only takes part in its sequence's ratio
-    row_weights: Tensor  # [B] their sums
+    lengths: Tensor  # [B] tokens under the mask, at least 1
+    weights: Tensor  # [B, T] of the aggregate axis; a token whose weight is 0 only takes part in its sequence's ratio
+    row_weights: Tensor  # [B] sums of the weights
     counts: Tensor  # [B] tokens whose weight is not 0
     advantages: Tensor  # [B] or [B, T], 0 where nothing counts
-    old_log_probs: Tensor | None = None  # [B, T] of the trainer at the rollout; what is not needed may be None,
-    rollout_log_probs: Tensor | None = None  # [B, T] of the sampler;             and is measured where it is given
+    old_log_probs: Tensor | None = None  # [B, T] of the trainer at the rollout
+    rollout_log_probs: Tensor | None = None  # [B, T] of the sampler
     ref_log_probs: Tensor | None = None  # [B, T] of the reference
     segments: Tensor | None = None  # [B, T] segments of each row, numbered from 0 (see `ratio.segments`)
     correction: Tensor | None = None  # [B, T] weights of the correct axis
@@ -29,7 +32,7 @@ class Rows:
     entropy: Tensor | None = None  # [B, T]
 
     def known(self) -> dict[str, Tensor]:
-        """Those that are there, by name."""
+        """The tensors that are not None, by name."""
         named = ((field.name, getattr(self, field.name)) for field in fields(self))
         return {name: tensor for name, tensor in named if tensor is not None}
 
@@ -39,7 +42,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class OptimizerStep:
-    """All rows of an optimizer step, and what was measured of it."""
+    """All rows of an optimizer step, and its metrics."""
 
     tensors: Rows
     metrics: Metrics
@@ -50,8 +53,9 @@ class OptimizerStep:
 
 
 class Moved:
-    """How far log p is from others of the same tokens, each difference computed once. [B, T] in float32 or better; 0 where
-    masked, and so is the gradient there. What is asked for and not known raises ValueError."""
+    """Differences between log p and other log-probs of the same tokens, each computed once. [B, T] in float32 or better.
+
+    Values and gradients are 0 where masked. Raises ValueError if the other log-probs are not known."""
 
     def __init__(self, log_probs: Tensor, rows: Rows) -> None:
         self.dtype = torch.promote_types(log_probs.dtype, torch.float32)
@@ -69,13 +73,13 @@ class Moved:
         return self._found[name]
 
     def value(self, name: str) -> Tensor:
-        """The same without a graph, and not kept."""
+        """The same without a graph; it is not cached."""
         if name in self._found:
             return self._found[name].detach()
         return kernels.difference(self._log_probs.detach(), self._other(name), self._rows.mask, self.dtype)
 
     def other(self, name: str) -> Tensor:
-        """The log-probs of that name themselves."""
+        """The log-probs of that name, 0 where masked."""
         return kernels.difference(self._other(name).detach(), None, self._rows.mask, self.dtype)
 
     def _other(self, name: str) -> Tensor:

@@ -1,7 +1,7 @@
-"""The surrogate axis: the per-token loss L, to be minimised, and which tokens its rule bounded.
+"""The surrogate axis: the per-token loss L, to be minimised, and flags for the tokens that its rule bounded.
 
 Each function takes `Terms` and its parameters. r is the importance ratio (pooled by the ratio axis), A the advantage,
-p the policy; sg is stop-gradient. "Through r" and "through log p" say where the gradient runs.
+p the policy; sg is stop-gradient. "Through r" and "through log p" say through which term the gradient flows.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,15 +18,15 @@ from workers.objectives.tensors import either
 
 @dataclass(frozen=True)
 class Terms:
-    """What a surrogate may use. [B, T], or [B, 1] where a sequence has one value; where masked, finite and of no effect."""
+    """The inputs of a surrogate. [B, T], or [B, 1] if a sequence has one value. Masked values are finite and have no effect."""
 
-    ratio: Tensor  # r, the exponential of what the ratio axis gives
+    ratio: Tensor  # r, the exponential of the ratio axis's result
     advantages: Tensor  # A
-    delta: Tensor  # d = log p - log p_anchor, a token each
-    weights: Tensor  # of the aggregate axis: 0 where a token does not count
+    delta: Tensor  # d = log p - log p_anchor of each token
+    weights: Tensor  # of the aggregate axis; 0 if a token does not count
     constant: bool  # whether the ratio axis gives the constant 1
     pool: Callable[[Tensor], Tensor]  # the ratio axis, for rules that bound tokens before they are pooled
-    picked: Tensor | None  # tokens picked by covariance over the whole optimizer step; None: this batch is the whole
+    picked: Tensor | None  # tokens picked by covariance over the whole optimizer step; None: this batch is the whole step
     moved: Moved
     anchor: str  # whose log-probs p_anchor are
 
@@ -43,8 +43,8 @@ class Terms:
 
 @dataclass(frozen=True)
 class TokenLoss:
-    """The loss a token, and where it was bounded from below, from above, or by the bound on negative advantages: booleans, or
-    1 and 0 in any type."""
+    """The loss per token, and flags for tokens bounded from below, from above, or by the dual clip: booleans, or 1 and 0 in any
+    dtype."""
 
     loss: Tensor
     low: Tensor | None = None
@@ -55,8 +55,8 @@ class TokenLoss:
 def ppo(t: Terms, *, clip_low: float, clip_high: float, dual_clip: float | None = None) -> TokenLoss:
     """-min(r A, clip(r, 1 - low, 1 + high) A); with a dual clip c, at least c A where A < 0. Through r.
 
-    That is one clamp whose bounds depend on the sign of A: from above where A > 0, from below where A < 0, and there
-    by c from above. PPO (arXiv 1707.06347, eq. 7); dual clip (1912.09729).
+    That is one clamp of r whose bounds depend on the sign of A: above by 1 + high if A > 0; below by 1 - low and above by c if
+    A < 0. PPO (arXiv 1707.06347, eq. 7); dual clip (1912.09729).
     """
     r, a = t.ratio, t.advantages
     lower = either(a < 0, 1 - clip_low, -inf, r)
@@ -97,7 +97,7 @@ def gmpo(t: Terms, *, clip_low: float, clip_high: float) -> TokenLoss:
 
 
 def tv(t: Terms, *, low: float, high: float) -> TokenLoss:
-    """-r A without tokens whose probability moved by more than the bound to the harmful side. Through r (arXiv 2602.04879)."""
+    """-r A, without tokens whose probability moved further than the bound to the harmful side. Through r (arXiv 2602.04879)."""
     with torch.no_grad():
         moved = t.log_probs.exp() - t.anchor_log_probs.exp()
         too_high, too_low = (t.advantages > 0) & (moved > high), (t.advantages < 0) & (moved < -low)
@@ -184,6 +184,6 @@ def _pick_top(
     return covariance.top(log_probs, advantages, mask, share=p["share"])
 
 
-# Surrogates that look at all tokens of an optimizer step at once: how their tokens are picked before it is cut up. Which
-# tokens the clip bounds is known only to who knows the log-probs of the policy that is trained.
+# For surrogates that need all tokens of an optimizer step: how to pick their tokens before the step is split. `clipped_B_T` can
+# be given only if the log-probs of the policy being trained are known.
 PICKS: dict[str, Callable[..., Tensor]] = {"clip_cov": _pick_drawn, "kl_cov": _pick_top}

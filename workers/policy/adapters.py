@@ -1,6 +1,6 @@
-"""The LoRA adapters in one model. Each has a name here and none on the disk: a saved adapter is plain peft.
+"""The LoRA adapters in one model. Each has a name in memory; on the disk it is a plain peft adapter without a name.
 
-One adapter at most is at work at any time; the others are then as if they were not there.
+At most one adapter is active at any time; the others then have no effect.
 """
 
 import re
@@ -24,34 +24,34 @@ from workers.policy.errors import PolicyFailed, Subject
 from workers.policy.load import ADAPTER_CONFIG, ADAPTER_WEIGHTS, mismatch, saved_adapter
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
-# Peft has the adapter's name within the names of its weights. Those of an optimizer's tensors on the disk have this one.
+# Peft puts the adapter's name into the names of its weights. An optimizer's tensors on the disk use this name instead.
 SAVED_AS = "default"
 
 
 class Adapters:
-    """The adapters of `model`, which is changed in place: its linear layers get the adapters beside their weights."""
+    """The adapters of `model`. The model is changed in place: its linear layers get the adapters beside their weights."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
         self._tied = _tied_layers(model)
         self._layer_names = {part for name, _ in model.named_modules() for part in name.split(".")}
-        self._peft: PeftModel | None = None  # while there is any adapter
+        self._peft: PeftModel | None = None  # set while there is any adapter
         self._frozen: dict[str, bool] = {}  # by the adapter's name
-        self._at_work: str | None = None  # the adapter that the model is switched to for certain
+        self._at_work: str | None = None  # the adapter that the model is known to be switched to
         self._in_use = False
         self._closed = False
 
     def close(self) -> None:
-        """No adapter from now on: the model's own weights are trained. Raises ValueError where that is too late."""
+        """Allow no adapter from now on: the model's own weights are trained. Raises ValueError if there is a learner."""
         if self._closed or self._frozen:
             raise ValueError("this base has a learner already; one that trains all weights needs a base of its own")
         self._closed = True
 
     def add(self, name: str, adapter: Lora, *, revision: str | None, seed: int, weights: Path | None = None) -> None:
-        """An adapter to train, with weights drawn from `seed`, or those of a saved adapter's folder.
+        """Add an adapter to train, with weights drawn from `seed` or loaded from a saved adapter's folder.
 
-        `revision` is the source's, to be saved with it. Raises PolicyFailed lora_target_modules, checkpoint_mismatch; the
-        model is then as it was.
+        `revision` is the source's commit, which is saved with the adapter. Raises PolicyFailed lora_target_modules or
+        checkpoint_mismatch and then leaves the model unchanged.
         """
         self._check_new(name)
         modules = adapter.target_modules
@@ -73,13 +73,13 @@ class Adapters:
             self._fill(name, weights)
 
     def add_saved(self, name: str, folder: Path) -> None:
-        """A frozen adapter, as it was saved."""
+        """Add a saved adapter, frozen."""
         self._check_new(name)
         self._add(name, saved_adapter(folder), 0, frozen=True)
         self._fill(name, folder)
 
     def remove(self, name: str) -> None:
-        """Take an adapter out; with the last one the model's layers are what they were."""
+        """Remove an adapter. After the last one the model's layers are the original ones."""
         peft = self._peft_of(name)
         del self._frozen[name]
         self._at_work = None
@@ -87,14 +87,14 @@ class Adapters:
             peft.unload()
             self._peft = None
             return
-        peft.set_adapter(next(iter(self._frozen)), inference_mode=True)  # peft warns when the active one goes
+        peft.set_adapter(next(iter(self._frozen)), inference_mode=True)  # peft warns if the active one is deleted
         peft.delete_adapter(name)
 
     @contextmanager
     def only(self, name: str | None) -> Iterator[None]:
-        """While open, the model computes with this adapter alone, or with none. Gradients reach its weights if not frozen.
+        """Inside the `with` block the model uses only this adapter, or none. Its weights get gradients unless frozen.
 
-        Raises RuntimeError inside another one: the outer would go on with what the inner left.
+        Raises RuntimeError if nested, because the outer block would continue with the inner block's adapter.
         """
         if self._in_use:
             raise RuntimeError("the base is at work for one of its policies; another has to wait")
@@ -106,13 +106,13 @@ class Adapters:
                 self._in_use = False
 
     def parameters(self, name: str) -> dict[str, nn.Parameter]:
-        """The adapter's weights in the order of the model's layers, under the names that they have on the disk."""
+        """The adapter's weights in the order of the model's layers, by their names on the disk."""
         self._peft_of(name)
         weights = ((path.split("."), weight) for path, weight in self._model.named_parameters())
         return {_saved_as(parts, name): weight for parts, weight in weights if name in parts}
 
     def dropouts(self, name: str) -> list[nn.Dropout]:
-        """The dropouts before the adapter's layers; none when its rate is 0."""
+        """The dropout modules before the adapter's layers; none if its rate is 0."""
         modules = self._model.named_modules()
         return [m for path, m in modules if path.endswith(f"lora_dropout.{name}") and isinstance(m, nn.Dropout)]
 
@@ -181,7 +181,7 @@ class Adapters:
     def _without_any(self) -> AbstractContextManager[None]:
         if self._peft is None:
             return nullcontext()
-        self._at_work = None  # peft will switch gradients on again for the one that was active, be it frozen or not
+        self._at_work = None  # peft will switch gradients on for the adapter that was active, even a frozen one
         return self._peft.disable_adapter()
 
     def _peft_of(self, name: str) -> PeftModel:
@@ -201,7 +201,7 @@ class Adapters:
         config.base_model_name_or_path = self._model.name_or_path or None
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            try:  # both make float32 adapters, also on a bfloat16 base
+            try:  # both create float32 adapters, even on a bfloat16 base
                 if self._peft is None:
                     self._peft = get_peft_model(self._model, config, adapter_name=name)
                 else:
@@ -213,7 +213,7 @@ class Adapters:
         self._model.eval()  # the new dropouts
 
     def _fill(self, name: str, folder: Path) -> None:
-        """Put a saved adapter's weights into this one, which must have the same shape; else it is taken out again."""
+        """Load a saved adapter's weights into this one, which must have the same shape; otherwise remove it."""
         try:
             self._copy(name, folder)
         except BaseException:
@@ -239,7 +239,7 @@ class Adapters:
             )
 
     def _undo(self, name: str) -> None:
-        """Peft may have given up in the middle of the model."""
+        """Remove an adapter that peft may have added to only some of the layers."""
         for path, layer in list(self._model.named_modules()):
             if isinstance(layer, BaseTunerLayer):
                 if self._peft is None:

@@ -1,7 +1,7 @@
-"""The base: a language model and all that stands on it, loaded once and shared by the policies that are made of it.
+"""The base: a language model with its tokenizer, sampler and scorer, loaded once and shared by several policies.
 
-Its weights are frozen. Learners put their adapters beside them (as many as there is memory for), or one learner takes all
-the weights over; then the base is that learner's alone.
+Its weights are frozen. Learners add their adapters to it (as many as there is memory for), or one learner trains all its
+weights; that learner then cannot share the base.
 """
 
 from pathlib import Path
@@ -22,7 +22,7 @@ from workers.policy.trial import disagreement
 
 
 class Base:
-    """Made by `Base.load`. `full_from` is the checkpoint whose full weights these are; none: they are the source's."""
+    """Made by `Base.load`. `full_from` is the checkpoint that these full weights come from; None: they are the source's."""
 
     def __init__(self, loaded: Loaded, *, source: str | None, full_from: Path | None) -> None:
         self.model: PreTrainedModel = loaded.model
@@ -41,10 +41,10 @@ class Base:
     def load(
         cls, model: ModelSpec, *, device: str, threads: int, checkpoint: Path | None = None, revision: str | None = None
     ) -> Self:
-        """Load the model's source; or, where all weights are trained, those of a checkpoint.
+        """Load the model's source or, if all weights are trained, a checkpoint's weights.
 
-        checkpoint  the folder to go on from: if it holds an adapter, the source is loaded at the commit that it was trained on
-        revision    else the commit of the source, where it is known already
+        checkpoint  the folder to start from; if it holds an adapter, the source is loaded at the commit it was trained on
+        revision    without a checkpoint: the commit of the source, if it is already known
 
         Raises PolicyFailed: model_not_found, model_pickled, model_unsupported, checkpoint_mismatch.
         """
@@ -66,9 +66,9 @@ class Base:
             raise ValueError(f"{off}: it keeps a state outside of its cache, or pads otherwise")
 
     def take_over(self) -> dict[str, nn.Parameter]:
-        """All the weights, to be trained by one learner. What it makes of them is not undone: the base ends with it.
+        """Give all weights to one learner to train. Its changes are never undone, so only this learner can use the base.
 
-        Raises ValueError when the base has a learner.
+        Raises ValueError if the base already has a learner.
         """
         self.adapters.close()
         for parameter in self._trainable.values():

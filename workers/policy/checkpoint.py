@@ -1,9 +1,9 @@
-"""A checkpoint folder's manifest: the size and sha256 of each file, so that a torn or altered one is found out.
+"""A checkpoint folder's manifest: the size and sha256 of each file, so that a torn or altered file is detected.
 
 model/                  a plain transformers folder, or a plain peft adapter
 optimizer.safetensors   AdamW's moments, and float32 masters of bfloat16 weights
 trainer.json            how many optimizer steps were done
-manifest.json           this module's; the loops put files of their own beside these
+manifest.json           written by this module; the loops add their own files
 """
 
 import hashlib
@@ -18,13 +18,13 @@ MANIFEST = "manifest.json"
 
 
 class CheckpointBroken(RatchetError):
-    """The folder is not what was written: use the checkpoint before it."""
+    """The folder differs from what was written: use the checkpoint before it."""
 
     code = "checkpoint_broken"
 
 
 def write_manifest(folder: Path) -> str:
-    """Describe every file of the folder in its manifest. Returns the manifest's own sha256."""
+    """Write the manifest, which lists every file of the folder. Returns the manifest's own sha256."""
     files = {
         name: {"sha256": _sha256(path), "size_bytes": path.stat().st_size}
         for name, path in _files(folder).items()
@@ -38,7 +38,7 @@ def write_manifest(folder: Path) -> str:
 def verify(folder: Path, manifest_sha256: str | None = None) -> None:
     """Raise CheckpointBroken unless the folder holds exactly the files of its manifest, byte for byte.
 
-    With `manifest_sha256`, the manifest too must be the one that was written.
+    With `manifest_sha256`, the manifest itself must have that sha256.
     """
     expected = _read_manifest(folder, manifest_sha256)
     present = _files(folder)

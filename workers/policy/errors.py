@@ -1,4 +1,4 @@
-"""What a policy refuses. It says what the failure is about; where that was asked for is known to whoever asked."""
+"""Failures of a policy. Each says what it is about; the caller knows the place in the spec that asked for it."""
 
 from enum import StrEnum
 
@@ -10,13 +10,13 @@ class Subject(StrEnum):
 
     SOURCE = "source"  # the model and its tokenizer
     ADAPTER = "adapter"  # its kind and its shape
-    TARGET_MODULES = "target_modules"  # the layers that the adapter is put on
-    OPTIMIZER = "optimizer"  # the state that a learner goes on from
+    TARGET_MODULES = "target_modules"  # the layers that get the adapter
+    OPTIMIZER = "optimizer"  # the state that a learner continues from
     CHAT = "chat"  # a prompt made of messages
 
 
 class PolicyFailed(JobFailed):
-    """A failure that has a subject."""
+    """A failure with a subject."""
 
     def __init__(self, code: str, detail: str, *, hint: str | None, subject: Subject) -> None:
         super().__init__(code, detail, hint=hint)

@@ -1,9 +1,9 @@
-"""The learner: a policy with an optimizer, that learns and saves itself.
+"""The learner: a policy with an optimizer, which can train and save itself.
 
     accumulate(sequences, loss) -> loss      step() -> what the update did      save(folder)
 
-It trains an adapter of its own on a base that it may share, or all the weights of a base that is its own. Everything random
-derives from a seed and a step, so a loaded learner goes on bit for bit as the saved one would have.
+It trains its own adapter on a base that others may share, or all weights of a base that it does not share. Everything random
+derives from a seed and a step, so a loaded learner continues bit for bit as the saved one would have.
 """
 
 import math
@@ -30,29 +30,29 @@ from workers.seeds import derive
 
 TRAINER = "trainer.json"
 
-# log_probs [b, T] of some rows, and their indices in the list -> their share of the loss (a scalar with a graph).
+# (log_probs [b, T] of some rows, the rows' indices in the list) -> the rows' share of the loss, a scalar with a graph.
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Start:
-    """What a learner begins with: folders of checkpoints, or nothing."""
+    """What a learner starts from: folders of checkpoints, or nothing."""
 
-    weights: Path | None = None  # none: a new adapter, or the source's weights
-    optimizer: Path | None = None  # to go on from exactly: moments, masters, and the count of steps
-    new_schedule: bool = False  # moments and masters only, the learning rate starts anew (a fork with its optimizer)
+    weights: Path | None = None  # None: a new adapter, or the source's weights
+    optimizer: Path | None = None  # to continue exactly: moments, masters, and the count of steps
+    new_schedule: bool = False  # take only moments and masters, restart the learning rate's schedule (a fork)
 
 
 @dataclass(frozen=True)
 class Accumulated:
-    """What one call of `accumulate` found."""
+    """The result of one call of `accumulate`."""
 
-    loss: float  # summed over micro-batches; nan when one of them was not finite
+    loss: float  # summed over micro-batches; nan if one of them was not finite
     entropy: Tensor  # [B, T] float32, without gradient, 0 where masked
 
 
 class Learner(Policy):
-    """`kind` is lora or full; `revision` is the commit of a hub model; `facts` says what was resolved."""
+    """`kind` is lora or full; `revision` is the commit of a hub model; `facts` lists the resolved settings."""
 
     def __init__(
         self,
@@ -65,9 +65,9 @@ class Learner(Policy):
         seed: int,
         start: Start = Start(),
     ) -> None:
-        """A learner that will make `steps` optimizer steps. `name` is its adapter's, unlike any other on the base.
+        """A learner for `steps` optimizer steps. `name` is its adapter's name, unique on the base.
 
-        Raises PolicyFailed: checkpoint_mismatch, lora_target_modules; a base with other learners stays as it was.
+        Raises PolicyFailed checkpoint_mismatch or lora_target_modules; a base with other learners is then unchanged.
         """
         super().__init__(base, None if isinstance(adapter, Full) else name)
         self.kind, self._seed = adapter.kind, seed
@@ -99,8 +99,9 @@ class Learner(Policy):
     ) -> Accumulated:
         """Add the gradient of the loss.
 
-        `loss` gets log_probs [b, T] (T is the longest answer of the whole list) of the rows [b] of it, and returns their
-        share: the shares' sum must not depend on the split, so weights come from the whole list.
+        `loss` gets the log_probs [b, T] of some rows and the rows' indices [b] in `sequences`, and returns these rows' share
+        of the loss. T is the longest answer of all `sequences`. The sum of the shares must not depend on how the list is
+        split, so compute weights from the whole list.
         """
         base = self.base
         mask = response_mask(sequences, base.device)
@@ -121,7 +122,7 @@ class Learner(Policy):
         return Accumulated(total, entropy)
 
     def step(self) -> dict[str, float | bool]:
-        """One optimizer step: grad_norm (before clipping), learning_rate, skipped. A non-finite loss or gradient is skipped."""
+        """One optimizer step, unless loss or gradient is not finite: grad_norm (before clipping), learning_rate, skipped."""
         result = self._optimizer.step(poisoned=self._poisoned)
         self._accumulated, self._poisoned = 0, False
         return result
@@ -143,7 +144,7 @@ class Learner(Policy):
         (folder / TRAINER).write_bytes(orjson.dumps(trainer, option=orjson.OPT_INDENT_2))
 
     def _weights(self, adapter: Lora | Full, folder: Path | None) -> dict[str, nn.Parameter]:
-        """The weights to train, under the names that they have on the disk."""
+        """The weights to train, by their names on the disk."""
         if self.adapter is None or isinstance(adapter, Full):
             if folder != self.base.full_from:
                 raise ValueError(
@@ -157,9 +158,9 @@ class Learner(Policy):
 
     @contextmanager
     def _dropout(self) -> Iterator[None]:
-        """The adapter's dropout, while learning; its draws derive from the optimizer step, so that a resumed run repeats them.
+        """Turn on the adapter's dropout for training. Its draws derive from the optimizer step, so a resumed run repeats them.
 
-        A model's own dropout stays off: it would move the log_probs away from the old ones for no gain.
+        The model's own dropout stays off: it would move the log_probs away from the old ones without benefit.
         """
         if not self._dropouts:
             yield

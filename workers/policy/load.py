@@ -1,6 +1,6 @@
 """From a model spec to a model and a tokenizer: the tiny preset, a folder, or a hub id.
 
-Only safetensors are read and no code that comes with a model is run.
+Only safetensors files are read, and code that comes with a model is never run.
 """
 
 import inspect
@@ -61,8 +61,8 @@ def adapter_of(spec: ModelSpec) -> Lora | Full:
 def load_model(spec: ModelSpec, device: torch.device, checkpoint: Path | None, revision: str | None = None) -> Loaded:
     """The source's weights, or the full weights of a checkpoint.
 
-    From a checkpoint with an adapter it is the source at the very commit that the adapter was trained on, also when the
-    branch has moved since.
+    If the checkpoint has an adapter, the source is loaded at the commit that the adapter was trained on, even if the branch
+    has moved since.
     """
     if checkpoint is None:
         return _load(spec, device, None, revision)
@@ -74,7 +74,7 @@ def load_model(spec: ModelSpec, device: torch.device, checkpoint: Path | None, r
 
 
 def model_folder(checkpoint: Path, adapter: Lora | Full) -> Path:
-    """The model's folder of a checkpoint (or that folder itself); what is in it must be what the job trains."""
+    """The model's folder in a checkpoint (or `checkpoint` itself). It must hold the kind of weights that the job trains."""
     folder = checkpoint / MODEL if (checkpoint / MODEL).is_dir() else checkpoint
     held = "lora" if (folder / ADAPTER_CONFIG).is_file() else "full"
     if held != adapter.kind:
@@ -111,7 +111,7 @@ def _dtype(spec: ModelSpec, device: torch.device) -> torch.dtype:
 def _load_pretrained(source: str, revision: str | None, device: torch.device, dtype: torch.dtype) -> Loaded:
     if source.startswith(("/", ".", "~")) and not Path(source).is_dir():
         raise _not_found(source, "there is no such folder")
-    if not source.startswith(("/", ".", "~")) and os.path.exists(source):  # transformers would take it for the model
+    if not source.startswith(("/", ".", "~")) and os.path.exists(source):  # transformers would load this folder
         raise _not_found(source, "it is a hub id, and also a path below this worker's working directory")
     if HUB_ID.fullmatch(source) and (why := hub.why_not(source, revision, within_s=HUB_ANSWERS_WITHIN_S)):
         raise _not_found(source, why)  # at once: the library asks six times, for half a minute

@@ -1,7 +1,7 @@
-"""AdamW over the weights that are trained: gradient clipping, the schedule, and no update from a non-finite gradient.
+"""AdamW over the trained weights: gradient clipping, the schedule, and no update from a non-finite gradient.
 
-Weights in bfloat16 have float32 masters here. A step of 1e-5 relative is lost in bfloat16's 8 bits, so the master takes
-the update and the weight is its rounded copy; gradients too are summed over micro-batches in float32.
+Weights in bfloat16 have float32 master copies here. A relative step of 1e-5 is lost in bfloat16's 8 bits, so the update goes
+to the master, and the weight is its rounded copy. Gradients are summed over micro-batches in float32, too.
 """
 
 import math
@@ -21,10 +21,10 @@ MASTER = "master"
 
 
 def learning_rate_ratio(schedule: Schedule, step: int, steps: int) -> float:
-    """The rate of optimizer step `step` (from 0, of `steps`) as a share of the full one.
+    """The learning rate of optimizer step `step` (from 0, of `steps`) as a share of the full rate.
 
-    The warm-up's first step is one part of it, not 0; the decay reaches min_ratio where step `steps` would be, so that no
-    step is spent at a rate of 0.
+    The first step has the share 1 / warmup_steps, not 0. The decay reaches min_ratio at step `steps`, one after the last step,
+    so that no step has a rate of 0.
     """
     if step < schedule.warmup_steps:
         return (step + 1) / schedule.warmup_steps
@@ -36,7 +36,7 @@ def learning_rate_ratio(schedule: Schedule, step: int, steps: int) -> float:
 
 
 class Optimizer:
-    """`steps_done` counts the calls of `step`, also those that were skipped."""
+    """`steps_done` counts the calls of `step`, including skipped ones."""
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], spec: OptimizerSpec, steps: int) -> None:
         self._spec, self._steps = spec, steps
@@ -53,7 +53,7 @@ class Optimizer:
             master.grad = None
 
     def step(self, *, poisoned: bool = False) -> dict[str, float | bool]:
-        """One update from the gradients that were summed, which are then cleared. `poisoned`: their loss was not finite."""
+        """One update from the summed gradients, which are then cleared. `poisoned`: their loss was not finite."""
         rate = self._spec.learning_rate * learning_rate_ratio(self._spec.schedule, self.steps_done, self._steps)
         norm = float(nn.utils.clip_grad_norm_(self._masters.values(), self._spec.max_grad_norm))
         skipped = poisoned or not math.isfinite(norm)
@@ -75,7 +75,7 @@ class Optimizer:
         save_file(tensors, folder / FILE)
 
     def load(self, folder: Path) -> None:
-        """Take over moments and masters. The learning rate and all other settings stay those of this optimizer's spec."""
+        """Load moments and masters. The learning rate and all other settings stay those of this optimizer's spec."""
         tensors = load_file(folder / FILE)
         for name, master in self._masters.items():
             state = {kind: tensors.pop(f"{kind}/{name}") for kind in MOMENTS if f"{kind}/{name}" in tensors}
@@ -103,7 +103,7 @@ class Optimizer:
 
 
 def _master(parameter: nn.Parameter) -> nn.Parameter:
-    """The weight itself when it is float32; else a float32 copy of it, which collects the weight's gradients."""
+    """The weight itself if it is float32; else a float32 copy, which collects the weight's gradients."""
     if parameter.dtype == torch.float32:
         return parameter
     master = nn.Parameter(parameter.detach().float())

@@ -1,4 +1,4 @@
-"""The policy: a base's weights with one of its adapters or none, that samples and scores.
+"""The policy: a base's weights with one of its adapters or none. It samples and scores.
 
     sample(prompts) -> answers          score(sequences) -> log_probs
 
@@ -18,7 +18,7 @@ from workers.policy.score.layout import Sequence, microbatches, pad, response_ma
 
 @dataclass(frozen=True)
 class Scores:
-    """What a policy says of the answers of B sequences, padded to the T tokens of the longest."""
+    """A policy's log-probs and entropies for the answers of B sequences, padded to the T tokens of the longest answer."""
 
     log_probs: Tensor  # [B, T] float32, 0 where masked
     entropy: Tensor  # [B, T] float32, of the whole distribution at each token, 0 where masked
@@ -26,7 +26,7 @@ class Scores:
 
 
 class Policy:
-    """`adapter` names one of the base's adapters; none: the base's own weights."""
+    """`adapter` names one of the base's adapters; None: the base's own weights."""
 
     def __init__(self, base: Base, adapter: str | None = None) -> None:
         self.base, self.adapter, self.text = base, adapter, base.text
@@ -45,8 +45,8 @@ class Policy:
     ) -> list[list[Completion]]:
         """`group_size` answers to each prompt. The same arguments give the same answers; temperature 0 is greedy.
 
-        The log_probs are of the distribution that was drawn from: at temperature 1 without top_p and top_k (and for greedy
-        answers) the policy's own. Raises JobFailed non_finite_logits.
+        The log_probs are those of the distribution that was sampled from. At temperature 1 without top_p and top_k, and for
+        greedy answers, they are the policy's own. Raises JobFailed non_finite_logits.
         """
         stop = tuple(stop)
         how = SamplingParams(max_tokens, temperature, top_p, top_k, stop, tuple(self.text.stop_ids(stop)))
@@ -55,7 +55,7 @@ class Policy:
 
     @torch.no_grad()
     def score(self, sequences: list[Sequence], *, temperature: float = 1.0) -> Scores:
-        """The log-probabilities of the answers' tokens, each given what stands before it."""
+        """The log-probabilities of the answers' tokens, each given the tokens before it."""
         base = self.base
         mask = response_mask(sequences, base.device)
         log_probs, entropy = torch.zeros((2, *mask.shape), device=base.device)
@@ -67,6 +67,6 @@ class Policy:
         return Scores(log_probs, entropy, mask)
 
     def unload(self) -> None:
-        """Take the policy's adapter, if it has one, off the base. The policy is of no use afterwards."""
+        """Remove the policy's adapter, if it has one, from the base. The policy cannot be used afterwards."""
         if self.adapter is not None:
             self.base.adapters.remove(self.adapter)

@@ -1,4 +1,4 @@
-"""The reference: the weights that the job started from, for KL terms. Never what it was resumed from.
+"""The reference model for KL terms: the weights that the job started from, never those it was resumed from.
 
 LoRA on a plain source: the base without an adapter. LoRA from a checkpoint: a frozen copy of that checkpoint's adapter.
 Full weights: a base of its own.
@@ -16,7 +16,7 @@ from workers.policy.policy import Policy
 
 
 def open_reference(learner: Learner, model: ModelSpec, start: Path | None) -> Policy:
-    """`start`: the checkpoint that the job itself started from, also when it is resumed from another; none: the source."""
+    """`start`: the checkpoint that the job itself started from, even if it is resumed from another; None: the source."""
     base = learner.base
     if learner.adapter is None:
         threads = torch.get_num_threads()

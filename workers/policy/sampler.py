@@ -1,6 +1,6 @@
-"""Sampling: a short loop over a KV cache. Each prompt is read once for its whole group, ended rows leave the batch.
+"""Sampling: a short loop over a KV cache. Each prompt is read once for its whole group, and finished rows leave the batch.
 
-The log_probs that come with the tokens are those of the distribution that was sampled from, in float32.
+The log_probs of the sampled tokens are those of the distribution that was sampled from, in float32.
 """
 
 import inspect
@@ -16,7 +16,7 @@ from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from service.errors import JobFailed
 
-CPU_CACHE_BYTES = 2 * 2**30  # of keys and values; constants, so that the same call is batched alike every time
+CPU_CACHE_BYTES = 2 * 2**30  # of keys and values; a constant, so that the same call always makes the same batches
 GPU_CACHE_SHARE = 0.25  # of all the memory of the card
 MOST_ROWS = 1024
 DROP_AT = 1 / 8  # rows that ended leave the batch when they are at least this share of it: to drop them copies the cache
@@ -25,7 +25,7 @@ STOP_MARGIN_TOKENS = 8  # looked at beyond a stop text's bytes, for tokens that 
 
 @dataclass(frozen=True)
 class Completion:
-    """One sampled answer. `tokens` hold the end-of-sequence token when it was sampled; `text` holds a stop text."""
+    """One sampled answer. If it ended so, `tokens` include the end-of-sequence token, and `text` the stop text."""
 
     tokens: list[int]
     log_probs: list[float]
@@ -35,7 +35,7 @@ class Completion:
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """What to draw from: temperature 0 is greedy, top_p 1 and top_k 0 are off."""
+    """The distribution to sample from: temperature 0 is greedy, top_p 1 and top_k 0 are off."""
 
     max_tokens: int
     temperature: float = 1.0
@@ -57,7 +57,7 @@ class Sampler:
         self._eos_ids = torch.tensor(eos_ids, dtype=torch.long, device=self._device)
         self._takes = inspect.signature(type(model).forward).parameters.keys()
         layers = DynamicCache(config=model.config).layers
-        # A recurrent state cannot skip padding that it has read, so such models get prompts of one length at a time.
+        # A recurrent state cannot ignore padding, so such models get only prompts of equal length in one batch.
         self._pads = not any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers)
 
     @torch.no_grad()
@@ -74,7 +74,7 @@ class Sampler:
         return groups
 
     def _batches(self, prompts: list[list[int]], group_size: int, max_tokens: int) -> Iterator[tuple[list[int], list[int]]]:
-        """Prompts of like length together, and how many answers each gets in this batch."""
+        """Batches of prompts of similar length, and how many answers each prompt gets in the batch."""
         order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
         runs = [order] if self._pads else [list(run) for _, run in groupby(order, key=lambda i: len(prompts[i]))]
         for run in runs:
@@ -109,7 +109,7 @@ class Sampler:
     def _sample_batch(
         self, prompts: list[list[int]], counts: list[int], how: SamplingParams, generator: torch.Generator
     ) -> list[Completion]:
-        """`counts[i]` answers to `prompts[i]`, one prompt's after the other's."""
+        """`counts[i]` answers to `prompts[i]`, in the order of the prompts."""
         batch, logits = self._read(prompts, how.max_tokens)
         group = torch.arange(len(prompts)).repeat_interleave(torch.tensor(counts)).to(self._device)
         if len(group) > len(prompts):
@@ -136,20 +136,20 @@ class Sampler:
         return self._completions(answers)
 
     def _read(self, prompts: list[list[int]], max_tokens: int) -> tuple["_Batch", Tensor]:
-        """The cache of the prompts, padded on the left, and the logits after each."""
+        """The cache of the prompts, padded on the left, and the logits after each prompt."""
         width = max(map(len, prompts))
         ids = torch.tensor([[self._pad_id] * (width - len(prompt)) + prompt for prompt in prompts], device=self._device)
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=self._device)
         padding = (width - lengths).unsqueeze(-1)
         mask = None
-        if min(map(len, prompts)) < width:  # without a mask it is faster
+        if min(map(len, prompts)) < width:  # no mask is faster
             mask = (torch.arange(width + max_tokens, device=self._device) >= padding).long()
         positions = (torch.arange(width, device=self._device) - padding).clamp(min=0)
         batch = _Batch(DynamicCache(config=self._model.config), mask, lengths, 0)
         return batch, self._forward(ids, positions, batch)
 
     def _forward(self, ids: Tensor, positions: Tensor, batch: "_Batch") -> Tensor:
-        """Read on; the logits after the last token of each row."""
+        """Feed these tokens to the model. Returns the logits after the last token of each row."""
         batch.read += ids.shape[1]
         mask = None if batch.mask is None else batch.mask[:, : batch.read]
         arguments: dict[str, Any] = {"attention_mask": mask, "past_key_values": batch.cache, "use_cache": True}
@@ -187,20 +187,20 @@ class _Batch:
     """The rows that go through the model together."""
 
     cache: DynamicCache
-    mask: Tensor | None  # [rows, all tokens there may be]; none when nothing is padded
+    mask: Tensor | None  # [rows, prompt and max_tokens]; None if nothing is padded
     lengths: Tensor  # of the prompts, without padding
     read: int  # tokens in the cache, with padding
 
     def keep(self, rows: Any) -> None:
-        """Keep these rows, repeated where they are named more than once."""
-        # Not batch_repeat_interleave and batch_select_indices, which pass over recurrent states.
+        """Keep only these rows. A row that is listed several times is repeated."""
+        # Not batch_repeat_interleave and batch_select_indices, which skip recurrent states.
         self.cache.reorder_cache(rows)
         self.mask = None if self.mask is None else self.mask[rows]
         self.lengths = self.lengths[rows]
 
 
 class _Answers:
-    """What was drawn, for all rows, also those that have left the batch."""
+    """The sampled tokens of all rows, including rows that have left the batch."""
 
     def __init__(self, count: int, max_tokens: int, device: torch.device) -> None:
         self.tokens = torch.zeros(count, max_tokens, dtype=torch.long, device=device)
@@ -212,7 +212,7 @@ class _Answers:
         self.tokens[rows, step], self.log_probs[rows, step] = tokens, log_probs
 
     def end(self, rows: Tensor, step: int, ended: Tensor) -> Tensor:
-        """Note which rows end with this step's token; returns which go on. Rows may stay in the batch after their end."""
+        """Record which rows end with this step's token. Returns which continue. Ended rows may stay in the batch."""
         fresh = rows[ended & ~self.ended[rows]]
         self.lengths[fresh] = step + 1
         self.ended[fresh] = True
@@ -220,9 +220,9 @@ class _Answers:
 
 
 def draw(logits_B_V: Tensor, how: SamplingParams, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """One token a row, and its log-probability in the distribution that was drawn from.
+    """One token per row, and its log-probability in the distribution that was sampled from.
 
-    Greedy answers carry the policy's own log-probability, at temperature 1: that of the distribution drawn from would be 0.
+    Greedy tokens have the policy's log-probability at temperature 1, because in a greedy distribution it would be 0.
     """
     logits = logits_B_V.float()
     if how.temperature == 0:
@@ -232,18 +232,18 @@ def draw(logits_B_V: Tensor, how: SamplingParams, generator: torch.Generator) ->
         logits = logits / how.temperature
     ids = None
     if 0 < how.top_k < logits.shape[-1]:
-        logits, ids = logits.topk(how.top_k, dim=-1)  # sorted, the likeliest first
+        logits, ids = logits.topk(how.top_k, dim=-1)  # sorted, most likely first
     if how.top_p < 1:
         if ids is None:
             logits, ids = logits.sort(dim=-1, descending=True, stable=True)
         probs = logits.softmax(-1)
         logits = logits.masked_fill(probs.cumsum(-1) - probs >= how.top_p, float("-inf"))  # the first always stays
     log_probs = logits.log_softmax(-1)
-    # By inversion of the cumulated distribution: one random number a row, where multinomial draws one a token.
+    # By inverting the cumulative distribution: one random number per row, where multinomial draws one per token.
     cumulated = log_probs.exp().cumsum(-1, dtype=torch.float64)
     whole = cumulated[:, -1:]
     point = torch.rand(whole.shape, generator=generator, dtype=torch.float64, device=whole.device) * whole
     place = torch.searchsorted(cumulated, torch.minimum(point, whole.nextafter(torch.zeros_like(whole))), right=True)
-    place = place.clamp(max=logits.shape[-1] - 1)  # only where logits are not finite, which is told afterwards
+    place = place.clamp(max=logits.shape[-1] - 1)  # only if logits are not finite, which is reported later
     chosen = log_probs.gather(-1, place).squeeze(-1)
     return (place if ids is None else ids.gather(-1, place)).squeeze(-1), chosen

@@ -1,4 +1,4 @@
-"""Between texts and tokens: prompts, chats, answers, and what ends them."""
+"""Texts to tokens and back: prompts, chats, answers, and the tokens that end an answer."""
 
 from collections.abc import Iterable
 from functools import cached_property
@@ -17,7 +17,7 @@ SEAMS = "\n", ":", "a"  # texts whose tokens are the same with another text behi
 
 
 class Text:
-    """A tokenizer together with what the model adds to it: further end tokens, the context, the size of the vocabulary."""
+    """A tokenizer, plus what the model adds to it: further end tokens, the context length, the size of the vocabulary."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
         self.tokenizer: Any = tokenizer  # its annotations allow for much that is not asked of it here

@@ -11,7 +11,7 @@ SPECIAL = PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"  # tokens 0, 1 and 2
 
 
 def tiny_tokenizer(context: int) -> PreTrainedTokenizerFast:
-    """One token a character of TINY_CHARACTERS; any other character is <unk>."""
+    """One token per character of TINY_CHARACTERS; any other character is <unk>."""
     vocabulary = {token: index for index, token in enumerate([*SPECIAL, *TINY_CHARACTERS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
@@ -28,7 +28,7 @@ def tiny_tokenizer(context: int) -> PreTrainedTokenizerFast:
 
 
 def tiny_model(config: TinyConfig, tokenizer: PreTrainedTokenizerFast, dtype: torch.dtype) -> LlamaForCausalLM:
-    """The same config gives the same weights on every machine; the global random state is left alone."""
+    """The same config gives the same weights on every machine. The global random state is not changed."""
     llama = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=config.hidden_size,

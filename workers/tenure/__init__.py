@@ -1,1 +1,1 @@
-"""What holds work: the leases of this process, what it spends, the log's tail, checkpoints, and how each piece of work ends."""
+"""A process's hold on its jobs: leases, tokens and seconds spent, the last log lines, checkpoints, and how each job ends."""

@@ -1,9 +1,9 @@
-"""The one thread of a process that keeps its leases alive while the main thread works, and brings the owners' wishes.
+"""A thread that renews the leases of a process while its main thread works, and receives the owners' wishes.
 
-Three clocks: the leases are renewed every `lease_renew_s`, all in one statement; a worker that could not renew for
-`lease_self_stop_s` stops by itself, before the lease ends and another may take the job; work without progress for
-`stall_timeout_s` is given up. The main thread looks with `check()` between pieces of work; when it does not look in time, the
-process is ended.
+It watches three clocks. All leases are renewed every `lease_renew_s`, in one statement. A worker that could not renew for
+`lease_self_stop_s` stops by itself, before the lease expires and another worker can claim the job. Work without progress for
+`stall_timeout_s` is given up. The main thread calls `check()` between pieces of work; if it does not notice a lost lease in
+time, the process is ended.
 """
 
 import logging
@@ -29,7 +29,7 @@ from workers.tenure.log_tail import LogTail
 log = logging.getLogger(__name__)
 
 TICK_S = 1.0  # how soon a new phase is written and a dead parent is noticed
-AGAIN_S = 0.5  # between two tries of a write while the store is away
+AGAIN_S = 0.5  # between two tries of a write while the store is down
 NOTICE_S = 10.0  # how long the main thread may take to notice that a lease is lost
 STALLED_RETRY_S = 5.0
 EXIT_LEASE_LOST = 75
@@ -38,7 +38,7 @@ Written = TypeVar("Written")
 
 
 class Hold:
-    """One lease of this process: what the main thread says of the work, and what the keeper's thread says of the lease."""
+    """One lease of this process. The main thread writes its phase and progress; the keeper's thread its wish and loss."""
 
     def __init__(self, lease: Lease, *, stall_timeout_s: float, tail: LogTail) -> None:
         self.lease, self.stall_timeout_s, self.tail = lease, stall_timeout_s, tail
@@ -55,7 +55,7 @@ class Hold:
         return monotonic() - self.started
 
     def check(self, phase: Phase | None = None) -> Wish | None:
-        """Note progress; answer what the owner wishes. Raises LeaseLost for a zombie."""
+        """Record progress and return the owner's wish. Raises LeaseLost if the lease is lost."""
         if self.lost is not None:
             raise LeaseLost(self.lost)
         self.progress_at = monotonic()
@@ -64,9 +64,9 @@ class Hold:
         return self.wish
 
     def patiently(self, write: Callable[[], Written]) -> Written:
-        """Do a write of the main thread's. While the store is away it is tried again, for as long as the lease may be ours.
+        """Do a write of the main thread, and retry it while the store is down and the lease may still be ours.
 
-        A try whose answer was lost may have been taken: `write` must be one that can be done twice. Raises LeaseLost.
+        `write` must be safe to repeat, because a try that raised may have been committed. Raises LeaseLost.
         """
         while True:
             try:
@@ -77,13 +77,13 @@ class Hold:
                 sleep(AGAIN_S)
 
     def lose(self, why: str) -> None:
-        """From now on this is a zombie's: the next `check` says so."""
+        """Mark the lease as lost. The next `check` raises."""
         log.warning("lease of %s lost: %s", self.lease.job_id, why)
         self.lost_at, self.lost = monotonic(), why
 
 
 class Keeper:
-    """All that a process holds. `with Keeper(...) as keeper:` around its work, or `start()` once for its whole life."""
+    """Keeps all leases of a process. Use `with Keeper(...) as keeper:`, or call `start()` once for the process's life."""
 
     def __init__(self, store: Store, settings: Settings, doorbell: Doorbell) -> None:
         self.store, self.settings, self.doorbell = store, settings, doorbell
@@ -91,7 +91,7 @@ class Keeper:
         self._holds: list[Hold] = []
         self._listened_for = frozenset[str]()
         self._changing = Lock()
-        self._wanted = Event()  # something is held, or the thread shall end
+        self._wanted = Event()  # set if something is held, or the thread must end
         self._closed = False
         self._thread = Thread(target=self._run, name="keeper", daemon=True)
 
@@ -112,15 +112,15 @@ class Keeper:
         self.close()
 
     def hold(self, hold: Hold) -> None:
-        """Keep this lease alive from now on."""
+        """Renew this lease from now on."""
         with self._changing:
             self._holds.append(hold)
             self._wanted.set()
         if before := next(iter(self._listened_for - {hold.lease.job_id}), None):
-            self.doorbell.signal(before, "wish")  # wakes the thread, which listens for what was held before and not for this
+            self.doorbell.signal(before, "wish")  # wakes the thread, which does not yet listen for this job
 
     def let_go(self, hold: Hold) -> None:
-        """Keep it no longer. Waits for nothing: what the thread is about to write for it, the store refuses or may have."""
+        """Stop renewing. Does not wait for the thread: the store accepts its last write for this lease or refuses it."""
         with self._changing:
             self._holds = [held for held in self._holds if held is not hold]
             if not self._holds and not self._closed:
@@ -134,7 +134,7 @@ class Keeper:
         while not self._closed:
             try:
                 self._listen_and_look()
-            except Exception:  # all later jobs of this process depend on this thread, too
+            except Exception:  # the thread must go on: all later jobs of this process need it
                 log.exception("a look at the leases failed; looking again")
                 sleep(TICK_S)
 
@@ -143,13 +143,13 @@ class Keeper:
         heard, self._listened_for = self._listened_for, job_ids
         if job_ids:
             rung = self.doorbell.listen(job_ids, TICK_S)
-            self.tick(renew=rung or not job_ids <= heard)  # a wish that came before we listened was not heard
+            self.tick(renew=rung or not job_ids <= heard)  # renewing also reads wishes that came before we listened
         else:
-            self.doorbell.hang_up()  # what lies idle for long may be dead without a sign
+            self.doorbell.hang_up()  # a connection that idles for long may break unnoticed
             self._wanted.wait()
 
     def tick(self, *, renew: bool = False) -> None:
-        """Look at all clocks once. `renew`: now, whether it is time or not."""
+        """Check all clocks once. `renew`: renew now, even if it is not time yet."""
         if os.getppid() != self._parent:
             log.error("the worker's parent is gone; stopping")
             os._exit(EXIT_LEASE_LOST)
@@ -162,7 +162,7 @@ class Keeper:
                 self._renew(ours)
             for hold in ours:
                 self._write_phase(hold)
-        except Exception:  # the store is away: the clock below decides how long that may last
+        except Exception:  # the store is down: `_look_at_clock` decides how long that may last
             log.warning("could not renew the lease of %s", ", ".join(hold.lease.job_id for hold in ours), exc_info=True)
         for hold in self.held():
             self._look_at_clock(hold)
@@ -190,7 +190,7 @@ class Keeper:
             self._lose(hold, lost)
 
     def _lose(self, hold: Hold, lost: LeaseLost) -> None:
-        if hold in self.held():  # else the main thread has settled it since this look began
+        if hold in self.held():  # else the main thread has settled it meanwhile
             hold.lose(lost.detail)
 
     def _look_at_clock(self, hold: Hold) -> None:
@@ -201,7 +201,7 @@ class Keeper:
             os._exit(EXIT_LEASE_LOST)
 
     def _give_up_stalled(self, hold: Hold) -> None:
-        """Say so, as far as the store answers, and end the process: its main thread cannot be woken."""
+        """Record the failure, if the store answers, and end the process, because its main thread cannot be woken."""
         job_id = hold.lease.job_id
         detail = f"no progress for {hold.stall_timeout_s:g} s in phase {hold.phase} (limits.stall_timeout_s)"
         log.error("job %s: %s; giving this attempt up", job_id, detail)

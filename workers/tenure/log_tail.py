@@ -1,4 +1,4 @@
-"""The last log lines of an attempt, for whoever has to find out why it failed."""
+"""The last log lines of an attempt, to find out why it failed."""
 
 import logging
 from collections import deque
@@ -16,7 +16,7 @@ LONGEST_LINE = 500
 class LogTail(logging.Handler):
     """Keeps the last lines of what this process logs inside the `with` block.
 
-    Secrets are struck out; traces of exceptions are left out, for they may quote what is not its owner's.
+    Secrets are removed. Traces of exceptions are left out, because they may quote data that is not the owner's.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -38,7 +38,7 @@ class LogTail(logging.Handler):
         self._lines.append(one_line(self._scrub(self._format.formatMessage(record)))[:LONGEST_LINE])
 
     def add_to(self, failure: Failure) -> Failure:
-        """The failure with these lines, and no secret in its own texts."""
+        """Add these lines to the failure, and remove secrets from its texts."""
         failure.log_tail = list(self._lines)
         failure.detail = self._scrub(failure.detail)
         failure.details = {

@@ -1,4 +1,4 @@
-"""What an attempt spends: tokens, and seconds by phase. Read out when something is committed; used by the main thread only."""
+"""What an attempt spends: tokens, and seconds by phase. Read at every commit; used by the main thread only."""
 
 from collections import defaultdict
 from time import monotonic
@@ -13,7 +13,7 @@ class Meter:
         self._sampled = self._trained = 0
 
     def enter(self, phase: str) -> None:
-        """The seconds from here on belong to this phase."""
+        """Count the seconds from now on for this phase."""
         now = monotonic()
         self._seconds[self._phase] += now - self._since
         self._phase, self._since = phase, now
@@ -25,7 +25,7 @@ class Meter:
         self._trained += tokens
 
     def take(self) -> Spent:
-        """What was spent since the last time."""
+        """What was spent since the last call."""
         self.enter(self._phase)
         spent = Spent(self._sampled, self._trained, dict(self._seconds))
         self._seconds.clear()

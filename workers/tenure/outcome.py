@@ -1,4 +1,4 @@
-"""How a piece of work may end, as its loop says it; `Tenure.settle` writes it down."""
+"""The ways in which an attempt can end. The loop returns one, and `Tenure.settle` records it."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +9,7 @@ from service.states import Wish
 
 @dataclass(frozen=True)
 class Succeeded:
-    """All was done that was asked. `reason`: why it ended just now."""
+    """The job is done. `reason`: max_steps, target_reached or no_improvement."""
 
     result: dict[str, Any]
     reason: str
@@ -17,24 +17,24 @@ class Succeeded:
 
 @dataclass(frozen=True)
 class Paused:
-    """It rests: its owner wished so, or for another reason."""
+    """The job pauses, as its owner wished or for another `reason`."""
 
     reason: str = "paused"
 
 
 @dataclass(frozen=True)
 class Cancelled:
-    """The wish to cancel was obeyed."""
+    """The job was cancelled."""
 
 
 @dataclass(frozen=True)
 class Drained:
-    """This worker stops; another goes on at once."""
+    """This worker stops; another continues the job at once."""
 
 
 @dataclass(frozen=True)
 class Failed:
-    """Whether it is tried again, pauses or fails for good stands in the failure's code. `step`: how far it was."""
+    """The attempt failed at `step`. The failure's code says whether the job is retried, pauses or fails."""
 
     failure: Failure
     step: int
@@ -45,5 +45,5 @@ Outcome = Succeeded | Paused | Cancelled | Drained | Failed
 
 
 def obeyed(wish: Wish) -> Outcome:
-    """What it is to have done as wished."""
+    """The outcome after obeying this wish."""
     return {Wish.PAUSE: Paused(), Wish.DRAIN: Drained()}.get(wish, Cancelled())

@@ -1,4 +1,4 @@
-"""One piece of work that this process holds. All that it leaves in the store goes through here."""
+"""One attempt at a job, while this process holds the lease. All its writes to the store go through here."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -26,25 +26,25 @@ from workers.tenure.outcome import Cancelled, Drained, Failed, Outcome, Paused, 
 
 log = logging.getLogger(__name__)
 
-RETRY_FIRST_S, RETRY_LAST_S = 5.0, 300.0  # the pause before a retry doubles between these
+RETRY_FIRST_S, RETRY_LAST_S = 5.0, 300.0  # the pause before a retry doubles from first to last
 EventRow = tuple[str, dict[str, Any]]  # type and data
 
 
 @dataclass(frozen=True)
 class Contents:
-    """What a checkpoint holds: `write` fills a folder, the rest describes it."""
+    """The content of a checkpoint: `write` fills a folder, the other fields describe it."""
 
     step: int
     adapter: str
     write: Callable[[Path], None]
-    metrics: Mapping[str, float]  # of an evaluation at this very step; none, if there was none
+    metrics: Mapping[str, float]  # of an evaluation at this very step; empty if there was none
 
 
 class Tenure:
-    """`with Tenure(keeper, lease, job, ...) as tenure:` around the work: the lease is renewed until it is settled.
+    """Use `with Tenure(keeper, lease, job, ...) as tenure:`. The lease is renewed until the attempt is settled.
 
-    For the main thread alone. Every method that writes raises LeaseLost for a zombie, and then has written nothing. Writes are
-    tried again while the store is away, for as long as the lease may be ours.
+    Only for the main thread. If the lease is lost, every method that writes raises LeaseLost and writes nothing. Writes are
+    retried while the store is down and the lease may still be ours.
     """
 
     def __init__(self, keeper: Keeper, lease: Lease, job: Job, *, stall_timeout_s: float) -> None:
@@ -52,7 +52,7 @@ class Tenure:
         self.lease, self.job = lease, job
         self.meter = Meter(Phase.LOADING)
         self.saved_at: int | None = None  # the step of the newest checkpoint
-        self.budget_spent = False  # the job, or its project, has nothing left to spend
+        self.budget_spent = False  # the budget of the job or its project is used up
         self._keeper, self._tail = keeper, LogTail(keeper.settings)
         self._hold = Hold(lease, stall_timeout_s=stall_timeout_s, tail=self._tail)
 
@@ -69,7 +69,7 @@ class Tenure:
     # ---------------------------------------------------------------- between pieces of work
 
     def check(self, phase: Phase | None = None) -> Wish | None:
-        """Say what comes next, and that the work goes on; hear what its owner wishes. Raises LeaseLost for a zombie."""
+        """Set the next phase, record progress and return the owner's wish. Raises LeaseLost if the lease is lost."""
         wish = self._hold.check(phase)
         if phase is not None:
             self.meter.enter(phase)
@@ -80,7 +80,7 @@ class Tenure:
         return self._hold.phase
 
     def blame(self, phase: Phase) -> None:
-        """A failure names this phase from now on, though another came after it."""
+        """A later failure will name this phase, even if another phase has begun since."""
         self._hold.phase = phase
 
     @property
@@ -97,7 +97,7 @@ class Tenure:
     # ---------------------------------------------------------------- what the work leaves behind
 
     def begin(self, step: int, facts: dict[str, Any], *, saved: bool) -> None:
-        """All is loaded, at `step`: what an earlier attempt wrote beyond it is taken back. `saved`: there is a checkpoint."""
+        """The job is loaded at `step`: remove what an earlier attempt wrote beyond it. `saved`: `step` has a checkpoint."""
         self.saved_at = step if saved else None
         leases.rewind(self.store, self.lease, step, anew=not saved)
         leases.set_resolved(self.store, self.lease, facts)
@@ -109,7 +109,7 @@ class Tenure:
         rollouts: Sequence[RolloutRow] = (),
         events: Sequence[EventRow] = (),
     ) -> None:
-        """All that a step leaves behind, in one transaction; `budget_spent` says then whether the work shall rest."""
+        """Write everything that a step produced, in one transaction, and set `budget_spent`."""
         spent, tries = self.meter.take(), count()
 
         def commit() -> bool:
@@ -120,9 +120,9 @@ class Tenure:
         self._tell_followers()
 
     def save(self, contents: Contents, keep: CheckpointsSpec, *, final: bool = False) -> None:
-        """Write a checkpoint so that it is either wholly there or not at all, point the job at it, let go of those before it.
+        """Write a checkpoint atomically, point the job at it, and release older ones.
 
-        Once a step is enough, except for the final one.
+        A second call at the same step does nothing, unless it is the final one.
         """
         if self.saved_at == contents.step and not final:
             return
@@ -137,7 +137,7 @@ class Tenure:
         self._tell_followers()
 
     def _write(self, contents: Contents, *, final: bool) -> CheckpointRow:
-        """The folder, in the blob store. What could not be written whole is removed at once: the disk may be full."""
+        """Write the folder into the blob store. An incomplete folder is removed at once, because the disk may be full."""
         blobs, checkpoint_id = self.store.blobs, new_id("ckpt")
         relative = f"checkpoints/{self.job.id}/{checkpoint_id}"
         folder = blobs.temporary_dir((self.job.id, self.lease.attempt))
@@ -165,7 +165,7 @@ class Tenure:
     # ---------------------------------------------------------------- the end
 
     def settle(self, outcome: Outcome) -> None:
-        """Write down how the work ended. From then on it is not ours."""
+        """Record how the attempt ended. The lease is then released."""
         if isinstance(outcome, Failed):
             self._describe(outcome)
         end = self._ending(outcome)
@@ -173,7 +173,7 @@ class Tenure:
         self._hold.patiently(lambda: end(self.store, self.lease, spent=spent))
         self._keeper.let_go(self._hold)
         if isinstance(outcome, Drained):
-            self.doorbell.ring(self.job.id, self.job.resource_class)  # another worker goes on at once
+            self.doorbell.ring(self.job.id, self.job.resource_class)  # another worker continues at once
 
     def _ending(self, outcome: Outcome) -> Callable[..., Status]:
         match outcome:
@@ -189,7 +189,7 @@ class Tenure:
                 return self._failing(failure, result)
 
     def _failing(self, failure: Failure, result: dict[str, Any] | None) -> Callable[..., Status]:
-        if failure.retryable:  # until limits.max_attempts of them, then it fails with this
+        if failure.retryable:  # at the limits.max_attempts-th such failure the job fails
             delay_s = min(RETRY_FIRST_S * 2**self.job.retries, RETRY_LAST_S)
             return partial(leases.release, reason=failure.code, failure=failure, delay_s=delay_s)
         if CODES[failure.code].pauses:
@@ -197,7 +197,7 @@ class Tenure:
         return partial(leases.fail, failure=failure, result=result)
 
     def _describe(self, failed: Failed) -> None:
-        """Where it happened, and what the log said before."""
+        """Add to the failure where it happened, and the last log lines."""
         failure = failed.failure
         failure.phase, failure.attempt, failure.step = self.phase.value, self.lease.attempt, failed.step
         self._tail.add_to(failure)

@@ -1,4 +1,4 @@
-"""Where an answer's final result stands: in a box, an <answer> tag, after #### or "answer:", else at the end of the text."""
+"""Finds an answer's final result: in a box, in an <answer> tag, after #### or "answer:", else at the end of the text."""
 
 import re
 from collections.abc import Iterator
@@ -25,8 +25,8 @@ UNFINISHED = re.compile(r"[\w.,^/*+\-\\{}(\[=%$]\Z")
 
 @dataclass(frozen=True)
 class Final:
-    """A text that may be the final answer. `open`: it reaches the end of what was sampled, so more may have been to come;
-    `exact`: the whole of it is the answer, no prose around."""
+    """A text that may be the final answer. `open`: it reaches the end of the sampled text, so it may be incomplete.
+    `exact`: all of it is the answer, without prose."""
 
     text: str
     at: int
@@ -35,7 +35,7 @@ class Final:
 
 
 def marked(text: str) -> list[Final]:
-    """What stands in a box, a tag or behind a mark, the last first."""
+    """The texts in boxes, in tags and after marks, the last first."""
     finals = [*_boxes(text)]
     finals += [Final(match["inside"], match.start("inside"), not match["end"]) for match in TAG.finditer(text)]
     for pattern, exact in ((HASHES, True), (SAYS, False)):
@@ -47,7 +47,7 @@ def marked(text: str) -> list[Final]:
 
 
 def _overlapping(pattern: re.Pattern[str], text: str) -> Iterator[re.Match[str]]:
-    """Also the marks that stand inside the line of another: `the answer is 41. No, the answer is 42`."""
+    """All matches, including marks inside the line of another mark: `the answer is 41. No, the answer is 42`."""
     at = 0
     while match := pattern.search(text, at):
         yield match
@@ -72,7 +72,7 @@ def _word(text: str, start: int) -> tuple[str, int, bool]:
 
 
 def neighbours(text: str) -> list[str]:
-    """The contents of the boxes that stand together at the end, with only `and`, commas or dollar signs between them."""
+    """The contents of the last boxes that have only `and`, commas or dollar signs between them."""
     boxes = list(_boxes(text))
     together = boxes[-1:]
     for box in reversed(boxes[:-1]):
@@ -84,7 +84,7 @@ def neighbours(text: str) -> list[str]:
 
 
 def runs(text: str) -> list[Final]:
-    """Formulas and numbers in prose, in order: what stands between math signs, and words of digits, signs and letters."""
+    """Formulas and numbers in prose, in order: the texts between math signs, and words of digits, signs and letters."""
     finals, end = [], 0
     for match in MATHS.finditer(text):
         inside = next(group for group in match.groups() if group is not None)
@@ -122,7 +122,7 @@ def _plain_runs(text: str, offset: int, last: bool) -> Iterator[Final]:
 
 
 def _kind(token: str) -> tuple[bool, str]:
-    """Whether the word belongs to a formula, and the word without Markdown's signs and the sentence's end."""
+    """Whether the word belongs to a formula, and the word without Markdown's signs and final punctuation."""
     bare = token.strip("*_`\"'").rstrip(".:;!?*_`\"'").removeprefix("*").strip("*_`")
     bare = re.sub(r"^=+$", "=", bare) or bare
     if not bare:
@@ -141,7 +141,7 @@ def _kind(token: str) -> tuple[bool, str]:
 
 
 def _unit_of(words: list[str]) -> str:
-    """The unit that the words begin with: `square feet in all` -> `square feet`."""
+    """The unit at the start of the words: `square feet in all` -> `square feet`."""
     words = [word.rstrip(".,;:!?*") for word in words]
     if words and (
         words[0] in ("%", "percent", "pct") or words[0].casefold() in ("million", "billion", "thousand", "trillion", "dozen")
@@ -157,7 +157,7 @@ def _bullet(text: str, start: int, token: str) -> bool:
 
 
 def _without_bullet(run: str, text: str, start: int) -> str:
-    """A minus that begins a line among others that begin so is a mark of a list."""
+    """Remove a minus at the start of a line if other lines start with one too: it marks a list item."""
     line_start = start == 0 or text[:start].rstrip(" ").endswith("\n")
     bullet = line_start and re.match(r"[-*+]\s", run) and len(re.findall(r"^\s*[-*+]\s", text, re.MULTILINE)) > 1
     return run[1:].strip() if bullet else run

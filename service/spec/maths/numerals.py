@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
-MAX_EXPONENT = 10_000  # of ten; beyond, only the size of the text would bound the work
+MAX_EXPONENT = 10_000  # of ten, so that a short text cannot cause unbounded work
 SIGN = r"(?P<sign>[+-]\s*)?"
 GROUPED = r"\d{1,3}(?:,\d{3})+|\d{1,2}(?:,\d{2})+,\d{3}|\d{1,3}(?:[ '_]\d{3})+"  # 1,000,000 or 10,00,000 or 1 000 000
 DECIMAL = re.compile(
@@ -25,7 +25,7 @@ SCALES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "bil
 
 @dataclass(frozen=True)
 class Numeral:
-    """A number as it was written: its value, and how many digits stand behind the point and are significant."""
+    """A number as written: its value, its decimal places and its significant digits."""
 
     value: Fraction
     places: int = 0
@@ -36,7 +36,7 @@ class Numeral:
 
 
 def numeral(text: str) -> Numeral | None:
-    """What the text says if it is one number and nothing else, its signs in their plain spelling; None if it is not."""
+    """The number, if the text (with plain signs) is exactly one number; else None."""
     text = re.sub(r"^(?:minus|negative)\s+(?=[\d.\\])", "-", text.strip(), flags=re.IGNORECASE)
     text = _unwrapped(text)
     if match := DECIMAL.fullmatch(text):
@@ -57,7 +57,7 @@ def numeral(text: str) -> Numeral | None:
 
 
 def _unwrapped(text: str) -> str:
-    """Without braces or brackets around all of it: {5}, (5), (-5)."""
+    """The text without braces or brackets around all of it: {5}, (5), (-5)."""
     while match := re.fullmatch(r"\{([^{}]*)\}|\(([^(),]*)\)", text):
         text = (match[1] if match[1] is not None else match[2]).strip()
     return text
@@ -77,8 +77,8 @@ def _signed(match: re.Match[str], value: Fraction) -> Fraction:
 
 
 def same_number(one: Numeral, other: Numeral, tolerance: float = 0.0) -> bool:
-    """Whether two numbers are equal: exactly, but for the noise of a float's last digits; a decimal with six places and six
-    significant digits also equals what it is the rounding of. With a `tolerance` they may differ by that share of `one`."""
+    """Whether two numbers are equal: exactly, except for the noise in a float's last digits. A decimal with six places and six
+    significant digits also equals the number that it rounds. With `tolerance` they may differ by that share of `one`."""
     if one.value == other.value:
         return True
     apart = abs(one.value - other.value)

@@ -1,4 +1,4 @@
-"""The reference of a row and the final answer of a text, read alike."""
+"""Reads the reference of a row and the final answer of a text by the same rules."""
 
 import re
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from service.spec.maths.units import is_unit
 from service.spec.maths.values import Listing, Unreadable, Value, Words, value, words_of
 
 COUNTED = re.compile(r"\b(\d+) \d+(?:\.\d+)?[ -]?([A-Za-z]+) ([a-z]{3,})")  # three of a size: `3 250 ml bottles`
-MAX_TRIED = 5  # marks, or formulas behind one, that are looked at before the answer counts as none
+MAX_TRIED = 5  # marks, or formulas after a mark, to try before giving up
 MAX_WORDS, MAX_SENTENCE = 40, 500  # a model that repeats itself must not keep the grader busy
 CALCULATED = re.compile(r"<<[^<>]*>>")  # GSM8K's calculator
 SEAMS = re.compile(r"(?<=[A-Za-z]{2}:)(?=[\d$\\(-])|(?<![\w-])[=-]+>|[→⇒]")  # where a word or an arrow touches a number
@@ -20,7 +20,7 @@ ALLOWED = (
 
 
 def reference(text: str, percent: str = "hundredths") -> Value:
-    """What the reference says. Raises ValueError with what came and what is allowed."""
+    """The value of the reference. Raises ValueError with what came and what is allowed."""
     text = plain(text)
     try:
         finals = marked(text)
@@ -38,7 +38,7 @@ def reference(text: str, percent: str = "hundredths") -> Value:
 
 
 def answers(text: str, expected: Value, *, cut: bool, percent: str = "hundredths") -> Iterator[Value]:
-    """What the answer's final result may say, best first; nothing where it has none or was cut off in the middle of it."""
+    """Possible values of the answer's final result, best first; none if it has no result or was cut off inside it."""
     text = COUNTED.sub(lambda match: f"{match[1]} {match[3]}" if is_unit(match[2]) else match[0], plain(text))
     text = SEAMS.sub(" ", CALCULATED.sub("", text))
     wants_list = isinstance(expected, Listing)
@@ -61,7 +61,7 @@ def answers(text: str, expected: Value, *, cut: bool, percent: str = "hundredths
 
 
 def _in_the_middle(final: Final, text: str) -> bool:
-    """Whether the value itself may go on, and not only the words behind it."""
+    """Whether the value itself may be incomplete, and not only the words after it."""
     if not final.exact and (found := runs(final.text)):
         return found[0].open or (
             len(found) == 1 and bool(re.search(r"[\d.,\\{^/]\s*\Z", text)) and final.text.rstrip().endswith(found[0].text)
@@ -70,14 +70,14 @@ def _in_the_middle(final: Final, text: str) -> bool:
 
 
 def _within(final: Final, expected: Value, percent: str, cut: bool) -> Iterator[Value]:
-    """The value of a marked answer: all of it, or what its prose says first."""
+    """The value of a marked answer: of all of it, or the first value in its prose."""
     if isinstance(expected, Words):
         sentence = re.split(r"(?<=[\w)}*])[.!?](?=\s|$)", final.text.strip())[0]
         yield Words(words_of(sentence))
         if option := re.match(r"\W*([A-Za-z])[).:]", final.text):  # `C) 42` of several choices
             yield Words(option[1].lower())
         return
-    if not final.exact and final.text.rstrip(" *\n").endswith("!"):  # the end of a sentence, or a factorial
+    if not final.exact and final.text.rstrip(" *\n").endswith("!"):  # it may end a sentence or be a factorial
         yield from _read(final.text.rstrip(" *!\n"), percent)
     if found := list(_read(final.text, percent)):
         yield from found
@@ -107,12 +107,12 @@ def _last_run(text: str, expected: Value, percent: str, cut: bool) -> Iterator[V
                 return
     if read := list(_read(last, percent)):
         yield from read
-    elif " " in last:  # words side by side: the last of them
+    elif " " in last:  # several words: take the last
         yield from _read(last.split()[-1], percent)
 
 
 def _tails(sentence: str) -> Iterator[str]:
-    """The ends of a sentence that may be a list, the longest first."""
+    """The ends of a sentence that may be lists, the longest first."""
     words = sentence.split()[-MAX_WORDS:]
     for start in range(len(words)):
         tail = " ".join(words[start:])

@@ -1,4 +1,4 @@
-"""One spelling for signs that are written in many ways: full-width digits, Unicode minus, ½, √, \\dfrac, \\mbox."""
+"""Normalises signs that are written in many ways: full-width digits, Unicode minus, ½, √, \\dfrac, \\mbox."""
 
 import re
 import unicodedata
@@ -19,7 +19,7 @@ RAISED = re.compile(f"[{''.join(SUPERSCRIPTS)}]+")
 LOWERED = re.compile(f"[{''.join(SUBSCRIPTS)}]+")
 ROOT = re.compile(r"(\\sqrt(?:\[3\])?) +(?:(\d+(?:\.\d+)?|[a-z])(?!\w)|\(([^()]*)\))")
 
-# LaTeX that changes how a formula looks and not what it says.
+# LaTeX that changes only the look of a formula.
 LATEX = [
     (re.compile(r"\\(?:left|right|[bB]igg?[lr]?)(?![a-zA-Z])\s*\.?(?=[\s()\[\]|\\{}]|$)"), ""),
     (re.compile(r"\\(?:displaystyle|textstyle|limits|nolimits|rm|bf)(?![a-zA-Z])"), ""),
@@ -42,7 +42,7 @@ LATEX = [
 
 
 def plain(text: str) -> str:
-    """The text with every sign in its plain spelling: ASCII digits, minus and spaces, one LaTeX command of several alike."""
+    """The text with plain signs: ASCII digits, minus and spaces, and one LaTeX command for each group of equal ones."""
     text = INVISIBLE.sub("", text) if not text.isascii() else text
     if not text.isascii():
         text = RAISED.sub(lambda match: "^{" + "".join(SUPERSCRIPTS[sign] for sign in match[0]) + "}", text)

@@ -1,11 +1,11 @@
-"""Units behind numbers: cm and metres are lengths, `apples` is any word. What a unit is worth is exact."""
+"""Units after numbers: cm and metres are lengths, `apples` is any word. Conversion factors are exact."""
 
 import re
 from dataclasses import dataclass
 from fractions import Fraction
 
-# No pounds (money or mass) and no degrees (angle or temperature): what names two things contradicts neither.
-# dimension: {unit: worth of one}, with other names of a unit after a bar
+# No pounds (money or mass) and no degrees (angle or temperature): an ambiguous name contradicts neither meaning.
+# dimension: {unit: factor}, with other names of a unit after a bar
 TABLE: dict[str, dict[str, str]] = {
     "length": {
         "mm|millimeter|millimetre": "1/1000", "cm|centimeter|centimetre": "1/100", "dm|decimeter|decimetre": "1/10",
@@ -51,14 +51,14 @@ POWER = re.compile(r"\^\s*(?:\{\s*(-?\d)\s*\}|(\d))$")
 
 @dataclass(frozen=True)
 class Unit:
-    """What stands behind a number. `dimensions` is empty where the word is no unit that we know."""
+    """The unit of a number. `dimensions` is empty if the word is not a known unit."""
 
     dimensions: tuple[tuple[str, int], ...]
     worth: Fraction = Fraction(1)
 
 
 def unit(text: str) -> Unit:
-    """The unit that the text names: cm, cm^2, square feet, km/h, miles per hour. Other words have no dimension."""
+    """The unit named by the text: cm, cm^2, square feet, km/h, miles per hour. Other words have no dimension."""
     text = " ".join(text.replace("\\circ", "degree").replace("^degree", "°").split()).strip(" .")
     text = SPEEDS.get(text.casefold(), text)
     above, *below = re.split(r"\s*/\s*|\s+per\s+", text)
@@ -78,7 +78,7 @@ def is_unit(text: str) -> bool:
 
 
 def _one(text: str) -> tuple[str, Fraction, int] | None:
-    """Dimension, worth and power of a unit without a stroke."""
+    """Dimension, factor and power of a unit without a slash."""
     power = 1
     if match := POWER.search(text):
         power, text = int(match[1] or match[2]), text[: match.start()].rstrip()
@@ -93,5 +93,5 @@ def _one(text: str) -> tuple[str, Fraction, int] | None:
 
 
 def disagree(one: Unit | None, other: Unit | None) -> bool:
-    """Whether two units that were both given, and are both known, measure different things."""
+    """Whether both units are given and known, and measure different quantities."""
     return bool(one and other and one.dimensions and other.dimensions and one.dimensions != other.dimensions)

@@ -1,4 +1,4 @@
-"""What a text says when it is a final answer: a number, a formula, a list, words. Nothing is calculated here."""
+"""Reads a final answer as a value: a number, a formula, a list or words. Nothing is calculated here."""
 
 import re
 from dataclasses import dataclass, replace
@@ -9,18 +9,18 @@ from service.spec.maths.units import CURRENCIES, Unit, is_unit, unit
 
 
 class Unreadable(ValueError):
-    """The text is no single number, formula, list or word; the message says why."""
+    """The text is not a single number, formula, list or word; the message says why."""
 
 
 @dataclass(frozen=True)
 class Atom:
-    """A number or a formula: `numeral` where the text is one number, `formula` (LaTeX) always."""
+    """A number or a formula: `formula` (LaTeX) is always set, `numeral` if the text is one number."""
 
     formula: str
     numeral: Numeral | None = None
     unit: Unit | None = None
     name: str | None = None  # x of `x = 5`
-    base: int | None = None  # of the digits in `formula`, where one is written
+    base: int | None = None  # of the digits in `formula`, if one is written
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Listing:
 
 @dataclass(frozen=True)
 class Words:
-    """A text answer, in small letters, without what surrounds it."""
+    """A text answer, in lower case, without surrounding signs."""
 
     text: str
 
@@ -88,7 +88,7 @@ MAX_CHARACTERS = 2000
 
 
 def value(text: str, percent: str = "hundredths") -> Value:
-    """The text (its signs in their plain spelling) as what it says. Raises Unreadable."""
+    """The value of the text, which must have plain signs. Raises Unreadable."""
     if len(text) > MAX_CHARACTERS:
         raise Unreadable(f"is longer than {MAX_CHARACTERS} characters")
     text = trimmed(text)
@@ -109,7 +109,7 @@ def value(text: str, percent: str = "hundredths") -> Value:
     if len(sides := EQUALS.split(text)) > 1 and not re.search(r"[A-Za-z]", re.sub(r"\\[a-zA-Z]+", "", sides[0])):
         return value(sides[-1], percent)
     if match := RATIO.fullmatch(text):
-        half = match[2] and match[2].lower().replace(".", "")  # of the day, where it is said
+        half = match[2] and match[2].lower().replace(".", "")  # am or pm, if given
         return Listing(":", tuple(_atom(part, percent) for part in match[1].split(":")), half)
     if text.count("\\pm") == 1 and "\\mp" not in text:
         plus, minus = (text.replace("\\pm", sign) for sign in "+-")
@@ -118,7 +118,7 @@ def value(text: str, percent: str = "hundredths") -> Value:
 
 
 def trimmed(text: str) -> str:
-    """Without white space, mathematics' and Markdown's signs around it, and the end of a sentence."""
+    """The text without surrounding white space and signs of mathematics and Markdown, and without final punctuation."""
     before = None
     while before != text:
         before = text
@@ -133,13 +133,13 @@ def trimmed(text: str) -> str:
 
 
 def words_of(text: str) -> str:
-    """The text as words are compared: small letters, no \\text, no brackets or signs around."""
+    """The text in the form in which words are compared: lower case, without \\text, without surrounding brackets or signs."""
     text = re.sub(r"\\text\s*\{([^{}]*)\}", r"\1", trimmed(text)).replace("\\", " ")
     return " ".join(re.sub(r"^[\s\"'(\[*.]+|[\s\"')\]*.!,]+$", "", text).casefold().split())
 
 
 def split(text: str) -> list[str]:
-    """The members of a list without brackets; one where it is none. A comma before three digits separates thousands."""
+    """The members of a list without brackets; one if it is not a list. A comma before three digits separates thousands."""
     text = AND.sub(",", text)
     parts, depth, start, i = [], 0, 0, 0
     while i < len(text):
@@ -164,7 +164,7 @@ def _number_start(text: str, comma: int) -> int:
 
 
 def _bracketed(text: str, percent: str) -> Value | None:
-    """A list in brackets; None where the text is no such thing."""
+    """A list in brackets; None if the text is not one."""
     if text.replace(" ", "") in ("\\emptyset", "\\{\\}", "{}"):
         return Listing("{}", ())
     inner = re.sub(r"\\([{}])", r"\1", text)
@@ -202,7 +202,7 @@ def _split_plainly(text: str) -> list[str]:
 
 
 def _words(text: str) -> Words | None:
-    """A text answer: \\text{east}, or one word; None for everything else. Raises Unreadable for a number in words."""
+    """A text answer: \\text{east}, or one word; None for anything else. Raises Unreadable for a number in words."""
     stripped = re.sub(r"^\((.*)\)$", r"\1", text)
     inside = re.fullmatch(rf"{TEXT}(?:\s*\.)?", stripped)
     if inside and not re.search(r"\d", inside[1]):
@@ -220,7 +220,7 @@ def _words(text: str) -> Words | None:
 
 
 def _named(match: re.Match[str], text: str, percent: str) -> Value:
-    """`x = 5`: the name stays beside the value. An equation of two unknowns stays a formula."""
+    """`x = 5`: the value keeps the name. An equation of two unknowns stays a formula."""
     rest = EQUALS.split(match["rest"])[-1]
     read = value(rest, percent)
     name = re.sub(r"[\s\\{}]", "", match["name"])
@@ -242,7 +242,7 @@ def _atom(text: str, percent: str) -> Atom:
 
 
 def quantity(text: str, percent: str = "hundredths") -> tuple[str, Unit | None, Fraction]:
-    """What is measured, its unit and what to multiply it by (percent, million)."""
+    """The text of the number, its unit, and the factor to multiply it by (percent, million)."""
     found, factor = None, Fraction(1)
     if match := re.fullmatch(rf"([+-]?)\s*(?:US|USD|AU|CA)?\s*\\?([{CURRENCIES}])\s*([+-]?)\s*(.+)", text, re.DOTALL):
         text, found = match[1] + match[3] + match[4], unit(match[2])
@@ -260,7 +260,7 @@ def quantity(text: str, percent: str = "hundredths") -> tuple[str, Unit | None, 
 
 
 def _may_follow(body: str, space: str, words: str) -> bool:
-    """Whether words behind a number are what is counted or measured, and not a part of a formula."""
+    """Whether the words after a number are a unit or counted things, and not part of a formula."""
     first, *others = words.split()
     if not space and not (is_unit(words) and len(words) > 1) and first.casefold() not in SCALES:
         return False
@@ -272,7 +272,7 @@ def _may_follow(body: str, space: str, words: str) -> bool:
 
 
 def _scaled(body: str, words: str, found: Unit | None) -> tuple[str, Unit | None, Fraction]:
-    """Words behind a number: `million dollars` multiplies and measures."""
+    """Read the words after a number: in `million dollars`, the first is a factor and the second a unit."""
     factor, parts = Fraction(1), words.split()
     while parts and parts[0].casefold().strip(".,") in SCALES:
         factor *= SCALES[parts.pop(0).casefold().strip(".,")]
@@ -281,7 +281,7 @@ def _scaled(body: str, words: str, found: Unit | None) -> tuple[str, Unit | None
 
 
 def _formula(text: str, percent: str) -> str:
-    """The text as LaTeX that is read as it says. Raises Unreadable for prose and for numbers side by side."""
+    """The text as LaTeX that sympy reads with the same meaning. Raises Unreadable for prose and for numbers side by side."""
     text = re.sub(rf"(?<![\d.])({GROUPED})(?![\d])", lambda match: re.sub(r"[ ,'_]", "", match[1]), text)
     text = re.sub(r"(\d)\s+(\d+)\s*/\s*(\d+)", r"\1\\frac{\2}{\3}", text)
     text = re.sub(r"(\d(?:[\d.]*))[eE]([+-]?\d+)", r"(\1 \\cdot 10^{\2})", text)

@@ -7,10 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-CPU_ACTIVATION_BYTES = 2 * 2**30  # a constant, not what happens to be free: the same split on every run
-GPU_ACTIVATION_SHARE = 0.25  # of all the memory of the card, for the same reason
+CPU_ACTIVATION_BYTES = 2 * 2**30  # a constant, not the free memory, so that every run splits alike
+GPU_ACTIVATION_SHARE = 0.25  # of the card's total memory, for the same reason
 ROUND_TO = 256
-LARGEST = {"cpu": 4096, "cuda": 65_536}  # more brings no speed, on a CPU it falls out of the caches
+LARGEST = {"cpu": 4096, "cuda": 65_536}  # more is not faster, and on a CPU it overflows the caches
 
 
 class Sequence(NamedTuple):
@@ -22,7 +22,7 @@ class Sequence(NamedTuple):
 
 @dataclass(frozen=True)
 class Padded:
-    """Sequences as one tensor, padded on the right: causal attention never looks there, so no mask is needed.
+    """Sequences as one tensor, padded on the right. Causal attention never sees the padding, so no mask is needed.
 
     The logits at flat position `positions_N[n]` of [B x L] predict `targets_N[n]`, which is token `steps_N[n]` of the
     answer in row `rows_N[n]`.
@@ -36,7 +36,7 @@ class Padded:
 
 
 def pad(sequences: list[Sequence], pad_id: int, device: torch.device) -> Padded:
-    """The last token of an answer is predicted but never read, so it is left out of the input."""
+    """Pad the sequences. The last token of an answer is predicted but never read, so it is not in the input."""
     length = max(len(prompt) + max(len(completion), 1) - 1 for prompt, completion in sequences)
     input_ids, positions, targets, rows, steps = [], [], [], [], []
     for row, (prompt, completion) in enumerate(sequences):
@@ -61,7 +61,7 @@ def response_mask(sequences: list[Sequence], device: torch.device) -> Tensor:
 
 
 def microbatches(sequences: list[Sequence], tokens: int) -> Iterator[list[int]]:
-    """Rows of like length together, at most `tokens` tokens each with padding, but always at least one row."""
+    """Batches of rows of similar length, each at most `tokens` tokens with padding, but at least one row."""
     lengths = [len(prompt) + len(completion) for prompt, completion in sequences]
     batch: list[int] = []
     for row in sorted(range(len(sequences)), key=lambda row: (-lengths[row], row)):
@@ -74,7 +74,7 @@ def microbatches(sequences: list[Sequence], tokens: int) -> Iterator[list[int]]:
 
 
 def auto_microbatch_tokens(model: nn.Module, device: torch.device) -> int:
-    """How many tokens of this model fit into one forward and backward pass, from its shape: a rough upper estimate."""
+    """Tokens that fit into one forward and backward pass, estimated from the model's shape. A rough upper estimate."""
     config = model.config.get_text_config()  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
     itemsize = next(model.parameters()).element_size()
     width = config.hidden_size

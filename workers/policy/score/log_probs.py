@@ -1,8 +1,8 @@
-"""Log-probabilities of answers: the head runs on the answers' positions only, and the softmax in float32.
+"""Log-probabilities of answers. The head runs on the answers' positions only; the softmax is in float32.
 
-For most models the head is a layer that can be applied to chosen hidden states. Some post-process their logits in
-`forward` (soft-capping, scaling, a forbidden part of the vocabulary); a trial at load finds out, whatever the reason, and
-for those the whole forward runs, from the first position that is needed.
+For most models the head is a layer that can be applied to chosen hidden states. Some models change their logits afterwards in
+`forward` (soft-capping, scaling, a forbidden part of the vocabulary). A trial at load finds out, whatever the reason. For those
+models the whole forward runs, and logits are kept from the first position that is needed.
 """
 
 import inspect
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from workers.policy.score.layout import Padded
 
-CHUNK_BYTES = 2**28  # of float32 logits; when gradients are wanted, more than one chunk means to compute each of them twice
+CHUNK_BYTES = 2**28  # of float32 logits; with gradients, more than one chunk means that each is computed twice
 
 
 class Scorer:
@@ -27,7 +27,7 @@ class Scorer:
         self.head_on_answers_only = _head_is_all_that_follows(model)
 
     def __call__(self, batch: Padded, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-        """Both [N] float32, one for each answer token of the batch; the entropies are without gradient."""
+        """log_probs and entropies, both [N] float32, one per answer token; the entropies have no gradient."""
         if self.head_on_answers_only:
             hidden = self._model.base_model(input_ids=batch.input_ids_B_L, use_cache=False).last_hidden_state
             return self._from_hidden(hidden.flatten(0, 1).index_select(0, batch.positions_N), batch.targets_N, temperature)
@@ -64,7 +64,7 @@ def _log_probs_and_entropy(logits_N_V: Tensor, targets_N: Tensor, temperature: f
     log_probs_N_V = logits.log_softmax(-1)
     chosen = log_probs_N_V.gather(-1, targets_N.unsqueeze(-1)).squeeze(-1)
     with torch.no_grad():
-        # 0 * -inf is 0 here: a token that cannot be drawn brings no entropy.
+        # entr(0) is 0: a token that cannot be drawn adds no entropy.
         entropy = torch.special.entr(log_probs_N_V.detach().exp()).sum(-1)
     return chosen, entropy
 
