@@ -10,7 +10,9 @@ import httpx
 from ratchet_client import archive
 from ratchet_client.errors import RatchetError
 from ratchet_client.resources.base import CHUNK_BYTES, Resource, given, part
-from ratchet_client.types import Checkpoint, Page
+from ratchet_client.types import Checkpoint, Job, Page
+
+BEST_BY = ({"metric": "eval/reward/mean", "mode": "max"}, {"metric": "eval/loss", "mode": "min"})
 
 
 class Checkpoints(Resource):
@@ -21,6 +23,23 @@ class Checkpoints(Resource):
 
     def get_checkpoint(self, checkpoint_id: str) -> Checkpoint:
         return self._get(f"/v1/checkpoints/{part(checkpoint_id)}")
+
+    def best_checkpoint(self, job_id: str) -> Checkpoint:
+        """Of a job's checkpoints that are there the one with the best evaluation, by the rule of its spec (early_stopping, else
+        keep_best, else the mean reward, else the loss). Raises RatchetError where none was evaluated when it was saved."""
+        job: Job = self._get(f"/v1/jobs/{part(job_id)}")
+        rules = [job["spec"].get("early_stopping"), job["spec"].get("checkpoints", {}).get("keep_best"), *BEST_BY]
+        there: list[Checkpoint] = []
+        more, after = True, None
+        while more:
+            page = self.list_checkpoints(job_id=job_id, after=after, limit=100)
+            there, more, after = [*there, *page["data"]], page["has_more"], page["last_id"]
+        for rule in filter(None, rules):
+            metric, sign = rule["metric"], 1 if rule["mode"] == "max" else -1
+            measured = [(sign * value, row["step"], row) for row in there if (value := row["metrics"].get(metric)) is not None]
+            if measured:
+                return max(measured, key=lambda entry: entry[:2])[2]
+        raise RatchetError(f"no checkpoint of {job_id} was evaluated when it was saved; checkpoints.keep_best saves the best")
 
     def download_checkpoint(self, checkpoint_id: str, directory: str | Path) -> Path:
         """Unpack a checkpoint into a new folder, whose `model/` peft or transformers load as it is. Returns the folder.

@@ -325,6 +325,7 @@ def _print_job(job: Job) -> None:
             "ended": result.get("ended"),
             "first evaluation": _metrics(result.get("initial")),
             "last evaluation": _metrics(result.get("final")),
+            "best evaluation": _best(result.get("best")),
             "runs on": {name: job["resolved"].get(name) for name in FACTS if name in job["resolved"]},
             "warnings": job["resolved"].get("warnings"),
             "you may": job["allowed_actions"],
@@ -341,6 +342,13 @@ def spent_text(usage: UsageTotals) -> str:
         return ""
     text = f"{usage['sampled_tokens']} tokens sampled, {usage['trained_tokens']} trained, {duration(usage['worker_s'])} worked"
     return text + (f" ({duration(usage['wasted']['worker_s'])} wasted)" if usage["wasted"]["worker_s"] >= 1 else "")
+
+
+def _best(best: dict[str, Any] | None) -> str:
+    if not best:
+        return ""
+    saved = best.get("checkpoint_id") or "no checkpoint holds it"
+    return f"{best.get('metric', '')} {number(best['value'])} at step {best['step']}  {saved}".strip()
 
 
 def _metrics(values: dict[str, float | None] | None) -> str:

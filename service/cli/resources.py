@@ -81,13 +81,19 @@ def download(
     context: typer.Context,
     checkpoint_id: CheckpointId,
     to: Annotated[Path | None, typer.Option(help="a new folder; default: the checkpoint's id")] = None,
+    best: Annotated[bool, typer.Option("--best", help="name a job: its checkpoint with the best evaluation")] = False,
 ) -> None:
     """Fetch a checkpoint into a new folder.
+
+    $ ratchet checkpoints download ckpt_01k... --to my-model
+    $ ratchet checkpoints download --best job_01k...
 
     Its `model/` loads in transformers (or peft) as it is, and its README.md says what it is. Every file is compared with
     its sha256.
     """
     with connect(context) as ratchet:
+        if best:
+            checkpoint_id = ratchet.best_checkpoint(checkpoint_id)["id"]
         folder = ratchet.download_checkpoint(checkpoint_id, to or Path(checkpoint_id))
     say(f"{folder}/  (the model is in {folder / 'model'})")
 

@@ -20,7 +20,7 @@ from service.errors import Failure, LeaseLost
 from service.jobs import moves
 from service.metric_names import is_live
 from service.settings import Settings
-from service.spec.job import CheckpointsSpec
+from service.spec.job import CheckpointsSpec, KeepBest
 from service.states import HELD, Phase, Status, Wish
 from service.store import checkpoints, clock, events, jobs, metrics, rollouts, usage, workers
 from service.store.checkpoints import CheckpointRow
@@ -216,25 +216,25 @@ def commit_checkpoint(store: Store, lease: Lease, row: CheckpointRow, *, spent: 
         events.append(session, job.id, "checkpoint_saved", {"checkpoint_id": row.id, "step": row.step}, now=now)
 
 
-def retain(store: Store, lease: Lease, keep: CheckpointsSpec) -> list[str]:
-    """Mark as deleted what keep_last and keep_best let go. Returns the blob paths, for the caller to remove.
+def retain(store: Store, lease: Lease, keep: CheckpointsSpec, best: Sequence[KeepBest] = ()) -> list[str]:
+    """Mark as deleted what keep_last, keep_best and the further rules of `best` let go. Returns the blob paths, for the caller
+    to remove.
 
     Never one that is pinned, that the job resumes from, or that a live job starts from.
     """
     with _holding(store, lease) as (session, job):
         there = checkpoints.of_job(session, job.id)
-        kept_ids = {*(row.id for row in there[: keep.keep_last]), *_best(there, keep)}
+        rules = [*best, *([keep.keep_best] if keep.keep_best else [])]
+        kept_ids = {row.id for row in (*there[: keep.keep_last], *(row for rule in rules for row in best_of(there, rule)))}
         removed, _ = checkpoints.remove(session, [row.id for row in there if row.id not in kept_ids], clock.now(session))
         return [row.path for row in removed]
 
 
-def _best(there: list[Checkpoint], keep: CheckpointsSpec) -> list[str]:
-    best = keep.keep_best
-    if best is None:
-        return []
-    measured = [row for row in there if isinstance(row.metrics.get(best.metric), int | float)]
-    measured.sort(key=lambda row: row.metrics[best.metric], reverse=best.mode == "max")
-    return [row.id for row in measured[: best.count]]
+def best_of(there: list[Checkpoint], rule: KeepBest) -> list[Checkpoint]:
+    """The best `count` of those that were evaluated where they were saved, the best first; of equals the furthest."""
+    measured = [row for row in there if isinstance(row.metrics.get(rule.metric), int | float)]
+    measured.sort(key=lambda row: row.metrics[rule.metric], reverse=rule.mode == "max")
+    return measured[: rule.count]
 
 
 # ---------------------------------------------------------------- letting go
@@ -262,16 +262,38 @@ def cancelled(store: Store, lease: Lease, *, spent: Spent = NOTHING) -> Status:
 
 def succeed(store: Store, lease: Lease, result: dict[str, Any], reason: str, *, spent: Spent = NOTHING) -> Status:
     """The job did what was asked. A cancel that came first is obeyed, and the result kept all the same."""
-    values = {"result": result, "error": None}
-    return _end(store, lease, spent, lambda session, job, now: moves.end(session, job, Status.SUCCEEDED, reason, now, **values))
+
+    def do(session: Session, job: Job, now: datetime) -> Status:
+        values = {"result": _with_best(session, job, result), "error": None}
+        return moves.end(session, job, Status.SUCCEEDED, reason, now, **values)
+
+    return _end(store, lease, spent, do)
 
 
 def fail(
     store: Store, lease: Lease, failure: Failure, result: dict[str, Any] | None = None, *, spent: Spent = NOTHING
 ) -> Status:
     """The job ends with a named failure."""
-    values = {} if result is None else {"result": result}
-    return _end(store, lease, spent, lambda session, job, now: moves.fail(session, job, failure, now, **values))
+
+    def do(session: Session, job: Job, now: datetime) -> Status:
+        values = {} if result is None else {"result": _with_best(session, job, result)}
+        return moves.fail(session, job, failure, now, **values)
+
+    return _end(store, lease, spent, do)
+
+
+def _with_best(session: Session, job: Job, result: dict[str, Any]) -> dict[str, Any]:
+    """The result, with the best evaluation by the job's rule, and the checkpoint that holds the weights of then, if any."""
+    stop, keep = job.spec.get("early_stopping"), job.spec.get("checkpoints", {}).get("keep_best")
+    if stop is None and keep is None:
+        return result
+    rule = KeepBest(**keep) if stop is None else KeepBest(metric=stop["metric"], mode=stop["mode"])
+    rows = best_of(checkpoints.of_job(session, job.id), rule)
+    best = result.get("best") or ({"value": rows[0].metrics[rule.metric], "step": rows[0].step} if rows else None)
+    if best is None:
+        return result
+    there = next((row.id for row in rows if row.step == best["step"]), None)
+    return {**result, "best": {"metric": rule.metric, **best, "checkpoint_id": there}}
 
 
 def park(store: Store, lease: Lease, failure: Failure, *, spent: Spent = NOTHING) -> Status:

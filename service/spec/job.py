@@ -40,7 +40,7 @@ class EvalSpec(Section):
 
 
 class KeepBest(Section):
-    """The checkpoints with the best evaluations are kept, beside the newest."""
+    """A new best is saved when it is found, and the best are kept beside the newest."""
 
     metric: Annotated[str, Field(description="an evaluation metric")] = EVAL_REWARD_MEAN
     mode: Annotated[Literal["max", "min"], Field(description="which is better")] = "max"
@@ -52,7 +52,9 @@ class CheckpointsSpec(Section):
 
     every_steps: Annotated[int, Field(ge=1, le=MOST_COUNTED, description="training steps between checkpoints")] = 20
     keep_last: Annotated[int, Field(ge=1, le=MOST_COUNTED, description="the newest so many are kept")] = 2
-    keep_best: Annotated[KeepBest | None, Field(description="and the best so many")] = None
+    keep_best: Annotated[
+        KeepBest | None, Field(description="and the best so many; early_stopping keeps the best one of its metric by itself")
+    ] = None
     ttl_s: Annotated[
         float | None, Field(gt=0, le=315_360_000, description="each is deleted so long after it was saved; default: never")
     ] = None
@@ -101,6 +103,14 @@ class ManagedSpec(WorkSpec):
     early_stopping: Annotated[EarlyStopping | None, Field(description="end before max_steps; none: never")] = None
     limits: Annotated[Limits, Field(description="how long the job may go on")] = Limits()
     log_rollouts: Annotated[LogRollouts, Field(description="which sampled groups are kept to be read")] = LogRollouts()
+
+    @property
+    def kept_best(self) -> list[KeepBest]:
+        """Of which evaluations the best are saved and kept: keep_best's, and the one that early stopping looks at."""
+        rules = [self.checkpoints.keep_best] if self.checkpoints.keep_best else []
+        if (stop := self.early_stopping) and all((rule.metric, rule.mode) != (stop.metric, stop.mode) for rule in rules):
+            rules.append(KeepBest(metric=stop.metric, mode=stop.mode))
+        return rules
 
     @model_validator(mode="after")
     def evaluation_has_rows(self) -> Self:

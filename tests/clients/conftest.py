@@ -223,7 +223,7 @@ class Hand:
         lease.commit_step(self.store, held, step, metrics, rollouts)
         self.doorbell.signal(held.job_id, "events")
 
-    def save(self, held: Lease, step: int, **files: bytes) -> str:
+    def save(self, held: Lease, step: int, *, reward: float = 0.5, **files: bytes) -> str:
         folder = self.store.blobs.temporary_dir()
         for name, content in files.items():
             (folder / name).write_bytes(content)
@@ -236,7 +236,7 @@ class Hand:
             path=f"checkpoints/{held.job_id}/{step}",
             size_bytes=sum(map(len, files.values())),
             manifest_sha256=sha256,
-            metrics={"eval/reward/mean": 0.5},
+            metrics={"eval/reward/mean": reward},
             has_optimizer=True,
             is_final=True,
         )

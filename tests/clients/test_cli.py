@@ -311,6 +311,15 @@ def test_checkpoints_are_listed_downloaded_and_deleted(cli: Cli, hand: Any, job_
     assert cli("checkpoints", "show", checkpoint_id).code == 1
 
 
+def test_the_best_checkpoint_of_a_job_is_downloaded_by_the_job_s_name(cli: Cli, hand: Any, job_id: str, tmp_path: Path) -> None:
+    missing = cli("checkpoints", "download", "--best", job_id, "--to", str(tmp_path / "none"))
+    assert missing.code == 1 and f"no checkpoint of {job_id} was evaluated" in missing.err
+    held = hand.take()
+    best = [hand.save(held, step, reward=reward, trainer=b"{}") for step, reward in ((2, 0.1), (4, 0.9), (6, 0.3))][1]
+    assert cli("checkpoints", "download", "--best", job_id, "--to", str(tmp_path / "best")).code == 0
+    assert best in (tmp_path / "best" / "README.md").read_text()
+
+
 # ---------------------------------------------------------------- datasets, models, keys
 
 

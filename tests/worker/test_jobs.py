@@ -12,6 +12,7 @@ from copy import deepcopy
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,9 +26,10 @@ from service.relay.line import losses
 from service.relay.orders import Answer, Order
 from service.relay.queue import RequestQueue
 from service.spec.objective import ObjectiveSpec
-from service.states import Status, is_legal
+from service.states import Phase, Status, is_legal
 from service.store import metrics
 from service.store.tables import Checkpoint, Event, Job, Metric, Rollout
+from workers.loops import managed
 from workers.losses.batch import bytes_of
 
 SQLITE = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
@@ -306,9 +308,87 @@ def test_a_reward_service_that_is_down_pauses_the_job_which_goes_on_when_it_is_u
     assert_log_is_whole(shared, job)
 
 
+@pytest.mark.parametrize("on_error", ["mask", "fail"])
+def test_a_failure_in_an_evaluation_loses_no_step_that_is_whole(shared: Any, specs: Any, on_error: str) -> None:
+    """The service dies between the second step and its evaluation. Both steps are saved, and the evaluation is made up for."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    grader = {"kind": "http", "url": f"http://127.0.0.1:{port}/", "max_retries": 0}
+    spec = specs.rl(
+        reward={"graders": [grader], "on_error": on_error},
+        eval={"every_steps": 2, "temperature": 1.0},
+        limits={"max_steps": 4},
+        checkpoints={"every_steps": 100},
+    )
+    job_id = shared.submit(spec).id
+    with reward_service(port, until=16 + 2 * 16, then="down" if on_error == "mask" else "refuses"):
+        ended = shared.until(job_id, lambda job: job.status in ("paused", "failed"))
+    assert (ended.status, ended.step) == ("paused" if on_error == "mask" else "failed", 2)
+    kept = rows(shared, select(Checkpoint).where(Checkpoint.job_id == job_id, Checkpoint.deleted_at.is_(None)))
+    assert [row.step for row in kept] == [2] and ended.checkpoint_id == kept[0].id
+    assert_each_step_stands_once(shared, ended, "reward/mean", range(1, 3))
+    if ended.status == "failed":
+        return
+    with reward_service(port):
+        lifecycle.resume(shared.store, shared.doorbell, "default", job_id)
+        job = shared.succeeded(job_id)
+        undisturbed = shared.succeeded(shared.submit(spec).id)
+    assert_same_weights(shared, job, undisturbed)
+    for each in (job, undisturbed):
+        points = rows(shared, select(Metric).where(Metric.job_id == each.id, Metric.name == "eval/reward/mean"))
+        assert sorted(point.step for point in points) == [0, 2, 4]
+    assert job.result == undisturbed.result
+    assert_log_is_whole(shared, job)
+
+
+def test_a_step_whose_updates_had_begun_is_not_saved(shared: Any, specs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its weights are neither those before it nor those after it."""
+    attempt: Any = SimpleNamespace(
+        progress=SimpleNamespace(step=3), policy=SimpleNamespace(updates=7), tenure=SimpleNamespace(phase=Phase.UPDATING)
+    )
+    saved: list[int] = []
+    attempt.tenure.blame = lambda phase: None
+    monkeypatch.setattr(managed, "_save", lambda attempt: saved.append(attempt.progress.step))
+
+    def fails(updates: int) -> None:
+        with managed._saving(attempt):
+            attempt.policy.updates += updates
+            raise MemoryError
+
+    with pytest.raises(MemoryError):
+        fails(updates=1)
+    assert saved == []
+    with pytest.raises(MemoryError):
+        fails(updates=0)
+    assert saved == [3]
+
+
+def test_a_new_best_is_saved_when_it_is_found_and_early_stopping_keeps_it(shared: Any, specs: Any) -> None:
+    """No save falls on an evaluation but the last one's; what learns too fast gets worse again."""
+    stop = {"metric": "eval/loss", "mode": "min", "patience": 3}
+    data = {**specs.supervised()["data"], "eval": {"source": "split", "rows": 40}}
+    spec = specs.supervised(
+        data=data,
+        early_stopping=stop,
+        eval={"every_steps": 5},
+        checkpoints={"every_steps": 7, "keep_last": 1},
+        optimizer={"learning_rate": 0.05},
+        limits={"max_steps": 400},
+    )
+    job = shared.succeeded(shared.submit(spec).id)
+    assert job.status_reason == "no_improvement" and job.result is not None
+    losses = rows(shared, select(Metric).where(Metric.job_id == job.id, Metric.name == "eval/loss"))
+    least = min(losses, key=lambda point: point.value)
+    best = job.result["best"]
+    assert (best["metric"], best["value"], best["step"]) == ("eval/loss", least.value, least.step)
+    there = rows(shared, select(Checkpoint).where(Checkpoint.job_id == job.id, Checkpoint.deleted_at.is_(None)))
+    kept = {row.id: row.step for row in there}
+    assert kept == {best["checkpoint_id"]: least.step, job.checkpoint_id: job.step} and least.step < job.step
+
+
 @contextmanager
-def reward_service(port: int, until: int | None = None) -> Iterator[None]:
-    """Rewards even lengths; after `until` samples it answers 500."""
+def reward_service(port: int, until: int | None = None, *, then: str = "down") -> Iterator[None]:
+    """Rewards even lengths; after `until` samples it answers 500, or (refuses) an error for each sample."""
     graded = 0
 
     class Handler(BaseHTTPRequestHandler):
@@ -318,6 +398,8 @@ def reward_service(port: int, until: int | None = None) -> Iterator[None]:
             up = until is None or graded + len(samples) <= until
             graded += len(samples)
             body = json.dumps({"rewards": [float(len(one["completion"]) % 2 == 0) for one in samples]}).encode()
+            if not up and then == "refuses":
+                up, body = True, json.dumps({"rewards": [{"error": "no"} for _ in samples]}).encode()
             self.send_response(200 if up else 500)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()

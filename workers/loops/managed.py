@@ -5,9 +5,14 @@ stops early. Metrics are committed before the checkpoint that covers them. This 
 in between repeats the step from the previous checkpoint and writes the same rows again.
 """
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from service.errors import JobFailed
+from sqlalchemy.exc import InterfaceError, OperationalError
+
+from service.errors import JobFailed, LeaseLost
 from service.failures import CODES
 from service.jobs import moves
 from service.states import Phase, Wish
@@ -18,6 +23,8 @@ from workers.loops.measure import measure
 from workers.tenure.outcome import Outcome, Paused, Succeeded, obeyed
 from workers.tenure.tenure import Contents
 
+log = logging.getLogger(__name__)
+
 STEPS: dict[str, TrainingStep] = {"rl": rl.step, "supervised": supervised.step}
 
 
@@ -27,19 +34,26 @@ def drive(attempt: Attempt) -> Outcome:
     Progress has then been saved, except after a cancel that does not ask for it."""
     spec, progress = attempt.spec, attempt.progress
     measure(attempt)
-    if attempt.data.eval is not None and progress.evaluated_at is None:
-        _commit(attempt, _evaluation(attempt))
+    if _owes_evaluation(attempt):
+        with _saving(attempt):
+            evaluation = _evaluation(attempt)
+        _commit(attempt, evaluation)
     ended = progress.reason_to_stop(spec.early_stopping)
     while ended is None and progress.step < spec.limits.max_steps:
         if (interrupted := _interrupted(attempt)) is not None:
             return interrupted
         _in_time(attempt)
-        result = _step(attempt)
-        if attempt.data.eval is not None and _is_due(progress.step, spec.eval.every_steps, spec.limits.max_steps):
-            result = result + _evaluation(attempt)
+        with _saving(attempt):
+            result = STEPS[spec.kind](attempt, progress.step + 1)
+        progress.step += 1
+        evaluates = _owes_evaluation(attempt)
+        if evaluates:
+            with _saving(attempt, result):
+                result = result + _evaluation(attempt)
         _commit(attempt, result)
         ended = progress.reason_to_stop(spec.early_stopping)
-        if ended is None and progress.step < spec.limits.max_steps and progress.step % spec.checkpoints.every_steps == 0:
+        saves = progress.step % spec.checkpoints.every_steps == 0 or (evaluates and progress.leads(spec.kept_best))
+        if ended is None and progress.step < spec.limits.max_steps and saves:
             _save(attempt)
     _save(attempt, final=True)
     ended = ended or "max_steps"
@@ -71,17 +85,44 @@ def _in_time(attempt: Attempt) -> None:
         )
 
 
-def _step(attempt: Attempt) -> StepResult:
-    """Run the next step. If it fails in a way that pauses the job, the progress before it is saved."""
+@contextmanager
+def _saving(attempt: Attempt, result: StepResult | None = None) -> Iterator[None]:
+    """If the work inside fails, save the progress before it, unless the weights have moved since: whatever ends the attempt, no
+    whole step is lost. `result` is of a step that is whole and not committed yet."""
+    progress, updates = attempt.progress, attempt.policy.updates
     try:
-        result = STEPS[attempt.spec.kind](attempt, attempt.progress.step + 1)
-    except JobFailed as failed:
-        if CODES[failed.code].pauses and attempt.tenure.phase in (Phase.SAMPLING, Phase.GRADING):
-            _save(attempt)
-            attempt.tenure.blame(Phase.GRADING)
+        yield
+    except (LeaseLost, OperationalError, InterfaceError):  # there is no right, or no place, to save
         raise
-    attempt.progress.step += 1
-    return result
+    except Exception as error:
+        phase = attempt.tenure.phase
+        pauses = isinstance(error, JobFailed) and CODES[error.code].pauses
+        if attempt.policy.updates == updates and (progress.step > 0 or pauses):
+            with _or_logged():
+                if result is not None:
+                    _commit(attempt, result)
+                _save(attempt)
+        attempt.tenure.blame(Phase.GRADING if pauses and phase is Phase.SAMPLING else phase)
+        raise
+
+
+@contextmanager
+def _or_logged() -> Iterator[None]:
+    """What fails inside is logged: the failure that came before it is the one to tell."""
+    try:
+        yield
+    except LeaseLost:
+        raise
+    except Exception:
+        log.warning("the progress before a failure could not be saved", exc_info=True)
+
+
+def _owes_evaluation(attempt: Attempt) -> bool:
+    """Whether an evaluation is due where the job stands. One that failed is made up for when the job goes on."""
+    spec, progress = attempt.spec, attempt.progress
+    if attempt.data.eval is None or progress.evaluated_at == progress.step:
+        return False
+    return progress.evaluated_at is None or _is_due(progress.step, spec.eval.every_steps, spec.limits.max_steps)
 
 
 def _evaluation(attempt: Attempt) -> StepResult:
@@ -109,7 +150,7 @@ def _save(attempt: Attempt, *, final: bool = False) -> None:
 
     measured = progress.last if progress.evaluated_at == progress.step else {}
     contents = Contents(progress.step, attempt.policy.kind, write, measured)
-    attempt.tenure.save(contents, attempt.spec.checkpoints, final=final)
+    attempt.tenure.save(contents, attempt.spec.checkpoints, attempt.spec.kept_best, final=final)
 
 
 def _is_due(step: int, every: int, last: int) -> bool:

@@ -1,12 +1,14 @@
 """A job's progress: the part of a checkpoint that is neither weights nor optimizer, stored as JSON."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from math import isfinite
 from pathlib import Path
 from typing import Any, Self
 
 import orjson
 
-from service.spec.job import EarlyStopping
+from service.spec.job import EarlyStopping, KeepBest
 
 FILE = "progress.json"
 
@@ -23,6 +25,7 @@ class Progress:
     best: float | None = None  # best value of the early-stopping metric
     best_step: int | None = None
     stale: int = 0  # evaluations since the best
+    leaders: dict[str, list[float]] = field(default_factory=dict)  # by mode and metric: the values that are kept as the best
 
     def save(self, folder: Path) -> None:
         (folder / FILE).write_bytes(orjson.dumps(asdict(self), option=orjson.OPT_INDENT_2))
@@ -44,6 +47,18 @@ class Progress:
             self.best, self.best_step, self.stale = value, step, 0
         else:
             self.stale += 1
+
+    def leads(self, rules: Sequence[KeepBest]) -> bool:
+        """Whether the newest evaluation is among the best that a rule keeps. To be asked once an evaluation."""
+        led = False
+        for rule in rules:
+            if (value := self.last.get(rule.metric)) is None or not isfinite(value):
+                continue
+            kept = self.leaders.setdefault(f"{rule.mode} {rule.metric}", [])
+            best = sorted([*kept, value], reverse=rule.mode == "max")[: rule.count]
+            led = led or best != kept
+            kept[:] = best
+        return led
 
     def reason_to_stop(self, rule: EarlyStopping | None) -> str | None:
         """`target_reached` or `no_improvement` right after an evaluation, else None."""

@@ -121,6 +121,11 @@ class Learner(Policy):
         self._poisoned |= not math.isfinite(total)
         return Accumulated(total, entropy)
 
+    @property
+    def updates(self) -> int:
+        """How often the weights were updated, or an update was skipped."""
+        return self._optimizer.steps_done
+
     def step(self) -> dict[str, float | bool]:
         """One optimizer step, unless loss or gradient is not finite: grad_norm (before clipping), learning_rate, skipped."""
         result = self._optimizer.step(poisoned=self._poisoned)

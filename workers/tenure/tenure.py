@@ -15,7 +15,7 @@ from service.failures import CODES
 from service.ids import new_id
 from service.jobs import lease as leases
 from service.jobs.lease import CheckpointRow, Lease, RolloutRow
-from service.spec.job import CheckpointsSpec
+from service.spec.job import CheckpointsSpec, KeepBest
 from service.states import Phase, Status, Wish
 from service.store.tables import Job
 from workers.policy.checkpoint import write_manifest
@@ -119,7 +119,7 @@ class Tenure:
         self.budget_spent = self._hold.patiently(commit)
         self._tell_followers()
 
-    def save(self, contents: Contents, keep: CheckpointsSpec, *, final: bool = False) -> None:
+    def save(self, contents: Contents, keep: CheckpointsSpec, best: Sequence[KeepBest] = (), *, final: bool = False) -> None:
         """Write a checkpoint atomically, point the job at it, and release older ones.
 
         A second call at the same step does nothing, unless it is the final one.
@@ -130,7 +130,7 @@ class Tenure:
         row = self._write(contents, final=final)
         spent = self.meter.take()
         self._hold.patiently(lambda: leases.commit_checkpoint(self.store, self.lease, row, spent=spent))
-        for path in self._hold.patiently(lambda: leases.retain(self.store, self.lease, keep)):
+        for path in self._hold.patiently(lambda: leases.retain(self.store, self.lease, keep, best)):
             self.store.blobs.delete(path)
         self.saved_at = contents.step
         log.info("job %s: checkpoint %s at step %d", self.job.id, row.id, self.saved_at)
