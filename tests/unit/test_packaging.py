@@ -1,6 +1,7 @@
 """What is shipped: the wheel, the pins, and a compose file that starts with no secret left at a default."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from zipfile import ZipFile
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -39,6 +41,17 @@ def test_wheel_carries_what_an_installed_ratchet_needs(tmp_path: Path) -> None:
     assert expected - names == set()
     assert any(name.endswith("/licenses/LICENSE") for name in names)
     assert not [name for name in names if name.startswith(("tests/", "docs/", "bench/"))]
+
+
+def test_no_version_is_promised_that_is_not_tried() -> None:
+    """The lower bound of everything that users install is the version that the tests run with."""
+    pins = dict(re.findall(r"^([\w.-]+)==([^\s;]+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
+    pins = {canonicalize_name(name): version for name, version in pins.items()}
+    extras = ("worker", "embedded", "reasoning-gym")
+    users = [*PROJECT["dependencies"], *(line for extra in extras for line in PROJECT["optional-dependencies"][extra])]
+    for requirement in map(Requirement, users):
+        (lower,) = [spec.version for spec in requirement.specifier if spec.operator == ">="]
+        assert lower == pins[canonicalize_name(requirement.name)], requirement
 
 
 def test_the_client_installs_alone(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
+from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file, extract_commit_hash
@@ -30,6 +31,8 @@ from workers.policy.tiny import tiny_model, tiny_tokenizer
 MODEL = "model"  # the folder inside a checkpoint
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
+# Spaces, digits and scripts that tokenizers treat in ways of their own.
+PLAIN_TEXT = "3+8=11,  it's so:\n\tna\u00efve \u4f60\u597d x_1"
 MAX_SHOWN = 500  # characters of a library's own words
 
 HUB_ANSWERS_WITHIN_S = 10.0
@@ -124,6 +127,7 @@ def _load_pretrained(source: str, revision: str | None, device: torch.device, dt
         safe: dict[str, Any] = {"revision": commit or revision, "trust_remote_code": False}
         _check_files(source, Path(config_path).parent, commit or revision)
         tokenizer = AutoTokenizer.from_pretrained(source, **safe)
+        _check_tokenizer(source, tokenizer, commit or revision)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, use_safetensors=True, output_loading_info=True, **safe
         )
@@ -147,6 +151,24 @@ def unsupported_if_it_fails(source: str, what: str) -> Iterator[None]:
     except Exception as error:
         log.warning("the model %s: %s", source, what, exc_info=True)
         raise _unsupported(source, f"{what}: {type(error).__name__}: {error}") from error
+
+
+def _check_tokenizer(source: str, tokenizer: PreTrainedTokenizerBase, revision: str | None) -> None:
+    """Refuse a tokenizer that reads or writes plain text otherwise than its own tokenizer.json. Some versions of transformers
+    build it anew from its class, and it then loses spaces, for example. Raises ValueError."""
+    path = cached_file(source, "tokenizer.json", revision=revision, _raise_exceptions_for_missing_entries=False)
+    if path is None:
+        return
+    own: Any = Tokenizer.from_file(path)
+    own.no_truncation()
+    own.no_padding()
+    ids = own.encode(PLAIN_TEXT, add_special_tokens=False).ids
+    loaded: Any = tokenizer(PLAIN_TEXT, add_special_tokens=False)["input_ids"]
+    if list(loaded) != ids:
+        raise ValueError(f"its tokenizer reads {PLAIN_TEXT!r} as other tokens than its tokenizer.json does")
+    text: Any = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    if text != own.decode(ids, skip_special_tokens=False):
+        raise ValueError(f"its tokenizer writes {text!r} for the tokens of {PLAIN_TEXT!r}, and its tokenizer.json does not")
 
 
 def _check_files(source: str, folder: Path, revision: str | None) -> None:

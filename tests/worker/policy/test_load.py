@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import decoders, normalizers
 from tokenizers.processors import TemplateProcessing
 
 from service.errors import JobFailed
@@ -393,3 +394,28 @@ def test_a_hub_id_is_resolved_to_a_commit(family_folder, tmp_path):
         [sys.executable, "-c", HUB], env=environment, cwd=root, capture_output=True, text=True, timeout=100, check=False
     )
     assert done.stdout.split() == [commits["main"], commits["stable"], *["model_not_found"] * 3], done.stderr
+
+
+@pytest.mark.parametrize(
+    ("broken", "said"),
+    [
+        (lambda tokenizer: setattr(tokenizer, "normalizer", normalizers.Replace(" ", "")), "reads"),
+        (lambda tokenizer: setattr(tokenizer, "decoder", decoders.Strip(" ", 20, 0)), "writes"),
+    ],
+)
+def test_a_tokenizer_that_is_not_its_own_file_is_refused(load, family_folder, monkeypatch, tmp_path, broken, said):
+    """As some versions of transformers make of some tokenizers."""
+    from workers.policy import load as loading
+
+    folder = family_folder("llama")
+    assert load(ModelSpec(source=str(folder), adapter=Full())), "the control"
+    from_pretrained = loading.AutoTokenizer.from_pretrained
+
+    def other(*args, **kwargs):
+        tokenizer = from_pretrained(*args, **kwargs)
+        broken(tokenizer.backend_tokenizer)
+        return tokenizer
+
+    monkeypatch.setattr(loading.AutoTokenizer, "from_pretrained", other)
+    error = failure(load, ModelSpec(source=str(folder), adapter=Full()))
+    assert error.code == "model_unsupported" and f"its tokenizer {said}" in error.detail
