@@ -21,7 +21,7 @@ REWARD_MEAN = "reward/mean"
 EVAL_REWARD_MEAN, EVAL_GREEDY_REWARD_MEAN = EVAL + REWARD_MEAN, EVAL_GREEDY + REWARD_MEAN
 LOSS, POLICY_LOSS, EVAL_LOSS = "loss", "policy/loss", "eval/loss"
 CLIP_LOW, CLIP_HIGH = "policy/clip_fraction_low", "policy/clip_fraction_high"
-POLICY_KL_K3 = "policy/approx_kl_k3"
+POLICY_KL_K3, REF_KL_K3 = "policy/approx_kl_k3", "kl/ref_k3"
 TOKENS_SAMPLED, TOKENS_TRAINED, STEP_S = "tokens/sampled", "tokens/trained", "perf/step_s"
 
 EVAL_TOKENS_SAMPLED = EVAL + TOKENS_SAMPLED

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from service.metric_names import CLIP_HIGH, CLIP_LOW, EVAL_REWARD_MEAN, LOSS, POLICY_KL_K3, REWARD_MEAN
+from service.metric_names import CLIP_HIGH, CLIP_LOW, EVAL_REWARD_MEAN, LOSS, POLICY_KL_K3, REF_KL_K3, REWARD_MEAN
 
 
 @dataclass
@@ -12,7 +12,8 @@ class Headline:
 
     reward: float | None = None
     clip_fraction: float | None = None
-    kl: float | None = None
+    kl: float | None = None  # to the reference, where the job has one: it is what the spec penalises; else to the old policy
+    kl_of: str = "KL"
     loss: float | None = None
     evaluation: float | None = None
     rewards: list[float] = field(default_factory=list)
@@ -21,7 +22,10 @@ class Headline:
         clips = [value for name in (CLIP_LOW, CLIP_HIGH) if (value := metrics.get(name)) is not None]
         if clips:
             self.clip_fraction = sum(clips)
-        self.kl = _newer(metrics.get(POLICY_KL_K3), self.kl)
+        if metrics.get(REF_KL_K3) is not None:
+            self.kl, self.kl_of = metrics[REF_KL_K3], "KL to reference"
+        elif self.kl_of == "KL":
+            self.kl = _newer(metrics.get(POLICY_KL_K3), self.kl)
         self.loss = _newer(metrics.get(LOSS), self.loss)
         self.evaluation = _newer(metrics.get(EVAL_REWARD_MEAN), self.evaluation)
         self.reward = _newer(metrics.get(REWARD_MEAN), self.reward)

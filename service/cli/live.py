@@ -130,7 +130,7 @@ def numbers(headline: Headline) -> str:
     pairs = {
         "reward": headline.reward,
         "clip fraction": headline.clip_fraction,
-        "KL": headline.kl,
+        headline.kl_of: headline.kl,
         "loss": headline.loss if headline.reward is None else None,
         "eval": headline.evaluation,
     }

@@ -15,10 +15,12 @@ from sqlalchemy.exc import InterfaceError, OperationalError
 from service.errors import JobFailed, LeaseLost
 from service.failures import CODES
 from service.jobs import moves
+from service.metric_names import STEP_S
 from service.states import Phase, Wish
 from workers.loops import known_metrics, rl, supervised
 from workers.loops.attempt import Attempt, StepResult, TrainingStep
 from workers.loops.evaluation import evaluate
+from workers.loops.implausible import implausible
 from workers.loops.measure import measure
 from workers.tenure.outcome import Outcome, Paused, Succeeded, obeyed
 from workers.tenure.tenure import Contents
@@ -135,7 +137,8 @@ def _evaluation(attempt: Attempt) -> StepResult:
 
 def _commit(attempt: Attempt, result: StepResult) -> None:
     known_metrics.check(result.metrics, attempt.spec.kind, strict=attempt.tenure.settings.strict_metrics)
-    progress, events = attempt.progress, [*result.events]
+    progress = attempt.progress
+    events = [*result.events, *(implausible(progress, result.metrics) if STEP_S in result.metrics else ())]
     if progress.evaluated_at == progress.step:
         events.append(("evaluation", {"step": progress.step, "metrics": progress.last}))
     attempt.tenure.commit_step(progress.step, result.metrics, result.rollouts, events)

@@ -25,6 +25,7 @@ class Progress:
     best: float | None = None  # best value of the early-stopping metric
     best_step: int | None = None
     stale: int = 0  # evaluations since the best
+    implausible: list[str] = field(default_factory=list)  # metrics that were beyond belief at the last step
     leaders: dict[str, list[float]] = field(default_factory=dict)  # by mode and metric: the values that are kept as the best
 
     def save(self, folder: Path) -> None:

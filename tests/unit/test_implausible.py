@@ -1,0 +1,33 @@
+"""What no sound run measures is told once, with what probably lies behind it."""
+
+from service.cli.headline import Headline
+from service.metric_names import is_live
+from workers.loops.implausible import BOUNDS, implausible
+from workers.loops.progress import Progress
+
+
+def test_what_is_beyond_belief_is_told_when_it_begins_with_what_stands_beside_it() -> None:
+    progress = Progress(step=7)
+    metrics = {"policy/approx_kl_k3": 6000.0, "policy/ratio_max": 5.2e4, "policy/loss": -38.0, "optimizer/grad_norm": 2.0}
+    (kl, loss) = [data for _, data in implausible(progress, metrics)]
+    assert kl["detail"].startswith("policy/approx_kl_k3 is 6e+03 at step 7: within one step the policy moved far")
+    assert "(policy/ratio_max 5.2e+04, optimizer/grad_norm 2)" in kl["detail"]
+    assert (loss["metric"], loss["step"]) == ("policy/loss", 7)
+    assert implausible(progress, metrics) == [], "once"
+    assert implausible(progress, {"policy/loss": 0.1}) == [] and progress.implausible == []
+    assert len(implausible(progress, metrics)) == 2, "it began again"
+
+
+def test_what_sound_runs_measure_is_not() -> None:
+    sound = {"policy/approx_kl_k3": 0.3, "kl/ref_k3": 4.0, "policy/loss": 0.8, "loss": 11.9, "rollout/approx_kl_k3": 0.01}
+    assert implausible(Progress(), sound) == []
+    assert sound.keys() == BOUNDS.keys() and all(is_live(name) for name in BOUNDS)
+
+
+def test_the_kl_that_people_follow_is_the_one_that_is_penalised() -> None:
+    plain, penalised = Headline(), Headline()
+    plain.update({"policy/approx_kl_k3": 0.1})
+    assert (plain.kl_of, plain.kl) == ("KL", 0.1)
+    penalised.update({"policy/approx_kl_k3": 0.1, "kl/ref_k3": 2.0})
+    penalised.update({"policy/approx_kl_k3": 0.2})
+    assert (penalised.kl_of, penalised.kl) == ("KL to reference", 2.0)

@@ -1,0 +1,58 @@
+"""Measurements that no sound run has: told once, with what probably lies behind them, and not only as a number among others."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from service.metric_names import LOSS, POLICY_KL_K3, POLICY_LOSS, REF_KL_K3
+from workers.loops.progress import Progress
+from workers.tenure.tenure import EventRow
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A metric whose size is beyond belief above `most`; `beside` are metrics that say more."""
+
+    most: float
+    cause: str
+    beside: tuple[str, ...] = ()
+
+
+FAR = "policy/ratio_max", "optimizer/grad_norm", "optimizer/learning_rate"
+BOUNDS: dict[str, Bound] = {
+    POLICY_KL_K3: Bound(
+        10.0,
+        "within one step the policy moved far from the one that sampled; lower optimizer.learning_rate or update.epochs",
+        FAR,
+    ),
+    REF_KL_K3: Bound(
+        10.0, "the policy is far from the reference; raise objective.kl.coef, or lower optimizer.learning_rate", FAR
+    ),
+    "rollout/approx_kl_k3": Bound(
+        1.0, "sampler and trainer disagree about the same weights; use model.dtype: float32, or report the model's family"
+    ),
+    POLICY_LOSS: Bound(
+        20.0, "a few tokens with large ratios make up the loss; look at the clip bounds and the advantages", FAR
+    ),
+    LOSS: Bound(
+        20.0,
+        "worse than a uniform guess over any vocabulary: the model takes the answers for impossible; look at the template, and "
+        "at optimizer.learning_rate",
+        FAR[1:],
+    ),
+}
+
+
+def implausible(progress: Progress, metrics: Mapping[str, float]) -> list[EventRow]:
+    """A warning for each metric that is beyond belief and was not at the step before."""
+    now = {name for name, bound in BOUNDS.items() if abs(metrics.get(name, 0.0)) > bound.most}
+    fresh = [name for name in BOUNDS if name in now and name not in progress.implausible]
+    progress.implausible = sorted(now)
+    return [
+        ("warning", {"step": progress.step, "metric": name, "detail": _detail(name, metrics, progress.step)}) for name in fresh
+    ]
+
+
+def _detail(name: str, metrics: Mapping[str, float], step: int) -> str:
+    bound = BOUNDS[name]
+    beside = ", ".join(f"{other} {metrics[other]:.3g}" for other in bound.beside if other in metrics)
+    return f"{name} is {metrics[name]:.3g} at step {step}: {bound.cause}" + (f" ({beside})" if beside else "")
