@@ -14,6 +14,7 @@ from service.edge.context import ContextDep
 from service.edge.problems import responses
 from service.store import checkpoints
 from service.store.tables import Checkpoint, Job
+from service.telemetry import one_line
 
 router = APIRouter(prefix="/v1", tags=["checkpoints"])
 
@@ -104,6 +105,6 @@ def _is_number(value: object) -> bool:
 
 
 def _code(value: object) -> str:
-    """As it is, on one line of a table: nothing in a job's name is markdown."""
-    text = " ".join(str(value).split()).replace("|", "/").replace("`", "'")
+    """As it is, on one line of a table: nothing in a job's name is markdown, or drives a terminal that shows the file."""
+    text = one_line(" ".join(str(value).split())).replace("|", "/").replace("`", "'")
     return f"`{text}`"

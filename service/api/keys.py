@@ -30,12 +30,13 @@ Project = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
 Scope = Literal["read", "write", "admin"]
 NOT_OURS = "it cannot manage keys of another one"
 MAX_EXPIRES_IN_S = 10 * 366 * 86_400
+SLOWEST_PER_S = 1e-6  # a request in eleven days: how long a bucket takes to fill must be a number that Redis counts in
 
 
 class KeyRate(Section):
     """A key's rate limit: a token bucket of `burst` requests, refilled at `requests_per_s`."""
 
-    requests_per_s: Annotated[float, Field(gt=0, le=1_000_000, description="requests a second in the long run")]
+    requests_per_s: Annotated[float, Field(ge=SLOWEST_PER_S, le=1_000_000, description="requests a second in the long run")]
     burst: Annotated[int | None, Field(ge=1, le=1_000_000, description="requests at once; default: two seconds' worth")] = None
 
 

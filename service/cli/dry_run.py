@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ratchet_client.types import Validation
-from service.cli.output import complain, one_line, print_facts, print_table, say, shown
+from service.cli.output import clean, complain, one_line, print_facts, print_table, say, shown
 
 REFERENCE = {"kind": "right", "made": "the reference"}
 
@@ -23,7 +23,7 @@ def print_validation(validation: Validation) -> None:
         }
     )
     for warning in validation["warnings"]:
-        complain(f"warning: {warning}")
+        complain(f"warning: {clean(warning)}")
     samples = validation["samples"]
     if samples:
         say("\nsample rows, graded as if the reference itself had been answered:")
@@ -39,7 +39,7 @@ def print_validation(validation: Validation) -> None:
         print_table(columns, [_paid(row, answer, graders) for row, answer in tried], nothing="")
     errors = {(name, why): (row, answer) for row, answer in reversed(tried) for name, why in answer["errors"].items()}
     for (name, why), (row, answer) in reversed(errors.items()):
-        complain(f"not graded: row {row}, answer {one_line(answer['answer'], 30)!r}, by {name}: {why}")
+        complain(f"not graded: row {row}, answer {one_line(answer['answer'], 30)!r}, by {name}: {clean(why)}")
 
 
 def _sample(row: int, sample: dict[str, Any]) -> tuple[int, str, str, str]:

@@ -18,6 +18,7 @@ from service.cli.helps import command
 from service.cli.live import follow
 from service.cli.output import (
     ago,
+    clean,
     complain,
     duration,
     number,
@@ -210,7 +211,7 @@ def delete(
     with connect(context) as ratchet:
         if not yes:
             job = ratchet.get_job(job_id)
-            typer.confirm(f"Delete {job_id} ({job['name']}) with its events, metrics and rollouts?", abort=True)
+            typer.confirm(f"Delete {job_id} ({clean(job['name'])}) with its events, metrics and rollouts?", abort=True)
         ratchet.delete_job(job_id)
     say(f"{job_id} deleted")
 
@@ -255,7 +256,7 @@ def _created(ratchet: Ratchet, job: Job, following: bool, as_json: bool) -> None
             complain(f"follow it: ratchet watch {job['id']}")
         return
     if not as_json:
-        say(f"{job['id']} {job['name']}")
+        say(f"{job['id']} {clean(job['name'])}")
     _follow(ratchet, job["id"], as_json)
 
 
@@ -277,7 +278,7 @@ def _report(job: Job, as_json: bool) -> None:
     if as_json:
         print_json(job)
     else:
-        say(job["id"], status_text(job["status"]), job["name"])
+        say(job["id"], status_text(job["status"]), clean(job["name"]))
 
 
 def _progress(job: JobSummary) -> str:
@@ -290,7 +291,7 @@ def _print_outcome(job: Job) -> None:
         why = job["error"] or {}
         say(f"  it rests ({job['status_reason']}); mend what it rests for, then: ratchet resume {job['id']}")
         if why.get("hint"):
-            say(f"  hint: {why['hint']}")
+            say(f"  hint: {clean(why['hint'])}")
     if job["checkpoint_id"]:
         say(f"  checkpoint {job['checkpoint_id']}  (ratchet checkpoints download {job['checkpoint_id']})")
 

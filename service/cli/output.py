@@ -31,11 +31,13 @@ def console(*, stderr: bool = False) -> Console:
 
 
 def say(*parts: str | Text) -> None:
-    console().print(*(clean(part) if isinstance(part, str) else part for part in parts), soft_wrap=True)
+    """Lines of our own; what others wrote in them goes through `clean` first, so that it makes no further line."""
+    console().print(*(lines(part) if isinstance(part, str) else part for part in parts), soft_wrap=True)
 
 
 def complain(*parts: str | Text) -> None:
-    console(stderr=True).print(*(clean(part) if isinstance(part, str) else part for part in parts), soft_wrap=True)
+    """As `say`, on standard error."""
+    console(stderr=True).print(*(lines(part) if isinstance(part, str) else part for part in parts), soft_wrap=True)
 
 
 def print_json(value: Any) -> None:
@@ -120,8 +122,13 @@ def number(value: float | None) -> str:
 
 
 def clean(text: str) -> str:
-    """Make control characters visible, so that a sampled answer cannot control the terminal."""
-    return "".join(char if char.isprintable() or char in "\n\t" else char.encode("unicode_escape").decode() for char in text)
+    """One line: line ends and control characters as escapes, so that foreign text forges no line and drives no terminal."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
+def lines(text: str) -> str:
+    """The same, but its lines and tabs stay what they are."""
+    return "".join(char if char in "\n\t" else clean(char) for char in text)
 
 
 def one_line(text: str, width: int = 60) -> str:

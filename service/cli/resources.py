@@ -11,7 +11,7 @@ from service.cli.completion import complete_checkpoint, complete_dataset
 from service.cli.connection import connect
 from service.cli.helps import command, group
 from service.cli.jobs import Json
-from service.cli.output import ago, complain, json_text, number, print_facts, print_json, print_table, say, size
+from service.cli.output import ago, clean, complain, json_text, number, print_facts, print_json, print_table, say, size
 from service.metric_names import EVAL_REWARD_MEAN
 
 CheckpointId = Annotated[str, typer.Argument(metavar="CHECKPOINT", help="ckpt_...", autocompletion=complete_checkpoint)]
@@ -142,7 +142,7 @@ def lineage(context: typer.Context, checkpoint_id: CheckpointId, as_json: Json =
     ]
     print_table(("checkpoint", "step", "job", "name", "created"), rows, nothing="")
     revision = answer["base"]["revision"]
-    say(f"base: {answer['base']['source']}" + (f" at {revision}" if revision else ""))
+    say(f"base: {clean(str(answer['base']['source']))}" + (f" at {clean(revision)}" if revision else ""))
 
 
 def prune(
@@ -179,7 +179,7 @@ def prune(
     ]
     print_table(("checkpoint", "job", "step", "size", "created"), rows, nothing="nothing to delete")
     for kept in answer["kept"]:
-        complain(f"{kept['id']} stays: {kept['reason']}")
+        complain(f"{kept['id']} stays: {clean(kept['reason'])}")
     verb = "deleted" if yes else "would go (--yes deletes them)"
     say(
         f"{len(answer['data'])} checkpoints, {size(answer['size_bytes'])}: {verb}"
@@ -238,7 +238,7 @@ def upload(
     if as_json:
         print_json(dataset)
     else:
-        say(f"{dataset['id']}  {dataset['rows']} rows, columns {', '.join(dataset['columns'])}")
+        say(f"{dataset['id']}  {dataset['rows']} rows, columns {clean(', '.join(dataset['columns']))}")
 
 
 def show_dataset(context: typer.Context, dataset_id: DatasetId, as_json: Json = False) -> None:

@@ -17,7 +17,7 @@ from service.cli.completion import complete_checkpoint
 from service.cli.connection import connect
 from service.cli.helps import command
 from service.cli.jobs import Json
-from service.cli.output import clean, complain, one_line, print_json, print_table
+from service.cli.output import complain, lines, one_line, print_json, print_table
 
 NEEDS = ("torch", "transformers", "peft")
 
@@ -63,7 +63,7 @@ def sample(
     if as_json:
         print_json({"prompt": request["prompt"], "answers": answers})
     elif len(answers) == count == 1:
-        print(clean(next(iter(answers.values()))[0]["text"]))
+        print(lines(next(iter(answers.values()))[0]["text"]))
     else:
         rows = [
             (i + 1, name, one_line(told[i]["text"], 500), told[i]["tokens"], told[i]["finish_reason"])

@@ -29,7 +29,7 @@ def pickled_weights(folder: Path, config: dict[str, Any]) -> str | None:
     looked at, so a link that the operator put there is followed. Raises ValueError where the index cannot be read.
     """
     named = config.get(NAMED)
-    if named is not None and (reason := _refused(named, f"config.json ({NAMED})")):
+    if named is not None and (reason := _refused(named, f"config.json ({NAMED})", (SAFE, INDEX_SUFFIX))):
         return reason
     if named is None and not (folder / WEIGHTS).is_file() and (folder / INDEX).is_file():
         named = INDEX
@@ -37,7 +37,7 @@ def pickled_weights(folder: Path, config: dict[str, Any]) -> str | None:
         weight_map = _read_object(folder / named, "config.json names it").get("weight_map")
         if not isinstance(weight_map, dict):
             raise ValueError(f"{named} has no weight_map that names the file of each weight")
-        return next((reason for file in weight_map.values() if (reason := _refused(file, named))), None)
+        return next((reason for file in weight_map.values() if (reason := _refused(file, named, SAFE))), None)
     if named is not None or any(folder.glob(f"*{SAFE}")):
         return None
     pickled = next((path.name for path in sorted(folder.glob("*")) if path.suffix in PICKLED_SUFFIXES), None)
@@ -71,9 +71,9 @@ def _is_length(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
-def _refused(file: Any, by: str) -> str | None:
-    """Why a file that is named as weights is not opened."""
-    if not isinstance(file, str) or not file.endswith((SAFE, INDEX_SUFFIX)):
+def _refused(file: Any, by: str, suffixes: str | tuple[str, ...]) -> str | None:
+    """Why a file that is named as weights is not opened. An index names no index, which the loader would read as a pickle."""
+    if not isinstance(file, str) or not file.endswith(suffixes):
         return f"{by} names {quoted(shown(file))}, and what is no {SAFE} file is read as a pickle, {CONVERT}"
     if os.path.isabs(file) or os.path.normpath(file).split(os.sep)[0] == os.pardir:
         return f"{by} names {quoted(shown(file))}, which lies outside of the folder; put all weights into it, as safetensors"

@@ -65,14 +65,14 @@ def test_checkpoints_are_listed_and_read(api, client, submit, save):
 
 
 def test_a_card_says_what_it_is_and_how_to_load_it(api, client, submit, save):
-    job = submit(name="a `name`\nwith | signs")
+    job = submit(name="a `name`\nwith | signs\x1b[31m\u202e")
     lease, _ = api.claim(job["id"])
     leases.set_resolved(api.store, lease, {"parameters": 1234, "versions": {"torch": "2.9.1"}})
     first = save(lease, 2)
     answer = client.get(f"/v1/checkpoints/{first}/card")
     assert answer.headers["content-type"] == "text/markdown; charset=utf-8"
     lines = answer.text.splitlines()
-    assert lines[0] == "# `a 'name' with / signs`"
+    assert lines[0] == "# `a 'name' with / signs\\x1b[31m\\u202e`"
     for line in (
         f"| checkpoint | `{first}` |",
         "| base model | `tiny` |",

@@ -86,6 +86,7 @@ def test_no_key_revokes_itself(client):
         ({"name": "x", "expires_in_s": 0}, "/expires_in_s"),
         ({"name": "x", "expires_in_s": 1e300}, "/expires_in_s"),
         ({"name": "x", "rate": {"requests_per_s": 0}}, "/rate/requests_per_s"),
+        ({"name": "x", "rate": {"requests_per_s": 1e-7}}, "/rate/requests_per_s"),
         ({"name": "x", "rate": {"burst": 5}}, "/rate/requests_per_s"),
     ],
 )

@@ -7,6 +7,7 @@ from time import monotonic, sleep
 import pytest
 from pydantic import SecretStr
 
+from service.api.keys import SLOWEST_PER_S
 from service.edge.rate import ASK_AGAIN_S, TIMEOUT_S, Limiter, Rate
 
 ONE_STORE = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
@@ -45,6 +46,15 @@ def test_tokens_come_back(api, client):
         assert [eager.get("/v1/jobs").status_code for _ in range(2)] == [200, 429]
         sleep(1.5)
         assert eager.get("/v1/jobs").status_code == 200
+
+
+def test_the_slowest_rate_and_the_largest_burst_are_counted_by_redis(api, client, caplog):
+    """What Redis refused to count would be counted by nobody else for a while, for any key."""
+    with limited_client(api, client, SLOWEST_PER_S, 1_000_000) as slow:
+        answers = [slow.get("/v1/jobs") for _ in range(2)]
+    assert [answer.status_code for answer in answers] == [200, 200]
+    assert [answer.headers["RateLimit"].partition(";t=")[0] for answer in answers] == ['"key";r=999999', '"key";r=999998']
+    assert not [record for record in caplog.records if record.name == "service.edge.rate"]
 
 
 def test_the_operator_s_rate_holds_where_a_key_has_none(api, client, serve):

@@ -56,6 +56,29 @@ def test_every_command_that_shows_a_job(cli: Cli, hand: Any, job_id: str) -> Non
     assert "[bold]c[/bold]" in cli("rollouts", job_id).out
 
 
+FORGING = "one\nstatus       succeeded"
+
+
+def test_a_name_forges_no_line(api: str, cli: Cli) -> None:
+    spec = json.dumps({**SPEC, "name": FORGING, FORGING: 1, "tags": [FORGING], "metadata": {}})
+    refused = cli("submit", "-", stdin=spec)
+    assert refused.code == 1 and "unknown key" in refused.err
+    job_id = cli("submit", "-", "--json", stdin=spec.replace(json.dumps(FORGING) + ": 1, ", "")).json["id"]
+    asked = cli("delete", job_id, stdin="n\n")
+    assert job_id in asked.out + asked.err
+    told = [refused, asked, cli("show", job_id), cli("pause", job_id), cli("cancel", job_id)]
+    for ran in told:
+        assert "one\\nstatus" in ran.out + ran.err, ran
+        assert not any(line.startswith("status") and "succeeded" in line for line in (ran.out + ran.err).splitlines()), ran
+
+
+def test_the_question_before_a_deletion_drives_no_terminal(api: str, cli: Cli) -> None:
+    job_id = cli("submit", "-", "--json", stdin=json.dumps({**SPEC, "name": HOSTILE})).json["id"]
+    asked = cli("delete", job_id, stdin="n\n")
+    assert "[bold]c[/bold]" in asked.out + asked.err
+    assert (asked.out + asked.err).replace("\n", "").isprintable(), asked
+
+
 def test_rows_of_a_dataset(api: str, cli: Cli, tmp_path: Path) -> None:
     row = {"q": HOSTILE, "a": "zwö"}
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")

@@ -61,6 +61,7 @@ class Base:
         """Raises ValueError, or whatever the model does, where it cannot be sampled and scored alike."""
         if self.text.context < 1:
             raise ValueError(f"its context holds {self.text.context} tokens")
+        self.text.decode(self.text.encode("a"))  # some of a tokenizer's settings are looked at when it is used, not before
         off = disagreement(self.sampler, self.scorer, vocabulary=self.text.rows, dtype=self.model.dtype, device=self.device)
         if off is not None:
             raise ValueError(f"{off}: it keeps a state outside of its cache, or pads otherwise")

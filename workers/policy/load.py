@@ -39,6 +39,8 @@ HUB_ANSWERS_WITHIN_S = 10.0
 
 log = logging.getLogger(__name__)
 transformers_logging.disable_progress_bar()
+transformers_logging.disable_default_handler()  # its lines quote names out of the model's files: our formatters escape them
+transformers_logging.enable_propagation()
 
 
 @dataclass(frozen=True)

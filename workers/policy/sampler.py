@@ -237,7 +237,8 @@ def draw(logits_B_V: Tensor, how: SamplingParams, generator: torch.Generator) ->
         if ids is None:
             logits, ids = logits.sort(dim=-1, descending=True, stable=True)
         probs = logits.softmax(-1)
-        logits = logits.masked_fill(probs.cumsum(-1) - probs >= how.top_p, float("-inf"))  # the first always stays
+        least = max(how.top_p, torch.finfo(probs.dtype).tiny)  # a smaller one is 0 to it, and the first shall always stay
+        logits = logits.masked_fill(probs.cumsum(-1) - probs >= least, float("-inf"))
     log_probs = logits.log_softmax(-1)
     # By inverting the cumulative distribution: one random number per row, where multinomial draws one per token.
     cumulated = log_probs.exp().cumsum(-1, dtype=torch.float64)

@@ -1,6 +1,7 @@
 """Loading: the tiny preset, folders, hub ids; what cannot be loaded is named."""
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -17,6 +18,7 @@ from tokenizers.processors import TemplateProcessing
 from service.errors import JobFailed
 from service.spec.model import Full, Lora, ModelSpec, TinyConfig
 from service.spec.tiny import TINY_CHARACTERS
+from service.telemetry import PlainFormatter, Scrubber
 from workers.policy.errors import PolicyFailed
 
 FULL = {"dtype": "float32", "adapter": Full()}
@@ -163,6 +165,19 @@ def test_what_the_index_or_the_config_names_is_refused_and_not_read(load, tmp_pa
     assert not (tmp_path / "it ran").exists()
 
 
+def test_an_index_that_an_index_names_is_refused_and_not_read(load, tmp_path, family_folder, no_pickles):
+    """The loader would read it as a pickle, for its name does not end in .safetensors."""
+    folder = shutil.copytree(family_folder("llama"), tmp_path / "llama")
+    names = load_file(folder / "model.safetensors").keys()
+    (folder / "model.safetensors").unlink()
+    torch.save(Evil(tmp_path / "it ran"), folder / "part.safetensors.index.json")
+    index = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(names, "part.safetensors.index.json")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    error = failure(load, ModelSpec(source=str(folder), **FULL))
+    assert error.code == "model_pickled" and "part.safetensors.index.json" in error.detail
+    assert not (tmp_path / "it ran").exists()
+
+
 def test_an_index_of_safetensors_in_the_folder_is_loaded(load, weights, tmp_path, family_folder):
     """The negative control of the test above; the parts may lie in folders of the folder."""
     folder = shutil.copytree(family_folder("llama"), tmp_path / "llama")
@@ -223,6 +238,14 @@ def test_a_tokenizer_that_cannot_be_read_is_its_owner_s_mistake(load, tmp_path, 
     assert failure(load, ModelSpec(source=str(folder), **FULL)).code in ("model_not_found", "model_unsupported")
 
 
+@pytest.mark.parametrize("change", [{"model_max_length": "long"}, {"model_input_names": 7}, {"padding_side": "top"}])
+def test_a_tokenizer_that_cannot_be_used_is_its_owner_s_mistake(load, tmp_path, family_folder, change):
+    folder = shutil.copytree(family_folder("llama"), tmp_path / "llama")
+    config = folder / "tokenizer_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), **change}))
+    assert failure(load, ModelSpec(source=str(folder), **FULL)).code == "model_unsupported"
+
+
 def test_a_checkpoint_with_a_pickled_adapter_is_no_checkpoint(load, tmp_path, family_folder, no_pickles):
     folder = family_folder("llama")
     trained = load(ModelSpec(source=str(folder), adapter=Lora(rank=2)))
@@ -259,6 +282,16 @@ def test_missing_weights_are_not_made_up(load, tmp_path, family_folder):
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     error = failure(load, ModelSpec(source=str(folder), **FULL))
     assert error.code == "model_unsupported" and "model.layers.1.mlp.up_proj.weight" in error.detail
+
+
+def test_what_the_library_says_of_foreign_weights_is_a_record_of_our_log(load, tmp_path, family_folder, caplog):
+    folder = shutil.copytree(family_folder("llama"), tmp_path / "llama")
+    state = load_file(folder / "model.safetensors") | {"x\n00:00:00 ERROR   service: forged": torch.zeros(1)}
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    load(ModelSpec(source=str(folder), **FULL))
+    told = [PlainFormatter(Scrubber()).format(record) for record in caplog.records]
+    assert any("service: forged" in line for line in told) and not any("\n" in line for line in told)
+    assert logging.getLogger("transformers").handlers == []  # one of its own would write them raw
 
 
 def test_a_torn_weights_file_is_named(load, tmp_path, family_folder):

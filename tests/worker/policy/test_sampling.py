@@ -113,6 +113,7 @@ LOGITS = torch.tensor([0.5, 0.25, 0.15, 0.1]).log()
         (SamplingParams(1, top_p=0.75), [0.5, 0.25]),
         (SamplingParams(1, top_p=0.76), [0.5, 0.25, 0.15]),
         (SamplingParams(1, top_p=0.01), [0.5]),
+        (SamplingParams(1, top_p=1e-320), [0.5]),
         (SamplingParams(1, top_k=3, top_p=0.9), [0.5, 0.25, 0.15]),
         (SamplingParams(1, top_k=9), [0.5, 0.25, 0.15, 0.1]),
     ],
