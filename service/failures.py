@@ -50,7 +50,7 @@ CODES: Mapping[str, Code] = MappingProxyType(
         "chat_refused": Code(
             "user",
             "the model's chat template refuses a message, or leaves a part of it out",
-            "change the messages or data.tools, or use a model whose template takes them",
+            "change the messages, data.tools or data.chat_template_kwargs, or use a model whose template takes what is given",
         ),
         "no_eos_token": Code("user", "the tokenizer cannot close an answer", "use another model, or give its tokenizer one"),
         "checkpoint_not_found": Code(

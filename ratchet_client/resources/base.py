@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import quote
 
+from ratchet_client.errors import RatchetError
 from ratchet_client.transport import Transport
 
 CHUNK_BYTES = 2**18  # of uploads and downloads
@@ -19,7 +20,9 @@ class Resource:
 
 
 def part(value: str) -> str:
-    """An id as one segment of a path, whatever it holds."""
+    """An id as one segment of a path, whatever it holds. Raises RatchetError for what no path can hold as a segment."""
+    if value in ("", ".", ".."):  # a URL with these is another URL
+        raise RatchetError(f"{value!r} is no id; ids look like job_01k..., and the lists (`ratchet jobs`, ...) give them")
     return quote(value, safe="")
 
 

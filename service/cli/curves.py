@@ -15,7 +15,7 @@ from service.cli import exits
 from service.cli.connection import connect
 from service.cli.helps import command
 from service.cli.jobs import JobId, Json
-from service.cli.output import ID, clean, complain, console, number, one_line, print_json, print_table, say
+from service.cli.output import ID, clean, complain, console, number, one_line, print_error_json, print_json, print_table, say
 from service.metric_names import DRAWN
 
 PLOT_ROWS = 14
@@ -52,6 +52,8 @@ def metrics(
 
     With several jobs --json prints one object a job, in a list.
     """
+    if "/" in job_id:
+        raise typer.BadParameter(f"a job comes first, then metrics: ratchet metrics job_01k... {job_id}")
     job_ids = [job_id, *(name for name in names or [] if ID.fullmatch(name))]
     names = [name for name in names or [] if not ID.fullmatch(name)]
     width = shutil.get_terminal_size((100, 24)).columns
@@ -60,16 +62,35 @@ def metrics(
     with connect(context) as ratchet:
         points = None if whole else 4 * width
         answers = [ratchet.metrics(each_id, wanted, from_step=from_step, to_step=to_step, points=points) for each_id in job_ids]
+    of_jobs = [answer["series"] for answer in answers]
     if as_json:
         print_json(answers if len(answers) > 1 else answers[0])
+    elif as_csv:
+        print_csv(job_ids, of_jobs)
+    else:
+        for each_id, series in zip(job_ids, of_jobs, strict=True):
+            if len(job_ids) > 1:
+                say(Text(each_id, style="bold"))
+            _print_curves(each_id, series, wanted, names, list_names=list_names, width=width)
+    _refuse_absent(job_ids, of_jobs, names, as_json=as_json)
+
+
+def _refuse_absent(
+    job_ids: Sequence[str], of_jobs: Sequence[Mapping[str, Series]], names: Sequence[str], *, as_json: bool
+) -> None:
+    """Say which of the named metrics which job lacks, after what is there was printed."""
+    told = []
+    for job_id, series in zip(job_ids, of_jobs, strict=True):
+        if absent := [name for name in names if name not in series or not series[name]["step"]]:
+            told.append(f"{job_id} has no {', '.join(absent)}; `ratchet metrics {job_id} --list` says what there is")
+    if not told:
         return
-    if as_csv:
-        print_csv(job_ids, [each_id["series"] for each_id in answers])
-        return
-    for each_id, curves in zip(job_ids, answers, strict=True):
-        if len(job_ids) > 1:
-            say(Text(each_id, style="bold"))
-        _print_curves(each_id, curves["series"], wanted, names, list_names=list_names, width=width)
+    if as_json:
+        print_error_json({"code": "no_metric", "detail": "; ".join(told)})
+    else:
+        for line in told:
+            complain(line)
+    raise typer.Exit(exits.REFUSED)
 
 
 def print_csv(job_ids: Sequence[str], curves_of_jobs: Sequence[Mapping[str, Series]]) -> None:
@@ -87,16 +108,18 @@ def _print_curves(
     job_id: str, series: Mapping[str, Series], wanted: list[str], named: list[str], *, list_names: bool, width: int
 ) -> None:
     if list_names:
-        rows = [(name, len(curve["step"]), curve["step"][-1], number(curve["value"][-1])) for name, curve in series.items()]
-        print_table(("metric", "points", "step", "newest"), rows, nothing=f"{job_id} has measured nothing yet")
+        rows = [
+            (name, len(curve["step"]), curve["step"][-1], number(curve["value"][-1]))
+            for name, curve in series.items()
+            if curve["step"]
+        ]
+        if rows or not named:
+            print_table(("metric", "points", "step", "newest"), rows, nothing=f"{job_id} has measured nothing yet")
         return
     curves = {name: curve for name in wanted if (curve := series.get(name)) is not None and curve["step"]}
     for name, curve in curves.items():
         print(plot(clean(name), curve, width))
-    if absent := [name for name in named if name not in curves]:
-        complain(f"{job_id} has no {', '.join(absent)}; `ratchet metrics {job_id} --list` says what there is")
-        raise typer.Exit(exits.REFUSED)
-    if not curves:
+    if not curves and not named:
         complain(f"{job_id} has measured nothing yet")
 
 

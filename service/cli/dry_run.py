@@ -26,11 +26,12 @@ def print_validation(validation: Validation) -> None:
         complain(f"warning: {clean(warning)}")
     samples = validation["samples"]
     if samples:
-        say("\nsample rows, graded as if the reference itself had been answered:")
-        columns = ("row", "prompt", "reference", "reward")
-        print_table(columns, [_sample(row, sample) for row, sample in enumerate(samples, start=1)], nothing="")
+        graded = any(sample["graded"] is not None for sample in samples)
+        say("\nsample rows, graded as if the reference itself had been answered:" if graded else "\nsample rows:")
+        columns = ("row", "prompt", "reference", *(["reward"] if graded else []))
+        print_table(columns, [_sample(row, sample)[: len(columns)] for row, sample in enumerate(samples)], nothing="")
     graders = [grader["name"] for grader in (spec.get("reward") or {}).get("graders", [])]
-    tried = [(row, answer) for row, sample in enumerate(samples, start=1) for answer in _tried(sample)]
+    tried = [(row, answer) for row, sample in enumerate(samples) for answer in _tried(sample)]
     if tried:
         few = any(grader.get("kind") == "http" for grader in spec["reward"]["graders"])
         http = " (http graders are asked about the right answer and `I do not know` only)" if few else ""

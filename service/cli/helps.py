@@ -20,9 +20,10 @@ def command(app: typer.Typer, function: Callable[..., Any], name: str | None = N
 
 
 def group(app: typer.Typer, name: str, default: Callable[..., Any], **commands: Callable[..., Any]) -> None:
-    """`ratchet NAME` runs `default`, `ratchet NAME COMMAND` one of the commands."""
+    """`ratchet NAME`, or `ratchet NAME list`, runs `default`, which lists; `ratchet NAME COMMAND` one of the commands."""
     inner = typer.Typer(help=text(default.__doc__), rich_markup_mode=None)
     inner.callback(invoke_without_command=True)(default)
+    inner.command("list", help=text(default.__doc__), hidden=True)(default)
     for command_name, function in commands.items():
         command(inner, function, command_name)
     app.add_typer(inner, name=name)

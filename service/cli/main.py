@@ -45,7 +45,10 @@ class Command(typer.Typer):
         except RatchetConnectionError as error:
             detail = f"{error}. Is it running? `ratchet up` starts a local one"
             _refuse("no_answer", detail, exits.UNREACHABLE, as_json=as_json)
-        except (RatchetError, OSError) as error:
+        except OSError as error:
+            detail = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
+            _refuse("refused", detail, exits.REFUSED, as_json=as_json)
+        except RatchetError as error:
             _refuse("refused", str(error), exits.REFUSED, as_json=as_json)
 
 

@@ -79,14 +79,16 @@ def print_problem(error: RatchetApiError) -> None:
     """A refusal: the message, then each fault with its place, what came and what is allowed."""
     complain(Text("error: ", style="bold red") + Text(clean(error.detail)), Text(f"({error.code})", style="dim"))
     for wrong in error.errors:
-        complain(Text(f"  {clean(wrong.get('pointer') or '(the whole)')}", style="bold"), Text(clean(wrong.get("detail", ""))))
+        pointer, detail = wrong.get("pointer") or "", wrong.get("detail", "")
+        if error.detail not in (detail, f"{pointer}: {detail}"):  # a single fault is the message itself
+            complain(Text(f"  {clean(pointer or '(the whole)')}", style="bold"), Text(clean(detail)))
         for label, name in (("came", "got"), ("allowed", "allowed")):
             if wrong.get(name) is not None:
                 complain(Text(f"      {label}: ", style="dim") + Text(clean(shown(wrong[name]))))
     allowed = error.problem.get("allowed_moves") or error.problem.get("allowed_actions")
     if allowed:
         complain(Text("  allowed now: ", style="dim") + Text(clean(shown(allowed))))
-    if error.hint:
+    if error.hint and error.code != "illegal_transition":  # whose hint is what is allowed
         complain(Text("  hint: ", style="dim") + Text(clean(error.hint)))
 
 

@@ -161,6 +161,8 @@ def prune(
 
     What is pinned, or needed by a job that has not ended, stays.
     """
+    if job is None and older_than_s is None:
+        raise typer.BadParameter("say which: --job JOB, --older-than-s SECONDS, or both")
     which = {"job_id": job, "older_than_s": older_than_s, "keep_last": keep_last, "final": final}
     with connect(context) as ratchet:
         answer = ratchet.delete_checkpoints(**which, dry_run=not yes)
@@ -357,7 +359,7 @@ def create_key(
         return
     print(key["key"])
     until = f"works until {key['expires_at'][:10]}" if key["expires_at"] else "does not expire"
-    complain(f"this is the only time that {key['id']} is shown; its scope is {scope.value}, and it {until}")
+    complain(f"this is the only time that the key {key['id']} can be read; its scope is {scope.value}, and it {until}")
 
 
 def revoke_key(context: typer.Context, key_id: Annotated[str, typer.Argument(metavar="KEY", help="key_...")]) -> None:

@@ -11,6 +11,7 @@ from service.cli.output import duration, print_facts, print_json, print_table, s
 
 Project = Annotated[str | None, typer.Option(help="another project, with an administrator's key")]
 Day = Annotated[str | None, typer.Option(metavar="YYYY-MM-DD", help="a day (UTC), inclusive")]
+EVER = "1970-01-01"  # the day that the API names when all time is counted
 
 
 def register(app: typer.Typer) -> None:
@@ -80,5 +81,6 @@ def budget(
         print_json(answer)
         return
     bounds = {name: answer[name] for name in ("tokens", "worker_s") if answer[name] is not None}  # pyright: ignore[reportGeneralTypeIssues]
-    print_facts({"project": answer["project"], "may spend": bounds or "without bound", "since": answer["since"]})
+    since_day = "the beginning" if answer["since"] == EVER else answer["since"]
+    print_facts({"project": answer["project"], "may spend": bounds or "without bound", "since": since_day})
     say(f"spent since then: {spent_text(answer['spent']) or 'nothing'}")

@@ -225,7 +225,7 @@ def _documented(request: Request) -> dict[str, Any]:
 async def _framework(request: Request, error: Any) -> JSONResponse:
     status, detail, headers = error.status_code, str(error.detail), dict(error.headers or {})
     if status == 404:
-        detail = f"there is no {request.url.path}; the routes are listed in /openapi.json"
+        detail = f"there is no {request.url.path}; the routes are listed under /docs and in /openapi.json"
     if status == 405:
         headers["Allow"] = ", ".join(sorted(method.upper() for method in _documented(request)))
         detail = f"{request.method} is not possible here; possible: {headers['Allow']}"

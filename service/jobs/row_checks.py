@@ -38,7 +38,7 @@ def check_rows(spec: RLSpec | SupervisedSpec, data: Data, uploaded: dict[str, Da
             complaints = [FieldError(f"/data/{part}/source", detail, "unknown_character")]
         for error in complaints:
             errors.setdefault((error.pointer, error.code + str(error.got)), error)
-    return list(errors.values())
+    return [*errors.values(), *_unknown_tools(spec.data.tools, data)]
 
 
 def templates_of(spec: RLSpec | SupervisedSpec) -> dict[str, list[str]]:
@@ -142,6 +142,14 @@ def _bad_chats(spec: RLSpec | SupervisedSpec, rows: DataRows, part: str) -> Iter
                 detail = f"column {column!r} of row {rows.number(index)} of data.{part} must be a list of JSON schemas, or null"
                 yield FieldError("/data/tools", detail, "not_tools", column)
                 break
+
+
+def _unknown_tools(column: Any, data: Data) -> Iterator[FieldError]:
+    """A column of tools that every row lacks. Some rows may lack it: they have no tools."""
+    parts = [data.train] if data.eval is None else [data.train, data.eval]
+    if isinstance(column, str) and not any(column in row for rows in parts for row in rows):
+        columns = sorted({name for rows in parts for row in rows for name in row})
+        yield _absent("/data/tools", column, _Gap(0), "train", columns, len(data.train))
 
 
 def _what_is_no_chat(value: Any) -> str | None:

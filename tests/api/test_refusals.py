@@ -266,7 +266,11 @@ def test_wrong_parameters_of_a_job_s_parts_are_refused(client, submit, path, que
 
 
 def test_paths_that_are_none(client):
-    assert refused(client.get("/v1/nothing"), 404)["code"] == "route_not_found"
+    nothing = refused(client.get("/v1/nothing"), 404)
+    assert (nothing["code"], nothing["detail"]) == (
+        "route_not_found",
+        "there is no /v1/nothing; the routes are listed under /docs and in /openapi.json",
+    )
     assert refused(client.get("/v1/jobs/"), 404)["code"] == "route_not_found"
     answer = client.put("/v1/jobs")
     assert refused(answer, 405)["code"] == "method_not_allowed"

@@ -137,6 +137,10 @@ def test_an_id_cannot_leave_its_place_in_the_path(script: Any, ratchet: Ratchet)
     script.reply({})
     ratchet.get_job("../keys?x=1")
     assert script.requests[0].path == "/v1/jobs/..%2Fkeys%3Fx%3D1"
+    for none in ("", ".", ".."):
+        with pytest.raises(RatchetError, match="is no id"):
+            ratchet.cancel_job(none)
+    assert len(script.requests) == 1
 
 
 # ---------------------------------------------------------------- following

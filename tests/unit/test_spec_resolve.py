@@ -305,6 +305,14 @@ def test_a_list_is_no_text(trying: Try) -> None:
     assert "write it as text" in only(trying, but(spec, data__train__rows=[{"q": "1", "talk": [1]}])).detail
 
 
+def test_a_tools_column_that_no_row_has_is_refused_and_one_that_some_rows_lack_is_not(trying: Try) -> None:
+    rows = [{"talk": [ASK, TELL], "tools": [{"name": "f"}]}, {"talk": [ASK, TELL]}]
+    error = only(trying, but(TALKS, data__tools="toolz", data__train__rows=rows))
+    assert (error.pointer, error.code, error.allowed) == ("/data/tools", "unknown_column", ["talk", "tools"])
+    assert "did you mean 'tools'?" in error.detail
+    assert trying(but(TALKS, data__tools="tools", data__train__rows=rows)).spec["data"]["tools"] == "tools"
+
+
 @pytest.mark.parametrize("tools", ["f", [1], {"name": "f"}])
 def test_a_tools_column_must_hold_tools(tools: Any, trying: Try) -> None:
     spec = but(TALKS, data__tools="tools", data__train__rows=[{"talk": [ASK, TELL]}, {"talk": [ASK, TELL], "tools": tools}])

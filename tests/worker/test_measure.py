@@ -65,12 +65,16 @@ def run(store: Any, settings: Any, doorbell: Any, folder: str) -> Any:
         (rl_spec, "1" * 29, {"prompt": "{q}"}, "prompt_too_long"),
         (rl_spec, "", {"prompt": "{q}"}, "prompt_empty"),
         (supervised_spec, "1" * 31, {"prompt": "{q}"}, "sequence_too_long"),
+        (supervised_spec, "", {"prompt": "{q}"}, "prompt_empty"),
     ],
 )
 def test_a_row_that_does_not_fit_is_found_at_load(run: Any, make: Any, bad: str, data: Any, code: str) -> None:
     job = run(make, bad, 20, **data)
     assert (job.status, job.step, job.error["code"], job.error["phase"]) == ("failed", 0, code, "loading")
     assert "row 37" in job.error["detail"]
+    if make is supervised_spec:  # only what is wrong is said
+        told = [what for what in ("a prompt has at least one", "the model's context holds") if what in job.error["detail"]]
+        assert told == ["a prompt has at least one" if code == "prompt_empty" else "the model's context holds"]
     assert run(make, bad, 2, **data).status == "succeeded"  # the negative control: nobody asks for that row
 
 

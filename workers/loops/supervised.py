@@ -97,7 +97,7 @@ def encode(attempt: Attempt, rows: DataRows, indices: Sequence[int]) -> list[Exa
                 raise JobFailed(
                     "sequence_too_long" if prompt else "prompt_empty",
                     f"row {number} has {len(prompt)} prompt and {len(completion)} answer tokens; "
-                    f"the context holds {text.context}, and a prompt has at least one",
+                    + (f"the model's context holds {text.context}" if prompt else "a prompt has at least one"),
                     hint="shorten the row or the template, or take the row out of the data",
                     pointer="/data",
                 )

@@ -84,7 +84,8 @@ class Chat:
         template = self._tokenizer.get_chat_template(tools=tools) if names else ""
         for name in names:
             if not re.search(rf"\b{re.escape(name)}\b", template):
-                raise self._refused(f"takes no {name!r}: whatever is given, it writes the same")
+                out = "data.tools" if name == "tools" else f"{name} of data.chat_template_kwargs"
+                raise self._refused(f"takes no {name!r}: whatever is given, it writes the same", instead=f"leave out {out}")
         for number, message in enumerate(messages):
             for key in sorted(key for key, value in message.items() if value is not None and key not in PLAIN_KEYS):
                 if not self._shows(messages[:number], message, key):
@@ -144,11 +145,11 @@ class Chat:
         roles = ", ".join(message["role"] for message in messages)
         raise self._refused(f"refuses the messages ({roles}): {refusals[0]}")
 
-    def _refused(self, what: str) -> PolicyFailed:
+    def _refused(self, what: str, *, instead: str = "change the messages") -> PolicyFailed:
         return PolicyFailed(
             "chat_refused",
             f"the model's chat template {what}",
-            hint="change the messages, or use a model whose template takes them",
+            hint=f"{instead}, or use a model whose template takes what is given",
             subject=Subject.CHAT,
         )
 

@@ -63,8 +63,8 @@ def test_a_template_that_loses_the_question_is_refused() -> None:
         ([USER, {"role": "tool", "content": "4"}], {}, "leaves out messages of the role 'tool' (message 1)"),
         ([USER, {**ANSWER, "reasoning_content": "hm"}], {}, "leaves out the key 'reasoning_content' of the role 'assistant'"),
         ([USER, {**ANSWER, "tool_calls": [{"function": {"name": "f"}}]}], {}, "leaves out the key 'tool_calls'"),
-        ([USER], {"tools": [{"name": "f"}]}, "takes no 'tools'"),
-        ([USER], {"enable_thinking": False}, "takes no 'enable_thinking'"),
+        ([USER], {"tools": [{"name": "f"}]}, "takes no 'tools': whatever is given, it writes the same (leave out data.tools,"),
+        ([USER], {"enable_thinking": False}, "the same (leave out enable_thinking of data.chat_template_kwargs,"),
         ([{"role": "system", "content": "x"}, USER], {}, "refuses the messages (system, user): no system here"),
     ],
 )  # fmt: skip
@@ -76,7 +76,7 @@ def test_what_a_template_leaves_out_or_refuses_is_named(messages, options, said:
     )
     with pytest.raises(PolicyFailed) as failed:
         chat(picky).prompt(messages, **options)
-    assert said in failed.value.detail and failed.value.code == "chat_refused"
+    assert said in f"{failed.value.detail} ({failed.value.hint})" and failed.value.code == "chat_refused"
     assert chat(picky).prompt([USER, {**ANSWER, "name": "bob"}, USER]).count("hi") == 2
 
 
