@@ -20,21 +20,37 @@ DRAFTS = {  # the old ones compare each value of an enum with each other one
     "https://json-schema.org/draft/2019-09/schema": "2019-09",
     "http://json-schema.org/draft-07/schema": "7",
 }
+NAMED = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")  # keywords that hold schemas by name
 DATA = ("const", "enum", "default", "examples")  # keywords that hold values and no schemas
 
 
 def check_bounds(schema: dict[str, Any]) -> dict[str, Any]:
     """The schema, if it is none too large or too old to be checked. Raises ValueError that says what is allowed."""
-    draft = schema.get("$schema")
-    if draft is not None and (not isinstance(draft, str) or draft.removesuffix("#") not in DRAFTS):
-        raise ValueError(f"its $schema is {str(draft)[:80]!r}; taken are the drafts {', '.join(DRAFTS)}; none means the first")
     if _is_deeper(schema, MAX_DEPTH):
         raise ValueError(f"it is nested more than {MAX_DEPTH} levels deep")
+    for draft in _drafts(schema):
+        if not isinstance(draft, str) or draft.removesuffix("#") not in DRAFTS:
+            taken = f"taken are the drafts {', '.join(DRAFTS)}; none means the first"
+            raise ValueError(f"its $schema is {str(draft)[:80]!r}; {taken}")
     if (size := len(json.dumps(schema, ensure_ascii=False).encode())) > MAX_BYTES:
         raise ValueError(f"it has {size} bytes as JSON, at most {MAX_BYTES} are taken")
     if (values := _enum_values(schema)) > MAX_ENUM:
         raise ValueError(f"its lists of enum have {values} values together, at most {MAX_ENUM} are taken; use a pattern")
     return schema
+
+
+def _drafts(value: Any) -> Iterator[Any]:
+    """What stands under `$schema`, also of the schemas inside; values of data are none."""
+    if isinstance(value, dict):
+        yield from ([value["$schema"]] if "$schema" in value else [])
+        for name, below in value.items():
+            if name in NAMED and isinstance(below, dict):
+                yield from _drafts(list(below.values()))
+            elif name not in DATA:
+                yield from _drafts(below)
+    elif isinstance(value, list):
+        for below in value:
+            yield from _drafts(below)
 
 
 def _is_deeper(value: Any, levels: int) -> bool:

@@ -60,6 +60,20 @@ def test_the_patterns_of_a_spec_have_one_budget() -> None:
         reward(matching(half), {"kind": "exact", "reference": "1", "extract": half})
 
 
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"properties": {"a": {"$schema": DRAFT_4}}},
+        {"allOf": [{"$schema": DRAFT_4}]},
+        {"$defs": {"x": {"items": {"$schema": 4}}}},
+    ],
+)
+def test_a_schema_inside_is_of_no_old_draft_either(schema: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequest, match="taken are the drafts"):
+        reward({"kind": "json_schema", "schema": schema})
+    reward({"kind": "json_schema", "schema": {"properties": {"$schema": {"type": "string"}}, "const": {"$schema": 4}}})
+
+
 # ---------------------------------------------------------------- in the sandbox
 
 
