@@ -1,7 +1,8 @@
 """Every metric that a job writes or a loss request answers with: one table, from which docs/metrics.md is printed.
 
-`python -m service.metric_names` prints that page. In a name, `{grader}` stands for any one part: a grader's name. A loop may
-write only what stands here for its kind of job (`workers/loops/known_metrics.py`). Standard library only.
+`python -m service.metric_names` prints that page. In a name, `{grader}` stands for a grader's name, which is one part of the
+path. A loop may write only the metrics listed here for its kind of job (`workers/loops/known_metrics.py`). Standard library
+only.
 """
 
 import re
@@ -13,10 +14,10 @@ from typing import Literal
 Better = Literal["up", "down", "neither"]
 Origin = Literal["rl", "supervised", "losses"]  # a kind of job; or a loss request
 
-# What stands before the name of a metric that an evaluation measured; greedy answers have one of their own.
+# Prefixes of the metrics that an evaluation measures, for sampled and for greedy answers.
 EVAL, EVAL_GREEDY = "eval/", "eval/greedy/"
 
-# Names that other modules read, beside the one that writes them.
+# Names that modules other than the writing one use.
 REWARD_MEAN = "reward/mean"
 EVAL_REWARD_MEAN, EVAL_GREEDY_REWARD_MEAN = EVAL + REWARD_MEAN, EVAL_GREEDY + REWARD_MEAN
 LOSS, POLICY_LOSS, EVAL_LOSS = "loss", "policy/loss", "eval/loss"
@@ -36,8 +37,7 @@ OBJECTIVE: tuple[Origin, ...] = ("rl", "losses")
 
 @dataclass(frozen=True)
 class Metric:
-    """One line of the table. `live`: in the step events, which people follow; `drawn`: a curve of `ratchet metrics` unless
-    others are named."""
+    """One line of the table. `live`: the step events contain it. `drawn`: `ratchet metrics` draws it by default."""
 
     name: str
     unit: str  # "1" is a plain number
@@ -48,11 +48,11 @@ class Metric:
     drawn: bool = False
 
     def names(self, graders: Iterable[str]) -> list[str]:
-        """As they are written in a job with these graders."""
+        """The names under which a job with these graders writes the metric."""
         return [self.name.replace(_PART, grader) for grader in graders] if _PART in self.name else [self.name]
 
 
-# What is measured of answers that were sampled and graded: in training, and in each evaluation.
+# Measured on answers that were sampled and graded, in training and in each evaluation.
 OF_ANSWERS = (
     Metric(REWARD_MEAN, "reward", "mean reward of the answers that have one", "up", RL, live=True, drawn=True),
     Metric("reward/std", "reward", "standard deviation of the answers' rewards", "neither", RL),
@@ -76,14 +76,14 @@ def _evaluated(prefix: str, of_what: str, *, drawn: bool) -> Iterator[Metric]:
 
 
 def _shares(name: str, which: str, better: Better, *, live: bool = False, drawn: bool = False) -> Iterator[Metric]:
-    """Of all tokens; and as NAME_sequence the mean over answers of their shares."""
+    """Two metrics: NAME is the share of all tokens, NAME_sequence the mean over answers of each answer's share."""
     yield Metric(name, "share", f"tokens that {which}", better, OBJECTIVE, live=live, drawn=drawn)
     means = f"mean over answers of the share of their tokens that {which}"
     yield Metric(f"{name}_sequence", "share", means, better, OBJECTIVE, live=live)
 
 
 def _kl(name: str, which: str, better: Better, *, drawn: bool = False) -> Iterator[Metric]:
-    """By the mean log ratio; and as NAME_k3 by an estimate that is never below 0."""
+    """Two estimates of a KL: NAME is by the mean log ratio, NAME_k3 is never below 0."""
     yield Metric(name, "nats/token", f"{which}, by the mean log ratio; may be below 0", better, OBJECTIVE, live=True)
     means = f"{which}, by k3; never below 0"
     yield Metric(f"{name}_k3", "nats/token", means, better, OBJECTIVE, live=True, drawn=drawn)
@@ -176,7 +176,7 @@ _PATTERNS = [
 
 
 def find(name: str) -> Metric | None:
-    """What a metric of this name is; a plain name comes before a pattern."""
+    """The metric that has this name; a plain name is preferred to a pattern."""
     return _PLAIN.get(name) or next((metric for pattern, metric in _PATTERNS if pattern.fullmatch(name)), None)
 
 
@@ -186,7 +186,7 @@ def is_live(name: str) -> bool:
 
 
 def taken_from_graders() -> list[str]:
-    """What no grader may be called, because reward/NAME is another metric."""
+    """The names that no grader may have, because reward/NAME is another metric."""
     return [metric.name.removeprefix("reward/") for metric in _PLAIN.values() if metric.name.startswith("reward/")]
 
 

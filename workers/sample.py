@@ -1,4 +1,4 @@
-"""Answers of a checkpoint that lies in a folder here, for `ratchet sample`: one request on stdin, one answer on stdout.
+"""Samples answers of a checkpoint in a local folder, for `ratchet sample`: one request on stdin, one answer on stdout.
 
 {"folder": ..., "model": the model section of a spec, "prompt": text or messages, "count": 2, "max_tokens": 64,
  "temperature": 1.0, "seed": 0}
@@ -21,7 +21,7 @@ ADAPTER = "sampled"
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
-    """Raises JobFailed: the model cannot be loaded, or cannot take the prompt."""
+    """The answer to a request. Raises JobFailed if the model cannot be loaded, or cannot take the prompt."""
     policy = _open(Path(request["folder"]), ModelSpec.model_validate({**request["model"], "from_checkpoint": None}))
     [completions] = policy.sample(
         [policy.text.encode(request["prompt"])],

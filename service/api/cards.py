@@ -1,6 +1,6 @@
 """The card of a checkpoint: a README.md that says what it is, where it comes from, and how to load it.
 
-It is made when it is asked for, and is no file of the checkpoint: two equal runs save equal bytes.
+It is made on request and is not a file of the checkpoint, so that two equal runs save equal bytes.
 """
 
 import json
@@ -47,7 +47,7 @@ def read_card(context: ContextDep, caller: CallerDep, checkpoint_id: str) -> Res
 
 
 def card(chain: list[tuple[Checkpoint, Job | None]]) -> str:
-    """`chain`: the checkpoint with its job, if that is still there, and those that it comes from, back to the first."""
+    """`chain`: the checkpoint and its ancestors, back to the first, each with its job if that still exists."""
     (row, job), (oldest, first) = chain[0], chain[-1]
     source = oldest.model.get("source")
     revision = oldest.model.get("revision") if first is None else first.resolved.get("revision")
@@ -105,6 +105,6 @@ def _is_number(value: object) -> bool:
 
 
 def _code(value: object) -> str:
-    """As it is, on one line of a table: nothing in a job's name is markdown, or drives a terminal that shows the file."""
+    """The value as inline code in one table line, so that a job's name can be neither Markdown nor terminal control codes."""
     text = one_line(" ".join(str(value).split())).replace("|", "/").replace("`", "'")
     return f"`{text}`"

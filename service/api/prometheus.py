@@ -1,7 +1,7 @@
-"""Numbers for Prometheus: this process's own counters, and what the database knows of all. No key is asked for.
+"""Numbers for Prometheus: this process's own counters, and those of the whole service from the database. No key is needed.
 
-Workers are other processes, on other machines: what they did is read from the ledger, which they write. Labels have few
-values: states, failure codes, phases, resource classes, and workers that live.
+Workers are other processes on other machines: their numbers are read from the ledger, which they write. Labels have few
+values: states, failure codes, phases, resource classes, and live workers.
 """
 
 from collections.abc import Iterator, Mapping
@@ -33,7 +33,7 @@ MEMORY = {
 def prometheus(context: ContextDep) -> Response:
     """Counters and gauges in Prometheus' text format."""
     with context.store.begin(readonly=True) as session:
-        ledger = context.ledger.get(lambda: usage.whole(session))  # it grows with every attempt that ever was
+        ledger = context.ledger.get(lambda: usage.whole(session))  # cached: reading it takes longer with every attempt
         found = [*_gauges(session, clock.now(session)), *_counters(ledger)]
     registry = CollectorRegistry()
     registry.register(_Found(found))

@@ -1,6 +1,6 @@
-"""`/docs`: the API's reference as one HTML page, made from the OpenAPI document. No script, nothing from elsewhere.
+"""`/docs`: the API's reference as one HTML page, made from the OpenAPI document. It has no scripts and loads nothing else.
 
-FastAPI's own pages draw their scripts from a CDN, which a service without an internet cannot reach, and should not trust.
+FastAPI's own pages load scripts from a CDN, which a service without internet access cannot reach, and should not trust.
 """
 
 import json
@@ -45,7 +45,7 @@ def reference(request: Request) -> HTMLResponse:
 
 
 def page(document: dict[str, Any]) -> str:
-    """An OpenAPI 3.1 document as HTML. Whatever stands in it is text, never markup."""
+    """An OpenAPI 3.1 document as HTML. Everything in the document is shown as text, never as markup."""
     info = document["info"]
     title = escape(f"{info['title']} {info['version']}")
     by_tag: dict[str, list[str]] = {}
@@ -114,7 +114,7 @@ def _said(holder: dict[str, Any]) -> str:
 
 
 class _Html(str):
-    """Text that is markup already."""
+    """A string that is already HTML and must not be escaped."""
 
     __slots__ = ()
 

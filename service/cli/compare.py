@@ -36,7 +36,7 @@ def compare(
         raise typer.BadParameter("name two jobs or more")
     with connect(context) as ratchet:
         jobs = [ratchet.get_job(job_id) for job_id in job_ids]
-        wanted = [] if all_metrics else [*DRAWN, EVAL_REWARD_MEAN, EVAL_GREEDY_REWARD_MEAN, EVAL_LOSS]  # none named: every one
+        wanted = [] if all_metrics else [*DRAWN, EVAL_REWARD_MEAN, EVAL_GREEDY_REWARD_MEAN, EVAL_LOSS]  # []: every one
         series = [ratchet.metrics(job_id, wanted)["series"] for job_id in job_ids]
     differences = differing([dict(flat(job["spec"])) for job in jobs])
     last = [{name: curve["value"][-1] for name, curve in curves.items() if curve["value"]} for curves in series]

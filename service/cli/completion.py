@@ -12,7 +12,7 @@ from service.cli.output import one_line
 from service.states import Status
 
 OFFERED = 50
-SHELL = str.maketrans(dict.fromkeys("\\$`\"'", "·"))  # what has a meaning in the double quotes in which zsh reads descriptions
+SHELL = str.maketrans(dict.fromkeys("\\$`\"'", "·"))  # special inside the double quotes that zsh reads descriptions in
 
 
 def complete_job(context: typer.Context, incomplete: str) -> list[tuple[str, str]]:
@@ -51,5 +51,5 @@ def _offer(
         return
     for item in items:
         if item["id"].startswith(incomplete):
-            # Typer takes it for markup, and escapes what shells read by halves.
+            # Typer reads it as markup, and escapes only some of the characters that are special in shells.
             yield item["id"], escape(one_line(describe(item)).translate(SHELL))

@@ -78,7 +78,7 @@ def metrics(
 def _refuse_absent(
     job_ids: Sequence[str], of_jobs: Sequence[Mapping[str, Series]], names: Sequence[str], *, as_json: bool
 ) -> None:
-    """Say which of the named metrics which job lacks, after what is there was printed."""
+    """Print which job lacks which of the named metrics, and exit, after the others were printed."""
     told = []
     for job_id, series in zip(job_ids, of_jobs, strict=True):
         if absent := [name for name in names if name not in series or not series[name]["step"]]:

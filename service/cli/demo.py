@@ -36,9 +36,9 @@ Row = dict[str, str]
 
 
 def run(*, url: str | None, stack_dir: Path | None, data_dir: Path | None, keep: Path | None, seed: int) -> None:
-    """On the service that was named, else on an embedded stack of its own. Raises RatchetError when anything fails.
+    """Run the demo on the named service, else on its own embedded stack. Raises RatchetError if anything fails.
 
-    `keep`: a new folder for the model. Its name is looked at before anything is trained.
+    `keep`: a new folder for the model. It is checked before anything is trained.
     """
     if keep is not None and keep.exists() and (not keep.is_dir() or any(keep.iterdir())):
         raise RatchetError(f"--keep names a new folder for the model, and {keep} is there already")
@@ -171,7 +171,7 @@ def changed(what: str, before: dict[str, float], after: dict[str, float], metric
 
 
 def what_next(keep: Path | None) -> str:
-    """Said on standard error, for the last line of standard output is the result."""
+    """The text for standard error; the last line of standard output must be the result."""
     if keep is None:
         first = ("ratchet demo --keep my-model", "the same, and the model stays")
     else:
@@ -218,7 +218,7 @@ def embedded_stack(folder: Path) -> Iterator[None]:
         )
     opened_ns = log.stat().st_mtime_ns
     try:
-        # An older file is left from a stack that was killed.
+        # An older `url` was left behind by a stack that was killed.
         wait_until(lambda: url.exists() and url.stat().st_mtime_ns >= opened_ns, stack, log)
         say(f"ready after {time.monotonic() - started:.0f} s at {url.read_text().strip()}")
         yield

@@ -56,7 +56,7 @@ def _tried(sample: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _paid(row: int, answer: dict[str, Any], graders: list[str]) -> tuple[object, ...]:
-    """`error` where a grader could not grade it; empty where it was not asked, and then no reward is known either."""
+    """A row of the table. A score is `error` if the grader failed, and empty, as is then the reward, if it was not asked."""
     scores = ["error" if name in answer["errors"] else answer["scores"].get(name, "") for name in graders]
     reward = "error" if "error" in scores else "" if "" in scores else answer["total"]
     text = one_line(answer["answer"], 30) or "(nothing)"

@@ -12,7 +12,7 @@ class Headline:
 
     reward: float | None = None
     clip_fraction: float | None = None
-    kl: float | None = None  # to the reference, where the job has one: it is what the spec penalises; else to the old policy
+    kl: float | None = None  # to the reference, which the spec penalises, if the job has one; else to the old policy
     kl_of: str = "KL"
     loss: float | None = None
     evaluation: float | None = None

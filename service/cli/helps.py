@@ -20,7 +20,7 @@ def command(app: typer.Typer, function: Callable[..., Any], name: str | None = N
 
 
 def group(app: typer.Typer, name: str, default: Callable[..., Any], **commands: Callable[..., Any]) -> None:
-    """`ratchet NAME`, or `ratchet NAME list`, runs `default`, which lists; `ratchet NAME COMMAND` one of the commands."""
+    """Add `ratchet NAME` and `ratchet NAME list`, which run `default`, and `ratchet NAME COMMAND` for each of `commands`."""
     inner = typer.Typer(help=text(default.__doc__), rich_markup_mode=None)
     inner.callback(invoke_without_command=True)(default)
     inner.command("list", help=text(default.__doc__), hidden=True)(default)

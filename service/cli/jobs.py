@@ -220,7 +220,7 @@ def delete(
 
 
 def read_spec(file: str) -> bytes:
-    """The spec's bytes, unparsed: the service parses them, so that its errors point into what was written."""
+    """The spec's bytes, unparsed. The service parses them, so that its errors point into the user's own text."""
     if file != "-":
         return Path(file).read_bytes()
     if sys.stdin.isatty():

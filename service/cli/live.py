@@ -32,13 +32,13 @@ class View(Protocol):
 
 def follow(ratchet: Ratchet, job_id: str, *, as_json: bool = False) -> Job:
     """Show the job's events until it has ended or is paused. Returns the job."""
-    last = None  # the number of its last event, once it is paused
+    last = None  # the number of the job's last event, once the job is paused
     with make_view(ratchet.get_job(job_id), as_json=as_json) as view:
         for event in ratchet.follow(job_id):
             view.show(event)
             if event["type"] == "status_changed":
                 job = ratchet.get_job(job_id) if event["data"]["to"] == "paused" else None
-                # None if it was resumed meanwhile.
+                # None if the job was resumed meanwhile.
                 last = job["last_event"] if job is not None and job["status"] == "paused" else None
             if last is not None and event["seq"] >= last:
                 break

@@ -1,4 +1,4 @@
-"""How things look: tables, JSON, and errors as what came, what is allowed, and where. Nothing is interpreted as markup."""
+"""Prints tables, JSON, and errors with what came, what is allowed, and where. No text is interpreted as markup."""
 
 import json
 import re
@@ -31,12 +31,12 @@ def console(*, stderr: bool = False) -> Console:
 
 
 def say(*parts: str | Text) -> None:
-    """Lines of our own; what others wrote in them goes through `clean` first, so that it makes no further line."""
+    """Print our own lines. Pass foreign text in them through `clean` first, so that it cannot add lines."""
     console().print(*(lines(part) if isinstance(part, str) else part for part in parts), soft_wrap=True)
 
 
 def complain(*parts: str | Text) -> None:
-    """As `say`, on standard error."""
+    """Like `say`, on standard error."""
     console(stderr=True).print(*(lines(part) if isinstance(part, str) else part for part in parts), soft_wrap=True)
 
 
@@ -70,8 +70,8 @@ def print_facts(facts: Mapping[str, Any]) -> None:
 
 
 def print_error_json(problem: Mapping[str, Any]) -> None:
-    """An error for programs: one JSON object on standard error, `code` and `detail` in it, and what the service said beside."""
-    members = {name: value for name, value in problem.items() if name != "error"}  # that repeats it in another shape
+    """An error for programs: one JSON object on standard error, with `code`, `detail` and the service's other members."""
+    members = {name: value for name, value in problem.items() if name != "error"}  # `error` repeats the others
     sys.stderr.write(json_text({"error": members}) + "\n")
 
 
@@ -88,7 +88,7 @@ def print_problem(error: RatchetApiError) -> None:
     allowed = error.problem.get("allowed_moves") or error.problem.get("allowed_actions")
     if allowed:
         complain(Text("  allowed now: ", style="dim") + Text(clean(shown(allowed))))
-    if error.hint and error.code != "illegal_transition":  # whose hint is what is allowed
+    if error.hint and error.code != "illegal_transition":  # its hint only repeats what is allowed
         complain(Text("  hint: ", style="dim") + Text(clean(error.hint)))
 
 
@@ -112,7 +112,7 @@ def shown(value: Any) -> str:
 
 
 def json_text(value: Any, *, indent: int | None = None) -> str:
-    """JSON of the same value, readable, in which nothing drives a terminal: what cannot be printed is written as an escape."""
+    """Readable JSON in which characters that cannot be printed are escapes, so that none controls the terminal."""
     text = json.dumps(value, indent=indent, ensure_ascii=False)
     return "".join(char if char.isprintable() or char == "\n" else json.dumps(char)[1:-1] for char in text)
 
@@ -124,12 +124,12 @@ def number(value: float | None) -> str:
 
 
 def clean(text: str) -> str:
-    """One line: line ends and control characters as escapes, so that foreign text forges no line and drives no terminal."""
+    """One line, line ends and control characters as escapes: foreign text can neither fake a line nor control a terminal."""
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 def lines(text: str) -> str:
-    """The same, but its lines and tabs stay what they are."""
+    """Like `clean`, but line ends and tabs are kept."""
     return "".join(char if char in "\n\t" else clean(char) for char in text)
 
 
@@ -154,7 +154,7 @@ def duration(seconds: float) -> str:
 
 
 def ago(moment: str | None) -> str:
-    """The time since a moment that the service gave."""
+    """The time since a timestamp of the service."""
     if moment is None:
         return "-"
     seconds = (datetime.now(UTC) - datetime.fromisoformat(moment)).total_seconds()

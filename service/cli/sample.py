@@ -1,4 +1,4 @@
-"""`ratchet sample`: what checkpoints answer to a prompt. The model runs here, in a process of its own, which brings torch."""
+"""`ratchet sample`: what checkpoints answer to a prompt. The model runs on this machine, in a separate process with torch."""
 
 import json
 import subprocess
@@ -74,7 +74,7 @@ def sample(
 
 
 def _places(context: typer.Context, names: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each checkpoint once, by its name, with its folder and its model section; one that was downloaded is removed again."""
+    """Each checkpoint's name once, with its folder and model section. A downloaded checkpoint is removed again."""
     with ExitStack() as stack:
         ratchet: Ratchet | None = None
         for name in dict.fromkeys(names):
@@ -101,7 +101,7 @@ def _model_of(folder: Path) -> dict[str, Any]:
 
 
 def _ask(request: dict[str, Any]) -> list[dict[str, Any]]:
-    # -P: a folder `workers` where we were called is not ours.
+    # -P: do not import a `workers` folder in the current directory.
     command_ = [sys.executable, "-P", "-m", "workers.sample"]
     done = subprocess.run(command_, input=json.dumps(request), capture_output=True, text=True, check=False)
     try:

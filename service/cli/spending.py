@@ -11,7 +11,7 @@ from service.cli.output import duration, print_facts, print_json, print_table, s
 
 Project = Annotated[str | None, typer.Option(help="another project, with an administrator's key")]
 Day = Annotated[str | None, typer.Option(metavar="YYYY-MM-DD", help="a day (UTC), inclusive")]
-EVER = "1970-01-01"  # the day that the API names when all time is counted
+EVER = "1970-01-01"  # the day that the API gives if all time is counted
 
 
 def register(app: typer.Typer) -> None:

@@ -1,8 +1,8 @@
-"""JSON bodies whose bulk is arrays of numbers, of many megabytes.
+"""Parse JSON bodies of many megabytes that are mostly arrays of numbers.
 
-The parsers that are written in C let nobody else run until they are done. So the document is walked in Python down to its
-innermost arrays, and only these are read in C, one by one: other requests get their turn in between. NaN and Infinity are
-taken, as Python writes them.
+A parser written in C blocks all other threads until it is done. So Python walks the document down to its innermost arrays,
+and only these are parsed in C, one by one: other requests run in between. NaN and Infinity are accepted, spelled as Python
+writes them.
 """
 
 from json.decoder import JSONArray, JSONDecoder  # pyright: ignore[reportAttributeAccessIssue]
@@ -15,16 +15,16 @@ from service.edge.documents import read_json
 from service.errors import BodyTooLarge, Malformed
 from service.validation.strict_json import LONE_SURROGATE, has_lone_surrogate, no_key_twice
 
-MAX_PARTS = 2**18  # arrays, objects and texts: a few bytes of each take a hundred in memory
+MAX_PARTS = 2**18  # arrays, objects and strings: a few bytes of JSON for one of them become about a hundred in memory
 
 
 def parse_arrays(raw: bytes) -> Any:
-    """Raises Malformed with line and column, BodyTooLarge."""
+    """Parse a body. Raises Malformed with line and column, or BodyTooLarge above MAX_PARTS."""
     return read_json(raw, lambda text: _Decoder().decode(text))
 
 
 class _Decoder(JSONDecoder):
-    """For one document."""
+    """A decoder for one document."""
 
     def __init__(self) -> None:
         super().__init__(object_pairs_hook=self._object)
@@ -43,7 +43,7 @@ class _Decoder(JSONDecoder):
             return JSONArray(state, scan_once)
         try:
             return orjson.loads(text[begin - 1 : end + 1]), end + 1
-        except orjson.JSONDecodeError:  # NaN, or something that is wrong: then this says where
+        except orjson.JSONDecodeError:  # NaN or an error; the C scanner accepts NaN and says where an error is
             return self._in_c(text, begin - 1)
 
     def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:

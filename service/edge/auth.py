@@ -1,5 +1,5 @@
-"""Who is asking, and what for: an API key, as `Authorization: Bearer tml-...` or `X-API-Key: tml-...`, with its project, its
-scopes and its rate."""
+"""Authentication by API key, sent as `Authorization: Bearer tml-...` or `X-API-Key: tml-...`. A key has a project, scopes
+and a rate limit."""
 
 import logging
 from collections.abc import AsyncIterator
@@ -25,9 +25,9 @@ log = logging.getLogger(__name__)
 
 HINT = "send the header Authorization: Bearer tml-...; `ratchet up` writes its key to the file `key` in the data directory"
 MAX_KEY_LENGTH = 200
-ADMIN_PROJECT = "default"  # its admin keys may make, list and revoke keys of every project
+ADMIN_PROJECT = "default"  # its admin keys may create, list and revoke keys of every project
 READING = frozenset({"GET", "HEAD"})
-ANSWER_HEADERS = "ratchet.answer_headers"  # in the scope: what the frame adds to the answer, whatever it becomes
+ANSWER_HEADERS = "ratchet.answer_headers"  # ASGI scope key: headers that the middleware adds to the answer, even to an error
 
 bearer = HTTPBearer(auto_error=False, scheme_name="bearer", description="An API key, tml-...")
 api_key = APIKeyHeader(name="X-API-Key", auto_error=False, scheme_name="x-api-key", description="An API key, tml-...")
@@ -41,7 +41,7 @@ class Caller:
     expires_at: datetime | None
 
     def require(self, scope: str) -> None:
-        """Raises Forbidden, which names the scope, for a key without it."""
+        """Raises Forbidden, naming the scope, if the key lacks it."""
         if scope not in self.scopes:
             raise Forbidden(
                 f"this takes an API key with the scope {scope!r}; this one has {', '.join(sorted(self.scopes, reverse=True))}",
@@ -51,7 +51,7 @@ class Caller:
             )
 
     def managed(self, project: str | None, refusal: str) -> str:
-        """The project that is asked about, by default this caller's own. Raises Forbidden with `refusal` for one of others."""
+        """The project to manage, by default the caller's own. Only ADMIN_PROJECT manages others, else Forbidden (`refusal`)."""
         project = project or self.project
         if project != self.project and self.project != ADMIN_PROJECT:
             raise Forbidden(
@@ -66,7 +66,7 @@ async def _known(
     credentials: Annotated[HTTPAuthorizationCredentials | None, Security(bearer)],
     header: Annotated[str | None, Security(api_key)],
 ) -> Caller:
-    """Whose key it is, that it is in force, and that it does not ask too often."""
+    """Identify the key, check that it is valid, and count the request against its rate limit."""
     text = credentials.credentials if credentials else header
     if not text:
         raise Unauthorized("no API key came with the request", code="missing_api_key", hint=HINT)
@@ -87,10 +87,10 @@ async def _known(
 
 
 async def _looked_up(context: Context, text: str) -> Known:
-    """The key as the store has it, remembered for a while."""
+    """Read the key from the store and cache it for a short time."""
     context.keyring.forget(text)
     looked_at = context.keyring.now()
-    edition = await context.limiter.edition()  # before the key is read: no revocation in between is missed
+    edition = await context.limiter.edition()  # read before the key, so that a revocation in between is noticed
     key = await run_in_threadpool(_look, context.store, text)
     if key is None:
         raise Unauthorized("this API key is not known here, or was revoked", code="invalid_api_key", hint=HINT)
@@ -100,7 +100,7 @@ async def _looked_up(context: Context, text: str) -> Known:
 
 
 def _look(store: Store, text: str) -> Known | None:
-    """In a thread. The use of a key is noted here: one in use is looked up every few seconds."""
+    """Runs in a thread. It also updates `last_used_at`: a key in use is looked up every few seconds."""
     with store.look() as connection:
         key = keys.known(connection, text)
     if key is not None:
@@ -133,7 +133,7 @@ def _note_use(store: Store, key: Known, now: datetime) -> None:
     try:
         with store.begin() as session:
             keys.touch(session, key.id, now)
-    except OperationalError:  # the note is for people; a busy database must not cost the request
+    except OperationalError:  # last_used_at only informs people; a busy database must not fail the request
         log.warning("could not note the use of key %s", key.id, exc_info=True)
 
 
@@ -141,7 +141,7 @@ KnownDep = Annotated[Caller, Depends(_known)]
 
 
 async def _share(context: ContextDep, caller: KnownDep) -> AsyncIterator[Share]:
-    """Until the answer is made; sending it takes none."""
+    """Hold a share until the answer is made. Sending the answer needs none."""
     async with context.shares.share(caller.key_id) as share:
         yield share
 
@@ -150,7 +150,7 @@ ShareDep = Annotated[Share, Depends(_share, scope="function")]
 
 
 async def _caller(request: Request, caller: KnownDep, share: ShareDep) -> Caller:
-    """Reading takes the scope `read`, everything else `write`."""
+    """GET and HEAD need the scope `read`, all other methods `write`."""
     caller.require("read" if request.method in READING else "write")
     return caller
 

@@ -1,4 +1,4 @@
-"""Request bodies: read with a limit while they stream, decoded as JSON or YAML, and made of plain JSON values only."""
+"""Request bodies: read with limits on size and time, and parsed as JSON or YAML into plain JSON values."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -22,7 +22,7 @@ from service.errors import BodyTooLarge, BodyTooSlow, UnsupportedMedia
 YAML_TYPES = frozenset({"application/yaml", "text/yaml", "application/x-yaml", "text/x-yaml"})
 GRACE_S, MIN_BYTES_PER_S = 30.0, 1024  # a body of n bytes may take GRACE_S + n / MIN_BYTES_PER_S seconds
 MAX_YAML_BYTES = 64 * 2**10  # YAML is parsed a hundred times slower than JSON: 3 ms for each KiB
-QUICK_YAML_BYTES, QUICK_JSON_BYTES = 2 * 2**10, 64 * 2**10  # so much takes no longer than ten milliseconds
+QUICK_YAML_BYTES, QUICK_JSON_BYTES = 2 * 2**10, 64 * 2**10  # parsing a body of this size takes at most ten milliseconds
 MEDIA_TYPES = ["application/json", *sorted(YAML_TYPES)]
 
 
@@ -34,7 +34,7 @@ class Document:
 
     @cached_property
     def sha256(self) -> str:
-        """Of the values: neither the format nor the order of keys changes it."""
+        """The hash of the values. It does not depend on the format or on the order of keys."""
         return sha256(canonical(self.data)).hexdigest()
 
 
@@ -43,9 +43,10 @@ def media_type(request: Request) -> str:
 
 
 def limited(request: Request, limit: int, what: str, share: Share | None = None) -> Request:
-    """The same request, whose body raises BodyTooLarge as soon as it is known to be longer than `limit` bytes.
+    """The same request, but reading its body raises BodyTooLarge above `limit` bytes, and BodyTooSlow if it comes too slowly.
 
-    `share`, where one is given, rests between the pieces: for a body that is kept on the disk, and not in memory.
+    Raises UnsupportedMedia for a compressed body, and BodyTooLarge at once if Content-Length exceeds the limit. `share`, if
+    given, is released while waiting for each chunk: use it for a body that goes to disk, not into memory.
     """
     encoding = request.headers.get("content-encoding", "identity").lower()
     if encoding not in ("", "identity"):
@@ -55,7 +56,7 @@ def limited(request: Request, limit: int, what: str, share: Share | None = None)
     announced = request.headers.get("content-length", "")
     if announced.isdecimal() and int(announced) > limit:
         raise _too_large(what, limit)
-    size, waited_s = 0, 0.0  # for the caller, not in line for its share
+    size, waited_s = 0, 0.0  # waited_s: time spent waiting for the caller, without the time in line for a share
     resting = nullcontext if share is None else share.resting
 
     async def receive() -> Message:
@@ -63,7 +64,7 @@ def limited(request: Request, limit: int, what: str, share: Share | None = None)
         began, left_s = monotonic(), GRACE_S + size / MIN_BYTES_PER_S - waited_s
         try:
             async with resting():
-                async with asyncio.timeout(max(left_s, 0.001)):  # wait_for would make a task of each piece
+                async with asyncio.timeout(max(left_s, 0.001)):  # wait_for would create a task for each chunk
                     message = await request.receive()
                 waited_s += monotonic() - began
         except TimeoutError:
@@ -84,7 +85,7 @@ def _too_large(what: str, limit: int) -> BodyTooLarge:
 
 
 async def _raw(request: Request, caller: CallerDep, context: ContextDep) -> bytes:
-    """Read only for those who showed a key."""
+    """The body's bytes. It depends on `caller`, so a body is read only after its API key was checked."""
     kind, limit, what = media_type(request), context.settings.max_body_bytes, "a body"
     if kind in YAML_TYPES:
         limit, what = min(limit, MAX_YAML_BYTES), "a YAML body (send JSON, which may be longer)"
@@ -97,7 +98,7 @@ async def _raw(request: Request, caller: CallerDep, context: ContextDep) -> byte
 
 
 async def _document(request: Request, caller: CallerDep, context: ContextDep, raw: Annotated[bytes, Depends(_raw)]) -> Document:
-    """Parsed in a thread; a large one when it is its turn."""
+    """Parse the body in a thread; a large one waits for its turn."""
     parse, quick = (parse_yaml, QUICK_YAML_BYTES) if media_type(request) in YAML_TYPES else (parse_json, QUICK_JSON_BYTES)
     async with nullcontext() if len(raw) <= quick else context.checks.turn(caller.key_id):
         return Document(await run_in_threadpool(parse, raw))
@@ -119,7 +120,7 @@ async def _turn_to_show(context: ContextDep, caller: CallerDep) -> AsyncIterator
         yield
 
 
-# For what a caller may make arbitrarily long: it is worked on when it is its turn. To stand behind the body, which may be slow.
+# For work whose length the caller decides: it waits for its turn. Declare these after the body, which may arrive slowly.
 TurnDep = Annotated[None, Depends(_turn, scope="function")]
 ShowTurnDep = Annotated[None, Depends(_turn_to_show, scope="function")]
 
@@ -128,7 +129,7 @@ OptionalDocumentDep = Annotated[Document, Depends(_document_if_any)]
 
 
 def documented(schema: str, example: Any = None, *, required: bool = True) -> dict[str, Any]:
-    """For a route's `openapi_extra`: its body is this component, as JSON or YAML."""
+    """A route's `openapi_extra`: its request body is the component `schema`, as JSON or YAML."""
     content: dict[str, Any] = {"schema": {"$ref": f"#/components/schemas/{schema}"}}
     if example is not None:
         content["example"] = example

@@ -1,4 +1,4 @@
-"""What every endpoint stands on: made once by the application's lifespan."""
+"""The objects that all endpoints share, created once by the application's lifespan."""
 
 from dataclasses import dataclass, field
 from threading import Event
@@ -18,11 +18,11 @@ from service.settings import Settings
 from service.store.session import Store
 from service.store.usage import Whole
 
-# What costs much, at once: of one key, and of all. Of each there is more than one key may take.
+# How many costly operations may run at once, for one key and for all. One key can never take all places.
 CHECKS = {"per_key": 1, "in_all": 2}  # specs and datasets: seconds of Python, and a child process of 100 MB now and then
-VIEWS = {"per_key": 1, "in_all": 4}  # of jobs with their specs: one of 16 MiB takes a second
-PREVIEWS = {"per_key": 1, "in_all": 2}  # each is a process that imports the graders
-CONVERSIONS = {"per_key": 2, "in_all": 4}  # of loss requests: each may take ten times its size in memory for a moment
+VIEWS = {"per_key": 1, "in_all": 4}  # jobs with their specs: a spec of 16 MiB takes a second
+PREVIEWS = {"per_key": 1, "in_all": 2}  # each starts a process that imports the graders
+CONVERSIONS = {"per_key": 2, "in_all": 4}  # loss requests: each may briefly take ten times its size in memory
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Context:
     shares: Shares
     open_answers: OpenAnswers
     tails: Tails
-    stopping: Event = field(default_factory=Event)  # the server was told to stop: streams and long polls end
+    stopping: Event = field(default_factory=Event)  # set when the server is told to stop: streams and long polls end
     keyring: Keyring = field(default_factory=Keyring)
     ledger: Remembered[Whole] = field(default_factory=Remembered)
     checks: Turns = field(default_factory=lambda: Turns(**CHECKS))

@@ -1,4 +1,4 @@
-"""JSON and YAML as callers may send them: plain JSON values, no key twice, nothing that a database or a stack cannot hold."""
+"""Parse JSON and YAML from callers: plain JSON values, no duplicate keys, nothing that databases or the stack cannot hold."""
 
 import json
 import re
@@ -14,17 +14,17 @@ from service.spec.storable import MAX_DEPTH, not_storable
 from service.validation import invalid
 from service.validation.strict_json import MAX_VALUES, BadJson, decoded, no_key_twice, read
 
-MAX_KEYS = 2000  # of one object: a model complains of each that it does not know
+MAX_KEYS = 2000  # of one object: validation reports an error for each unknown key
 EXPONENT = "[eE][-+]?[0-9]+"
 
 
 def parse_json(raw: bytes) -> Any:
-    """Raises Malformed with line and column, InvalidRequest with a pointer, BodyTooLarge above MAX_VALUES."""
+    """Parse and check JSON. Raises Malformed (line, column), InvalidRequest (pointer), BodyTooLarge (MAX_VALUES, MAX_KEYS)."""
     return _check(read_json(raw, partial(json.loads, object_pairs_hook=no_key_twice), MAX_VALUES))
 
 
 def read_json(raw: bytes, loads: Callable[[str], Any], max_values: int | None = None) -> Any:
-    """What `loads` makes of the text, unchecked. Raises Malformed with line and column, BodyTooLarge above `max_values`."""
+    """Parse JSON with `loads`, without checks. Raises Malformed with line and column, BodyTooLarge above `max_values`."""
     try:
         return read(_content(raw, "JSON"), loads, max_values)
     except BadJson as error:
@@ -78,7 +78,7 @@ def _check_shape(value: Any, depth: int = 1) -> None:
 
 
 def canonical(data: Any) -> bytes:
-    """The same bytes for the same values."""
+    """JSON with sorted keys and no spaces: equal values give equal bytes."""
     return json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
 
 
@@ -86,9 +86,9 @@ def canonical(data: Any) -> bytes:
 
 
 class _Loader(yaml.CSafeLoader):
-    """YAML 1.2's core schema: `1e-5` is a number; dates, `no` and `12:30` are strings. No key twice."""
+    """YAML 1.2's core schema: `1e-5` is a number; dates, `no` and `12:30` are strings. Duplicate keys are refused."""
 
-    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 (PyYAML's own way; filled below)
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 (PyYAML reads it from the class; filled below)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -112,7 +112,7 @@ for _tag, _pattern, _first in (
 
 
 def parse_yaml(raw: bytes) -> Any:
-    """Raises Malformed with line and column, InvalidRequest with a pointer."""
+    """Parse and check YAML. Raises Malformed (line, column), InvalidRequest (pointer), BodyTooLarge (MAX_KEYS)."""
     try:
         text = decoded(_content(raw, "YAML"))
         _check_events(text)
@@ -130,7 +130,7 @@ def parse_yaml(raw: bytes) -> Any:
 
 
 def _check_events(text: str) -> None:
-    """Before anything is built: no tags, no bottomless nesting, and no aliases, which make gigabytes out of a line."""
+    """Refuse tags, too deep nesting and aliases before any value is built. With aliases one line can expand to gigabytes."""
     depth = 0
     for event in yaml.parse(text, Loader=_Loader):
         if isinstance(event, yaml.AliasEvent):

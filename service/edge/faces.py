@@ -1,7 +1,7 @@
-"""The faces that HTTP shows: the native API, and others beside it, each under its prefix.
+"""Faces: the APIs that this server offers. The native API and others beside it, each under its own path prefix.
 
-A face says what differs between them before any route is reached: how an error looks to its clients, and which headers
-every answer carries. An answer that sets one of these headers itself keeps its own.
+A face defines what differs between them outside the routes: the shape of errors, and the headers of every answer. If an
+answer sets one of these headers itself, its own value stays.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -20,15 +20,15 @@ def as_it_is(problem: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Face:
-    """`error` makes of a problem document (RFC 9457) the body that this face's clients know; `error_type` is its media type."""
+    """`error` converts a problem document (RFC 9457) to this face's error body; `error_type` is the media type of that body."""
 
-    prefix: str  # of its paths; "": all that no other face takes
+    prefix: str  # of its paths; "" matches all paths that no other face matches
     headers: Mapping[str, str]
     error: Callable[[dict[str, Any]], dict[str, Any]] = as_it_is
     error_type: str = PROBLEM
 
 
-# Nothing here is a page but /docs, which has a policy of its own, and nothing that is anybody's own is to be kept on the way.
+# Only /docs is a page, and it sets its own Content-Security-Policy. No-store: caches must not keep a caller's private data.
 NATIVE = Face(
     prefix="",
     headers={
@@ -43,12 +43,12 @@ NATIVE = Face(
 
 
 def install(app: FastAPI, *beside_native: Face) -> None:
-    """From here on `face_of` knows these faces; the longest prefix decides."""
+    """Register the faces for `face_of`. The longest matching prefix wins."""
     app.state.faces = (*sorted(beside_native, key=lambda face: -len(face.prefix)), NATIVE)
 
 
 def face_of(scope: Scope) -> Face:
-    """Whose path it is. Paths stand under a prefix as folders do: /pages is not under /page."""
+    """The face of this path. A prefix matches whole path segments: /pages is not under /page."""
     path: str = scope["path"]
     faces: Sequence[Face] = scope["app"].state.faces
     return next(face for face in faces if not face.prefix or path == face.prefix or path.startswith(f"{face.prefix}/"))

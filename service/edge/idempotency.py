@@ -1,4 +1,4 @@
-"""Idempotency-Key: the first request does the work and leaves its answer, in one transaction; repetitions get that answer."""
+"""Idempotency-Key: the first request does the work and stores its answer in one transaction; repeats get that answer."""
 
 import logging
 from collections.abc import Iterator
@@ -43,22 +43,22 @@ IdempotencyKeyDep = Annotated[str | None, Depends(_key)]
 
 @dataclass(frozen=True)
 class Once:
-    """One request under an Idempotency-Key, or under none."""
+    """The state of one request, with or without an Idempotency-Key."""
 
-    replay: JSONResponse | None  # the answer of the first request: send that, do nothing
+    replay: JSONResponse | None  # the stored answer of the first request: send it and do no work
     claim: Claim | None
 
     def complete(self, session: Session, answer: BaseModel, status: int = 201) -> None:
-        """Keep the answer, in the transaction that did the work."""
+        """Store the answer in the transaction of the work. Does nothing without an Idempotency-Key."""
         if self.claim is not None:
             idempotency.complete(session, self.claim, status, answer.model_dump(mode="json", by_alias=True))
 
 
 @contextmanager
 def once(store: Store, caller: Caller, key: str | None, *, route: str, body_sha256: str) -> Iterator[Once]:
-    """Around the work. When it raises, nothing was done and the key is free again.
+    """Wrap the work of a request. If the work raises, it has changed nothing, and the key is free again.
 
-    Raises InFlight while the first request is at work, InvalidRequest when the key came with another body.
+    Raises InFlight while the first request is running, InvalidRequest if the key was used with another body.
     """
     if key is None:
         yield Once(None, None)
@@ -83,5 +83,5 @@ def _abandon(store: Store, claim: Claim) -> None:
     try:
         with store.begin() as session:
             idempotency.abandon(session, claim)
-    except Exception:  # the request's own error matters more; the claim ends by itself in a minute
+    except Exception:  # the request's own error matters more; the claim expires in a minute
         log.warning("could not free an Idempotency-Key", exc_info=True)

@@ -1,9 +1,10 @@
-"""Keys that were looked up a moment ago: most requests come from a key that came before, and need not ask the store again.
+"""A cache of API keys that were looked up a moment ago, so that most requests need not query the store for their key.
 
-A revoked key stops at once all the same. Redis holds an edition of the keys, which is another one after each revocation, and
-every request learns it with the token that counts it (`service.edge.rate`): a key that was looked up under another edition is
-looked up anew, and so is every key while Redis is away. Where a revocation cannot be told to Redis, it takes KEPT_FOR_S longer:
-by then nobody remembers the key. Only if the process dies in between may a key be taken for so long after it was revoked.
+A revoked key still stops working at once. Redis holds an edition of the keys, which changes with each revocation. Every
+request gets the edition together with its rate-limit token (`service.edge.rate`). A key that was cached under another edition
+is looked up again; while Redis is away, every key is. If Redis cannot be told of a revocation, the revocation takes
+KEPT_FOR_S longer: by then no process has the key cached. Only if the process dies in between can a revoked key be accepted
+for up to KEPT_FOR_S.
 """
 
 from time import monotonic
@@ -17,12 +18,12 @@ MAX_KEPT = 10_000
 
 class Kept(NamedTuple):
     key: Known
-    edition: bytes  # that was read before the key was
+    edition: bytes  # the edition that was read before the key
     until: float
 
 
 class Keyring:
-    """By the digest of their text. Keys that are not known are not kept, nor is any text."""
+    """Cached keys by the digest of their text. The text itself and unknown keys are never cached."""
 
     now = staticmethod(monotonic)
 
@@ -34,7 +35,7 @@ class Keyring:
         return None if known is None or known.until < self.now() else known
 
     def keep(self, text: str, key: Known, edition: bytes, looked_at: float) -> None:
-        """`looked_at`: when, of `now`, the looking began."""
+        """`looked_at`: the time by `now` at which the lookup began."""
         if len(self._kept) >= MAX_KEPT:
             self._kept.clear()
         self._kept[digest(text)] = Kept(key, edition, looked_at + KEPT_FOR_S)

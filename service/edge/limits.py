@@ -1,4 +1,4 @@
-"""How much of anything a caller may send besides a body, and hold open: what is too much is refused before it costs."""
+"""Limits on the URL and headers of a request, and on open answers per key. They are checked before any costly work."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ MAX_PARAMETERS = 200
 
 
 def refusal(scope: Scope) -> RatchetError | None:
-    """Why this request is not looked at, if there is a reason."""
+    """The error for a request that exceeds a limit or has a NUL in its URL; None if it may proceed."""
     query, headers = scope["query_string"], scope["headers"]
     if "\0" in scope["path"] or b"%00" in query:
         return Malformed("the URL contains a NUL character", code="malformed_url")
@@ -30,7 +30,7 @@ def refusal(scope: Scope) -> RatchetError | None:
 
 
 class OpenAnswers:
-    """Event streams and long polls that a key holds open in this process. For the event loop's thread only."""
+    """Counts the event streams and long polls that each key holds open in this process. For the event loop's thread only."""
 
     def __init__(self, per_key: int) -> None:
         self._per_key = per_key
@@ -38,7 +38,7 @@ class OpenAnswers:
 
     @contextmanager
     def hold(self, key_id: str) -> Iterator[None]:
-        """One more until the block ends. Raises RateLimited where the key has as many open as it may."""
+        """Count one open answer until the block ends. Raises RateLimited if the key already has the maximum open."""
         if self._open[key_id] >= self._per_key:
             raise RateLimited(
                 f"this API key has {self._per_key} event streams and long polls open, which is as many as it may have",

@@ -1,4 +1,4 @@
-"""Around every request: an id, counters, a few headers, and a refusal of what is too large to be looked at."""
+"""Middleware around every request: a request id, metrics, common headers, and the limits of `service.edge.limits`."""
 
 from time import perf_counter
 
@@ -24,7 +24,7 @@ SECONDS = Histogram(
 
 
 class Frame:
-    """Plain ASGI: it adds nothing to a stream but its first message."""
+    """Plain ASGI middleware. It changes only the first message of an answer; the rest of a stream passes unchanged."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -56,13 +56,13 @@ class Frame:
             else:
                 await self.app(scope, receive, send_framed)
         except Exception:
-            if not status:  # the answer is sent further out, by the handler of what nobody expected
+            if not status:  # an outer handler, that of unexpected errors, sends the answer
                 _count(scope, 500, perf_counter() - started)
             raise
 
 
 def _count(scope: Scope, status: int, seconds: float) -> None:
-    """Labels come from small sets only: whatever a client sends must not make new time series."""
+    """Labels take values from small fixed sets, so that clients cannot create new time series."""
     method = scope["method"] if scope["method"] in METHODS else "other"
     route = getattr(scope.get("route"), "path_format", "none")
     REQUESTS.labels(method, route, str(status)).inc()

@@ -1,4 +1,4 @@
-"""What a caller would rather have: the format of the answer (Accept), and whether it waits for it (Prefer, RFC 7240)."""
+"""The caller's preferences: the format of the answer (Accept), and how long to wait for it (Prefer: wait, RFC 7240)."""
 
 import re
 from collections.abc import Sequence
@@ -8,12 +8,12 @@ from fastapi import Request
 from service.errors import NotAcceptable
 
 MAX_WAIT_S = 60
-MAX_RANGES = 50  # of an Accept; further ones are not looked at
+MAX_RANGES = 50  # media ranges read from Accept; further ones are ignored
 _WAIT = re.compile(r'(?:^|[,;])\s*wait\s*=\s*"?(\d{1,9})"?\s*(?=[,;]|$)', re.IGNORECASE)
 
 
 def accepted(request: Request, offered: Sequence[str]) -> str:
-    """The media type to answer in; the first one where the caller does not mind. Raises NotAcceptable."""
+    """The media type to answer in; the first of `offered` without a preference. Raises NotAcceptable if none is accepted."""
     wanted = ",".join(request.headers.getlist("accept"))
     if not wanted.strip():
         return offered[0]
@@ -31,12 +31,12 @@ def _range(text: str) -> tuple[str, float]:
 
 
 def _quality(offer: str, ranges: list[tuple[str, float]]) -> float:
-    """Of the range that names it most closely; 0: not wanted."""
+    """The quality of the most specific range that matches `offer`; 0 means not acceptable."""
     qualities = dict(ranges)
     return next((qualities[pattern] for pattern in (offer, f"{offer.partition('/')[0]}/*", "*/*") if pattern in qualities), 0.0)
 
 
 def wait_s(request: Request) -> float:
-    """For how long the caller would like the answer to be held; 0: not at all. What cannot be read is no preference."""
+    """Seconds that the caller is willing to wait, at most MAX_WAIT_S; 0 if it does not ask, or not in a valid form."""
     match = _WAIT.search(",".join(request.headers.getlist("prefer")))
     return float(min(int(match[1]), MAX_WAIT_S)) if match else 0.0

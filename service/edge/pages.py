@@ -1,4 +1,4 @@
-"""Lists: newest first, with a cursor."""
+"""Pages of lists: newest first, with a cursor."""
 
 from collections.abc import Sequence
 from typing import Annotated, Generic, Literal, Self, TypeVar

@@ -1,8 +1,8 @@
-"""Errors as they leave the house: RFC 9457 problem documents, with an `error` object of OpenAI's shape beside; a face whose
-clients know another shape makes its own of them (`service.edge.faces`).
+"""Errors as HTTP answers: RFC 9457 problem documents that also contain an `error` object in OpenAI's shape. A face whose
+clients expect another shape converts them (`service.edge.faces`).
 
-One table maps the classes of `service.errors` to statuses. What nobody expected is a 500 that says nothing of its cause:
-the log has that, under the same request id.
+One table maps the classes of `service.errors` to statuses. An unexpected error becomes a 500 that does not tell its cause;
+the log has the cause under the same request id.
 """
 
 import logging
@@ -70,9 +70,9 @@ HEADERS: Mapping[type[RatchetError], dict[str, str]] = {
     Unauthorized: {"WWW-Authenticate": 'Bearer realm="ratchet"'},
     InFlight: {"Retry-After": "1"},
     Busy: {"Retry-After": "1"},
-    BodyTooSlow: {"Connection": "close"},  # what is left of the body shall not hold the connection
+    BodyTooSlow: {"Connection": "close"},  # do not keep the connection open for the rest of the body
     Unavailable: {"Retry-After": "5"},
-    DiskFull: {"Connection": "close"},  # nor what is left of a body that does not fit
+    DiskFull: {"Connection": "close"},  # the same for a body that does not fit
 }
 OPENAI_TYPES = {
     401: "authentication_error",
@@ -81,7 +81,7 @@ OPENAI_TYPES = {
     409: "conflict_error",
     429: "rate_limit_error",
 }
-POSTGRES_FULL = "53100"  # disk_full; SQLite says so in words
+POSTGRES_FULL = "53100"  # SQLSTATE disk_full; SQLite has only a message
 CODES = {404: "route_not_found", 405: "method_not_allowed"}  # of errors that the framework raises
 
 
@@ -127,9 +127,9 @@ class Problem(BaseModel):
 def problem(
     request: Request, error: RatchetError, *, status: int | None = None, headers: Mapping[str, str] | None = None
 ) -> JSONResponse:
-    """The answer to a request that ended with this error."""
+    """The HTTP answer for this error."""
     status = status or int(_of_class(STATUSES, error))
-    closing = {"Connection": "close"} if status == 500 else {}  # the server does so; a client shall not find out by trying
+    closing = {"Connection": "close"} if status == 500 else {}  # the server closes it after a 500; tell the client
     if status >= 500 and not isinstance(error, Unavailable | DiskFull):
         error = RatchetError(
             "something went wrong here; the log has it under this request_id", hint="try again, then report it"
@@ -176,7 +176,7 @@ def _field(error: FieldError) -> ProblemField:
 
 
 def files_missing(what: str) -> NotFound:
-    """The row is there, the blobs are not."""
+    """The error for an object whose row exists while its blobs do not."""
     hint = "API and workers must share one data directory (RATCHET_DATA_DIR)"
     return NotFound(f"the files of {what} are not on this machine", code="files_missing", hint=hint)
 
@@ -189,7 +189,7 @@ def _of_class(table: Mapping[type[RatchetError], Any], error: RatchetError, defa
 
 
 def install(app: FastAPI) -> None:
-    """Every error of ours, of the framework's and of nobody's is answered with a problem."""
+    """Register the handlers: Ratchet's, the framework's and unexpected errors are all answered with a problem."""
     for kind, handler in HANDLERS.items():
         app.add_exception_handler(kind, handler)
 
@@ -217,7 +217,7 @@ def _legal_parameters(request: Request, place: str) -> list[str]:
 
 
 def _documented(request: Request) -> dict[str, Any]:
-    """What openapi.json says of this path: its methods, and their parameters."""
+    """The entry of this path in openapi.json: its methods and their parameters."""
     path = getattr(request.scope.get("route"), "path_format", "")
     return request.app.openapi()["paths"].get(path, {})
 
@@ -243,14 +243,14 @@ async def _store_is_away(request: Request, error: Any) -> JSONResponse:
 
 
 async def _raced(request: Request, error: Any) -> JSONResponse:
-    """Two requests at the same moment, where no query saw it coming: the database let one of them through."""
+    """Two requests raced, and no query noticed before the database did: it let one of them through."""
     log.error("request %s met a change at the same moment", request.scope.get("request_id"), exc_info=error)
     detail = "what this request needs was changed or deleted at the same moment; nothing was done"
     return problem(request, Conflict(detail, code="changed_meanwhile", hint="look again, then decide whether to repeat it"))
 
 
 async def _system(request: Request, error: Any) -> JSONResponse:
-    """What the operating system refused, where nobody expected it."""
+    """An unexpected error of the operating system."""
     log.error("request %s failed", request.scope.get("request_id"), exc_info=error)
     return problem(request, disk_full("a disk of the service") if error.errno in FULL else RatchetError(""))
 
@@ -260,7 +260,7 @@ async def _client_went(request: Request, error: Any) -> JSONResponse:
 
 
 async def _unexpected(request: Request, error: Any) -> JSONResponse:
-    """The server logs the exception itself, for it is raised again behind this answer."""
+    """The exception is raised again after this answer, and then the server logs it."""
     log.error("request %s failed", request.scope.get("request_id"))
     return problem(request, RatchetError(""))
 
@@ -304,7 +304,7 @@ DESCRIPTIONS = {
 
 
 def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """For a route's `responses`: problems with these statuses."""
+    """A route's `responses`: problems with these statuses."""
     schema = {"$ref": "#/components/schemas/Problem"}
     return {
         status: {"description": DESCRIPTIONS[status], "content": {PROBLEM: {"schema": schema}}} for status in sorted(statuses)

@@ -1,12 +1,12 @@
-"""uvicorn's HTTP protocol with an end to what comes before a request is one: an application never hears of a header line that
-has no end, or of headers that trickle in."""
+"""uvicorn's HTTP protocol with limits on the size and time of a request's head (request line and headers). The application
+cannot enforce them: uvicorn calls it only when the head is complete."""
 
 from asyncio import TimerHandle, Transport
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-MAX_HEAD_BYTES = 64 * 2**10  # the request line and all headers; those who send less get a problem from service.edge.limits
+MAX_HEAD_BYTES = 64 * 2**10  # request line and all headers; the lower limits of service.edge.limits answer with a problem
 HEAD_WITHIN_S = 20.0
 TOO_LARGE = b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
 

@@ -1,9 +1,9 @@
-"""How often a key may ask: a token bucket for each key, in Redis, where all API processes see it.
+"""Rate limits: a token bucket for each key, in Redis, shared by all API processes.
 
-While Redis is away, or slow, each process keeps buckets of its own: no request waits for Redis for more than a second, or is
-lost with it, and the worst that happens is that a key gets the rate once from each process.
+While Redis is away or slow, each process uses buckets of its own. No request fails because of Redis or waits for it longer
+than a second; at worst a key gets its rate once from each process.
 
-With the token comes the edition of the keys, which changes whenever one is revoked: see `service.edge.keyring`.
+Redis returns the token together with the edition of the keys, which changes with each revocation: see `service.edge.keyring`.
 """
 
 import asyncio
@@ -26,12 +26,12 @@ from service.settings import Settings
 
 log = logging.getLogger(__name__)
 
-TIMEOUT_S = 1.0  # for an answer, and all that comes before it; shorter, and a busy event loop would be taken for a dead Redis
+TIMEOUT_S = 1.0  # for a reply, waiting in line included; if shorter, a busy event loop would look like a dead Redis
 CONNECTIONS = 32  # of one API process
-ASK_AGAIN_S = 5.0  # after Redis did not answer
-MAX_LOCAL = 10_000  # buckets that a process keeps
+ASK_AGAIN_S = 5.0  # pause before the next try after Redis failed
+MAX_LOCAL = 10_000  # buckets in the memory of one process
 
-# Redis' own clock, so that those of the API's machines need not agree. A bucket that is full again is forgotten.
+# It uses the clock of Redis, so the clocks of the API's machines need not agree. A bucket expires when it is full again.
 TAKE = """
 local edition = redis.call('GET', KEYS[2])
 if ARGV[1] == '' then return {edition, 1, '0'} end
@@ -58,7 +58,7 @@ class Rate:
 
 @dataclass(frozen=True)
 class Turn:
-    """What one request got: whether it may go on, and how many tokens are left."""
+    """The result for one request: whether it is allowed, and how many tokens are left."""
 
     allowed: bool
     tokens: float
@@ -71,14 +71,14 @@ class Turn:
 
     @property
     def headers(self) -> dict[str, str]:
-        """As draft-ietf-httpapi-ratelimit-headers has them: q and r are requests, w and t seconds."""
+        """Headers of draft-ietf-httpapi-ratelimit-headers: q and r are in requests, w and t in seconds."""
         full_s = ceil(self.rate.burst / self.rate.requests_per_s)
         t = self.retry_after_s if not self.allowed else ceil((self.rate.burst - self.tokens) / self.rate.requests_per_s)
         return {"RateLimit-Policy": f'"key";q={self.rate.burst};w={full_s}', "RateLimit": f'"key";r={int(self.tokens)};t={t}'}
 
 
 class RateReply(NamedTuple):
-    """`turn`: None where the key has no limit. `edition`: of the keys; None where Redis did not say."""
+    """`turn` is None if the key has no limit. `edition`, that of the keys, is None if Redis did not return one."""
 
     turn: Turn | None
     edition: bytes | None
@@ -92,17 +92,17 @@ class Limiter:
         url = redis_py_url(settings.redis_url.get_secret_value())
         self._redis = redis.asyncio.Redis.from_url(url, retry=Retry(NoBackoff(), 0), max_connections=CONNECTIONS)
         self._take = self._redis.register_script(TAKE)
-        self._turns = asyncio.Semaphore(CONNECTIONS)  # in the order in which they come
+        self._turns = asyncio.Semaphore(CONNECTIONS)  # first come, first served
         self._clock = clock
         self._ask_again_at = 0.0
-        self._local: OrderedDict[str, tuple[float, float]] = OrderedDict()  # key id -> tokens, when
+        self._local: OrderedDict[str, tuple[float, float]] = OrderedDict()  # key id -> tokens, time of the count
 
     def rate(self, requests_per_s: float | None, burst: int | None) -> Rate | None:
-        """A key's own rate, else the operator's; None is no limit."""
+        """The key's own rate, or else the operator's default; None means no limit."""
         return self._default if requests_per_s is None or burst is None else Rate(requests_per_s, burst)
 
     async def take(self, key_id: str, rate: Rate | None) -> RateReply:
-        """One token, if there is one. Never raises."""
+        """Take one token, if there is one. Never raises."""
         arguments = ["", ""] if rate is None else [rate.requests_per_s, rate.burst]
         reply = await self._asked(lambda: self._take(keys=[f"ratchet:rate:{key_id}", KEYS_EDITION], args=arguments))
         if rate is None:
@@ -113,7 +113,7 @@ class Limiter:
         return RateReply(Turn(bool(allowed), float(tokens), rate), edition)
 
     async def edition(self) -> bytes | None:
-        """The edition of the keys, which begins here where there is none. Never raises; None while Redis is away."""
+        """The edition of the keys; created if there is none. Never raises; None while Redis is away."""
 
         async def ask() -> bytes | None:
             async with self._redis.pipeline(transaction=False) as pipe:
@@ -124,7 +124,7 @@ class Limiter:
         return await self._asked(ask)
 
     async def _asked(self, question: Callable[[], Any]) -> Any:
-        """Redis' answer; None where there is none."""
+        """The reply of Redis; None if there is none."""
         if not self._may_ask():
             return None
         try:
@@ -138,7 +138,7 @@ class Limiter:
         return answer
 
     def _may_ask(self) -> bool:
-        """After a failure one request in ASK_AGAIN_S tries, and the others do not wait for it."""
+        """After a failure one request every ASK_AGAIN_S tries Redis again; the others do not wait for it."""
         now = self._clock()
         if now < self._ask_again_at:
             return False
@@ -162,5 +162,5 @@ class Limiter:
 
 
 def default_burst(requests_per_s: float) -> int:
-    """Two seconds' worth."""
+    """The requests of two seconds, at least 1."""
     return max(1, ceil(2 * requests_per_s))

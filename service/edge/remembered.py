@@ -1,4 +1,4 @@
-"""The answer to a costly question, kept so long that asking takes a bounded part of the time."""
+"""A cache for one costly result. It keeps the result so long that computing takes a bounded part of the time."""
 
 from collections.abc import Callable
 from threading import Lock
@@ -11,7 +11,7 @@ TIMES_ITS_COST = 20.0
 
 
 class Remembered(Generic[T]):
-    """Keeps an answer for 20 times as long as it took to get: whoever asks how often, it costs a twentieth of one core."""
+    """Keeps a result for 20 times as long as it took to get: however often it is asked, it costs a twentieth of one core."""
 
     def __init__(self, clock: Callable[[], float] = monotonic) -> None:
         self._clock, self._lock = clock, Lock()
@@ -19,7 +19,7 @@ class Remembered(Generic[T]):
         self._until = 0.0
 
     def get(self, ask: Callable[[], T]) -> T:
-        """Of several threads one asks, and the others wait for it."""
+        """The cached result, or a new one of `ask`. One thread at a time calls `ask`; the others wait for it."""
         with self._lock:
             started = self._clock()
             if self._kept is None or started >= self._until:

@@ -1,5 +1,5 @@
-"""How much of this process a key may take: so many of its requests are worked on at once, some more wait in line, and what
-comes on top is told to come again. A request that only waits (for an event, a loss worker, a slow upload) takes no share."""
+"""Limits on how much of this process one key may use: a number of its requests run at once, more wait in line, and beyond
+that they are refused. A request that only waits (for an event, a loss worker, a slow upload) holds no share."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -13,7 +13,7 @@ IN_LINE = 256  # requests of a key that wait for a share
 
 @dataclass
 class _Line:
-    """Of one key: its free shares, taken in the order in which requests ask."""
+    """The line of one key. Its free shares are taken in the order in which requests ask."""
 
     free: asyncio.Semaphore
     requests: int = 0
@@ -21,7 +21,7 @@ class _Line:
 
 
 class Share:
-    """One request's part."""
+    """The share of one request."""
 
     def __init__(self, line: _Line) -> None:
         self._line, self._held = line, False
@@ -41,14 +41,14 @@ class Share:
 
     @asynccontextmanager
     async def resting(self) -> AsyncIterator[None]:
-        """Others of the key may work while this request waits; then it takes its place in line."""
+        """Release the share inside the block, so that other requests of the key can run; then wait in line for it again."""
         self.give_back()
         yield
         await self.take()
 
 
 class Shares:
-    """Of all keys in this process. For the event loop's thread only."""
+    """The shares of all keys in this process. For the event loop's thread only."""
 
     def __init__(self, at_once: int, in_line: int = IN_LINE) -> None:
         self._at_once, self._in_line = at_once, in_line
@@ -56,8 +56,8 @@ class Shares:
 
     @asynccontextmanager
     async def share(self, key_id: str, *, always: bool = False) -> AsyncIterator[Share]:
-        """Held until the block ends. Raises RateLimited where as many requests of the key wait as may, unless the line takes
-        this one `always`, for it is part of a request that was taken before."""
+        """Hold a share until the block ends. Raises RateLimited if the key's line is full. `always` skips that check: for
+        work that is part of a request which was admitted before."""
         line = self._lines.setdefault(key_id, _Line(asyncio.Semaphore(self._at_once)))
         if not always and line.free.locked() and line.waiting >= self._in_line:
             raise RateLimited(
@@ -80,7 +80,7 @@ class Shares:
 
 
 class Turns:
-    """Work that costs much: so much at once of one key, so much of all keys. Whoever waits for a turn holds no thread."""
+    """Limits costly work to `per_key` at once for each key and `in_all` for all keys. Waiting for a turn blocks no thread."""
 
     def __init__(self, *, per_key: int, in_all: int) -> None:
         self._of_key, self._of_all = Shares(per_key), asyncio.Semaphore(in_all)

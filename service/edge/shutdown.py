@@ -1,7 +1,7 @@
 """Ending streams and long polls when the server is told to stop.
 
-uvicorn waits for open answers before it ends the application's lifespan, so the lifespan's own end would be too late: a
-stream would hold the process until it is cut. uvicorn handles signals by plain handlers; this one stands before them.
+uvicorn waits for open answers before it ends the application's lifespan. Ending streams there would be too late: a stream
+would keep the process alive until it is cut. uvicorn uses plain signal handlers, and this handler runs before them.
 """
 
 import signal
@@ -16,7 +16,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 @contextmanager
 def on_stop_signal(do: Callable[[], object]) -> Iterator[None]:
-    """Call `do` in the signal handler, then whatever handled the signal before. Does nothing beside the main thread."""
+    """On a stop signal call `do`, then the previous handler. Does nothing outside the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -1,4 +1,4 @@
-"""Before the first request: no secret that everybody knows, and a first API key."""
+"""Before the first request: refuse well-known secrets, and create the first API key."""
 
 import logging
 
@@ -17,18 +17,18 @@ MIN_DIFFERENT = 12  # characters; 32 random ones of base64 never have fewer
 
 
 class BadSettings(RuntimeError):
-    """The service must not start like this."""
+    """The service must not start with these settings."""
 
 
 def check_secrets(settings: Settings) -> None:
-    """In production, refuse what stands in every tutorial, and a bootstrap key that could be guessed."""
+    """Raises BadSettings for a bootstrap key without its prefix; in production also for a weak one or a well-known secret."""
     _check_bootstrap_key(settings)
     if settings.environment != "production":
         return
     secrets = {f"RATCHET_GRADER_SECRETS[{name}]": secret.get_secret_value() for name, secret in settings.grader_secrets.items()}
     for name, url in (("RATCHET_DATABASE_URL", settings.sql_url), ("RATCHET_REDIS_URL", settings.redis_url.get_secret_value())):
         password = make_url(url).password if "://" in url else None
-        if password is not None:  # none at all is for sockets and closed networks: the operator's own decision
+        if password is not None:  # no password is allowed: for sockets and closed networks, as the operator decides
             secrets[f"the password in {name}"] = str(password)
     for name, secret in secrets.items():
         if secret.lower() in WELL_KNOWN_SECRETS:
@@ -51,14 +51,14 @@ def _check_bootstrap_key(settings: Settings) -> None:
 
 
 def ensure_bootstrap_key(store: Store, settings: Settings) -> None:
-    """Create the key that the settings name, unless it is there. One that was revoked stays so."""
+    """Create the bootstrap key unless it exists; a revoked one stays revoked. BadSettings if the database cannot be used."""
     try:
         with store.begin() as session:
             if settings.bootstrap_key is not None:
                 text = settings.bootstrap_key.get_secret_value()
                 keys.ensure(session, project=BOOTSTRAP_PROJECT, name="bootstrap", text=text)
             else:
-                keys.page(session, BOOTSTRAP_PROJECT)  # the tables are there
+                keys.page(session, BOOTSTRAP_PROJECT)  # raises if the tables are missing
     except IntegrityError:
         log.warning("the bootstrap key was revoked, or another process has just made it")
     except (OperationalError, ProgrammingError) as error:

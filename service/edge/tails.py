@@ -1,5 +1,5 @@
-"""Followers of one job share one look at its log: however many there are in this process, an event is read and put into
-bytes once. What they need beyond the newest events each of them reads for itself."""
+"""Followers of one job share one reader of its log: however many there are in this process, an event is read and encoded
+once. Older events than the newest ones kept here each follower reads for itself."""
 
 import asyncio
 from collections import Counter, deque
@@ -12,13 +12,13 @@ from starlette.concurrency import run_in_threadpool
 from service.doorbell import Signals, Watch
 from service.errors import NotFound
 
-POLL_S = 2.0  # how soon an event is seen whose signal was lost
-KEPT = 1000  # events of a job, for followers that are a little behind
+POLL_S = 2.0  # the delay of an event whose signal was lost
+KEPT = 1000  # newest events kept of a job, for followers that are slightly behind
 
 
 @dataclass(frozen=True)
 class TailLine:
-    """An event as it is sent."""
+    """An event, encoded for sending."""
 
     seq: int
     text: bytes
@@ -26,20 +26,20 @@ class TailLine:
 
 @dataclass(frozen=True)
 class Look:
-    """What one look at the log found."""
+    """The result of one read of the log."""
 
     lines: list[TailLine]
-    last: int  # number of the newest event that was looked for
+    last: int  # number of the newest event covered by this read
     has_more: bool
-    is_over: bool  # these are the last ones that will ever be
-    revoked: frozenset[str] = field(default_factory=frozenset)  # keys that were asked about and are no longer in force
+    is_over: bool  # there will be no further events
+    revoked: frozenset[str] = field(default_factory=frozenset)  # those of the given keys that are no longer valid
 
 
-Looking = Callable[[int | None, frozenset[str]], Look]  # behind this event (None: only where the log ends), for these keys
+Looking = Callable[[int | None, frozenset[str]], Look]  # arguments: event to read after (None: find the end), keys to check
 
 
 class Tail:
-    """The newest events of one job, while somebody follows it."""
+    """The newest events of one job, kept while it has followers."""
 
     def __init__(self, signals: Signals, job_id: str, look: Looking) -> None:
         self._signals, self._job_id, self._look = signals, job_id, look
@@ -49,11 +49,11 @@ class Tail:
         self.followers: Counter[str] = Counter()  # by the id of their key
         self.revoked: frozenset[str] = frozenset()
         self.last: int | None = None  # number of the newest event; None before the first look
-        self.ended = False  # nobody looks any more: the job has ended, or is gone, or the server stops
+        self.ended = False  # no more reads: the job has ended or is gone, reading failed, or the server stops
         self.error: Exception | None = None
 
     def start(self) -> None:
-        # The watch comes before the first look: nothing is missed between look and wait.
+        # The watch begins before the first read, so no signal is missed between reading and waiting.
         watching = ExitStack()
         bell = watching.enter_context(self._signals.watch(self._job_id))
         self._task = asyncio.create_task(self._run(bell), name=f"tail-{self._job_id}")
@@ -64,14 +64,14 @@ class Tail:
             self._task.cancel()
 
     def behind(self, seq: int) -> list[TailLine] | None:
-        """The events that follow number `seq`; None where one of them is not kept here."""
+        """The events after number `seq`; None if one of them is no longer kept here."""
         if self.last is None or seq >= self.last:
             return []
         count = self.last - seq  # they are numbered without gaps
         return [self._lines[i] for i in range(-count, 0)] if count <= len(self._lines) else None
 
     async def wait(self, timeout_s: float) -> bool:
-        """Until there is something new. False when the time is up."""
+        """Wait for news: True when there is some, False when the time is up."""
         with suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 return await self._changed.wait()
@@ -84,9 +84,9 @@ class Tail:
                 self._take(look)
                 if not look.has_more and not self.ended:
                     await bell.wait(POLL_S)
-        except NotFound:  # deleted meanwhile
+        except NotFound:  # the job was deleted
             self.end()
-        except Exception as error:  # the store is away: the streams break, and their clients come again
+        except Exception as error:  # the store is away: the streams break, and their clients reconnect
             self.error = error
             self.end()
 
@@ -109,7 +109,7 @@ class Tail:
 
 
 class Tails:
-    """Of all jobs that somebody follows in this process. For the event loop's thread only."""
+    """The tails of all jobs that are followed in this process. For the event loop's thread only."""
 
     def __init__(self, signals: Signals) -> None:
         self._signals = signals
@@ -117,7 +117,7 @@ class Tails:
 
     @contextmanager
     def follow(self, job_id: str, key_id: str, look: Looking) -> Iterator[Tail]:
-        """The job's tail, which stays as long as anybody follows it."""
+        """The job's tail, shared by its followers and kept as long as there is one."""
         tail = self._tails.get(job_id)
         if tail is None or tail.ended:
             tail = self._tails[job_id] = Tail(self._signals, job_id, look)
@@ -127,13 +127,13 @@ class Tails:
             yield tail
         finally:
             tail.followers[key_id] -= 1
-            tail.followers += Counter()  # drops what is zero
+            tail.followers += Counter()  # drops zero counts
             if not tail.followers:
                 if self._tails.get(job_id) is tail:
                     del self._tails[job_id]
                 tail.stop()
 
     def stop(self) -> None:
-        """The server stops: followers go."""
+        """End all tails: the server stops."""
         for tail in self._tails.values():
             tail.end()

@@ -1,7 +1,7 @@
 """Rows: where they come from, how they become prompts, and which rows a step takes.
 
 No dataset is loaded into memory: an uploaded file is read by the offsets of its lines, and a procedural source makes each row
-on demand. Every choice derives from (seed, epoch), so a resumed job sees the rows it would have seen.
+on demand. Every choice derives from (seed, epoch), so a resumed job takes the same rows as one that was not interrupted.
 """
 
 import json
@@ -22,7 +22,7 @@ from service.spec.templates import render
 
 Row = dict[str, Any]
 Messages = list[dict[str, Any]]
-# What a chat template may read of a message; ids, times and the like, which data sets have beside them, it does not.
+# The keys of a message that a chat template may read. Other keys in data sets (ids, times and so on) are left out.
 MESSAGE_KEYS = frozenset(
     {"role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content", "reasoning", "thinking"}
 )
@@ -158,7 +158,7 @@ class Data:
         return cls(train, held_out, spec.prompt, spec.chat, spec.answer, *rest)
 
     def prompt(self, row: Row) -> Prompt:
-        """The text of the prompt, or its chat messages: those of a chat column without the answer that they may end with.
+        """The text of the prompt, or its chat messages. A chat column's final answer, if it has one, is left out.
         Raises KeyError for an absent column."""
         if self.prompt_template is not None:
             return render(self.prompt_template, row)
@@ -168,7 +168,7 @@ class Data:
         return [{"role": message.role, "content": render(message.content, row)} for message in self.chat or []]
 
     def answer(self, row: Row) -> str | None:
-        """The right answer as text, where the spec or the end of the chat says what it is."""
+        """The right answer as text, from the spec or the end of the chat; None if neither gives one."""
         if self.answer_template is not None:
             return render(self.answer_template, row)
         if not isinstance(self.chat, str) or (last := self._messages(row)[-1])["role"] != "assistant":
@@ -177,11 +177,11 @@ class Data:
 
     @property
     def begins_the_answer(self) -> bool:
-        """Whether the prompt is a chat whose last message, in the spec, is the beginning of the assistant's answer."""
+        """Whether the prompt is a chat in the spec whose last message is the beginning of the assistant's answer."""
         return isinstance(self.chat, list) and self.chat[-1].role == "assistant"
 
     def learnt_turns(self, row: Row) -> list[Messages]:
-        """Of a chat: for each assistant's turn that is to be learnt, the messages up to it, in order."""
+        """For a chat: the messages up to and including each assistant's turn that is to be learnt, in order."""
         if self.answer_template is not None:
             prompt = self.prompt(row)
             assert not isinstance(prompt, str)
@@ -191,13 +191,13 @@ class Data:
         return [messages[:end] for end in (ends if self.learn == "all" else ends[-1:])]
 
     def template_options(self, row: Row) -> dict[str, Any]:
-        """What the chat template gets beside the messages."""
+        """What the chat template gets in addition to the messages."""
         tools = row.get(self.tools) if isinstance(self.tools, str) else self.tools
         return {**({"tools": tools} if tools else {}), **self.chat_template_kwargs}
 
     def _messages(self, row: Row) -> Messages:
-        """The chat column, with the keys that templates know and that hold something; contents in parts, as OpenAI writes
-        them, as one text."""
+        """The chat column, with only the keys of MESSAGE_KEYS that are not null. Content in parts, OpenAI's form, becomes one
+        text."""
         assert isinstance(self.chat, str)
         return [
             {
@@ -250,7 +250,7 @@ def split(rows: DataRows, held_out: int, seed: int) -> tuple[DataRows, DataRows]
 
 
 def prompt_indices(n: int, step: int, count: int, seed: int, shuffle: bool) -> list[int]:
-    """Which of `n` rows step `step` (from 1) takes: the next `count` rows of an endless sequence of epochs.
+    """The indices of the rows, out of `n`, that step `step` (from 1) takes: the next `count` of an endless sequence of epochs.
 
     Each epoch visits every row once, in an order drawn from (seed, epoch), or in file order without `shuffle`.
     """

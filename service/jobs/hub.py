@@ -1,4 +1,4 @@
-"""Whether a model of the Hugging Face hub can be had from this machine: from its cache, or by one question to the hub."""
+"""Whether this machine can get a model of the Hugging Face hub: looks into the local cache, then asks the hub once."""
 
 import os
 from pathlib import Path
@@ -12,10 +12,10 @@ YES = ("1", "ON", "YES", "TRUE")
 
 
 def why_not(hub_id: str, revision: str | None = None, *, within_s: float) -> str | None:
-    """Why the model cannot be had, or None. Variables of huggingface_hub (HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE ...) count.
+    """Why the model cannot be fetched, or None. Obeys huggingface_hub's variables (HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE ...).
 
-    Asks once, for at most `within_s` seconds, and sends no token: what the hub shows to the owner of one passes, where one
-    is set here, for whoever loads the model to find out.
+    Asks once, for at most `within_s` seconds, and sends no token. If the hub asks for a token and this machine has one, returns
+    None: only loading the model shows whether that token is enough.
     """
     if any(_cache().glob(f"models--{hub_id.replace('/', '--')}/snapshots/*/config.json")):
         return None
@@ -24,7 +24,7 @@ def why_not(hub_id: str, revision: str | None = None, *, within_s: float) -> str
     endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
     url = f"{endpoint.rstrip('/')}/{hub_id}/resolve/{quote(revision or 'main', safe='')}/config.json"
     answers: Queue[int | str] = Queue()
-    # In a thread of its own, for no time limit holds while a name is looked up.
+    # In a separate thread, because no time limit applies during the DNS lookup.
     Thread(target=lambda: answers.put(_ask(url, within_s)), daemon=True).start()
     try:
         answer = answers.get(timeout=within_s)

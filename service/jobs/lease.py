@@ -1,8 +1,8 @@
-"""What a worker says to the store. Each write holds only while the lease does: a zombie changes nothing and gets LeaseLost.
+"""A worker's writes to the store. Each one checks the lease: a worker that has lost it changes nothing and gets LeaseLost.
 
-A lease is (job, attempt, owner). The attempt is the fencing number: it grows by one with each claim, in the statement that
-makes the job running, so no two workers ever hold the same one. Moments are told by the database's clock, and durations by
-the workers' monotonic ones: the clocks of the machines may be wrong, and may be set while work is done.
+A lease is (job, attempt, owner). The attempt is the fencing token: the statement that sets the job running also increases it
+by one, so no two workers ever hold the same attempt. Times are read from the database's clock, and durations from the workers'
+monotonic clocks, because a machine's wall clock may be wrong or be set during the work.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -41,7 +41,7 @@ class Lease:
 
 @contextmanager
 def _holding(store: Store, lease: Lease) -> Iterator[tuple[Session, Job]]:
-    """A transaction in which the job is locked and ours. Raises LeaseLost when it is not."""
+    """A transaction in which the job is locked. Raises LeaseLost if the lease no longer holds the job."""
     with store.begin() as session:
         job = jobs.find(session, lease.job_id, lock=True, light=True)
         # A job that is no longer held has no owner; one that was claimed again has a higher attempt.
@@ -59,7 +59,7 @@ def _lost(lease: Lease, job: Job | None) -> LeaseLost:
 
 
 def claim(store: Store, settings: Settings, owner: str, classes: Collection[str]) -> tuple[Lease, Job] | None:
-    """Take the next queued job of these resource classes; None when there is none, or this worker is draining."""
+    """Take the next queued job of these resource classes; None if there is none, or if this worker is draining."""
     with store.begin() as session:
         if workers.is_draining(session, owner):
             return None
@@ -73,14 +73,14 @@ def claim(store: Store, settings: Settings, owner: str, classes: Collection[str]
 
 
 def _rest(session: Session, job: Job, now: datetime) -> None:
-    """A queued job that may not spend anything pauses, unless it was changed meanwhile."""
+    """Pause a queued job whose budget is spent, unless it has left the queue meanwhile."""
     current = jobs.find(session, job.id, lock=True, light=True)
     if current is not None and current.status == Status.QUEUED:
         moves.move(session, current, Status.PAUSED, "budget_spent", now)
 
 
 def _take(session: Session, job: Job, owner: str, now: datetime, settings: Settings) -> bool:
-    """The compare-and-swap: False when another was quicker."""
+    """Claim the job by compare-and-swap. False if it was changed first, for example claimed by another worker."""
     unchanged = (Job.id == job.id, Job.status == Status.QUEUED.value, Job.attempt == job.attempt)
     attempt = job.attempt + 1
     columns = {
@@ -105,10 +105,10 @@ def _take(session: Session, job: Job, owner: str, now: datetime, settings: Setti
 def renew_all(
     store: Store, settings: Settings, held: Collection[Lease] | Mapping[Lease, float]
 ) -> dict[Lease, Wish | LeaseLost | None]:
-    """Hold all these jobs for another lease_ttl_s, in one statement. A lease that is lost does not harm the others.
+    """Hold all these jobs for another lease_ttl_s, in one statement. A lost lease does not affect the others.
 
-    With the seconds that each has run so far, the jobs' claims are put so long before now, whatever the clock did meanwhile.
-    Answers what each job's owner wishes (cancel before pause), or that its worker drains; LeaseLost for what is no longer ours.
+    If `held` gives the seconds that each job has run, its `claimed_at` becomes now minus these, even if the clock was set.
+    Returns for each lease the wish of the job's owner (cancel before pause) or of its draining worker, or LeaseLost.
     """
     ran_s = held if isinstance(held, Mapping) else {}
     with store.begin() as session:
@@ -141,9 +141,9 @@ def set_phase(store: Store, lease: Lease, phase: Phase) -> None:
 
 
 def rewind(store: Store, lease: Lease, step: int, *, anew: bool = False) -> None:
-    """An attempt starts at `step`: what an earlier one wrote beyond it is taken back, and written anew when it gets there.
+    """Start an attempt at `step`: delete what earlier attempts wrote for later steps, which this attempt will write again.
 
-    `anew`: at the very beginning, without a checkpoint; what was evaluated before the first step is taken back, too.
+    `anew`: the attempt starts without a checkpoint, so the evaluation before the first step is deleted, too.
     """
     kept = -1 if anew else step
     with _holding(store, lease) as (session, job):
@@ -154,7 +154,7 @@ def rewind(store: Store, lease: Lease, step: int, *, anew: bool = False) -> None
 
 
 def set_resolved(store: Store, lease: Lease, facts: dict[str, Any]) -> None:
-    """What the worker found out: device, dtype, revision, parameters, versions. Later facts are added to earlier ones."""
+    """Store what the worker found out: device, dtype, revision, parameters, versions. Later facts are added to earlier ones."""
     with _holding(store, lease) as (session, job):
         job.resolved = {**job.resolved, **facts}
         session.flush()
@@ -175,16 +175,16 @@ def commit_step(
     spent: Spent = NOTHING,
     again: bool = False,
 ) -> bool:
-    """All that a step leaves behind, in one transaction. Doing it again, by this attempt or a later one, overwrites it.
+    """Write all results of a step, in one transaction. If this attempt or a later one repeats the step, it overwrites them.
 
-    True when a budget is spent with it: the job shall rest.
-    `again`: the answer to the last try was lost. When that try was taken nothing is done, so that nothing is told or counted
-    twice.
+    Returns True if a budget is now spent: the job must then pause.
+    `again`: the answer to the last try was lost. If that try was committed, nothing is written, so that no event is sent and
+    no usage is counted twice.
     """
     with _holding(store, lease) as (session, job):
         if again and metrics.written(session, job.id, step, attempt=lease.attempt):
             return usage.is_spent(session, job)
-        now, steps = clock.now(session), max(0, step - job.step)  # no step: an evaluation of where it stands
+        now, steps = clock.now(session), max(0, step - job.step)  # 0 for an evaluation at the current step
         job.step = step
         session.flush()
         metrics.write(session, job.id, step, metrics_, attempt=lease.attempt, now=now)
@@ -197,19 +197,19 @@ def commit_step(
 
 
 def finite(values: Mapping[str, float | None]) -> dict[str, float | None]:
-    """JSON has no NaN and no infinity: null stands for them, here as in the metrics."""
+    """The values with None for NaN and infinity, which JSON does not have. The metrics store null for them, too."""
     return {name: value if value is not None and isfinite(value) else None for name, value in values.items()}
 
 
 def commit_checkpoint(store: Store, lease: Lease, row: CheckpointRow, *, spent: Spent = NOTHING) -> None:
-    """Point the job at a checkpoint whose folder is in the blob store: from here on a resume starts there. Once is enough."""
+    """Point the job at a checkpoint whose folder is in the blob store: a resume now starts there. A repeat does nothing."""
     with _holding(store, lease) as (session, job):
         if job.checkpoint_id == row.id:
             return
         now = clock.now(session)
         checkpoints.create(session, row, project=job.project, job_id=job.id, attempt=lease.attempt, now=now)
         job.checkpoint_id = row.id
-        job.crashes = job.retries = 0  # a job of days may meet any number of faults, as long as it goes on between them
+        job.crashes = job.retries = 0  # a long job may have any number of faults, as long as it progresses between them
         session.flush()
         usage.add(session, job, spent, now)
         usage.save(session, job)
@@ -217,10 +217,10 @@ def commit_checkpoint(store: Store, lease: Lease, row: CheckpointRow, *, spent: 
 
 
 def retain(store: Store, lease: Lease, keep: CheckpointsSpec, best: Sequence[KeepBest] = ()) -> list[str]:
-    """Mark as deleted what keep_last, keep_best and the further rules of `best` let go. Returns the blob paths, for the caller
-    to remove.
+    """Mark as deleted the checkpoints that keep_last, keep_best and the rules in `best` do not keep. Returns their blob paths,
+    which the caller must remove.
 
-    Never one that is pinned, that the job resumes from, or that a live job starts from.
+    A checkpoint stays if it is pinned, or if a job that has not ended resumes from it or starts from it.
     """
     with _holding(store, lease) as (session, job):
         there = checkpoints.of_job(session, job.id)
@@ -231,7 +231,7 @@ def retain(store: Store, lease: Lease, keep: CheckpointsSpec, best: Sequence[Kee
 
 
 def best_of(there: list[Checkpoint], rule: KeepBest) -> list[Checkpoint]:
-    """The best `count` of those that were evaluated where they were saved, the best first; of equals the furthest."""
+    """The best `rule.count` of the checkpoints that were evaluated when saved, the best first; of equals the later step."""
     measured = [row for row in there if isinstance(row.metrics.get(rule.metric), int | float)]
     measured.sort(key=lambda row: row.metrics[rule.metric], reverse=rule.mode == "max")
     return measured[: rule.count]
@@ -241,27 +241,27 @@ def best_of(there: list[Checkpoint], rule: KeepBest) -> list[Checkpoint]:
 
 
 def _end(store: Store, lease: Lease, spent: Spent, do: Callable[[Session, Job, datetime], Status]) -> Status:
-    """`spent`: what the attempt did since its last commit, for the ledger."""
+    """`spent`: what the attempt spent since its last commit, for the ledger."""
     with _holding(store, lease) as (session, job):
         now = clock.now(session)
-        if spent.ran_s is not None:  # by a clock that nobody sets
+        if spent.ran_s is not None:  # measured by a monotonic clock
             job.claimed_at, job.lease_until = now - timedelta(seconds=spent.ran_s), now
         usage.add(session, job, spent, now)
         return do(session, job, now)
 
 
 def pause(store: Store, lease: Lease, reason: str = "paused", *, spent: Spent = NOTHING) -> Status:
-    """The wish to pause was obeyed; or the job has to rest for another reason."""
+    """The job pauses, because its owner wished it or for another reason."""
     return _end(store, lease, spent, lambda session, job, now: moves.end(session, job, Status.PAUSED, reason, now))
 
 
 def cancelled(store: Store, lease: Lease, *, spent: Spent = NOTHING) -> Status:
-    """The wish to cancel was obeyed."""
+    """The job is cancelled, as its owner wished."""
     return _end(store, lease, spent, lambda session, job, now: moves.end(session, job, Status.CANCELLED, "cancelled", now))
 
 
 def succeed(store: Store, lease: Lease, result: dict[str, Any], reason: str, *, spent: Spent = NOTHING) -> Status:
-    """The job did what was asked. A cancel that came first is obeyed, and the result kept all the same."""
+    """The job has succeeded. If a cancel came first, the job is cancelled but its result is kept."""
 
     def do(session: Session, job: Job, now: datetime) -> Status:
         values = {"result": _with_best(session, job, result), "error": None}
@@ -283,7 +283,7 @@ def fail(
 
 
 def _with_best(session: Session, job: Job, result: dict[str, Any]) -> dict[str, Any]:
-    """The result, with the best evaluation by the job's rule, and the checkpoint that holds the weights of then, if any."""
+    """The result, with the best evaluation by the job's rule, and the checkpoint of that step, if there is one."""
     stop, keep = job.spec.get("early_stopping"), job.spec.get("checkpoints", {}).get("keep_best")
     if stop is None and keep is None:
         return result
@@ -297,7 +297,7 @@ def _with_best(session: Session, job: Job, result: dict[str, Any]) -> dict[str, 
 
 
 def park(store: Store, lease: Lease, failure: Failure, *, spent: Spent = NOTHING) -> Status:
-    """The job pauses, for something must be mended before it can go on; a resume goes on from its last checkpoint."""
+    """Pause the job because something must be fixed before it can continue. A resume starts from its last checkpoint."""
 
     def do(session: Session, job: Job, now: datetime) -> Status:
         error = moves.tell(session, job, failure, now)
@@ -316,9 +316,9 @@ def release(
     counts_as_crash: bool = False,
     spent: Spent = NOTHING,
 ) -> Status:
-    """Give the job back: drained, or ended by a retryable failure. Returns where it went.
+    """Give the job back after a drain or a retryable failure. Returns its new status.
 
-    That is the queue, unless its owner wished otherwise, or the failure was its last allowed one: then it fails with it.
+    The job goes back to the queue, unless its owner wished otherwise. It fails if it has no retries left.
     """
 
     def do(session: Session, job: Job, now: datetime) -> Status:
@@ -336,7 +336,7 @@ def release(
 
 
 def worker_lost(store: Store, doorbell: Doorbell, owner: str) -> list[str]:
-    """The parent's word that its child died: what it held is settled at once, as the reconciler would. Returns the job ids."""
+    """For the parent of a dead child: settle the child's jobs at once, as the reconciler would. Returns their ids."""
     with store.begin(readonly=True) as session:
         held = jobs.held(session, owner=owner)
     settled: list[Job] = []
@@ -354,13 +354,13 @@ def worker_lost(store: Store, doorbell: Doorbell, owner: str) -> list[str]:
 
 
 def disobeyed(store: Store, owner: str, now: datetime) -> list[str]:
-    """Jobs of this worker whose time to pause or cancel is up: its parent ends the training process, then settles them."""
+    """Jobs that this worker did not pause or cancel in time. Its parent ends the training process, then settles them."""
     with store.begin(readonly=True) as session:
         return jobs.disobeyed(session, now, owner=owner)
 
 
 def unresponsive(store: Store, doorbell: Doorbell, job_id: str, now: datetime) -> Status | None:
-    """The training process was ended because it did not obey; None when it had let go of the job meanwhile."""
+    """Settle a job whose training process was ended because it did not obey. None if it had released the job meanwhile."""
     with store.begin() as session:
         job = jobs.find(session, job_id, lock=True, light=True)
         went_to = None if job is None else moves.unresponsive(session, job, now)
@@ -378,26 +378,26 @@ def holds_nothing(store: Store, owner: str) -> bool:
 
 
 def hello(store: Store, worker: Worker) -> None:
-    """`last_seen_at` is put here."""
+    """Record that a worker has started. Sets its `last_seen_at`."""
     with store.begin() as session:
         worker.last_seen_at = clock.now(session)
         workers.hello(session, worker)
 
 
 def seen(store: Store, worker: Worker) -> None:
-    """`last_seen_at` is put here."""
+    """Record a sign of life. Sets the worker's `last_seen_at`."""
     with store.begin() as session:
         worker.last_seen_at = clock.now(session)
         workers.seen(session, worker)
 
 
 def draining(store: Store, worker_id: str) -> None:
-    """This worker takes no further job; the next renewal of the one that it holds says so."""
+    """Mark this worker as draining: it takes no further job, and the next renewal of its current one returns DRAIN."""
     with store.begin() as session:
         workers.set_draining(session, worker_id)
 
 
 def goodbye(store: Store, worker_id: str) -> None:
-    """This worker has ended in good order."""
+    """Record that this worker has ended in an orderly way."""
     with store.begin() as session:
         workers.goodbye(session, worker_id)

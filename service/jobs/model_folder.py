@@ -1,4 +1,4 @@
-"""A folder with a transformers model, judged by its JSON before anything in it is loaded: no torch, and no weights read."""
+"""Checks a transformers model's folder by its JSON files before anything in it is loaded, without torch or reading weights."""
 
 import json
 import os
@@ -18,15 +18,15 @@ CONVERT = "which could run any code when it is read; convert the weights to safe
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The folder's config.json. Raises ValueError with the reason why there is none to be had."""
+    """The folder's config.json. Raises ValueError with the reason if it cannot be read."""
     return _read_object(folder / "config.json", "it is no transformers model")
 
 
 def pickled_weights(folder: Path, config: dict[str, Any]) -> str | None:
-    """Why the folder's weights are not loaded, None if they may be: they are pickles, or lie outside of the folder.
+    """Why the folder's weights must not be loaded (they are pickles, or lie outside of the folder); None if they may be.
 
-    It goes by what the loader opens: the file that the config or the index names, whatever lies beside it. Only names are
-    looked at, so a link that the operator put there is followed. Raises ValueError where the index cannot be read.
+    Only the files that the loader would open are checked: those that the config or the index names. Only names are checked, so
+    a link that the operator put there is followed. Raises ValueError if the index cannot be read.
     """
     named = config.get(NAMED)
     if named is not None and (reason := _refused(named, f"config.json ({NAMED})", (SAFE, INDEX_SUFFIX))):
@@ -45,10 +45,10 @@ def pickled_weights(folder: Path, config: dict[str, Any]) -> str | None:
 
 
 def context_of(config: dict[str, Any]) -> int | None:
-    """The longest sequence in tokens, prompt and answer together; None where the config names none.
+    """The longest sequence in tokens, prompt and answer together; None if the config gives none.
 
-    Where the rotary factors depend on the longest row of a batch (LongRoPE, dynamic NTK), it is the length up to which they do
-    not: beyond it what is computed of a row would change with what stands beside it.
+    With LongRoPE and dynamic NTK the rotary factors change once the longest row of a batch exceeds the original length. That
+    length is then the limit, because beyond it a row's results would depend on the other rows of its batch.
     """
     named = (config.get(name) for name in CONTEXT_NAMES)
     lengths = [next((length for length in named if _is_length(length)), None), *_lengths_of_fixed_factors(config)]
@@ -72,7 +72,7 @@ def _is_length(value: Any) -> TypeGuard[int]:
 
 
 def _refused(file: Any, by: str, suffixes: str | tuple[str, ...]) -> str | None:
-    """Why a file that is named as weights is not opened. An index names no index, which the loader would read as a pickle."""
+    """Why a file named as weights must not be opened. An index must not name an index: the loader would read it as a pickle."""
     if not isinstance(file, str) or not file.endswith(suffixes):
         return f"{by} names {quoted(shown(file))}, and what is no {SAFE} file is read as a pickle, {CONVERT}"
     if os.path.isabs(file) or os.path.normpath(file).split(os.sep)[0] == os.pardir:

@@ -1,4 +1,4 @@
-"""Checks every row against the templates that it fills, and for the tiny model also against its characters and context."""
+"""Checks that every row fills the spec's templates, and that the tiny model can read its characters within its context."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -15,11 +15,11 @@ from service.validation import did_you_mean
 
 MAX_SHOWN = 20  # columns in a message
 ROLES = ("system", "developer", "user", "assistant", "tool")
-TEXTS = ("/data/prompt", "/data/answer", "/data/chat/")  # pointers of templates that the model reads
+TEXTS = ("/data/prompt", "/data/answer", "/data/chat/")  # pointers to the templates whose text the model reads
 
 
 def check_rows(spec: RLSpec | SupervisedSpec, data: Data, uploaded: dict[str, Dataset]) -> list[FieldError]:
-    """All errors in the rows, each once, with the number of the first row it applies to."""
+    """All errors in the rows, each once, with the number of the first row that has it."""
     errors: dict[tuple[str, str], FieldError] = {}
     templates = templates_of(spec)
     for part, rows in (("train", data.train), ("eval", data.eval)):
@@ -42,7 +42,7 @@ def check_rows(spec: RLSpec | SupervisedSpec, data: Data, uploaded: dict[str, Da
 
 
 def templates_of(spec: RLSpec | SupervisedSpec) -> dict[str, list[str]]:
-    """From JSON pointer to the columns named there."""
+    """The columns that each template names, by the template's JSON pointer."""
     data = spec.data
     templates = {"/data/prompt": data.prompt, "/data/answer": data.answer}
     if isinstance(data.chat, list):
@@ -109,7 +109,7 @@ def _absent(pointer: str, column: str, gap: _Gap, part: str, columns: list[str],
 def _lists_in_texts(
     templates: dict[str, list[str]], source: Any, rows: DataRows, part: str, uploaded: dict[str, Dataset]
 ) -> Iterator[FieldError]:
-    """The first row, for each template of a text, in which a column holds a list: the model would read its JSON."""
+    """For each column in a text template, the first row where it holds a list: the model would read its JSON."""
     dataset = uploaded.get(source.id) if isinstance(source, DatasetSource) else None
     for pointer, columns in templates.items():
         for column in dict.fromkeys(columns) if pointer.startswith(TEXTS) else ():
@@ -126,7 +126,7 @@ def _lists_in_texts(
 
 
 def _bad_chats(spec: RLSpec | SupervisedSpec, rows: DataRows, part: str) -> Iterator[FieldError]:
-    """The first row whose chat column is no list of messages that fits the job, and the first whose tools are no tools."""
+    """The first row whose chat column is not a list of messages that fits the job, and the first whose tools are invalid."""
     data = spec.data
     if isinstance(column := data.chat, str):
         learns = isinstance(spec, SupervisedSpec)
@@ -145,7 +145,7 @@ def _bad_chats(spec: RLSpec | SupervisedSpec, rows: DataRows, part: str) -> Iter
 
 
 def _unknown_tools(column: Any, data: Data) -> Iterator[FieldError]:
-    """A column of tools that every row lacks. Some rows may lack it: they have no tools."""
+    """An error if every row lacks the column of tools. If only some lack it, those rows have no tools."""
     parts = [data.train] if data.eval is None else [data.train, data.eval]
     if isinstance(column, str) and not any(column in row for rows in parts for row in rows):
         columns = sorted({name for rows in parts for row in rows for name in row})
@@ -153,7 +153,7 @@ def _unknown_tools(column: Any, data: Data) -> Iterator[FieldError]:
 
 
 def _what_is_no_chat(value: Any) -> str | None:
-    """What is wrong with a list of messages in OpenAI's form; None: nothing."""
+    """Why the value is not a list of messages in OpenAI's form; None if it is one."""
     if not isinstance(value, list) or not value:
         return f'is no chat; it must be a list of {{"role": {" | ".join(ROLES)}, "content": text}}, and not empty'
     for number, message in enumerate(value):
@@ -172,7 +172,7 @@ def _what_is_no_chat(value: Any) -> str | None:
 
 
 def _what_does_not_fit(spec: RLSpec | SupervisedSpec, messages: list[dict[str, Any]], learns: bool) -> str | None:
-    """Why this job cannot use the chat; None: it can."""
+    """Why this job cannot use the chat; None if it can."""
     ends = messages[-1]["role"] == "assistant"
     if learns and spec.data.answer is not None and ends:
         return "ends with an assistant's turn, and data.answer is given too: leave out data.answer to learn that turn"
@@ -192,12 +192,12 @@ def _what_does_not_fit(spec: RLSpec | SupervisedSpec, messages: list[dict[str, A
 
 @dataclass
 class _Room:
-    """How many tokens fit, and which limit says so."""
+    """How many tokens fit, and which limits set this."""
 
     prompt: int
     sequence: int
     why: str
-    answers: bool = field(default=False)  # whether answers are read too
+    answers: bool = field(default=False)  # whether the rows' answers are read too
 
 
 def _unreadable(spec: RLSpec | SupervisedSpec, data: Data, rows: DataRows, part: str) -> Iterator[FieldError]:
@@ -238,7 +238,7 @@ def _row_errors(data: Data, row: Row, number: int, part: str, room: _Room) -> It
         if strange := strange_characters(text):
             detail = f"the {name} {where} holds {strange[0]!r}; the tiny model can read {TINY_CHARACTERS!r}"
             yield FieldError(f"/data/{name}", detail, "unknown_character", strange[0])
-    if not prompt or 0 < room.prompt < len(prompt):  # no room at all is reported as the context's error
+    if not prompt or 0 < room.prompt < len(prompt):  # if no room is left at all, that is reported as an error of the context
         detail = f"the prompt {where} has {len(prompt)} tokens; allowed are 1 to {room.prompt} ({room.why})"
         yield FieldError("/data/prompt", detail, "prompt_too_long" if prompt else "prompt_empty", len(prompt), room.prompt)
     elif answer is not None and len(prompt) + len(answer) + 1 > room.sequence:

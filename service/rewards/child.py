@@ -14,7 +14,7 @@ from typing import Any
 
 from service.rewards.scorers import SCORERS
 
-# Events of Python's audit hooks. No scorer needs them; text that tricks a scorer into evaluating it shall not have them.
+# Events of Python's audit hooks. No scorer needs them; an answer that gets a scorer to evaluate it must not use them.
 FORBIDDEN = ("subprocess.", "socket.", "ctypes.", "shutil.", "pty.", "urllib.", "os.")
 HARMLESS = ("os.listdir", "os.scandir", "os.walk", "os.fwalk", "os.listxattr", "os.getxattr", "os.add_dll_directory")
 

@@ -1,7 +1,7 @@
-"""What a job's first rows look like and what their own reference answers would get, before anything is queued.
+"""A job's first rows as prompts, and the rewards of their reference answers, shown before anything is queued.
 
-`run_preview` starts `python -m service.rewards.preview` under a time limit, because rows of a procedural source and graders
-run code that the API process must not depend on.
+`run_preview` starts `python -m service.rewards.preview` under a time limit, because procedural sources and graders run code
+that could block the API process.
 """
 
 import json
@@ -26,8 +26,8 @@ from service.validation import parse
 
 @dataclass(frozen=True)
 class Preview:
-    """`samples` have prompt, reference, graded, errors and probes each; `warnings` tell why there are none, and what graders
-    pay that they should not."""
+    """Each of `samples` has prompt, reference, graded, errors and probes. `warnings` say why there are no samples, or which
+    rewards graders give that they should not."""
 
     samples: list[dict[str, Any]]
     warnings: list[str]
@@ -42,7 +42,7 @@ def run_preview(
     rows: int = 4,
     timeout_s: float = 30.0,
 ) -> Preview:
-    """`preview` of a resolved spec in a process of its own, ended after `timeout_s`. Never raises for what the job does."""
+    """`preview` of a resolved spec in a separate process, ended after `timeout_s`. Faults of the job become warnings."""
     named = {grader.get("secret") for grader in (spec.get("reward") or {}).get("graders", [])}
     request = {
         "spec": spec,
@@ -74,7 +74,7 @@ def preview(
     rows: int,
     networks: Networks = (),
 ) -> Preview:
-    """The first rows as prompts, with the reference answer graded as if the model had given it, and near and wrong ones."""
+    """The first rows as prompts. Their reference, near and wrong answers are graded as if the model had given them."""
     data = open_data(spec.data, spec.seed, dataset_paths.__getitem__)
     first = data.train[:rows]
     samples: list[dict[str, Any]] = [
@@ -91,7 +91,7 @@ def preview(
 
 
 def reference_of(spec: RLSpec | SupervisedSpec, data: Data, row: Row) -> str | None:
-    """The right answer: data.answer, else what the first grader that has one takes for right, else the end of the chat."""
+    """The right answer: data.answer, else the expected answer of the first grader that has one, else the end of the chat."""
     if data.answer_template is not None:
         return data.answer(row)
     expected = [expected_of(grader, row) for grader in (spec.reward.graders if spec.reward else [])]

@@ -1,4 +1,4 @@
-"""A child process for graders whose work has no bound: a model's formula in sympy, a scorer that evaluates an answer.
+"""A child process for graders that may run without end: sympy on a model's formula, or a scorer that evaluates an answer.
 
 The child has no secrets in its environment and little memory. An alarm ends it if one answer takes too long, even inside C
 code. It also ends when this process does, however that happens.
@@ -24,7 +24,7 @@ GRACE_S = 5.0  # after the time of the child's own alarm
 
 
 class Sandbox:
-    """One child, started at the first request, and again after it had to be ended. See service.rewards.child."""
+    """One child, started at the first request, and restarted at the next one after it has ended. See service.rewards.child."""
 
     def __init__(
         self,
@@ -35,8 +35,8 @@ class Sandbox:
         within_s: float | None = None,
         memory_bytes: int = MEMORY_BYTES,
     ) -> None:
-        """`within_s`: for one answer, ANSWER_WITHIN_S unless it is given. `memory_bytes`: of the child's address space, for all
-        that it is ever asked."""
+        """`within_s`: the time for one answer, by default ANSWER_WITHIN_S. `memory_bytes`: the limit of the child's address
+        space during its whole life."""
         self._kind, self._options, self._pointer = kind, options, pointer
         self._within_s, self._memory_bytes = within_s or ANSWER_WITHIN_S, memory_bytes
         self._child: subprocess.Popen[bytes] | None = None
@@ -56,7 +56,7 @@ class Sandbox:
 
     def _ask(self, request: tuple[Any, ...]) -> Outcome:
         code = None
-        for _ in range(2):  # a child that somebody else ended deserves a second try
+        for _ in range(2):  # a second try, because the child may have been ended from outside
             answer = self._exchange(request, self._within_s + GRACE_S)
             if answer is not None:
                 return NotGraded(answer["error"]) if "error" in answer else float(answer["score"])

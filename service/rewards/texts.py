@@ -1,5 +1,5 @@
-"""Whether the patterns and JSON Schemas of a spec are some: asked in the sandbox, whose memory is given back and whose time is
-bounded. Nothing of them is compiled in the process that asks."""
+"""Checks whether the patterns and JSON Schemas of a spec are valid. The check runs in the sandbox, which bounds its time and
+frees its memory; the calling process compiles none of them."""
 
 from collections.abc import Iterator
 from time import monotonic
@@ -11,12 +11,12 @@ from service.rewards.sandbox import Sandbox
 from service.spec.reward import JsonSchemaGrader, RewardSpec
 from service.validation import shown
 
-WITHIN_S = 5.0  # for one of them, and twice as long for all
-MEMORY_BYTES = 2**30  # for all of them
+WITHIN_S = 5.0  # for one pattern or schema; all of a spec together have twice as long
+MEMORY_BYTES = 2**30  # for all of a spec together
 
 
 def wrong_texts(reward: RewardSpec | None) -> list[FieldError]:
-    """One FieldError for each that is none, or takes more than the sandbox has. Raises Unavailable where it does not start."""
+    """One FieldError for each that is invalid or exceeds the sandbox's limits. Raises Unavailable if it cannot start."""
     asked = [] if reward is None else list(_texts(reward))
     if not asked:
         return []

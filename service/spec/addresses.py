@@ -1,7 +1,7 @@
 """The addresses that a caller's URL may lead to: public ones, and those that the operator has allowed in addition.
 
-Without this check, anyone who may submit a job could make a worker talk to services that trust their own network, and to a
-cloud's metadata service.
+Without this check, anyone who may submit a job could make a worker talk to a cloud's metadata service, and to services that
+trust every client in their network.
 """
 
 import re
@@ -20,8 +20,8 @@ NAME = re.compile(r"(?=.{1,254}$)[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?(\.[a-z0-9
 
 
 def host_of(url: str) -> str:
-    """The host that a request to this URL is for, as the client that sends it reads it: in ASCII, IPv6 without brackets.
-    Raises ValueError where it is none. Everybody who asks whose host it is asks here, so that all have one answer."""
+    """The host of the URL as httpx, which sends the request, reads it: in ASCII, IPv6 without brackets.
+    Raises ValueError if there is no valid host. All code that needs a URL's host calls this, so that all agree."""
     try:
         parts = httpx.URL(url)
         host = parts.raw_host.decode("ascii")
@@ -64,9 +64,9 @@ def _carried(address: Address) -> IPv4Address | None:
 
 
 def literal(host: str) -> Address | None:
-    """The address that a host denotes without a look-up, in every form that resolvers accept: 127.1, 0x7f000001, 017700000001.
+    """The address that a host denotes without a lookup, in every form that resolvers accept: 127.1, 0x7f000001, 017700000001.
 
-    None for a name, except `localhost`, which needs no look-up.
+    `localhost` gives 127.0.0.1; any other name gives None.
     """
     host = host.rstrip(".").lower()
     if host == "localhost" or host.endswith(".localhost"):

@@ -1,8 +1,8 @@
 """Checks regular expressions and JSON Schemas that callers send, before anything runs them.
 
-Checking must itself be harmless. Here stand the bounds on what is sent, which the spec's models apply, and what may take long
-or much memory: that is for the sandbox (`service.rewards.texts`). `regex` writes fixed repeats out while it compiles, so
-`(a{9999}){9999}` would take all memory. Matching is bounded elsewhere, by time.
+Checking must itself be harmless. The spec's models apply the bounds on sizes. The checks that may take much time or memory run
+in the sandbox (`service.rewards.texts`). `regex` expands fixed repeats while it compiles, so `(a{9999}){9999}` would take all
+memory. Matching is bounded elsewhere, by time.
 """
 
 import re
@@ -28,7 +28,7 @@ def check_size(pattern: str) -> str:
 
 
 def check_sizes(patterns: Iterable[str]) -> None:
-    """Raises ValueError where the patterns of one spec are too large together."""
+    """Raises ValueError if the patterns of one spec are too large together."""
     if (unrolled := sum(map(_unrolled, patterns))) > MAX_UNROLLED:
         raise ValueError(
             f"the patterns of all graders may come to {unrolled} characters with their fixed repeats written out, "
@@ -37,8 +37,8 @@ def check_sizes(patterns: Iterable[str]) -> None:
 
 
 def _unrolled(pattern: str) -> int:
-    """How long the pattern may be with its fixed repeats written out, as if all of them were nested: only a parser would know
-    better, and could be led astray."""
+    """An upper bound of the pattern's length with its fixed repeats expanded, as if all of them were nested. The exact length
+    would need a parser, which a crafted pattern could mislead."""
     return len(pattern) * prod(_repeats(pattern))
 
 
@@ -47,7 +47,7 @@ def _repeats(pattern: str) -> list[int]:
 
 
 def check_pattern(pattern: str) -> str:
-    """The pattern, if it is a regular expression. Raises ValueError. For the sandbox: what is compiled stays in the process."""
+    """The pattern, if it is a regular expression. Raises ValueError. For the sandbox: a compiled pattern stays in memory."""
     try:
         regex.compile(pattern)
     except regex.error as error:
@@ -58,7 +58,7 @@ def check_pattern(pattern: str) -> str:
 
 
 def check_json_schema(schema: dict[str, Any]) -> dict[str, Any]:
-    """The schema, if it is one and refers to nothing outside. Raises ValueError. For the sandbox: it may take long."""
+    """The schema, if it is valid and refers to nothing outside itself. Raises ValueError. For the sandbox: it may take long."""
     try:
         validator_for(schema).check_schema(schema)
         outside = next((reference for reference in _references(schema) if not reference.startswith("#")), None)

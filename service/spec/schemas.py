@@ -1,5 +1,5 @@
-"""What a JSON Schema says that can never work, found before anything is graded: a reference to nothing, a foreign pattern.
-And how large one may be."""
+"""Finds what can never work in a JSON Schema before anything is graded: unresolvable references, patterns in another dialect.
+Also bounds the schema's size."""
 
 import json
 import re
@@ -11,11 +11,11 @@ from referencing.exceptions import Unresolvable
 from referencing.jsonschema import DRAFT202012, UnknownDialect, specification_with
 
 PATTERN_PARTS = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\$", re.DOTALL)
-LITERAL = re.compile(r"/(?:\^.*|.*\$)/[dgimsuvy]*", re.DOTALL)  # a pattern as it stands in JavaScript's source
-BY_NAME = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")  # schemas under names of their own
+LITERAL = re.compile(r"/(?:\^.*|.*\$)/[dgimsuvy]*", re.DOTALL)  # a pattern written as a literal of JavaScript
+BY_NAME = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")  # keywords that hold schemas by name
 MAX_BYTES, MAX_DEPTH = 64 * 2**10, 32
 MAX_ENUM = 2000  # values in all lists of `enum`
-DRAFTS = {  # the old ones compare each value of an enum with each other one
+DRAFTS = {  # older drafts are refused: checking them compares all values of an enum pairwise
     "https://json-schema.org/draft/2020-12/schema": "2020-12",
     "https://json-schema.org/draft/2019-09/schema": "2019-09",
     "http://json-schema.org/draft-07/schema": "7",
@@ -25,7 +25,7 @@ DATA = ("const", "enum", "default", "examples")  # keywords that hold values and
 
 
 def check_bounds(schema: dict[str, Any]) -> dict[str, Any]:
-    """The schema, if it is none too large or too old to be checked. Raises ValueError that says what is allowed."""
+    """The schema, if it is neither too large nor of too old a draft. Raises ValueError that says what is allowed."""
     if _is_deeper(schema, MAX_DEPTH):
         raise ValueError(f"it is nested more than {MAX_DEPTH} levels deep")
     for draft in _drafts(schema):
@@ -40,7 +40,7 @@ def check_bounds(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def _drafts(value: Any) -> Iterator[Any]:
-    """What stands under `$schema`, also of the schemas inside; values of data are none."""
+    """The values of `$schema` in this schema and those inside it. Keywords that hold data are not searched."""
     if isinstance(value, dict):
         yield from ([value["$schema"]] if "$schema" in value else [])
         for name, below in value.items():
@@ -69,7 +69,7 @@ def _enum_values(value: Any) -> int:
 
 
 def check_inside(schema: dict[str, Any]) -> None:
-    """Raises ValueError for a $ref that points to nothing or round in a circle, and for a pattern that Python cannot take."""
+    """Raises ValueError for a $ref that points to nothing or into a cycle, and for a pattern that is invalid in Python."""
     try:
         specification = specification_with(schema["$schema"]) if isinstance(schema.get("$schema"), str) else DRAFT202012
     except UnknownDialect:
@@ -82,7 +82,7 @@ def check_inside(schema: dict[str, Any]) -> None:
 
 
 def _check(resource: Resource[Any], resolver: Any, specification: Any, applied: dict[int, list[int]]) -> None:
-    """`applied` takes which schemas each schema applies to the very value that it is applied to itself."""
+    """Fills `applied`: for each schema's id, the ids of the schemas that it applies to its own value (not to a part of it)."""
     schema = resource.contents
     if isinstance(schema, bool) or id(schema) in applied:
         return
@@ -145,7 +145,7 @@ def check_dialect(pattern: str) -> None:
 
 
 def ending_at_the_end(schema: Any) -> Any:
-    """The schema with each `$` of a pattern as the end of the text: Python's also matches before a newline at the end."""
+    """The schema with each `$` in its patterns replaced by `\\Z`: Python's `$` also matches before a newline at the end."""
     if isinstance(schema, list):
         return [ending_at_the_end(part) for part in schema]
     if not isinstance(schema, dict):

@@ -1,4 +1,4 @@
-"""The blob store: a folder. A blob appears by a rename, whole or not at all, and is on the disk when commit_* returns."""
+"""The blob store: a folder. A rename makes a blob appear, whole or not at all; it is on disk when commit_* returns."""
 
 import errno
 import os
@@ -10,13 +10,13 @@ from uuid import uuid4
 
 from service.errors import DiskFull
 
-FULL = frozenset({errno.ENOSPC, errno.EDQUOT})  # no space, or no more of it for this user
-TEMPORARY = "tmp"  # beside the blobs, on the same file system: a rename must not copy
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT})  # the disk is full, or this user's quota is used up
+TEMPORARY = "tmp"  # beside the blobs, on the same file system, so that a rename need not copy
 
 
 @contextmanager
 def room_on(disk: str) -> Iterator[None]:
-    """Around what writes there: raises DiskFull, which names this disk, in place of the system's error."""
+    """Wrap code that writes to `disk`: if it has no room, raises DiskFull, naming the disk, instead of the system's error."""
     try:
         yield
     except OSError as error:
@@ -37,7 +37,7 @@ class Blobs:
         self.root = root.absolute()
 
     def path(self, relative: str) -> Path:
-        """Where a blob lies. Raises ValueError for a path that leaves the store, by dots or by a link."""
+        """The absolute path of a blob. Raises ValueError if it is not plain (dots) or leaves the store by a link."""
         pure = PurePosixPath(relative)
         parts = relative.split("/")
         if pure.is_absolute() or "\\" in relative or "\0" in relative or any(part in ("", ".", "..") for part in parts):
@@ -48,9 +48,9 @@ class Blobs:
         return path
 
     def temporary_dir(self, attempt: tuple[str, int] | None = None) -> Path:
-        """A fresh private folder to write into. What is left there is swept after a day.
+        """Create a private folder to write into. If it is left behind, it is swept after a day.
 
-        With an attempt (the name of its owner, and its number) a later attempt may remove it sooner, see `discard_before`.
+        `attempt` (the name of its owner, its number) lets a later attempt remove the folder sooner, see `discard_before`.
         """
         name = uuid4().hex if attempt is None else f"{attempt[0]}.{attempt[1]}.{uuid4().hex}"
         path = self.root / TEMPORARY / name
@@ -58,7 +58,7 @@ class Blobs:
         return path
 
     def commit_dir(self, temporary: Path, relative: str) -> Path:
-        """Make a folder a blob: fsync all of it, rename, fsync the parent. Raises FileExistsError for a taken name."""
+        """Make a folder a blob: fsync all of it, rename it, fsync the parent. Raises FileExistsError if the name is taken."""
         for path in [*temporary.rglob("*"), temporary]:
             _fsync(path)
         temporary.chmod(0o755)
@@ -70,10 +70,10 @@ class Blobs:
         return self._rename(temporary, relative)
 
     def delete(self, relative: str) -> None:
-        """Remove a file or folder, and parents that are empty then. An absent one is no error: two may sweep at once."""
+        """Remove a file or folder, and its parents if empty. A missing one is no error: two processes may sweep at once."""
         path = self.path(relative)
         if path.is_dir() and not path.is_symlink():
-            # First out of sight in one rename, so that nobody reads half a checkpoint.
+            # One rename hides it first, so that nobody reads half a checkpoint.
             doomed = self.root / TEMPORARY / uuid4().hex
             doomed.parent.mkdir(parents=True, exist_ok=True)
             try:
@@ -98,7 +98,7 @@ class Blobs:
         shutil.rmtree(temporary, ignore_errors=True) if temporary.is_dir() else temporary.unlink(missing_ok=True)
 
     def discard_before(self, owner: str, attempt: int) -> None:
-        """Remove the temporary folders of this owner's earlier attempts, which are dead, or zombies."""
+        """Remove the temporary folders of this owner's earlier attempts, which have died or lost their lease."""
         for path in (self.root / TEMPORARY).glob(f"{owner}.*"):
             if int(path.name.split(".")[1]) < attempt:
                 self.discard(path)
@@ -110,7 +110,7 @@ class Blobs:
         return shutil.disk_usage(self.root).free
 
     def unclaimed(self, claimed: set[str]) -> Iterator[str]:
-        """The topmost blobs of which nothing is in `claimed` (a set of relative paths)."""
+        """Relative paths of the topmost blobs that neither are in `claimed` (relative paths) nor contain anything in it."""
         ancestors = {str(parent) for path in claimed for parent in PurePosixPath(path).parents}
         pending = [self.root] if self.root.is_dir() else []
         while pending:

@@ -1,4 +1,4 @@
-"""Checkpoints: rows about folders in the blob store. A deleted one keeps its row for a while; its folder goes."""
+"""Checkpoints: rows that describe folders in the blob store. A deleted one loses its folder and keeps its row."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from service.store.tables import Checkpoint, Job
 _rows = Deletable(Checkpoint)
 get, hold, live_paths = _rows.get, _rows.hold, _rows.live_paths
 
-# Within a job, and no clock has a say: an attempt goes on from what those before it saved; the final one of a step is its last.
+# The order within a job, without any clock: an attempt continues from earlier ones, and a final checkpoint ends its step.
 FURTHEST_FIRST = (Checkpoint.attempt.desc(), Checkpoint.step.desc(), Checkpoint.is_final.desc(), Checkpoint.id.desc())
 
 Kept = Literal["in_use", "pinned"]  # why a checkpoint may not be deleted
@@ -26,7 +26,7 @@ Kept = Literal["in_use", "pinned"]  # why a checkpoint may not be deleted
 
 @dataclass(frozen=True)
 class CheckpointRow:
-    """A checkpoint as a worker hands it in, its folder already committed to the blob store at `path`."""
+    """A checkpoint as a worker reports it. Its folder is already committed to the blob store at `path`."""
 
     id: str
     step: int
@@ -53,19 +53,19 @@ def create(session: Session, row: CheckpointRow, *, project: str, job_id: str, a
 def page(
     session: Session, project: str, *, job_id: str | None = None, after: str | None = None, limit: int = 20
 ) -> tuple[list[Checkpoint], bool]:
-    """Newest first, of one job or of the project. Answers the rows and whether there is more."""
+    """Checkpoints of one job or of the project, newest first. Returns the rows and whether there are more."""
     of_one = () if job_id is None else (Checkpoint.job_id == job_id,)
     return _rows.page(session, project, *of_one, after=after, limit=limit)
 
 
 def of_job(session: Session, job_id: str) -> list[Checkpoint]:
-    """All that are there, the furthest first: what a resume tries in turn, should one turn out to be broken."""
+    """The job's checkpoints that are not deleted, the furthest first. A resume tries them in this order if some are broken."""
     query = select(Checkpoint).where(Checkpoint.job_id == job_id, _rows.there)
     return list(session.scalars(query.order_by(*FURTHEST_FIRST)))
 
 
 def needed(session: Session, checkpoint_ids: list[str]) -> set[str]:
-    """Those from which a job that has not ended resumes, or starts."""
+    """Those of these checkpoints from which an unfinished job resumes or starts."""
     query = select(Job.checkpoint_id, Job.from_checkpoint_id).where(
         Job.status.not_in(FINAL), or_(Job.checkpoint_id.in_(checkpoint_ids), Job.from_checkpoint_id.in_(checkpoint_ids))
     )
@@ -75,7 +75,7 @@ def needed(session: Session, checkpoint_ids: list[str]) -> set[str]:
 
 
 def mark_deleted(session: Session, project: str, checkpoint_id: str, now: datetime) -> Checkpoint:
-    """The row says deleted; the caller removes the folder after the commit. Raises Conflict if it is needed or pinned."""
+    """Mark it as deleted; the caller removes the folder after the commit. Raises NotFound, and Conflict if needed or pinned."""
     get(session, project, checkpoint_id)
     removed, kept = remove(session, [checkpoint_id], now)
     if kept.get(checkpoint_id) == "in_use":
@@ -88,10 +88,10 @@ def mark_deleted(session: Session, project: str, checkpoint_id: str, now: dateti
 
 
 def remove(session: Session, checkpoint_ids: list[str], now: datetime) -> tuple[list[Checkpoint], dict[str, Kept]]:
-    """Mark as deleted what nobody needs. Answers the rows, and why the others stay.
+    """Mark those as deleted that are neither needed nor pinned. Returns their rows, and by id why the others stay.
 
-    The caller removes the folders after the commit.
-    The locks make a job that is just being created from one of them wait, and then see that it is gone.
+    The caller removes the folders after the commit. The rows are locked: a job that is being created from one of them waits,
+    and then sees that it is gone.
     """
     locked = select(Checkpoint).where(Checkpoint.id.in_(checkpoint_ids), _rows.there)
     locked = locked.order_by(Checkpoint.id).with_for_update().execution_options(populate_existing=True)
@@ -113,7 +113,7 @@ def spared(session: Session, rows: Sequence[Checkpoint]) -> dict[str, Kept]:
 
 
 def pin(session: Session, project: str, checkpoint_id: str, pinned_at: datetime | None) -> Checkpoint:
-    """Keep it whatever comes, or (None) no longer. NotFound when it is gone."""
+    """Pin it, so that nothing deletes it; `pinned_at=None` unpins it. Raises NotFound if it is gone."""
     checkpoint = _rows.lock(session, project, checkpoint_id)
     checkpoint.pinned_at = pinned_at if checkpoint.pinned_at is None or pinned_at is None else checkpoint.pinned_at
     session.flush()
@@ -131,8 +131,11 @@ def chosen(
     final: bool = False,
     limit: int,
 ) -> tuple[list[Checkpoint], bool]:
-    """Checkpoints to delete, the oldest first, and whether there are more. Without the furthest `keep_last` of each job (of
-    all jobs that were deleted together: the newest), and without those at the end of a job unless `final`."""
+    """At most `limit` checkpoints to delete, the oldest first, and whether there are more.
+
+    It spares the furthest `keep_last` of each job, and final checkpoints unless `final`. The checkpoints of all deleted jobs
+    count as one job, of which it spares the newest `keep_last`.
+    """
     query = select(Checkpoint).where(Checkpoint.project == project, _rows.there)
     if job_id is not None:
         query = query.where(Checkpoint.job_id == job_id)
@@ -149,7 +152,7 @@ def chosen(
 
 
 def expired(session: Session, now: datetime, limit: int = 100) -> list[str]:
-    """Ids of those whose time is over, which nobody has pinned and no job that has not ended needs."""
+    """Ids of expired checkpoints that are not pinned and that no unfinished job needs."""
     live = select(Job.id).where(
         Job.status.not_in(FINAL), or_(Job.checkpoint_id == Checkpoint.id, Job.from_checkpoint_id == Checkpoint.id)
     )
@@ -161,7 +164,7 @@ def expired(session: Session, now: datetime, limit: int = 100) -> list[str]:
 def lineage(session: Session, project: str, checkpoint_id: str) -> list[tuple[Checkpoint, Job | None]]:
     """The checkpoint, the one that its job started from, and so on back to a job that started from a base model.
 
-    Deleted ones keep their rows and stand in it; a job that was deleted is None.
+    Deleted checkpoints are included, for their rows remain. A deleted job is None.
     """
     chain: dict[str, tuple[Checkpoint, Job | None]] = {}
     row: Checkpoint | None = get(session, project, checkpoint_id)

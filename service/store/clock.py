@@ -1,4 +1,4 @@
-"""The one clock of leases, queues and what ends by itself: the database's. The machines around it may disagree as they like."""
+"""The database's clock, used for leases, queues and expiry. The clocks of the other machines need not agree with it."""
 
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -10,9 +10,9 @@ from service import ids
 
 
 def now(asking: Session | Connection) -> datetime:
-    """Aware UTC. SQLite has no clock of its own: it is the machine's on which everything runs then.
+    """The time now, as aware UTC. SQLite has no clock of its own; there it is the clock of the one machine.
 
-    Not PostgreSQL's now(), which stands still from the transaction's start, however long that waited for a lock.
+    It does not use PostgreSQL's now(), which stays at the transaction's start, however long that waited for a lock.
     """
     if not _tells_time(asking):
         return ids.utcnow()
@@ -20,7 +20,7 @@ def now(asking: Session | Connection) -> datetime:
 
 
 def at(session: Session, after: timedelta) -> Any:
-    """So long after now, to stand in a statement: no question of its own."""
+    """The time `after` from now, for use inside a statement: it needs no query of its own."""
     return func.clock_timestamp() + literal(after, Interval) if _tells_time(session) else ids.utcnow() + after
 
 

@@ -1,4 +1,4 @@
-"""Datasets: rows about JSONL files in the blob store."""
+"""Datasets: rows that describe JSONL files in the blob store."""
 
 from datetime import datetime
 
@@ -21,14 +21,14 @@ def create(session: Session, dataset: Dataset) -> Dataset:
 
 
 def users(session: Session, dataset_id: str) -> list[str]:
-    """Ids of jobs that have not ended and read this dataset."""
+    """Ids of unfinished jobs that read this dataset."""
     sources = [Job.spec[("data", part, "id")].as_string() for part in ("train", "eval")]
     query = select(Job.id).where(Job.status.not_in(FINAL), or_(*(source == dataset_id for source in sources)))
     return list(session.scalars(query.order_by(Job.id)))
 
 
 def mark_deleted(session: Session, project: str, dataset_id: str, now: datetime) -> Dataset:
-    """The row says deleted; the caller removes the file after the commit. Raises Conflict for one that a live job reads."""
+    """Mark it as deleted; the caller removes the file after the commit. Raises Conflict if an unfinished job reads it."""
     dataset = _rows.lock(session, project, dataset_id)
     if jobs := users(session, dataset_id):
         raise Conflict(f"dataset {dataset_id} is read by {', '.join(jobs)}; wait or cancel first", code="dataset_in_use")

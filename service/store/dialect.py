@@ -1,4 +1,4 @@
-"""INSERT ... ON CONFLICT, which SQLite and PostgreSQL spell alike and SQLAlchemy keeps in two places."""
+"""INSERT ... ON CONFLICT. SQLite and PostgreSQL share its syntax, but SQLAlchemy has it in two modules."""
 
 from typing import Any
 
@@ -8,12 +8,12 @@ from sqlalchemy.orm import DeclarativeBase, Session
 
 
 def insert(session: Session, table: type[DeclarativeBase]) -> Any:
-    """An INSERT of this session's dialect: it has `on_conflict_do_update` and `on_conflict_do_nothing`."""
+    """An INSERT of this session's dialect, with `on_conflict_do_update` and `on_conflict_do_nothing`."""
     return {"postgresql": postgresql.insert, "sqlite": sqlite.insert}[session.get_bind().dialect.name](table)
 
 
 def upsert(session: Session, table: type[DeclarativeBase], rows: list[dict[str, Any]], *, newest: str) -> None:
-    """Insert rows; where the primary key is taken, the row with the larger (or equal) `newest` column wins."""
+    """Insert rows. A row whose primary key exists replaces the old row if its `newest` column is larger or equal."""
     if not rows:
         return
     definition = table.__table__

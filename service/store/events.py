@@ -1,4 +1,4 @@
-"""The event log of a job: 1, 2, 3 ... without gaps. The number is taken from the job's row, which serialises the writers."""
+"""The event log of a job, numbered 1, 2, 3 ... without gaps. Numbers come from the job's row, which serialises writers."""
 
 from collections.abc import Sequence
 from datetime import datetime
@@ -13,14 +13,14 @@ from service.store.tables import Event, Job
 
 
 def append(session: Session, job_id: str, type_: str, data: dict[str, Any], *, now: datetime | None = None) -> int:
-    """Write one event in the transaction of what it tells. Returns its number."""
+    """Write one event, in the transaction of the change that it reports. Returns its number. Raises NotFound (no job)."""
     return append_all(session, job_id, [(type_, data)], now=now)
 
 
 def append_all(
     session: Session, job_id: str, events: Sequence[tuple[str, dict[str, Any]]], *, now: datetime | None = None
 ) -> int:
-    """Write events in order. Returns the number of the last one."""
+    """Write events in order. Returns the number of the last one. Raises NotFound (no job)."""
     now = now or clock.now(session)
     taken = update(Job).where(Job.id == job_id).values(last_event=Job.last_event + len(events), updated_at=now)
     last = session.scalar(taken.returning(Job.last_event), execution_options={"synchronize_session": False})

@@ -1,4 +1,4 @@
-"""Idempotency keys: the first request claims the key, does its work, and leaves its answer for the next ones."""
+"""Idempotency keys: the first request claims the key, does the work, and stores its answer for later requests."""
 
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -13,14 +13,14 @@ from service.store import clock
 from service.store.dialect import insert
 from service.store.tables import IdempotencyKey
 
-ABANDONED_AFTER = timedelta(seconds=60)  # a request in flight for longer has died; the next one may take its place
+ABANDONED_AFTER = timedelta(seconds=60)  # a request in flight for longer counts as dead; the next one may take over
 KEPT_FOR = timedelta(hours=24)
-TRIES = 10  # to see whose a key is that is taken and freed, again and again, by requests that are refused
+TRIES = 10  # to claim a key that failing requests claim and free again and again
 
 
 @dataclass(frozen=True)
 class Claim:
-    """This request is the one that does the work. Hand it to `complete` or `abandon`."""
+    """The right of this request to do the work. Pass it to `complete` or `abandon`."""
 
     project: str
     route: str
@@ -30,7 +30,7 @@ class Claim:
 
 @dataclass(frozen=True)
 class StoredAnswer:
-    """What the first request was told."""
+    """The answer to the first request."""
 
     status: int
     body: dict[str, Any]
@@ -39,9 +39,9 @@ class StoredAnswer:
 def begin(
     session: Session, *, project: str, route: str, key: str, body_sha256: str, now: datetime | None = None
 ) -> Claim | StoredAnswer:
-    """Claim the key, or learn the stored answer. Commit at once, so that others see the claim.
+    """Claim the key, or get the stored answer. Commit at once, so that others see the claim.
 
-    Raises InvalidRequest (code idempotency_key_reused) for another body, InFlight while the first request is at work.
+    Raises InvalidRequest (code idempotency_key_reused) for another body, InFlight while the first request is running.
     """
     now = now or clock.now(session)
     claim = Claim(project, route, key, now)
@@ -52,7 +52,7 @@ def begin(
 
 
 def _begin(session: Session, claim: Claim, body_sha256: str) -> Claim | StoredAnswer | None:
-    """None: the key was taken a moment ago and is free again, for its request was refused."""
+    """One try. None if the key was taken but has just been freed, because its request failed."""
     fresh = insert(session, IdempotencyKey).values(
         project=claim.project,
         route=claim.route,
@@ -83,7 +83,8 @@ def _begin(session: Session, claim: Claim, body_sha256: str) -> Claim | StoredAn
 
 
 def _in_flight(claim: Claim, age: timedelta) -> InFlight:
-    """The longer the first request has taken, the likelier it died: who asks again is to wait as long once more."""
+    """The error while the first request is running. The longer it has run, the likelier it died, so Retry-After is the time
+    that it has run so far: at least 1 s, at most until it counts as dead."""
     left_s = max(0, ceil((ABANDONED_AFTER - age).total_seconds()))
     retry_after_s = max(1, min(left_s, ceil(age.total_seconds())))
     return InFlight(
@@ -94,9 +95,9 @@ def _in_flight(claim: Claim, age: timedelta) -> InFlight:
 
 
 def complete(session: Session, claim: Claim, status: int, answer: dict[str, Any]) -> None:
-    """Store the answer, best in the transaction that did the work: then both happen, or neither.
+    """Store the answer. Call it in the transaction of the work, so that both happen or neither.
 
-    Raises InFlight when the claim was taken over meanwhile; the other request answers then.
+    Raises InFlight if another request has taken over the claim; that request then gives the answer.
     """
     mine = update(IdempotencyKey).where(_is_mine(claim)).values(status=status, answer=answer)
     if _count(session, mine) != 1:
@@ -104,12 +105,12 @@ def complete(session: Session, claim: Claim, status: int, answer: dict[str, Any]
 
 
 def abandon(session: Session, claim: Claim) -> None:
-    """The request failed and changed nothing: the key is free again."""
+    """Free the key: the request failed and changed nothing."""
     session.execute(delete(IdempotencyKey).where(_is_mine(claim)))
 
 
 def expire(session: Session, now: datetime) -> int:
-    """Forget what is older than a day. Returns how many."""
+    """Delete entries older than a day. Returns how many."""
     return _count(session, delete(IdempotencyKey).where(IdempotencyKey.created_at < now - KEPT_FOR))
 
 
@@ -122,6 +123,6 @@ def _is_mine(claim: Claim) -> ColumnElement[bool]:
 
 
 def _count(session: Session, statement: Any) -> int:
-    """How many rows the statement touched; a driver's row count is not to be had for every kind of INSERT."""
+    """The number of changed rows. It uses RETURNING, because drivers do not report the count for every kind of INSERT."""
     touched = statement.returning(IdempotencyKey.key)
     return len(session.execute(touched, execution_options={"synchronize_session": False}).all())

@@ -1,4 +1,4 @@
-"""Queries over jobs. Moves between statuses stand in service.jobs.moves, nothing else writes `status`."""
+"""Queries over jobs. Changes of status are in service.jobs.moves; nothing else writes `status`."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from service.store.tables import Checkpoint, Job, Worker
 
 
 def get(session: Session, project: str, job_id: str, *, lock: bool = False) -> Job:
-    """A job of this project; NotFound else. `lock`: nobody else changes it until this transaction ends."""
+    """A job of this project. Raises NotFound. `lock`: nobody else can change it until this transaction ends."""
     job = find(session, job_id, lock=lock)
     if job is None or job.project != project:
         raise NotFound(f"no job {job_id} in this project")
@@ -24,7 +24,7 @@ def get(session: Session, project: str, job_id: str, *, lock: bool = False) -> J
 
 
 def find(session: Session, job_id: str, *, lock: bool = False, light: bool = False) -> Job | None:
-    """`light`: without the specs, which may hold thousands of rows; they are read when they are asked for."""
+    """A job of any project, or None. `light`: load the specs, which may hold thousands of rows, only when they are used."""
     query = select(Job).where(Job.id == job_id).execution_options(populate_existing=True)
     if light:
         query = query.options(defer(Job.spec), defer(Job.spec_sent))
@@ -32,14 +32,14 @@ def find(session: Session, job_id: str, *, lock: bool = False, light: bool = Fal
 
 
 def hold(session: Session, project: str, job_id: str) -> None:
-    """Keep a job of this project from being deleted until this transaction ends; its worker is not hindered. NotFound else."""
+    """Prevent a job's deletion until this transaction ends, without blocking its worker. Raises NotFound."""
     query = select(Job.id).where(Job.id == job_id, Job.project == project)
     if session.scalar(query.with_for_update(read=True, key_share=True)) is None:
         raise NotFound(f"no job {job_id} in this project")
 
 
 def standing(session: Session, project: str, job_id: str) -> tuple[str, int]:
-    """Status and number of the newest event, without loading a spec that may be long; NotFound else."""
+    """Status and number of the newest event, without loading the spec, which may be long. Raises NotFound."""
     row = session.execute(select(Job.status, Job.last_event).where(Job.id == job_id, Job.project == project)).first()
     if row is None:
         raise NotFound(f"no job {job_id} in this project")
@@ -57,9 +57,9 @@ def page(
     after: str | None = None,
     limit: int = 20,
 ) -> tuple[list[Job], bool]:
-    """Newest first, without their specs. `status`: any of these; `name`: a part of it, case ignored.
+    """Jobs of the project, newest first, without their specs. `status`: any of these; `name`: a part of it, case ignored.
 
-    Answers the rows and whether there is more.
+    Returns the rows and whether there are more.
     """
     query = select(Job).where(Job.project == project).options(defer(Job.spec), defer(Job.spec_sent))
     if status:
@@ -81,7 +81,7 @@ def _has_tag(session: Session, tag: str) -> ColumnElement[bool]:
 
 
 def next_queued(session: Session, classes: Collection[str], now: datetime) -> Job | None:
-    """The job that is taken next: highest priority, then longest in the queue."""
+    """The job to take next: highest priority, then longest in the queue. None if none may start now."""
     query = select(Job).where(Job.status == Status.QUEUED, Job.resource_class.in_(list(classes)), _is_due(now))
     return session.scalar(
         query.order_by(Job.priority.desc(), Job.queued_at, Job.id).limit(1).execution_options(populate_existing=True)
@@ -89,11 +89,11 @@ def next_queued(session: Session, classes: Collection[str], now: datetime) -> Jo
 
 
 def take_unheard(session: Session, resource_class: str, now: datetime, rung_before: datetime, limit: int) -> list[str]:
-    """Queued jobs of this class that may start now, and for whom nobody rang since `rung_before`: from now on somebody has.
+    """Take at most `limit` queued jobs of this class that may start now and had no ring since `rung_before`; mark them as rung.
 
-    Their ids, the next to be taken first. Of several who ask at once each gets others.
+    Returns their ids in queue order. Concurrent callers get different jobs.
     """
-    silent = or_(Job.rung_at.is_(None), Job.rung_at < rung_before, Job.rung_at > now)  # the clock was set back
+    silent = or_(Job.rung_at.is_(None), Job.rung_at < rung_before, Job.rung_at > now)  # > now: the clock was set back
     query = select(Job.id).where(Job.status == Status.QUEUED, Job.resource_class == resource_class, _is_due(now), silent)
     query = query.order_by(Job.priority.desc(), Job.queued_at, Job.id).limit(limit)
     taken = list(session.scalars(query.with_for_update(key_share=True, skip_locked=True)))
@@ -102,7 +102,7 @@ def take_unheard(session: Session, resource_class: str, now: datetime, rung_befo
 
 
 def unring(session: Session, job_ids: Collection[str]) -> None:
-    """The bell was not rung for these, after all."""
+    """Undo the mark of `take_unheard`: the bell was not rung for these jobs after all."""
     _note_ring(session, job_ids, None)
 
 
@@ -118,7 +118,7 @@ def count_queued(session: Session, resource_class: str, now: datetime) -> int:
 
 
 def queued_since(session: Session, resource_class: str, now: datetime) -> datetime | None:
-    """Since when the job of this class that waited longest could have been taken; None when none may start now."""
+    """Since when the longest waiting job of this class could have started; None if none may start now."""
     since = case((Job.not_before > Job.queued_at, Job.not_before), else_=Job.queued_at)
     query = select(func.min(since)).where(Job.status == Status.QUEUED, Job.resource_class == resource_class, _is_due(now))
     return session.scalar(query)
@@ -129,7 +129,7 @@ def _is_due(now: datetime) -> ColumnElement[bool]:
 
 
 def held(session: Session, *, owner: str | None = None, expired_at: datetime | None = None) -> list[str]:
-    """Ids of jobs under a lease: of one owner, or whose lease had ended at `expired_at`."""
+    """Ids of jobs under a lease; with `owner` only its jobs, with `expired_at` only those whose lease had ended by then."""
     query = select(Job.id).where(Job.status.in_(HELD))
     if owner is not None:
         query = query.where(Job.lease_owner == owner)
@@ -140,23 +140,23 @@ def held(session: Session, *, owner: str | None = None, expired_at: datetime | N
 
 @dataclass(frozen=True)
 class Renewed:
-    """A job whose lease was moved, and what its worker should know."""
+    """A job whose lease was renewed, and what its worker should know."""
 
     id: str
     attempt: int
     owner: str
     status: str
     wish: str | None
-    draining: bool | None  # its worker; None when that is not in the table (any more)
+    draining: bool | None  # whether its worker drains; None if the worker is not in the table (any more)
 
 
 def renew(session: Session, held: Collection[tuple[str, int, str]], until: Any, since: Mapping[str, Any]) -> list[Renewed]:
-    """Move the leases of all these (id, attempt, owner) in one statement. Who no longer holds his job so gets no answer.
+    """Renew the leases of these (id, attempt, owner) in one statement. Jobs that are no longer held so are left out.
 
-    `since`: id -> when it was claimed, as its worker counts back from now. Moments as `clock.at` gives them.
+    `since`: id -> when the job was claimed, as its worker counts back from now. `until` and `since` are times of `clock.at`.
     """
     draining = select(Worker.draining).where(Worker.id == Job.lease_owner).scalar_subquery()
-    # The ids alone lead both databases to the primary key; the triples decide.
+    # The plain ids let both databases use the primary key; the triples select the rows.
     ours = (Job.id.in_([job_id for job_id, _, _ in held]), tuple_(Job.id, Job.attempt, Job.lease_owner).in_(list(held)))
     claimed = {"claimed_at": case(since, value=Job.id, else_=Job.claimed_at)} if since else {}
     columns = (Job.id, Job.attempt, Job.lease_owner, Job.status, Job.wish, draining)
@@ -165,7 +165,7 @@ def renew(session: Session, held: Collection[tuple[str, int, str]], until: Any, 
 
 
 def shorten_leases(session: Session, latest: datetime) -> None:
-    """No lease lasts beyond `latest`: one that does was given before the clock was set back, and would hide a dead worker."""
+    """Cut leases off at `latest`. A longer one dates from before the clock was set back, and would hide a dead worker."""
     beyond = (Job.status.in_(HELD), Job.lease_until > latest)
     if session.scalar(select(Job.id).where(*beyond).limit(1)) is not None:
         shortened = update(Job).where(*beyond).values(lease_until=latest)
@@ -173,7 +173,7 @@ def shorten_leases(session: Session, latest: datetime) -> None:
 
 
 def disobeyed(session: Session, now: datetime, *, owner: str | None = None) -> list[str]:
-    """Ids of jobs whose workers had until some time before `now` to pause or cancel; of one worker, or of all."""
+    """Ids of jobs whose worker, `owner` or any, should have paused or cancelled them before `now` and has not."""
     query = select(Job.id).where(Job.status.in_((Status.PAUSING, Status.CANCELLING)), Job.wish_until < now)
     if owner is not None:
         query = query.where(Job.lease_owner == owner)
@@ -181,20 +181,20 @@ def disobeyed(session: Session, now: datetime, *, owner: str | None = None) -> l
 
 
 def past_deadline(session: Session, now: datetime) -> list[str]:
-    """Ids of jobs that have not ended and should have."""
+    """Ids of unfinished jobs whose deadline has passed."""
     query = select(Job.id).where(Job.deadline_at < now, Job.status.not_in(FINAL))
-    return sorted(session.scalars(query))  # sorted by SQLite, it would read the whole table in that order
+    return sorted(session.scalars(query))  # not ORDER BY: SQLite would read the whole table in that order
 
 
 def owners(session: Session) -> dict[str, Worker | None]:
-    """Who holds jobs just now, as they last said of themselves; None for one that is not in the table (any more)."""
+    """Workers that hold jobs now, by id, each as it last reported; None for one that is not in the table (any more)."""
     query = select(Job.lease_owner).where(Job.status.in_(HELD), Job.lease_owner.is_not(None)).distinct()
     return {owner: session.get(Worker, owner) for owner in session.scalars(query) if owner is not None}
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """How long a job ran, and may run (limits.max_runtime_s)."""
+    """How long a job has run, and how long it may run (limits.max_runtime_s)."""
 
     id: str
     status: str
@@ -205,7 +205,7 @@ class Runtime:
 
 
 def runtimes(session: Session, job_id: str | None = None) -> list[Runtime]:
-    """Of jobs that run, and of queued ones that did; or of one job."""
+    """Runtimes of jobs under a lease and of queued jobs that have run before; with `job_id` only of that job."""
     allowed_s = Job.spec[("limits", "max_runtime_s")].as_float()
     query = select(Job.id, Job.status, Job.run_s, Job.claimed_at, Job.lease_until, allowed_s).order_by(Job.id)
     query = query.where(or_(Job.status.in_(HELD), and_(Job.status == Status.QUEUED, Job.run_s > 0)))
@@ -220,10 +220,10 @@ def count_by_status(session: Session, project: str | None = None) -> dict[str, i
 
 
 def remove(session: Session, job_id: str) -> None:
-    """The row with its events, metrics and rollouts; checkpoints stay and lose their job.
+    """Delete the job with its events, metrics and rollouts. Its checkpoints stay, without a job.
 
-    Locked first: the job, so that a fork is waited for that holds it; then its checkpoints, in the order in which whoever
-    deletes those locks them. The statement alone would take them in any order, and deadlock with both.
+    It first locks the job, to wait for a fork that holds it, and then its checkpoints in the order in which deleting
+    checkpoints locks them. The DELETE alone would lock them in any order, and could deadlock with both.
     """
     session.execute(select(Job.id).where(Job.id == job_id).with_for_update())
     session.execute(select(Checkpoint.id).where(Checkpoint.job_id == job_id).order_by(Checkpoint.id).with_for_update())

@@ -1,4 +1,4 @@
-"""API keys: 256 random bits behind `tml-`, of which only the sha256 is stored."""
+"""API keys: `tml-` and 256 random bits. Only the sha256 of the text is stored."""
 
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -15,8 +15,8 @@ from service.ids import new_id, utcnow
 from service.store.tables import ApiKey
 
 PREFIX = "tml-"
-SCOPES = ("read", "write", "admin")  # each holds those before it
-TOUCH_EVERY = timedelta(minutes=1)  # last_used_at is for people: no write for each request
+SCOPES = ("read", "write", "admin")  # each includes those before it
+TOUCH_EVERY = timedelta(minutes=1)  # last_used_at only informs people, so it is not written for each request
 
 
 def generate() -> str:
@@ -28,7 +28,7 @@ def digest(text: str) -> str:
 
 
 def with_implied(scopes: Collection[str]) -> list[str]:
-    """The scopes with all that they hold: admin may write, write may read."""
+    """The scopes with those they include: admin includes write, write includes read."""
     return list(SCOPES[: max(SCOPES.index(scope) for scope in scopes) + 1])
 
 
@@ -43,7 +43,7 @@ def create(
     requests_per_s: float | None = None,
     burst: int | None = None,
 ) -> tuple[ApiKey, str]:
-    """A new key and its text, which cannot be read again."""
+    """Create a key. Returns it and its text, which cannot be read again."""
     text = text or generate()
     key = ApiKey(
         id=new_id("key"),
@@ -64,7 +64,7 @@ def create(
 
 @dataclass(frozen=True)
 class Known:
-    """What every request must know of its key: one row, no object of the session."""
+    """What every request needs to know about its key: plain values, not an object of the session."""
 
     id: str
     project: str
@@ -81,18 +81,18 @@ _KNOWN = select(*(getattr(ApiKey, name) for name in Known.__dataclass_fields__))
 
 
 def known(connection: Connection, text: str) -> Known | None:
-    """Whose key has this text, unless it was revoked; one that has expired is found."""
+    """The key with this text; None if unknown or revoked. An expired key is found."""
     row = connection.execute(_KNOWN, {"digest": digest(text)}).one_or_none()
     return None if row is None else Known(*row)
 
 
 def find(session: Session, text: str) -> Known | None:
-    """The same, within a session."""
+    """Like `known`, within a session."""
     return known(session.connection(), text)
 
 
 def in_force(session: Session, key_ids: Collection[str], now: datetime) -> set[str]:
-    """Those of these keys that have neither been revoked nor expired."""
+    """Those of these keys that are neither revoked nor expired."""
     return set(session.scalars(select(ApiKey.id).where(ApiKey.id.in_(key_ids), _lasts(now))))
 
 
@@ -102,7 +102,7 @@ def _lasts(now: datetime) -> ColumnElement[bool]:
 
 
 def ensure(session: Session, *, project: str, name: str, text: str) -> None:
-    """Create the key of this text when it is missing (the bootstrap key)."""
+    """Create the key with this text if it is missing (for the bootstrap key)."""
     if find(session, text) is None:
         create(session, project=project, name=name, text=text)
 
@@ -120,7 +120,7 @@ def page(session: Session, project: str) -> list[ApiKey]:
 
 
 def revoke(session: Session, project: str, key_id: str) -> ApiKey:
-    """Raises NotFound for another project's key and for one that is revoked already."""
+    """Revoke a key. Raises NotFound if it belongs to another project or is already revoked."""
     key = session.scalar(select(ApiKey).where(ApiKey.project == project, ApiKey.id == key_id, ApiKey.revoked_at.is_(None)))
     if key is None:
         raise NotFound(f"no key {key_id} in this project")

@@ -15,7 +15,7 @@ from service.store.tables import Metric
 
 @dataclass
 class Series:
-    """One curve, in order of step. `min` and `max` are given only where points were put together."""
+    """One curve, in order of step. `min` and `max` are given only if points were aggregated."""
 
     step: list[int] = field(default_factory=list)
     value: list[float | None] = field(default_factory=list)
@@ -24,7 +24,7 @@ class Series:
 
 
 def write(session: Session, job_id: str, step: int, values: Mapping[str, float | None], *, attempt: int, now: datetime) -> None:
-    """The metrics of one step; a value that is not finite is stored as null."""
+    """Write the metrics of one step. A value that is not finite is stored as null."""
     rows = [
         {
             "job_id": job_id,
@@ -46,7 +46,7 @@ def written(session: Session, job_id: str, step: int, *, attempt: int) -> bool:
 
 
 def names(session: Session, job_id: str) -> list[str]:
-    """In order, a seek in the index for each: SELECT DISTINCT would read every point."""
+    """The names in order, with one index seek for each name: SELECT DISTINCT would read every point."""
     first = select(func.min(Metric.name).label("name")).where(Metric.job_id == job_id)
     distinct = first.cte(recursive=True)
     following = select(func.min(Metric.name)).where(Metric.job_id == job_id, Metric.name > distinct.c.name).scalar_subquery()
@@ -65,8 +65,8 @@ def series(
 ) -> dict[str, Series]:
     """Curves by name; without `wanted` all of them. A name that was never measured gives an empty curve.
 
-    Steps are inclusive. A curve of more than `points` points is cut into that many stretches of equal width: each gives its
-    last step, its mean, and its min and max, so that no spike is lost.
+    Both step bounds are inclusive. A curve of more than `points` points is cut into that many stretches of equal width. Each
+    stretch gives its last step, mean, min and max, so that no spike is lost.
     """
     curves = {}
     for name in wanted or names(session, job_id):
@@ -84,7 +84,7 @@ def _as_it_is(session: Session, where: list[ColumnElement[bool]]) -> Series:
 
 
 def _put_together(session: Session, where: list[ColumnElement[bool]], points: int) -> Series | None:
-    """None for a curve that has not so many points."""
+    """The curve aggregated to at most `points` points; None if it has no more than that."""
     first, last = (session.scalar(select(end(Metric.step)).where(*where)) for end in (func.min, func.max))
     if first is None or last is None or last - first < points:
         return None

@@ -1,4 +1,4 @@
-"""Sampled groups, kept to be read: (job, split, step, group_index). The later attempt wins."""
+"""Sampled groups, stored for reading, by (job, split, step, group_index). The later attempt wins."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -15,7 +15,7 @@ from service.store.tables import Rollout
 
 @dataclass(frozen=True)
 class RolloutRow:
-    """One sampled group as a worker hands it in."""
+    """One sampled group as a worker reports it."""
 
     split: str  # train | eval
     step: int
@@ -31,7 +31,7 @@ def write(session: Session, job_id: str, rows: Sequence[RolloutRow], *, attempt:
 
 
 def cursor(row: Rollout) -> str:
-    """What to pass as `after` to go on behind this row."""
+    """The value of `after` that continues after this row."""
     return f"{row.step}.{row.split}.{row.group_index}"
 
 
@@ -44,14 +44,14 @@ def page(
     after: str | None = None,
     limit: int = 20,
 ) -> tuple[list[Rollout], bool]:
-    """Newest step first, then by split (eval before train) and group. Answers the rows and whether there is more."""
+    """Newest step first, then by split (eval before train) and group. Returns the rows and whether there are more."""
     query = select(Rollout).where(Rollout.job_id == job_id)
     if split is not None:
         query = query.where(Rollout.split == split)
     if step is not None:
         query = query.where(Rollout.step == step)
     if after is not None:
-        # The step's sign is turned round, so that one comparison of rows is the cursor.
+        # The step is negated, so that the cursor is one row comparison.
         query = query.where(tuple_(-Rollout.step, Rollout.split, Rollout.group_index) > tuple_(*_parse(after)))
     query = query.order_by(-Rollout.step, Rollout.split, Rollout.group_index).limit(limit + 1)
     rows = list(session.scalars(query))

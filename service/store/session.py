@@ -17,8 +17,8 @@ from service.store.blobs import Blobs
 from service.store.values import dumps
 
 BUSY_TIMEOUT_S = 20  # how long SQLite waits for another writer
-# A server that vanished must be noticed well before a lease ends, not after TCP's own two hours.
-# And a process that is stopped in the middle of a transaction must not hold the job's row for longer than its lease.
+# A vanished server must be noticed well before a lease ends, not after TCP's default of two hours.
+# A process that hangs in the middle of a transaction must not lock the job's row for longer than its lease.
 POSTGRES_OPTIONS = {
     "connect_timeout": 5,
     "keepalives_idle": 10,
@@ -26,14 +26,14 @@ POSTGRES_OPTIONS = {
     "tcp_user_timeout": 15_000,
     "options": "-c idle_in_transaction_session_timeout=20s",
 }
-MAX_OVERFLOW = 35  # with the pool's 5, a connection for each of the API's 40 threads
-# Values that callers sent, or models said, stand in no error's text, and so in no log.
+MAX_OVERFLOW = 35  # together with the pool's 5, one connection for each of the API's 40 threads
+# hide_parameters: values from callers and models appear in no error text, and so in no log.
 COMMON: dict[str, Any] = {"max_overflow": MAX_OVERFLOW, "json_serializer": dumps, "hide_parameters": True}
-READONLY = "ratchet_readonly"  # execution option that the begin hook below reads
+READONLY = "ratchet_readonly"  # execution option, read by the begin hook below
 
 
 class Store:
-    """Where the truth lives. Safe to share between threads; each process opens its own."""
+    """The database and the blobs. Safe to share between threads; each process opens its own."""
 
     def __init__(self, engine: Engine, blobs: Blobs) -> None:
         self.engine = engine
@@ -42,22 +42,22 @@ class Store:
 
     @contextmanager
     def begin(self, *, readonly: bool = False) -> Iterator[Session]:
-        """One transaction: commits when the block ends well, rolls back when it raises.
+        """One transaction: commits when the block ends, rolls back when it raises.
 
-        Rows stay readable afterwards (nothing expires on commit). A readonly transaction refuses writes; on SQLite it does
-        not wait for writers, which a writing one does at its first statement.
+        Rows stay readable afterwards (nothing expires on commit). A readonly transaction refuses writes. On SQLite a writing
+        transaction waits for other writers at its first statement; a readonly one does not wait.
         """
         with Session(self._reading if readonly else self.engine, expire_on_commit=False) as session, session.begin():
             yield session
 
     @contextmanager
     def look(self) -> Iterator[Connection]:
-        """A readonly transaction without a Session, at a third of its price: for the one question that every request asks."""
+        """A readonly transaction without a Session, at a third of the cost: for the one query that every request makes."""
         with self._reading.connect() as connection, connection.begin():
             yield connection
 
     def now(self) -> datetime:
-        """By the clock that leases go by."""
+        """The time by the clock of the leases, see `clock`."""
         with self.look() as connection:
             return clock.now(connection)
 
@@ -66,7 +66,7 @@ class Store:
 
 
 def open_store(settings: Settings) -> Store:
-    """Connect lazily: nothing is created or migrated here, see `upgrade`."""
+    """Open the store; it connects lazily. Tables are not created or migrated here, see `upgrade`."""
     return Store(make_engine(settings.sql_url), Blobs(settings.blobs_dir))
 
 
@@ -90,18 +90,18 @@ def make_engine(url: str, *, foreign_keys: bool = True) -> Engine:
 
 
 def _without_values(context: ExceptionContext) -> None:
-    """PostgreSQL quotes whole rows and documents in what it adds to its first line (DETAIL, CONTEXT): that stays its own."""
+    """Keep only the first line of a PostgreSQL error: the lines after it (DETAIL, CONTEXT) quote whole rows and documents."""
     for error in (context.original_exception, context.sqlalchemy_exception):
         if error is not None and error.args and isinstance(error.args[0], str):
             error.args = (error.args[0].partition("\n")[0], *error.args[1:])
 
 
 def _teach_sqlite(engine: Engine, *, foreign_keys: bool) -> None:
-    """Real transactions for SQLite: writers queue at BEGIN, for a reader that turns writer cannot wait and fails."""
+    """Real transactions for SQLite. Writers queue at BEGIN, because a reader that becomes a writer fails without waiting."""
 
     @event.listens_for(engine, "connect")
     def on_connect(dbapi_connection: Any, record: ConnectionPoolEntry) -> None:
-        dbapi_connection.isolation_level = None  # the driver must not begin by itself
+        dbapi_connection.isolation_level = None  # the driver must not begin transactions by itself
         cursor = dbapi_connection.cursor()
         cursor.execute("PRAGMA journal_mode=WAL")
         cursor.execute("PRAGMA synchronous=FULL")  # a committed step survives a power cut
@@ -117,14 +117,14 @@ def _teach_sqlite(engine: Engine, *, foreign_keys: bool) -> None:
 
 
 def upgrade(url: str, revision: str = "head") -> None:
-    """Bring the database to `revision` with Alembic. Copies that start together wait for each other."""
-    from alembic import command  # the worker's children never migrate
+    """Upgrade the database to `revision` with Alembic. Processes that start together wait for each other."""
+    from alembic import command  # imported here: the worker's children never migrate
 
     command.upgrade(alembic_config(url), revision)
 
 
 def downgrade(url: str, revision: str) -> None:
-    """Take migrations back, `base` for all of them. Their data goes with them."""
+    """Undo migrations down to `revision`; `base` undoes all. The data of their tables and columns is lost."""
     from alembic import command
 
     command.downgrade(alembic_config(url), revision)

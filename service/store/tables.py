@@ -1,4 +1,4 @@
-"""Every table. A change here needs a migration (`alembic revision --autogenerate`); CI runs `alembic check`."""
+"""All tables. A change here needs a migration (`alembic revision --autogenerate`); CI runs `alembic check`."""
 
 from datetime import UTC, datetime
 from typing import Any, ClassVar
@@ -25,7 +25,7 @@ from service.store.values import storable
 
 
 class UTCDateTime(TypeDecorator[datetime]):
-    """Aware UTC in, aware UTC out, on SQLite too (which stores it naive)."""
+    """Takes aware datetimes and returns aware UTC, also on SQLite, which stores them naive."""
 
     impl = DateTime(timezone=True)
     cache_ok = True
@@ -42,7 +42,7 @@ class UTCDateTime(TypeDecorator[datetime]):
 
 
 class StorableText(TypeDecorator[str]):
-    """Text as both databases take it, see `service.store.values`."""
+    """Text that both databases can store, see `service.store.values`."""
 
     impl = Text
     cache_ok = True
@@ -76,7 +76,7 @@ class Base(DeclarativeBase):
 
 
 class ApiKey(Base):
-    """An API key: only its sha256 is stored; the text is shown once, when it is made."""
+    """An API key. Only its sha256 is stored; the text is shown once, when the key is created."""
 
     __tablename__ = "api_keys"
 
@@ -95,7 +95,7 @@ class ApiKey(Base):
 
 
 class Job(Base):
-    """A training job: what was asked, what was resolved, where it stands, and who holds it."""
+    """A training job: its spec as sent and with defaults, what the worker resolved, its state, and its lease."""
 
     __tablename__ = "jobs"
     __table_args__ = (
@@ -108,14 +108,14 @@ class Job(Base):
     kind: Mapped[str] = mapped_column(String(16))
     name: Mapped[str]
     tags: Mapped[list[str]]
-    # `metadata` is SQLAlchemy's own word
+    # the attribute name `metadata` is reserved by SQLAlchemy
     user_metadata: Mapped[dict[str, Any]] = mapped_column("metadata")
 
     spec_sent: Mapped[dict[str, Any]]
     spec: Mapped[dict[str, Any]]  # every default filled in, the objective as its seven axes
     spec_sha256: Mapped[str] = mapped_column(String(64))
     data_sha256: Mapped[str] = mapped_column(String(64))
-    resolved: Mapped[dict[str, Any]]  # what the worker found out: device, dtype, revision, parameters, versions
+    resolved: Mapped[dict[str, Any]]  # found by the worker: device, dtype, revision, parameters, versions
     parent_id: Mapped[str | None] = mapped_column(ForeignKey("jobs.id", ondelete="SET NULL"))
     from_checkpoint_id: Mapped[str | None] = mapped_column(Id)
 
@@ -123,7 +123,7 @@ class Job(Base):
     status_reason: Mapped[str | None]
     phase: Mapped[str | None] = mapped_column(String(16))
     wish: Mapped[str | None] = mapped_column(String(16))
-    wish_until: Mapped[datetime | None]  # a worker that has not obeyed by then is killed
+    wish_until: Mapped[datetime | None]  # a worker that has not fulfilled the wish by then is killed
     step: Mapped[int] = mapped_column(default=0)
     max_steps: Mapped[int]
     error: Mapped[dict[str, Any] | None]
@@ -155,7 +155,7 @@ class Job(Base):
     budget_worker_s: Mapped[float | None] = mapped_column(Float)
 
 
-# The queue in its order; the columns at the end are what workers and the reconciler choose by.
+# The queue in its order. Workers and the reconciler filter by the columns at the end.
 Index(
     "ix_jobs_status_queue",
     Job.status,
@@ -171,7 +171,7 @@ Index(
 class Usage(Base):
     """What one attempt at a job spent on one day (UTC). No foreign keys: the ledger outlives jobs and keys.
 
-    Attempt 0 stands for the queue: a job that failed there has a row of it, which spent nothing.
+    Attempt 0 stands for the queue: a job that failed outside an attempt has a row with number 0, which spent nothing.
     """
 
     __tablename__ = "usage"
@@ -190,7 +190,7 @@ class Usage(Base):
     updating_s: Mapped[float] = mapped_column(Float)
     evaluating_s: Mapped[float] = mapped_column(Float)
     saving_s: Mapped[float] = mapped_column(Float)
-    # Contained in the above: since the attempt's last checkpoint; and lost, because the attempt ended without another.
+    # Parts of the above. unsaved: since the attempt's last checkpoint; wasted: lost, for the attempt ended without another.
     unsaved_sampled_tokens: Mapped[int]
     unsaved_trained_tokens: Mapped[int]
     unsaved_s: Mapped[float] = mapped_column(Float)
@@ -199,11 +199,11 @@ class Usage(Base):
     wasted_s: Mapped[float] = mapped_column(Float)
     steps: Mapped[int] = mapped_column(server_default="0")
     queued_s: Mapped[float] = mapped_column(Float, server_default="0")  # how long the job waited for this attempt
-    failure: Mapped[str | None] = mapped_column(String(64))  # the code that the attempt ended with
+    failure: Mapped[str | None] = mapped_column(String(64))  # the error code that the attempt ended with
 
 
 class Budget(Base):
-    """What a project may spend from a day on; null: without bound."""
+    """What a project may spend from the day `since` on; null means no limit."""
 
     __tablename__ = "budgets"
 
@@ -215,7 +215,7 @@ class Budget(Base):
 
 
 class Event(Base):
-    """The log of a job: 1, 2, 3 ... without gaps; written in the transaction of what it tells."""
+    """An event in the log of a job, numbered 1, 2, 3 ... without gaps; written in the transaction of the change it reports."""
 
     __tablename__ = "events"
 
@@ -230,8 +230,8 @@ class Metric(Base):
     """One point of one curve. The later attempt wins, so a resumed run has one clean line."""
 
     __tablename__ = "metrics"
-    # A curve is read from one place, not from where each step was written: SQLite keeps the rows in the order of the key,
-    # and PostgreSQL finds the values in its index.
+    # A curve is read from one place, not from wherever each step was written: SQLite stores the rows in the order of the
+    # key, and PostgreSQL has the values in the index.
     __table_args__ = (
         PrimaryKeyConstraint("job_id", "name", "step", postgresql_include=["value"]),
         {"sqlite_with_rowid": False},
@@ -240,7 +240,7 @@ class Metric(Base):
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"))
     name: Mapped[str] = mapped_column(String(128))
     step: Mapped[int]
-    value: Mapped[float | None] = mapped_column(Float)  # null where it was not finite
+    value: Mapped[float | None] = mapped_column(Float)  # null if it was not finite
     attempt: Mapped[int]
     created_at: Mapped[datetime]
 
@@ -273,7 +273,7 @@ class Checkpoint(Base):
     step: Mapped[int]
     attempt: Mapped[int]
     adapter: Mapped[str] = mapped_column(String(8))  # lora | full
-    model: Mapped[dict[str, Any]]  # the model section of the job's spec, to load it again from
+    model: Mapped[dict[str, Any]]  # the model section of the job's spec, needed to load the checkpoint
     path: Mapped[str]  # relative to the blob store
     size_bytes: Mapped[int]
     manifest_sha256: Mapped[str] = mapped_column(String(64))
@@ -282,8 +282,8 @@ class Checkpoint(Base):
     is_final: Mapped[bool]
     created_at: Mapped[datetime]
     deleted_at: Mapped[datetime | None]
-    pinned_at: Mapped[datetime | None]  # by a person: nothing deletes it
-    expires_at: Mapped[datetime | None] = mapped_column(index=True)  # checkpoints.ttl_s of its job's spec
+    pinned_at: Mapped[datetime | None]  # pinned by a person: nothing deletes it
+    expires_at: Mapped[datetime | None] = mapped_column(index=True)  # from checkpoints.ttl_s of its job's spec
 
 
 class Dataset(Base):
@@ -296,7 +296,7 @@ class Dataset(Base):
     project: Mapped[str] = mapped_column(String(64))
     name: Mapped[str]
     rows: Mapped[int]
-    columns: Mapped[dict[str, Any]]  # name -> {"types": ["string"], "rows": in how many rows it stands}
+    columns: Mapped[dict[str, Any]]  # name -> {"types": ["string"], "rows": number of rows that have it}
     sha256: Mapped[str] = mapped_column(String(64))
     size_bytes: Mapped[int]
     path: Mapped[str]  # relative to the blob store
@@ -305,7 +305,7 @@ class Dataset(Base):
 
 
 class IdempotencyKey(Base):
-    """The answer that a POST with this key was given; without a status while it is in flight."""
+    """The stored answer to a POST with this key. `status` is null while the request is in flight."""
 
     __tablename__ = "idempotency_keys"
 
@@ -319,7 +319,7 @@ class IdempotencyKey(Base):
 
 
 class Worker(Base):
-    """A worker's parent process, as it last said of itself; tells people why nothing runs."""
+    """A worker's parent process as it last reported; shows people why nothing runs."""
 
     __tablename__ = "workers"
 
@@ -331,4 +331,4 @@ class Worker(Base):
     draining: Mapped[bool] = mapped_column(default=False)
     started_at: Mapped[datetime]
     last_seen_at: Mapped[datetime]
-    memory: Mapped[dict[str, Any] | None]  # bytes: process, and where it has GPUs gpu_used and gpu_total
+    memory: Mapped[dict[str, Any] | None]  # bytes: process, and with a GPU gpu_used and gpu_total

@@ -1,8 +1,8 @@
 """The ledger: what each attempt at each job spent, by day and API key. It outlives the jobs.
 
-One row a (job, attempt, day), added to in the transactions that commit steps and checkpoints and that end attempts. What an
-attempt spent since its last checkpoint is `unsaved`; a checkpoint makes it useful, and the attempt's end makes it wasted,
-because whoever goes on starts from the checkpoint and does it again.
+It has one row for each (job, attempt, day). The transactions that commit steps and checkpoints and that end attempts add to
+it. What an attempt spent since its last checkpoint is `unsaved`. A checkpoint makes it useful; if the attempt ends without
+one, it is wasted, because the next attempt starts from the last checkpoint and does the work again.
 """
 
 from collections.abc import Mapping
@@ -20,8 +20,8 @@ from service.store.tables import Budget, Checkpoint, Job, Metric, Usage
 
 TOKENS = ("sampled_tokens", "trained_tokens")
 SECONDS = tuple(f"{phase}_s" for phase in Phase)
-AMOUNTS = (*TOKENS, "s")  # each stands as unsaved_... and wasted_... too
-# Metrics that say what a step or an evaluation cost, and where that stands when it was for nothing.
+AMOUNTS = (*TOKENS, "s")  # each also has columns unsaved_... and wasted_...
+# Metrics that hold the cost of a step or an evaluation -> the column that counts this cost when it is wasted.
 SPENT: Mapping[str, str] = {
     TOKENS_SAMPLED: "wasted_sampled_tokens",
     EVAL_TOKENS_SAMPLED: "wasted_sampled_tokens",
@@ -37,14 +37,14 @@ class Spent:
     sampled_tokens: int = 0
     trained_tokens: int = 0
     phase_s: Mapping[str, float] = field(default_factory=dict)
-    ran_s: float | None = None  # the attempt, so far, by its worker's monotonic clock
+    ran_s: float | None = None  # seconds that the attempt has run so far, by its worker's monotonic clock
 
 
 NOTHING = Spent()
 
 
 def add(session: Session, job: Job, spent: Spent, now: datetime, *, steps: int = 0) -> None:
-    """Put it on the present attempt's account, as not saved yet."""
+    """Add to what the current attempt spent, as unsaved."""
     if not (spent.sampled_tokens or spent.trained_tokens or spent.phase_s or steps):
         return
     seconds = {f"{phase}_s": spent.phase_s.get(phase, 0.0) for phase in Phase}
@@ -55,18 +55,18 @@ def add(session: Session, job: Job, spent: Spent, now: datetime, *, steps: int =
 
 
 def waited(session: Session, job: Job, attempt: int, now: datetime) -> None:
-    """A worker takes the job for this attempt: how long it could have been taken before."""
+    """A worker takes the job for this attempt: add the time that the job was ready and waited."""
     since = max(moment for moment in (job.queued_at or now, job.not_before) if moment is not None)
     _put(session, job, attempt, now, {"queued_s": max(0.0, (now - since).total_seconds())})
 
 
 def failed(session: Session, job: Job, code: str, now: datetime) -> None:
-    """The present attempt ends with this failure; or the job does, in the queue or at rest."""
+    """The current attempt ends with this failure. A job that fails without a lease, queued or at rest, counts as attempt 0."""
     _put(session, job, job.attempt if job.status in HELD else 0, now, {}, failure=code)
 
 
 def _put(session: Session, job: Job, attempt: int, now: datetime, amounts: Mapping[str, float], **values: str) -> None:
-    """Add amounts to the attempt's row of this day, and set values."""
+    """Add `amounts` to the attempt's row of this day, and set `values` in it."""
     place = {"job_id": job.id, "attempt": attempt, "day": f"{now:%Y-%m-%d}"}
     zero = dict.fromkeys((*SUMS, *(f"unsaved_{name}" for name in AMOUNTS)), 0)
     statement = insert(session, Usage).values(**place, project=job.project, key_id=job.key_id, **{**zero, **amounts}, **values)
@@ -75,12 +75,12 @@ def _put(session: Session, job: Job, attempt: int, now: datetime, amounts: Mappi
 
 
 def save(session: Session, job: Job) -> None:
-    """A checkpoint covers what the present attempt spent so far."""
+    """A checkpoint covers what the current attempt has spent so far: nothing is unsaved."""
     session.execute(_of_attempt(job).values({f"unsaved_{name}": 0 for name in AMOUNTS}))
 
 
 def close(session: Session, job: Job, ran_s: float, now: datetime, *, wasted: bool) -> None:
-    """The present attempt ends after `ran_s`. What was not accounted for goes to the phase that it ended in."""
+    """The current attempt ends after `ran_s` seconds. Time not accounted for yet goes to the phase in which it ended."""
     accounted = sum((getattr(Usage, name) for name in SECONDS), start=literal(0.0))
     query = select(func.coalesce(func.sum(accounted), 0.0)).where(Usage.job_id == job.id, Usage.attempt == job.attempt)
     rest_s = ran_s - float(session.scalar(query) or 0.0)
@@ -98,10 +98,10 @@ def _of_attempt(job: Job) -> Any:
 
 
 def revoke(session: Session, job: Job, step: int) -> None:
-    """The job goes on from `step`, though a checkpoint covers more: that one is broken. What it covered was wasted, after all.
+    """The job's checkpoint is broken, so the job continues from the earlier `step`: count what came after `step` as wasted.
 
-    `step` -1: it begins anew, with the evaluation before the first step. How much was spent, step by step and evaluation by
-    evaluation, is in the metrics; called before those are taken back.
+    `step` -1: the job starts again, with the evaluation before the first step. The costs of each step and evaluation are read
+    from the metrics, so call this before they are deleted.
     """
     broken = None if job.checkpoint_id is None else session.get(Checkpoint, job.checkpoint_id)
     if broken is None or broken.step <= step:
@@ -120,14 +120,14 @@ def revoke(session: Session, job: Job, step: int) -> None:
 
 GroupBy = Literal["day", "job", "key"]
 GROUPS: Mapping[str, Any] = {"day": Usage.day, "job": Usage.job_id, "key": Usage.key_id}
-# Which may have a row for each of several days; 0 is none.
+# The number of attempts: one may have rows for several days, and number 0 is not an attempt.
 ATTEMPTS = func.count(func.distinct(Usage.job_id + ":" + cast(func.nullif(Usage.attempt, 0), Usage.job_id.type)))
 SUMS = (*TOKENS, *SECONDS, *(f"wasted_{name}" for name in AMOUNTS))
 
 
 @dataclass(frozen=True)
 class Totals:
-    """Sums over some rows of the ledger; `wasted_` parts are contained in the others."""
+    """Sums over some rows of the ledger. The `wasted_` amounts are also contained in the others."""
 
     group: str | None
     attempts: int
@@ -161,7 +161,7 @@ def report(
     job_id: str | None = None,
     key_id: str | None = None,
 ) -> list[Totals]:
-    """Sums of a project, one for each group that has any, or one in all. Days (YYYY-MM-DD, UTC) are inclusive."""
+    """Sums of a project: one for each group with rows; without `group_by` one in all. Days (YYYY-MM-DD, UTC) are inclusive."""
     where: list[ColumnElement[bool]] = [Usage.project == project]
     if first_day is not None:
         where.append(Usage.day >= first_day)
@@ -191,11 +191,11 @@ def _totals(session: Session, group_by: GroupBy | None, where: list[ColumnElemen
 
 @dataclass(frozen=True)
 class Whole:
-    """The whole ledger, of all projects. Nothing here ever becomes less."""
+    """Sums over the ledger of all projects. None of them ever decreases."""
 
-    amounts: dict[str, float]  # by their names of SUMS, and steps, queued_s
+    amounts: dict[str, float]  # by the names in SUMS, and steps, queued_s
     attempts: int
-    failures: dict[str, int]  # by code: attempts that ended with it, and jobs that did in the queue
+    failures: dict[str, int]  # by code: attempts that ended with it, and jobs that failed with it outside an attempt
 
 
 def whole(session: Session) -> Whole:
@@ -228,7 +228,7 @@ def _exceeds(totals: Totals, tokens: int | None, worker_s: float | None) -> bool
 def set_budget(
     session: Session, project: str, *, tokens: int | None, worker_s: float | None, since: str, now: datetime
 ) -> None:
-    """Replace the project's budget; with neither tokens nor seconds there is none."""
+    """Replace the project's budget. With neither tokens nor seconds there is no limit."""
     bounds = {"tokens": tokens, "worker_s": worker_s, "since": since, "updated_at": now}
     statement = insert(session, Budget).values(project=project, **bounds)
     session.execute(statement.on_conflict_do_update(index_elements=["project"], set_=bounds))

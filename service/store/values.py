@@ -1,6 +1,6 @@
-"""What a value becomes before it is stored, on both databases alike: SQLite takes more than PostgreSQL, and more than JSON has.
+"""Make values storable, alike on both databases: SQLite accepts values that PostgreSQL or JSON does not.
 
-What callers send is refused long before; this is for what models, graders and libraries bring.
+Such values from callers are refused earlier; this is for values from models, graders and libraries.
 """
 
 import json
@@ -8,21 +8,21 @@ import re
 from math import isfinite
 from typing import Any
 
-NUL_SHOWN = "\u2400"  # ␀, the picture of it
+NUL_SHOWN = "\u2400"  # ␀, the symbol for NUL
 _UNFIT = re.compile("[\0\ud800-\udfff]")
-_UNFIT_ESCAPED = re.compile(r"\\u(?:0000|d[89a-f])")  # as json writes them; and halves of characters beyond the first 65,536
+_UNFIT_ESCAPED = re.compile(r"\\u(?:0000|d[89a-f])")  # as json escapes them; it also matches valid surrogate pairs
 
 
 def storable(text: str) -> str:
-    """The text without NUL and lone surrogates, for which pictures stand then."""
+    """The text with NUL replaced by U+2400 and lone surrogates by U+FFFD."""
     return _UNFIT.sub(lambda found: NUL_SHOWN if found[0] == "\0" else "\ufffd", text)
 
 
 def dumps(value: Any) -> str:
-    """JSON that both databases take: null for what is not finite, as in the metrics. Raises TypeError for what JSON has not."""
+    """JSON that both databases accept. NaN and infinities become null, as in metrics. Raises TypeError for non-JSON types."""
     try:
         text = json.dumps(value, allow_nan=False)
-    except ValueError:  # NaN, an infinity: seldom, so they are looked for only then
+    except ValueError:  # NaN or an infinity: rare, so they are searched for only here
         return json.dumps(_clean(value))
     return json.dumps(_clean(value)) if _UNFIT_ESCAPED.search(text) else text
 

@@ -1,4 +1,4 @@
-"""Workers as they last said of themselves."""
+"""Workers, each as it last reported."""
 
 from datetime import datetime, timedelta
 from typing import Any
@@ -8,7 +8,7 @@ from sqlalchemy.orm import Session
 
 from service.store.tables import Worker
 
-ALIVE_WITHIN = timedelta(seconds=60)  # a worker that was seen so lately counts as alive
+ALIVE_WITHIN = timedelta(seconds=60)  # a worker seen within this time counts as alive
 KEPT_FOR = timedelta(days=1)
 
 
@@ -19,9 +19,9 @@ def hello(session: Session, worker: Worker) -> None:
 
 
 def seen(session: Session, worker: Worker) -> None:
-    """It lives. One whose row is not there (the store was away when it started, or it was away for a day) is added.
+    """Note a sign of life. If the worker has no row (the store was away when it started, or it was away for a day), add it.
 
-    A drain that the row knows of already is not taken back.
+    A drain that is already set in the row stays set.
     """
     values: dict[str, Any] = {"last_seen_at": worker.last_seen_at, "memory": worker.memory}
     values |= {"draining": True} if worker.draining else {}
@@ -39,7 +39,7 @@ def is_draining(session: Session, worker_id: str) -> bool:
 
 
 def alive(session: Session, now: datetime) -> list[Worker]:
-    """Those that were seen lately, draining ones too."""
+    """Workers that count as alive, draining ones too."""
     return list(session.scalars(select(Worker).where(Worker.last_seen_at >= now - ALIVE_WITHIN).order_by(Worker.id)))
 
 

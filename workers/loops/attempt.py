@@ -29,14 +29,14 @@ class StepResult:
 
 
 def prompt_tokens(attempt: "Attempt", row: Row, number: int) -> list[int]:
-    """The tokens of a row's prompt; what its chat template refuses is said to be about this row."""
+    """The tokens of a row's prompt. If the chat template refuses it, the error names the row."""
     with in_row(number):
         return attempt.policy.text.encode(attempt.data.prompt(row), **attempt.data.template_options(row))
 
 
 @contextmanager
 def in_row(number: int) -> Iterator[None]:
-    """What a policy refuses inside is said to be about this row."""
+    """Add the row's number to a PolicyFailed that is raised inside."""
     try:
         yield
     except PolicyFailed as error:

@@ -1,4 +1,4 @@
-"""Measurements that no sound run has: told once, with what probably lies behind them, and not only as a number among others."""
+"""Warns once when a metric reaches a value that no healthy run has, and names the likely cause."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from workers.tenure.tenure import EventRow
 
 @dataclass(frozen=True)
 class Bound:
-    """A metric whose size is beyond belief above `most`; `beside` are metrics that say more."""
+    """A metric is implausible if its absolute value exceeds `most`. The warning also shows the metrics in `beside`."""
 
     most: float
     cause: str
@@ -43,7 +43,7 @@ BOUNDS: dict[str, Bound] = {
 
 
 def implausible(progress: Progress, metrics: Mapping[str, float]) -> list[EventRow]:
-    """A warning for each metric that is beyond belief and was not at the step before."""
+    """A warning for each metric that is implausible now and was not at the step before."""
     now = {name for name, bound in BOUNDS.items() if abs(metrics.get(name, 0.0)) > bound.most}
     fresh = [name for name in BOUNDS if name in now and name not in progress.implausible]
     progress.implausible = sorted(now)

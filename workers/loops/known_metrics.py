@@ -1,4 +1,5 @@
-"""What a loop writes has a name that service/metric_names.py knows: with strict_metrics (the tests) any other is an error."""
+"""Checks that a loop writes only metrics that service/metric_names.py lists. With strict_metrics (the tests) any other is an
+error."""
 
 import logging
 from collections.abc import Iterable
@@ -10,7 +11,8 @@ log = logging.getLogger(__name__)
 
 
 def check(names: Iterable[str], kind: str, *, strict: bool) -> None:
-    """Of a job of this kind. A name that the table lacks is logged once; raises ValueError instead where `strict`."""
+    """Check the metric names of a job of this kind. A name that the table lacks is logged once or, if `strict`, raises
+    ValueError."""
     unknown = [name for name in names if not is_known(name, kind)]
     if unknown and strict:
         allowed = ", ".join(metric.name for metric in METRICS if kind in metric.of)

@@ -89,12 +89,12 @@ def _in_time(attempt: Attempt) -> None:
 
 @contextmanager
 def _saving(attempt: Attempt, result: StepResult | None = None) -> Iterator[None]:
-    """If the work inside fails, save the progress before it, unless the weights have moved since: whatever ends the attempt, no
-    whole step is lost. `result` is of a step that is whole and not committed yet."""
+    """If the work inside fails, save the progress made before it, so that no complete step is lost. Nothing is saved if the
+    weights have changed since. `result` belongs to a complete step that is not committed yet."""
     progress, updates = attempt.progress, attempt.policy.updates
     try:
         yield
-    except (LeaseLost, OperationalError, InterfaceError):  # there is no right, or no place, to save
+    except (LeaseLost, OperationalError, InterfaceError):  # the lease is lost, or the database is away
         raise
     except Exception as error:
         phase = attempt.tenure.phase
@@ -110,7 +110,7 @@ def _saving(attempt: Attempt, result: StepResult | None = None) -> Iterator[None
 
 @contextmanager
 def _or_logged() -> Iterator[None]:
-    """What fails inside is logged: the failure that came before it is the one to tell."""
+    """Log a failure inside instead of raising it, because the earlier failure is the one to report."""
     try:
         yield
     except LeaseLost:
@@ -120,7 +120,7 @@ def _or_logged() -> Iterator[None]:
 
 
 def _owes_evaluation(attempt: Attempt) -> bool:
-    """Whether an evaluation is due where the job stands. One that failed is made up for when the job goes on."""
+    """Whether an evaluation is due at the current step. One that failed is repeated when the job continues."""
     spec, progress = attempt.spec, attempt.progress
     if attempt.data.eval is None or progress.evaluated_at == progress.step:
         return False

@@ -1,6 +1,6 @@
-"""Before the first step: every row that the job will take is rendered and measured, so that a bad one ends it at once.
+"""Renders and measures every row that the job will take, before the first step, so that a bad row ends the job at once.
 
-Rows of a procedural source are made when their turn comes, which may take long, and are measured then.
+Rows of a procedural source may take long to make. They are made and measured when a step takes them.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,12 +16,12 @@ ROWS_AT_ONCE = 256
 
 
 def measure(attempt: Attempt) -> None:
-    """Raises JobFailed, by the row's number: prompt_too_long, prompt_empty, sequence_too_long, chat_refused, no_chat_template.
+    """Raises JobFailed with the row's number: prompt_too_long, prompt_empty, sequence_too_long, chat_refused, no_chat_template.
 
-    Ends early when the job's owner wishes something: the loop hears of it too.
+    Returns early if there is a wish, for example to pause or cancel; the loop checks for it again.
     """
     spec, data = attempt.spec, attempt.data
-    # Rows, which of them, the tokens of a sampled answer, whether answers are read.
+    # Rows, the indices to measure, the most tokens of a sampled answer, whether the rows' answers are read.
     parts: list[tuple[DataRows, Sequence[int], int | None, bool]] = []
     if isinstance(spec, RLSpec):
         parts.append((data.train, _taken(attempt, spec.rollout.prompts_per_step), spec.rollout.max_completion_tokens, False))

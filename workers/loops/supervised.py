@@ -85,7 +85,7 @@ class Example(NamedTuple):
 
 
 def encode(attempt: Attempt, rows: DataRows, indices: Sequence[int]) -> list[Example]:
-    """What is learnt from these rows; a row that does not fit the context ends the job, by its number."""
+    """The examples in these rows. Raises JobFailed, with the row's number, if one is too long or its prompt is empty."""
     text, examples = attempt.policy.text, list[Example]()
     for index in indices:
         number = rows.number(index)
@@ -106,8 +106,8 @@ def encode(attempt: Attempt, rows: DataRows, indices: Sequence[int]) -> list[Exa
 
 
 def examples_of(text: Text, data: Data, row: Row, number: int) -> list[Example]:
-    """The sequences of a row. Turns of a chat that stand behind one another, token by token, share a sequence; where the
-    template writes earlier turns in another way once others follow, each turn has a sequence of its own, as it is sampled."""
+    """The sequences of a row. A chat's turn joins the sequence before it if its prompt begins with exactly these tokens. If the
+    template writes earlier turns differently once others follow, each turn has its own sequence, as it is sampled."""
     prompt, options = data.prompt(row), data.template_options(row)
     if isinstance(prompt, str) or data.begins_the_answer:
         answer = data.answer(row)
@@ -128,7 +128,7 @@ def examples_of(text: Text, data: Data, row: Row, number: int) -> list[Example]:
 
 
 def _mask(batch: Sequence[Example], rows: Iterable[int], log_probs: Tensor) -> Tensor:
-    """[b, T] bool, True on the tokens that are learnt; T as `log_probs` has."""
+    """[b, T] bool, True on the tokens that are learnt; it has the shape of `log_probs`."""
     mask = torch.zeros(log_probs.shape, dtype=torch.bool)
     for place, row in enumerate(rows):
         learnt = batch[row].learnt

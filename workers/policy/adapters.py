@@ -128,7 +128,7 @@ class Adapters:
         _sort_sets(folder / ADAPTER_CONFIG, peft.peft_config[name].to_dict())
 
     def warnings(self, name: str, adapter: Lora) -> list[str]:
-        """What its owner should know of an adapter: what it leaves out, and where it cannot be merged."""
+        """Warnings for an adapter's owner: which weights it leaves out, and where it cannot be merged."""
         self._peft_of(name)
         warnings: list[str] = []
         if adapter.target_modules == "all-linear" and (left := self._without_adapter()):
@@ -143,7 +143,7 @@ class Adapters:
         return warnings
 
     def _without_adapter(self) -> dict[str, int]:
-        """How many numbers are in the weights that peft passed over, as of routed experts; layers' numbers written as *."""
+        """The sizes of the weights that got no adapter, for example routed experts, by name; layer numbers are written as *."""
         left: dict[str, int] = {}
         ours = {id(self._model.get_output_embeddings())}
         for path, module in self._model.named_modules():
@@ -156,7 +156,7 @@ class Adapters:
         return left
 
     def _check_targets(self, modules: list[str]) -> None:
-        """Peft passes over a name that no layer has, as long as another one fits."""
+        """Raises PolicyFailed for a name that no layer has. Peft would ignore it if another name fits."""
         paths = [path for path, _ in self._model.named_modules() if not _is_of_peft(path)]
         for name in modules:
             if not any(path == name or path.endswith(f".{name}") for path in paths):
@@ -164,7 +164,7 @@ class Adapters:
                 raise self._no_target(f"the adapter cannot be put on {name!r}: no layer of this model is called so{near}")
 
     def _linear(self) -> list[str]:
-        """The last names of the layers that an adapter is meant for."""
+        """The last parts of the names of the linear layers."""
         return sorted(
             {p.rsplit(".", 1)[-1] for p, m in self._model.named_modules() if isinstance(_bare(m), nn.Linear | Conv1D)}
         )
@@ -174,7 +174,7 @@ class Adapters:
         return PolicyFailed("lora_target_modules", detail, hint=hint, subject=Subject.TARGET_MODULES)
 
     def _switch_to(self, name: str) -> None:
-        if self._at_work != name:  # it visits every layer
+        if self._at_work != name:  # only if needed: switching visits every layer
             self._peft_of(name).set_adapter(name, inference_mode=self._frozen[name])
             self._at_work = name
 
@@ -267,7 +267,7 @@ def _bare(module: nn.Module) -> nn.Module:
 
 
 def _sort_sets(path: Path, config: dict[str, Any]) -> None:
-    """Peft writes its sets in the order of their hashes, which is another one in each process."""
+    """Sort the sets in a saved config. Peft writes them in hash order, which differs between processes."""
     written = orjson.loads(path.read_bytes())
     written |= {name: sorted(value) for name, value in config.items() if isinstance(value, set)}
     path.write_bytes(orjson.dumps(written, option=orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS))

@@ -1,8 +1,7 @@
 """Chats through the model's template: prompts that the model continues, and the turns that a supervised job learns.
 
-A template is a program of its own. It may put an empty think block before an answer, drop the thoughts of earlier turns, open
-a think block in the prompt. So a turn is never put together from a guess of what the template writes: it is cut out of what the
-template rendered.
+A template is a program. It may put an empty think block before an answer, drop the thoughts of earlier turns, or open a think
+block in the prompt. So a turn is cut out of the rendered text, and never built from a guess of what the template writes.
 """
 
 import json
@@ -15,14 +14,14 @@ from transformers import PreTrainedTokenizerBase
 from workers.policy.errors import PolicyFailed, Subject
 
 Messages = list[dict[str, Any]]
-MAX_SHOWN = 500  # characters of a template's own words
+MAX_SHOWN = 500  # characters of a template's error message
 MARK = "an answer that nobody gives"
-PLAIN_KEYS = frozenset({"content", "name", "tool_call_id"})  # a template that leaves the last two out loses nothing
+PLAIN_KEYS = frozenset({"content", "name", "tool_call_id"})  # a template may leave out the last two without loss
 PLAIN_ROLES = frozenset({"system", "user", "assistant"})
 
 
 class Turn(NamedTuple):
-    """What stands before an assistant's turn, and the turn itself, without what the template ends it with."""
+    """The text before an assistant's turn, and the turn itself without the template's end of turn."""
 
     prompt: str
     answer: str
@@ -36,27 +35,27 @@ class Chat:
         self._shown: dict[tuple[str, str], bool] = {}  # by role and key
 
     def prompt(self, messages: Messages, **options: Any) -> str:
-        """The text that the model continues. A last message of the assistant's is the beginning of its answer."""
+        """The text that the model continues. If the last message is the assistant's, it is the beginning of the answer."""
         self.check(messages, **options)
         if messages[-1]["role"] != "assistant":
             return self._render(messages, opened=True, **options)
         begun = messages[-1]["content"]
         before, opening = self._opened(messages[:-1], **options)
         if begun.strip().startswith("<") and opening.rstrip().endswith(begun.strip()):
-            return before + opening  # the template has opened the think block by itself
+            return before + opening  # the template already opens the think block
         shown = self._continued(messages, before, **options).removeprefix(before + opening)
-        space = shown[: len(shown) - len(shown.lstrip())]  # some templates set an answer off with one
+        space = shown[: len(shown) - len(shown.lstrip())]  # some templates put whitespace before an answer
         return before + opening + (space if shown.strip() == begun.strip() and not begun[:1].isspace() else "") + begun
 
     def turn(self, messages: Messages, **options: Any) -> Turn:
-        """The last message, an assistant's turn, as the template renders it, behind the prompt that leads to it."""
+        """The last message, an assistant's turn, and the prompt before it, both as the template renders them."""
         self.check(messages, **options)
         whole = self._render(messages, opened=False, **options)
         whole = whole.removesuffix(self.ending)
         prompt = self._render(messages[:-1], opened=True, **options)
         if whole.startswith(prompt):
             return Turn(prompt, whole[len(prompt) :])
-        # The prompt opens a think block, and the turn has none or a closed one: they part there, at no half of a mark.
+        # The prompt opens a think block; the turn has none or a closed one. Split where they differ first, but not in a tag.
         start = prompt[: next((i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), len(whole))]
         if start.rfind("<") > start.rfind(">"):
             start = start[: start.rfind("<")]
@@ -68,7 +67,7 @@ class Chat:
 
     @cached_property
     def ending(self) -> str:
-        """What the template writes after an assistant's last turn; empty where it takes no plain question and answer."""
+        """What the template writes after an assistant's last turn; empty if it refuses a plain question and answer."""
         try:
             whole = self._render(
                 [{"role": "user", "content": "?"}, {"role": "assistant", "content": MARK}], opened=False, tools=None
@@ -78,8 +77,7 @@ class Chat:
         return whole.rpartition(MARK)[2]
 
     def check(self, messages: Messages, *, tools: list[dict[str, Any]] | None = None, **options: Any) -> None:
-        """Whether the template takes every key and role of the messages, the tools and the options: what it leaves out silently
-        would be lost. Raises PolicyFailed."""
+        """Raises PolicyFailed if the template silently leaves out a key or role of the messages, the tools or an option."""
         names = [*(["tools"] if tools else []), *options]
         template = self._tokenizer.get_chat_template(tools=tools) if names else ""
         for name in names:
@@ -93,7 +91,7 @@ class Chat:
                     raise self._refused(f"leaves out {what} of the role {message['role']!r} (message {number})")
 
     def _shows(self, before: Messages, message: dict[str, Any], key: str) -> bool:
-        """Whether the template writes something else with this key of the message, or (key role) with the message at all."""
+        """Whether this key of the message (for the key `role`: the message itself) changes the rendered text."""
         role = message["role"]
         if key == "role":
             if role in PLAIN_ROLES:
@@ -110,14 +108,14 @@ class Chat:
         return self._render(messages, opened=False) if messages else ""
 
     def _opened(self, messages: Messages, **options: Any) -> tuple[str, str]:
-        """The messages, and what the template opens the assistant's turn with."""
+        """The rendered messages, and the text with which the template opens the assistant's turn."""
         before = self._render(messages, opened=False, **options)
         opened = self._render(messages, opened=True, **options)
         return (before, opened[len(before) :]) if opened.startswith(before) else (opened, "")
 
     def _continued(self, messages: Messages, before: str, **options: Any) -> str:
-        """The chat up to the end of its last message, as the template shows that; empty where it shows it otherwise, like those
-        that take thoughts out."""
+        """The rendered chat up to the end of its last message; empty if the template changes that message, for example removes
+        its thoughts."""
         try:
             return self._render(messages, opened=False, continue_final_message=True, **options)
         except PolicyFailed:
@@ -140,7 +138,7 @@ class Chat:
                 return self._tokenizer.apply_chat_template(form, add_generation_prompt=opened, tokenize=False, **options)
             except MemoryError:
                 raise
-            except Exception as error:  # a template may raise anything: its own words, or what it trips over
+            except Exception as error:  # a template may raise anything: its own messages or Python's errors
                 refusals.append(str(error)[:MAX_SHOWN] or type(error).__name__)
         roles = ", ".join(message["role"] for message in messages)
         raise self._refused(f"refuses the messages ({roles}): {refusals[0]}")
@@ -155,7 +153,7 @@ class Chat:
 
 
 def _with_parsed_arguments(messages: Messages) -> Messages:
-    """OpenAI writes the arguments of a tool call as a JSON text, templates mostly expect the object."""
+    """Tool calls with their arguments as objects: OpenAI writes them as JSON text, but most templates expect objects."""
     return [
         {**message, "tool_calls": [_parsed(call) for call in message["tool_calls"]]} if message.get("tool_calls") else message
         for message in messages

@@ -15,7 +15,13 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from tokenizers import Tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file, extract_commit_hash
 from transformers.utils.peft_utils import find_adapter_config_file
@@ -31,15 +37,15 @@ from workers.policy.tiny import tiny_model, tiny_tokenizer
 MODEL = "model"  # the folder inside a checkpoint
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
-# Spaces, digits and scripts that tokenizers treat in ways of their own.
+# Spaces, digits and scripts that tokenizers treat differently.
 PLAIN_TEXT = "3+8=11,  it's so:\n\tna\u00efve \u4f60\u597d x_1"
-MAX_SHOWN = 500  # characters of a library's own words
+MAX_SHOWN = 500  # characters of a library's error message
 
 HUB_ANSWERS_WITHIN_S = 10.0
 
 log = logging.getLogger(__name__)
 transformers_logging.disable_progress_bar()
-transformers_logging.disable_default_handler()  # its lines quote names out of the model's files: our formatters escape them
+transformers_logging.disable_default_handler()  # its lines quote names from the model's files; our formatters escape them
 transformers_logging.enable_propagation()
 
 
@@ -119,17 +125,16 @@ def _load_pretrained(source: str, revision: str | None, device: torch.device, dt
     if not source.startswith(("/", ".", "~")) and os.path.exists(source):  # transformers would load this folder
         raise _not_found(source, "it is a hub id, and also a path below this worker's working directory")
     if HUB_ID.fullmatch(source) and (why := hub.why_not(source, revision, within_s=HUB_ANSWERS_WITHIN_S)):
-        raise _not_found(source, why)  # at once: the library asks six times, for half a minute
+        raise _not_found(source, why)  # fail at once: the library would ask six times, for half a minute
     with unsupported_if_it_fails(source, "it does not load"):
-        # A branch may move between these calls, and before the job resumes: from here on it is a commit.
+        # A branch may move between these calls, and before the job resumes, so its commit is used from here on.
         config_path = cached_file(source, "config.json", revision=revision)
         if config_path is None:
             raise _not_found(source, "there is no config.json in it")
         commit = None if Path(source).is_dir() else extract_commit_hash(config_path, None)
         safe: dict[str, Any] = {"revision": commit or revision, "trust_remote_code": False}
         _check_files(source, Path(config_path).parent, commit or revision)
-        tokenizer = AutoTokenizer.from_pretrained(source, **safe)
-        _check_tokenizer(source, tokenizer, commit or revision)
+        tokenizer = _load_tokenizer(source, commit or revision)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, use_safetensors=True, output_loading_info=True, **safe
         )
@@ -143,7 +148,7 @@ def _load_pretrained(source: str, revision: str | None, device: torch.device, dt
 
 @contextmanager
 def unsupported_if_it_fails(source: str, what: str) -> Iterator[None]:
-    """Whatever the libraries trip over in here lies in the model's files, and is its owner's; want of memory is not."""
+    """Report failures inside as faults of the model's files. JobFailed, lack of memory and accelerator errors are passed on."""
     try:
         yield
     except (JobFailed, MemoryError, torch.OutOfMemoryError, torch.AcceleratorError):
@@ -155,30 +160,44 @@ def unsupported_if_it_fails(source: str, what: str) -> Iterator[None]:
         raise _unsupported(source, f"{what}: {type(error).__name__}: {error}") from error
 
 
-def _check_tokenizer(source: str, tokenizer: PreTrainedTokenizerBase, revision: str | None) -> None:
-    """Refuse a tokenizer that reads or writes plain text otherwise than its own tokenizer.json. Some versions of transformers
-    build it anew from its class, and it then loses spaces, for example. Raises ValueError."""
+def _load_tokenizer(source: str, revision: str | None) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, which treats plain text as its tokenizer.json does. Raises ValueError where there is none.
+
+    transformers builds the tokenizers of some families anew from their class: the result may lose spaces, for example. In that
+    case the file is loaded as it stands.
+    """
+    safe: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
     path = cached_file(source, "tokenizer.json", revision=revision, _raise_exceptions_for_missing_entries=False)
-    if path is None:
-        return
+    tokenizer = AutoTokenizer.from_pretrained(source, **safe)
+    if path is not None and (what := _difference(tokenizer, path)):
+        log.warning("the model %s: %s; the file is used as it stands", source, what)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(source, **safe)
+        if what := _difference(tokenizer, path):
+            raise ValueError(what)
+    return tokenizer
+
+
+def _difference(tokenizer: PreTrainedTokenizerBase, path: str) -> str | None:
+    """How the tokenizer treats plain text differently from the tokenizer.json at `path`; None if it does not."""
     own: Any = Tokenizer.from_file(path)
     own.no_truncation()
     own.no_padding()
     ids = own.encode(PLAIN_TEXT, add_special_tokens=False).ids
     loaded: Any = tokenizer(PLAIN_TEXT, add_special_tokens=False)["input_ids"]
     if list(loaded) != ids:
-        raise ValueError(f"its tokenizer reads {PLAIN_TEXT!r} as other tokens than its tokenizer.json does")
+        return f"its tokenizer reads {PLAIN_TEXT!r} as other tokens than its tokenizer.json does"
     text: Any = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     if text != own.decode(ids, skip_special_tokens=False):
-        raise ValueError(f"its tokenizer writes {text!r} for the tokens of {PLAIN_TEXT!r}, and its tokenizer.json does not")
+        return f"its tokenizer writes {text!r} for the tokens of {PLAIN_TEXT!r}, and its tokenizer.json does not"
+    return None
 
 
 def _check_files(source: str, folder: Path, revision: str | None) -> None:
-    """Refuse what the loader would open and must not. `folder` holds config.json, and of a hub's model what is cached."""
+    """Refuse files that the loader would open but must not. `folder` holds config.json, for a hub model also what is cached."""
     try:
         config = read_config(folder)
         index = str(config.get(NAMED, INDEX))
-        if not Path(source).is_dir() and index.endswith(INDEX_SUFFIX):  # fetched, so that it can be read
+        if not Path(source).is_dir() and index.endswith(INDEX_SUFFIX):  # fetch the index, to read it
             cached_file(source, index, revision=revision, _raise_exceptions_for_missing_entries=False)
         pickled = pickled_weights(folder, config)
     except ValueError as error:
@@ -217,7 +236,7 @@ def _unsupported(source: str, why: str) -> PolicyFailed:
 
 
 def _shortened(why: str) -> str:
-    """In one line."""
+    """On one line, cut to MAX_SHOWN characters."""
     why = " ".join(why.split())
     return why if len(why) <= MAX_SHOWN else f"{why[:MAX_SHOWN]}…"
 

@@ -12,18 +12,18 @@ from workers.policy.chat import Chat, Messages
 from workers.policy.errors import PolicyFailed, Subject
 
 NO_LIMIT = 1 << 20  # tokens of context, for a model that names none
-LOADED_BY = ("is_local", "local_files_only")  # how transformers came by a tokenizer, which it would write beside what it is
-SEAMS = "\n", ":", "a"  # texts whose tokens are the same with another text behind them
+LOADED_BY = ("is_local", "local_files_only")  # how a tokenizer was loaded; transformers would save this with it
+SEAMS = "\n", ":", "a"  # texts whose tokens usually stay the same when another text follows
 
 
 class Text:
     """A tokenizer, plus what the model adds to it: further end tokens, the context length, the size of the vocabulary."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
-        self.tokenizer: Any = tokenizer  # its annotations allow for much that is not asked of it here
+        self.tokenizer: Any = tokenizer  # its annotations are too wide for the calls made here
         self.chat = Chat(tokenizer)
         embeddings: Any = model.get_input_embeddings()
-        self.rows: int = embeddings.weight.shape[0]  # of the embedding: tokens that the model knows
+        self.rows: int = embeddings.weight.shape[0]  # rows of the embedding: how many tokens the model knows
         declared = getattr(model.generation_config, "eos_token_id", None)
         more = declared if isinstance(declared, list) else [declared]
         added = self.tokenizer.added_tokens_decoder.items()
@@ -38,35 +38,35 @@ class Text:
         self.context = min(self.tokenizer.model_max_length, NO_LIMIT) if context is None else context
 
     def encode(self, prompt: str | Messages, **options: Any) -> list[int]:
-        """A text as it stands (with the tokenizer's own prefix, if it has one), or messages through the chat template.
+        """The tokens of a text as it is (with the tokenizer's prefix, if it has one), or of messages in the chat template.
 
-        `options` are the template's: `tools`, and variables of its own. Raises PolicyFailed.
+        `options` are passed to the template: `tools`, and its own variables. Raises PolicyFailed.
         """
         if not isinstance(prompt, str):
             return self._known(self._plain(self.chat.prompt(prompt, **options)))
         ids = self.tokenizer(prompt)["input_ids"]
         if ids[:2] == [self.tokenizer.bos_token_id] * 2 and prompt.startswith(self.tokenizer.bos_token):
-            ids = ids[1:]  # a rendered chat, which begins with it
+            ids = ids[1:]  # a rendered chat already begins with this token
         if ids and ids[-1] in self.eos_ids and len(ids) > 1 and self._plain(prompt)[-1:] != ids[-1:]:
-            ids = ids[:-1]  # some tokenizers close every text; a prompt is to be continued
+            ids = ids[:-1]  # some tokenizers end every text, but a prompt is to be continued
         return self._known(ids)
 
     def encode_answer(self, text: str, *, in_chat: bool = False) -> list[int]:
-        """The tokens of an answer behind a prompt, with what ends it: the end-of-sequence token, or the template's end of a
-        turn. An answer that brings its own gets no second one."""
+        """The tokens of an answer after a prompt, ended by the end-of-sequence token or the template's end of turn. Nothing is
+        added to an answer that already has an end token."""
         return self._known(self._ended(self._continuation(text), self._turn_end if in_chat else []))
 
     def encode_turn(self, messages: Messages, **options: Any) -> tuple[list[int], list[int]]:
-        """The last message, an assistant's, as the template renders it: the tokens of its prompt, and its own with their end.
+        """The tokens of the last message's prompt, and those of the message, an assistant's turn, with its end.
 
-        The prompt is what `encode` makes of the messages before, where the template writes those alike.
+        The prompt is the same as `encode` of the messages before, if the template renders these the same.
         """
         turn = self.chat.turn(messages, **options)
         return self._known(self._plain(turn.prompt)), self._known(self._ended(self._continuation(turn.answer), self._turn_end))
 
     @cached_property
     def _turn_end(self) -> list[int]:
-        """What ends an assistant's turn in the template, up to its first special token; empty where there is none."""
+        """The tokens with which the template ends an assistant's turn, up to the first special one; empty if there is none."""
         ids = self._plain(self.chat.ending) if self.tokenizer.chat_template else []
         return next((ids[: place + 1] for place, token in enumerate(ids) if token in self._special.values()), [])
 
@@ -83,18 +83,18 @@ class Text:
         return [*ids, *(end or self.eos_ids[:1])]
 
     def stop_ids(self, stop: Iterable[str]) -> list[int]:
-        """The special tokens among stop texts: `decode` may leave them out, so that no text would show them."""
+        """The ids of the stop texts that are special tokens. `decode` may leave these out, so the text may not show them."""
         return [self._special[text] for text in stop if text in self._special]
 
     def save(self, folder: Path) -> None:
-        """Write the tokenizer's files, the same for the same tokenizer wherever it was loaded from."""
+        """Write the tokenizer's files. They do not depend on where the tokenizer was loaded from."""
         for name in LOADED_BY:
             self.tokenizer.init_kwargs.pop(name, None)
         self.tokenizer.save_pretrained(str(folder))
 
     def decode(self, tokens: list[int]) -> str:
-        """The text of tokens. Of the special ones those that only frame a text (begin, end, padding, unknown) are left out;
-        marks of thoughts and tool calls stay."""
+        """The text of tokens. Special tokens that only frame a text (begin, end, padding, unknown) are left out; those that
+        mark thoughts and tool calls stay."""
         return self.decode_all([tokens])[0]
 
     def decode_all(self, rows: list[list[int]]) -> list[str]:
@@ -105,7 +105,7 @@ class Text:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def _continuation(self, text: str) -> list[int]:
-        """The tokens of a text that goes on behind another: without the space that SentencePiece puts before a text."""
+        """The tokens of a text that follows another, without the space that SentencePiece puts before a text."""
         if not self._adds_a_space:
             return self._plain(text)
         for before in SEAMS:

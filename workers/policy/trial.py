@@ -1,7 +1,8 @@
-"""A trial at load: a few tokens are sampled and scored, so that a model that cannot be is refused before a job begins.
+"""A trial at load: a few tokens are sampled and scored, so that a model for which the two disagree is refused before a job.
 
-Some families keep a state outside of the cache, or a cache of their own kind: what is sampled then is not what is scored, and
-every gradient is wrong without a word. The trial has what a job has: prompts of several lengths, groups, rows that go on.
+Some model families keep state outside of the cache, or use another kind of cache. The log-probs of sampling and scoring then
+differ, and every gradient is silently wrong. The trial covers what a job does: prompts of several lengths, groups, and rows
+that go on.
 """
 
 import torch
@@ -13,17 +14,17 @@ from workers.policy.score.log_probs import Scorer
 
 PROMPT_LENGTHS = (3, 1, 2)
 GROUP_SIZE, ANSWER_TOKENS = 2, 4
-# Mean absolute difference of a token's log-prob. Rounding gives 1e-6 in float32 and 0.06 in bfloat16 (SmolLM2), a lost state
-# whole nats.
+# Mean absolute difference of a token's log-prob in nats. Rounding gives 1e-6 in float32 and 0.06 in bfloat16 (SmolLM2); a lost
+# state gives whole nats.
 TOLERANCE = {torch.float32: 0.002}
-COARSE_TOLERANCE = 0.5  # of narrower types, where a mixture of experts may even choose another expert
+COARSE_TOLERANCE = 0.5  # for narrower types, with which a mixture of experts may even choose another expert
 
 
 @torch.no_grad()
 def disagreement(sampler: Sampler, scorer: Scorer, *, vocabulary: int, dtype: torch.dtype, device: torch.device) -> str | None:
-    """In words, how far the log-probs of the sampler are from the scorer's; None when they agree as far as `dtype` allows.
+    """A message with the difference of the sampler's and scorer's log-probs; None if they agree as far as `dtype` allows.
 
-    Whatever the model raises goes through. Logits that are not finite are told when a job runs into them.
+    Exceptions of the model are passed on. Logits that are not finite give None; a job reports them when it meets them.
     """
     prompts = [[(7 * row + 3 * place + 5) % vocabulary for place in range(length)] for row, length in enumerate(PROMPT_LENGTHS)]
     try:
@@ -36,6 +37,6 @@ def disagreement(sampler: Sampler, scorer: Scorer, *, vocabulary: int, dtype: to
     sampled = torch.tensor([log_prob for _, answer in answers for log_prob in answer.log_probs])
     off = float((scored.cpu() - sampled).abs().mean())
     allowed = TOLERANCE.get(dtype, COARSE_TOLERANCE)
-    if off <= allowed:  # also false where it is not a number
+    if off <= allowed:  # false for NaN, too
         return None
     return f"log-probs of sampled tokens are off by {off:.2g} on average when they are scored again, allowed is {allowed:g}"

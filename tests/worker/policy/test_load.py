@@ -436,19 +436,34 @@ def test_a_hub_id_is_resolved_to_a_commit(family_folder, tmp_path):
         (lambda tokenizer: setattr(tokenizer, "decoder", decoders.Strip(" ", 20, 0)), "writes"),
     ],
 )
-def test_a_tokenizer_that_is_not_its_own_file_is_refused(load, family_folder, monkeypatch, tmp_path, broken, said):
-    """As some versions of transformers make of some tokenizers."""
+def test_a_tokenizer_that_is_not_its_own_file_is_loaded_from_it_or_refused(load, family_folder, monkeypatch, broken, said):
+    """As transformers makes some tokenizers anew."""
     from workers.policy import load as loading
 
-    folder = family_folder("llama")
-    assert load(ModelSpec(source=str(folder), adapter=Full())), "the control"
-    from_pretrained = loading.AutoTokenizer.from_pretrained
+    spec = ModelSpec(source=str(family_folder("llama")), adapter=Full())
+    text = "rev 12  + x>"
+    own = load(spec).text.encode(text)
 
-    def other(*args, **kwargs):
-        tokenizer = from_pretrained(*args, **kwargs)
-        broken(tokenizer.backend_tokenizer)
-        return tokenizer
+    def breaks(name):
+        kind = getattr(loading, name)
+        from_pretrained = kind.from_pretrained
 
-    monkeypatch.setattr(loading.AutoTokenizer, "from_pretrained", other)
-    error = failure(load, ModelSpec(source=str(folder), adapter=Full()))
+        def other(*args, **kwargs):
+            tokenizer = from_pretrained(*args, **kwargs)
+            broken(tokenizer.backend_tokenizer)
+            return tokenizer
+
+        monkeypatch.setattr(kind, "from_pretrained", other)
+
+    breaks("AutoTokenizer")
+    repaired = load(spec).text
+    assert repaired.encode(text) == own and repaired.decode(own) == text
+    breaks("PreTrainedTokenizerFast")
+    error = failure(load, spec)
     assert error.code == "model_unsupported" and f"its tokenizer {said}" in error.detail
+
+
+def test_a_tokenizer_that_transformers_makes_anew_from_its_family_s_class_keeps_its_spaces(load, family_folder):
+    """Of qwen2: the class is one of byte-level BPE, whatever the file says."""
+    text = load(ModelSpec(source=str(family_folder("qwen2")), adapter=Full())).text
+    assert text.decode(text.encode("rev 12 + x>")) == "rev 12 + x>"
