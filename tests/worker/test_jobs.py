@@ -25,11 +25,14 @@ from service.metric_names import METRICS
 from service.relay.line import losses
 from service.relay.orders import Answer, Order
 from service.relay.queue import RequestQueue
+from service.spec.job import SupervisedSpec
 from service.spec.objective import ObjectiveSpec
 from service.states import Phase, Status, is_legal
 from service.store import metrics
 from service.store.tables import Checkpoint, Event, Job, Metric, Rollout
+from service.validation import parse
 from workers.loops import managed
+from workers.loops.progress import Progress
 from workers.losses.batch import bytes_of
 
 SQLITE = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
@@ -361,6 +364,19 @@ def test_a_step_whose_updates_had_begun_is_not_saved(shared: Any, specs: Any, mo
     with pytest.raises(MemoryError):
         fails(updates=0)
     assert saved == [3]
+
+
+def test_a_best_that_is_saved_on_schedule_is_remembered(specs: Any) -> None:
+    """Or a later evaluation that is worse would pass for a new best."""
+    spec = parse(SupervisedSpec, specs.supervised(checkpoints={"every_steps": 4, "keep_best": {}}, data=specs.rl()["data"]))
+    attempt: Any = SimpleNamespace(progress=Progress(), spec=spec)
+    saved = []
+    for step, reward in ((2, 0.1), (4, 0.9), (6, 0.5), (7, None), (8, 0.2), (10, 0.95)):
+        attempt.progress.step = step
+        attempt.progress.last = {} if reward is None else {"eval/reward/mean": reward}
+        if managed._is_to_be_saved(attempt, evaluated=reward is not None):
+            saved.append(step)
+    assert saved == [2, 4, 8, 10]
 
 
 def test_a_new_best_is_saved_when_it_is_found_and_early_stopping_keeps_it(shared: Any, specs: Any) -> None:

@@ -54,12 +54,17 @@ def drive(attempt: Attempt) -> Outcome:
                 result = result + _evaluation(attempt)
         _commit(attempt, result)
         ended = progress.reason_to_stop(spec.early_stopping)
-        saves = progress.step % spec.checkpoints.every_steps == 0 or (evaluates and progress.leads(spec.kept_best))
-        if ended is None and progress.step < spec.limits.max_steps and saves:
+        if _is_to_be_saved(attempt, evaluated=evaluates) and ended is None and progress.step < spec.limits.max_steps:
             _save(attempt)
     _save(attempt, final=True)
     ended = ended or "max_steps"
     return Succeeded(progress.result(ended), ended)
+
+
+def _is_to_be_saved(attempt: Attempt, *, evaluated: bool) -> bool:
+    """Whether the step is one of checkpoints.every_steps, or its evaluation is a new best. To be asked once per step."""
+    leads = evaluated and attempt.progress.leads(attempt.spec.kept_best)  # on scheduled steps too, so that it is remembered
+    return leads or attempt.progress.step % attempt.spec.checkpoints.every_steps == 0
 
 
 def _interrupted(attempt: Attempt) -> Outcome | None:

@@ -145,7 +145,7 @@ def rollout_rows(attempt: Attempt, groups: Sequence[Group], split: str, step: in
             split=split,
             step=step,
             group_index=index,
-            prompt=attempt.policy.text.decode(group.prompt),
+            prompt=attempt.policy.text.show(group.prompt),
             reference=attempt.data.answer(group.row),
             samples=[
                 {

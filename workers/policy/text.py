@@ -47,7 +47,7 @@ class Text:
         ids = self.tokenizer(prompt)["input_ids"]
         if ids[:2] == [self.tokenizer.bos_token_id] * 2 and prompt.startswith(self.tokenizer.bos_token):
             ids = ids[1:]  # a rendered chat already begins with this token
-        if ids and ids[-1] in self.eos_ids and len(ids) > 1 and self._plain(prompt)[-1:] != ids[-1:]:
+        if ids and ids[-1] in self.eos_ids and self._plain(prompt)[-1:] != ids[-1:]:
             ids = ids[:-1]  # some tokenizers end every text, but a prompt is to be continued
         return self._known(ids)
 
@@ -96,6 +96,10 @@ class Text:
         """The text of tokens. Special tokens that only frame a text (begin, end, padding, unknown) are left out; those that
         mark thoughts and tool calls stay."""
         return self.decode_all([tokens])[0]
+
+    def show(self, tokens: list[int]) -> str:
+        """The text of a prompt as the model reads it, with every special token."""
+        return self.tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def decode_all(self, rows: list[list[int]]) -> list[str]:
         kept = [[token for token in row if token not in self._frame] for row in rows]

@@ -132,6 +132,10 @@ def test_marks_that_are_special_stay_in_an_answers_text_and_its_frame_does_not(t
     assert text.decode(ids) == "<|tool|>f(<|im_start|>x)"
 
 
+def test_a_prompt_is_shown_with_all_its_marks(text: Text) -> None:
+    assert text.show(text.encode([USER])) == ASKED and text.show(text.encode("<s>hi</s>")) == "<s>hi</s>"
+
+
 def test_a_special_token_is_a_stop_text_and_so_is_a_text_of_many_tokens(text: Text) -> None:
     special = text.tokenizer.convert_tokens_to_ids("<|tool|>")
     assert text.stop_ids(["<|tool|>", "x", "<s>"]) == [special, text.tokenizer.bos_token_id]

@@ -92,7 +92,7 @@ def test_a_tokenizer_that_closes_every_text_does_not_close_a_prompt(load):
         single="$A <eos>", special_tokens=[("<eos>", eos)]
     )
     assert policy.text.tokenizer("rev 1>")["input_ids"] == [*opened, eos]
-    assert policy.text.encode("rev 1>") == opened
+    assert policy.text.encode("rev 1>") == opened and policy.text.encode("") == []
     assert policy.text.encode_answer("1") == [*policy.text.encode("1"), eos]
 
 
