@@ -116,6 +116,19 @@ class Event(TypedDict):
     created_at: str
 
 
+class Advice(TypedDict):
+    """One thing that stands out in a job's curves."""
+
+    rule: str
+    severity: Literal["warning", "notice"]
+    metric: str
+    from_step: int
+    to_step: int
+    detail: str
+    cause: str
+    remedy: str
+
+
 class Series(TypedDict):
     """One curve as columns. min and max are there only if points were merged."""
 

@@ -9,6 +9,7 @@ from fastapi import FastAPI
 from starlette.concurrency import run_in_threadpool
 
 from service.api import (
+    advice,
     cards,
     checkpoints,
     datasets,
@@ -45,7 +46,7 @@ from service.store.session import open_store
 from service.telemetry import configure_logging, warn_of_unknown_variables
 
 # In the order in which a path is looked for: first those whose callers wait for milliseconds.
-RESOURCES = (losses, dry_run, jobs, events, metrics, rollouts, checkpoints, cards, datasets, models, keys, usage)
+RESOURCES = (losses, dry_run, jobs, events, metrics, advice, rollouts, checkpoints, cards, datasets, models, keys, usage)
 
 SWITCH_S = 0.001  # a thread that computes lets others run after so long; with Python's 5 ms some of them make a wait of seconds
 

@@ -77,6 +77,17 @@ CODES: Mapping[str, Code] = MappingProxyType(
             "mend the grader, then resume the job",
             pauses=True,
         ),
+        "no_signal": Code(
+            "user",
+            "nothing was learnt for limits.no_signal_steps steps, and limits.on_no_signal is fail",
+            "mend what the detail names, then fork the job",
+        ),
+        "no_signal_paused": Code(
+            "user",
+            "nothing was learnt for limits.no_signal_steps steps, and limits.on_no_signal is pause",
+            "read its rollouts; resume it to go on as it is, or fork it with what the hint names changed",
+            pauses=True,
+        ),
         "grader_address_refused": Code(
             "user",
             "the reward service's name is not found, or it has an address that this service does not reach",

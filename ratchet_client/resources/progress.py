@@ -12,7 +12,7 @@ from ratchet_client.errors import RatchetApiError, RatchetConnectionError
 from ratchet_client.resources.base import part
 from ratchet_client.resources.jobs import Jobs
 from ratchet_client.transport import is_passing, pause_s
-from ratchet_client.types import FINAL, Event, Metrics, Page, Rollout
+from ratchet_client.types import FINAL, Advice, Event, Metrics, Page, Rollout
 
 STREAM_SILENCE_S = 60.0  # the service sends a keep-alive far more often
 
@@ -61,6 +61,11 @@ class Progress(Jobs):
         """Curves as columns. Above `points` a curve is thinned out, with the extremes kept as min and max."""
         params = {"name": list(names) or None, "from_step": from_step, "to_step": to_step, "points": points}
         return self._get(f"/v1/jobs/{part(job_id)}/metrics", params)
+
+    def advice(self, job_id: str) -> list[Advice]:
+        """What stands out in the job's curves, the warnings first."""
+        answer: Page[Advice] = self._get(f"/v1/jobs/{part(job_id)}/advice")
+        return answer["data"]
 
     def list_rollouts(
         self,

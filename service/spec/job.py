@@ -89,6 +89,13 @@ class Limits(WorkLimits):
     """Where the job ends at the latest."""
 
     max_steps: Annotated[int, Field(ge=1, le=10_000_000, description="training steps; for rl one rollout each")] = 100
+    on_no_signal: Annotated[
+        Literal["warn", "pause", "fail"],
+        Field(description="when nothing was learnt for no_signal_steps: groups without spread, a gradient of 0 and the like"),
+    ] = "warn"
+    no_signal_steps: Annotated[
+        int, Field(ge=1, le=MOST_COUNTED, description="training steps in a row without a signal, before on_no_signal acts")
+    ] = 20
 
 
 class ManagedSpec(WorkSpec):

@@ -43,6 +43,7 @@ EXAMPLES = {
     "POST /v1/jobs/{job_id}/cancel": Example("write"),
     "GET /v1/jobs/{job_id}/events": Example("read", ({}, STREAM)),
     "GET /v1/jobs/{job_id}/metrics": Example("read"),
+    "GET /v1/jobs/{job_id}/advice": Example("read"),
     "GET /v1/jobs/{job_id}/rollouts": Example("read"),
     "GET /v1/jobs/{job_id}/checkpoints": Example("read"),
     "GET /v1/checkpoints": Example("read"),

@@ -15,6 +15,7 @@ from pydantic import SecretStr
 from safetensors.torch import save_file
 from sqlalchemy.exc import OperationalError
 
+from job_specs import rl_spec
 from service.errors import Failure, InvalidRequest, JobFailed
 from service.failures import CODES, table
 from service.ids import new_id, utcnow
@@ -36,6 +37,7 @@ from service.store import events
 from service.store.checkpoints import CheckpointRow
 from service.validation import parse
 from workers.loops.attempt import Attempt
+from workers.loops.no_signal import given_up, no_signal
 from workers.loops.nonfinite import MAX_SKIPPED_IN_A_ROW, count_skipped
 from workers.loops.progress import Progress
 from workers.loops.sampling import check_lengths, settle_errors
@@ -223,6 +225,16 @@ def _graded_by(url: str) -> None:
         graders.grade([Sample("2+2=", "4", 1, False, {})])
 
 
+def _without_signal(what: str) -> None:
+    spec = parse(JobSpec, rl_spec(limits={"max_steps": 9, "on_no_signal": what, "no_signal_steps": 1}))
+    progress = Progress()
+    no_signal(progress, spec, {"optimizer/grad_norm": 0.0})
+    if (failed := given_up(progress, spec)) is not None:
+        raise failed
+
+
+PRODUCERS["no_signal"] = lambda _: _without_signal("fail")
+PRODUCERS["no_signal_paused"] = lambda _: _without_signal("pause")
 PRODUCERS["grader_unhealthy"] = lambda _: _ungraded()
 PRODUCERS["grader_address_refused"] = lambda _: _graded_by("http://10.0.0.1/judge")
 PRODUCERS["sample_not_graded"] = lambda _: _ungraded(on_error="fail")

@@ -22,6 +22,7 @@ from workers.loops.attempt import Attempt, StepResult, TrainingStep
 from workers.loops.evaluation import evaluate
 from workers.loops.implausible import implausible
 from workers.loops.measure import measure
+from workers.loops.no_signal import given_up, no_signal
 from workers.tenure.outcome import Outcome, Paused, Succeeded, obeyed
 from workers.tenure.tenure import Contents
 
@@ -54,6 +55,9 @@ def drive(attempt: Attempt) -> Outcome:
                 result = result + _evaluation(attempt)
         _commit(attempt, result)
         ended = progress.reason_to_stop(spec.early_stopping)
+        if ended is None and (hopeless := given_up(progress, spec)) is not None:
+            _save(attempt)
+            raise hopeless
         if _is_to_be_saved(attempt, evaluated=evaluates) and ended is None and progress.step < spec.limits.max_steps:
             _save(attempt)
     _save(attempt, final=True)
@@ -143,7 +147,9 @@ def _evaluation(attempt: Attempt) -> StepResult:
 def _commit(attempt: Attempt, result: StepResult) -> None:
     known_metrics.check(result.metrics, attempt.spec.kind, strict=attempt.tenure.settings.strict_metrics)
     progress = attempt.progress
-    events = [*result.events, *(implausible(progress, result.metrics) if STEP_S in result.metrics else ())]
+    events = list(result.events)
+    if STEP_S in result.metrics:
+        events += implausible(progress, result.metrics) + no_signal(progress, attempt.spec, result.metrics)
     if progress.evaluated_at == progress.step:
         events.append(("evaluation", {"step": progress.step, "metrics": progress.last}))
     attempt.tenure.commit_step(progress.step, result.metrics, result.rollouts, events)
