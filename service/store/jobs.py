@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import ColumnElement, Text, and_, case, delete, func, or_, select, tuple_, type_coerce, update
+from sqlalchemy import ColumnElement, Text, and_, bindparam, case, delete, func, or_, select, tuple_, type_coerce, update
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import Session, defer
 
@@ -25,10 +25,17 @@ def get(session: Session, project: str, job_id: str, *, lock: bool = False) -> J
 
 def find(session: Session, job_id: str, *, lock: bool = False, light: bool = False) -> Job | None:
     """A job of any project, or None. `light`: load the specs, which may hold thousands of rows, only when they are used."""
-    query = select(Job).where(Job.id == job_id).execution_options(populate_existing=True)
-    if light:
-        query = query.options(defer(Job.spec), defer(Job.spec_sent))
-    return session.scalar(query.with_for_update(key_share=True) if lock else query)
+    return session.scalar(_FIND[lock, light], {"job_id": job_id})
+
+
+_ONE = select(Job).where(Job.id == bindparam("job_id")).execution_options(populate_existing=True)
+_LIGHT = _ONE.options(defer(Job.spec), defer(Job.spec_sent))
+_FIND = {  # by `lock` and `light`; built once, because that takes longer than to run them
+    (False, False): _ONE,
+    (False, True): _LIGHT,
+    (True, False): _ONE.with_for_update(key_share=True),
+    (True, True): _LIGHT.with_for_update(key_share=True),
+}
 
 
 def hold(session: Session, project: str, job_id: str) -> None:

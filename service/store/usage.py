@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Literal
 
-from sqlalchemy import ColumnElement, cast, func, literal, select, update
+from sqlalchemy import ColumnElement, bindparam, cast, func, literal, select, update
 from sqlalchemy.orm import Session
 
 from service.metric_names import EVAL_TOKENS_SAMPLED, STEP_S, TOKENS_SAMPLED, TOKENS_TRAINED
@@ -123,6 +123,11 @@ GROUPS: Mapping[str, Any] = {"day": Usage.day, "job": Usage.job_id, "key": Usage
 # The number of attempts: one may have rows for several days, and number 0 is not an attempt.
 ATTEMPTS = func.count(func.distinct(Usage.job_id + ":" + cast(func.nullif(Usage.attempt, 0), Usage.job_id.type)))
 SUMS = (*TOKENS, *SECONDS, *(f"wasted_{name}" for name in AMOUNTS))
+# Built once: to build such a statement takes longer than to run it.
+_SUMS = tuple(func.coalesce(func.sum(getattr(Usage, name)), 0) for name in SUMS)
+_TOTAL = select(literal(None), ATTEMPTS, *_SUMS)
+_OF_JOB = _TOTAL.where(Usage.job_id == bindparam("job_id"))
+_BY_GROUP = {name: select(group, ATTEMPTS, *_SUMS).group_by(group).order_by(group) for name, group in GROUPS.items()}
 
 
 @dataclass(frozen=True)
@@ -148,7 +153,7 @@ class Totals:
 
 
 def of_job(session: Session, job_id: str) -> Totals:
-    return _totals(session, None, [Usage.job_id == job_id])[0]
+    return _totals(session.execute(_OF_JOB, {"job_id": job_id}))[0]
 
 
 def report(
@@ -171,16 +176,11 @@ def report(
         where.append(Usage.job_id == job_id)
     if key_id is not None:
         where.append(Usage.key_id == key_id)
-    return _totals(session, group_by, where)
+    return _totals(session.execute((_TOTAL if group_by is None else _BY_GROUP[group_by]).where(*where)))
 
 
-def _totals(session: Session, group_by: GroupBy | None, where: list[ColumnElement[bool]]) -> list[Totals]:
-    group = literal(None) if group_by is None else GROUPS[group_by]
-    query = select(group, ATTEMPTS, *(func.coalesce(func.sum(getattr(Usage, name)), 0) for name in SUMS)).where(*where)
-    if group_by is not None:
-        query = query.group_by(group).order_by(group)
+def _totals(rows: Any) -> list[Totals]:
     totals = []
-    rows: Any = session.execute(query)
     for name, count, *sums in rows:
         values = dict(zip(SUMS, sums, strict=True))
         phase_s = {phase.value: float(values[f"{phase}_s"]) for phase in Phase}
