@@ -8,7 +8,7 @@ import json
 import os
 import random
 from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from hashlib import blake2b
@@ -223,6 +223,17 @@ def open_data(data: DataSpec, seed: int, dataset_path: Callable[[str], Path]) ->
     return Data.of(data, train, held_out)
 
 
+def given_rows(spec: DataSpec, data: Data) -> Iterator[tuple[str, DataRows]]:
+    """The parts of the data, `train` and `eval`, whose rows are given. Procedural rows are made by the worker only."""
+    made = isinstance(spec.train, ReasoningGymSource)
+    if not made:
+        yield "train", data.train
+    if not isinstance(spec.eval, SplitSource):
+        made = isinstance(spec.eval, ReasoningGymSource)
+    if data.eval is not None and not made:
+        yield "eval", data.eval
+
+
 def _text_of(content: str | list[dict[str, Any]]) -> str:
     return content if isinstance(content, str) else "".join(part["text"] for part in content)
 
@@ -256,6 +267,13 @@ def prompt_indices(n: int, step: int, count: int, seed: int, shuffle: bool) -> l
     """
     first = (step - 1) * count
     return [_epoch(n, place // n, seed)[place % n] if shuffle else place % n for place in range(first, first + count)]
+
+
+def indices_of_steps(n: int, first: int, last: int, count: int, seed: int, shuffle: bool) -> Sequence[int]:
+    """The indices of all rows, out of `n`, that the steps from `first` to `last` take, each once, in file order."""
+    if (last - first + 1) * count >= n:
+        return range(n)
+    return sorted({index for step in range(first, last + 1) for index in prompt_indices(n, step, count, seed, shuffle)})
 
 
 @lru_cache(maxsize=4)  # a step touches one epoch, or two where they meet

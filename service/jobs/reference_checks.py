@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from time import monotonic
 
 from service.errors import FieldError
-from service.jobs.data import Data, DataRows
-from service.spec.data import ReasoningGymSource, SplitSource
+from service.jobs.data import Data, DataRows, given_rows
 from service.spec.job import RLSpec, SupervisedSpec
 from service.spec.maths.reading import reference
 from service.spec.maths.values import Atom, Listing, Value
@@ -36,7 +35,9 @@ def check_references(spec: RLSpec | SupervisedSpec, data: Data) -> tuple[list[Fi
         if not isinstance(grader, NumberGrader):
             continue
         pointer = f"/reward/graders/{number}/reference"
-        for part, rows in _graded(spec, data):
+        for part, rows in given_rows(spec.data, data):
+            if part == "train" and not isinstance(spec, RLSpec):
+                continue  # no answers are sampled for these
             first: FieldError | None = None
             bad = 0
             for where, text in _references(grader, rows, part):
@@ -55,16 +56,6 @@ def check_references(spec: RLSpec | SupervisedSpec, data: Data) -> tuple[list[Fi
                 others = f" ({bad - 1} further rows have such references)" if bad > 1 else ""
                 errors.append(FieldError(pointer, first.detail + others, first.code, first.got))
     return errors, list(formulas.values())
-
-
-def _graded(spec: RLSpec | SupervisedSpec, data: Data) -> Iterator[tuple[str, DataRows]]:
-    """The rows that answers are graded with, except procedural ones, which only the worker makes."""
-    train_is_made = isinstance(spec.data.train, ReasoningGymSource)
-    eval_is_made = isinstance(spec.data.eval, ReasoningGymSource) or (isinstance(spec.data.eval, SplitSource) and train_is_made)
-    if isinstance(spec, RLSpec) and not train_is_made:
-        yield "train", data.train
-    if data.eval is not None and not eval_is_made:
-        yield "eval", data.eval
 
 
 def _references(grader: NumberGrader, rows: DataRows, part: str) -> Iterator[tuple[str, str]]:

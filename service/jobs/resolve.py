@@ -11,10 +11,11 @@ from typing import Any, TypeVar
 from sqlalchemy.orm import Session
 
 from service.errors import FieldError, InvalidRequest, NotFound
+from service.jobs.chats import Chats
 from service.jobs.data import Data, DataRows, InlineRows, open_source, split
 from service.jobs.gym import check_task
 from service.jobs.reference_checks import Formula, check_references
-from service.jobs.resolve_model import resolve_model
+from service.jobs.resolve_model import resolve_model, tokenizer_folder
 from service.jobs.resolve_reward import check_metrics, check_reward
 from service.jobs.row_checks import check_rows
 from service.settings import Settings
@@ -47,6 +48,7 @@ class Resolved:
     warnings: list[str] = field(default_factory=list)
     dataset_paths: dict[str, Path] = field(default_factory=dict)
     formulas: list[Formula] = field(default_factory=list)  # references that service.rewards.references must read
+    chats: Chats | None = None  # what service.rewards.chats must render
 
 
 def resolve(store: Store, settings: Settings, project: str, spec: RLSpec | SupervisedSpec) -> Resolved:
@@ -56,6 +58,7 @@ def resolve(store: Store, settings: Settings, project: str, spec: RLSpec | Super
         raise invalid(errors)
     with store.begin(readonly=True) as session:
         model, context = resolve_model(session, settings, project, spec.model, errors)
+        tokenizer = None if errors or spec.data.chat is None else tokenizer_folder(session, store.blobs, project, model)
         uploaded = _datasets(session, project, spec, errors)
     paths = {key: store.blobs.path(dataset.path) for key, dataset in uploaded.items()}
     spec = _filled(spec.model_copy(update={"model": model}))
@@ -85,6 +88,7 @@ def resolve(store: Store, settings: Settings, project: str, spec: RLSpec | Super
         warnings=_warnings(spec, estimates),
         dataset_paths=paths,
         formulas=formulas,
+        chats=None if tokenizer is None else Chats(tokenizer, spec, data),
     )
 
 

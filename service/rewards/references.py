@@ -5,6 +5,7 @@ from time import monotonic
 from service.errors import FieldError, JobFailed
 from service.jobs.reference_checks import Formula
 from service.jobs.resolve import Resolved, resolve
+from service.rewards.chats import refused_chats
 from service.rewards.samples import NotGraded
 from service.rewards.sandbox import Sandbox
 from service.rewards.texts import wrong_texts
@@ -17,12 +18,14 @@ READ_WITHIN_S = 10.0
 
 
 def resolve_and_read(store: Store, settings: Settings, project: str, spec: RLSpec | SupervisedSpec) -> Resolved:
-    """`resolve`, which also refuses patterns and JSON Schemas that are none, and references whose formula sympy cannot read.
-    Raises InvalidRequest."""
+    """`resolve`, which also refuses patterns and JSON Schemas that are none, references whose formula sympy cannot read, and
+    chats that the model's template refuses. Raises InvalidRequest."""
     if errors := wrong_texts(spec.reward):
         raise invalid(errors)
     resolved = resolve(store, settings, project, spec)
     if errors := unreadable(resolved.formulas):
+        raise invalid(errors)
+    if resolved.chats is not None and (errors := refused_chats(resolved.chats)):
         raise invalid(errors)
     return resolved
 

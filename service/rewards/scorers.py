@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import cache, lru_cache, partial
 from importlib import import_module
 from math import isfinite
+from pathlib import Path
 from typing import Any
 
 READ_CHARACTERS = 4096  # from the end of an answer, where its result is
@@ -54,6 +55,19 @@ def text() -> Callable[[str, Any], float]:
 
     def score(kind: str, value: Any) -> float:
         checks[kind](value)
+        return 1.0
+
+    return score
+
+
+def chat(folder: str) -> Callable[[list[dict[str, Any]], bool, dict[str, Any]], float]:
+    """1 for messages that the chat template in the folder takes. Raises ChatRefused with its words if it refuses them."""
+    from service.rewards.chat_template import ChatTemplate
+
+    template = ChatTemplate(Path(folder))
+
+    def score(messages: list[dict[str, Any]], opened: bool, options: dict[str, Any]) -> float:
+        template.check(messages, opened, options)
         return 1.0
 
     return score
@@ -155,6 +169,7 @@ SCORERS: dict[str, Callable[..., Callable[..., float]]] = {
     "number": number,
     "reference": reference,
     "text": text,
+    "chat": chat,
     "json_schema": json_schema,
     "similarity": similarity,
     "reasoning_gym": reasoning_gym,

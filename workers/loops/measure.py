@@ -5,7 +5,7 @@ Rows of a procedural source may take long to make. They are made and measured wh
 
 from collections.abc import Iterator, Sequence
 
-from service.jobs.data import DataRows, ReasoningGymRows, prompt_indices
+from service.jobs.data import DataRows, ReasoningGymRows, indices_of_steps
 from service.spec.job import RLSpec, SupervisedSpec
 from service.states import Phase
 from workers.loops.attempt import Attempt, prompt_tokens
@@ -47,12 +47,8 @@ def measure(attempt: Attempt) -> None:
 
 def _taken(attempt: Attempt, per_step: int) -> Sequence[int]:
     """The training rows of the steps that are left."""
-    spec, rows = attempt.spec, len(attempt.data.train)
-    first, last = attempt.progress.step + 1, spec.limits.max_steps
-    if (last - first + 1) * per_step >= rows:
-        return range(rows)
-    shuffle = spec.data.train.shuffle
-    return sorted({i for step in range(first, last + 1) for i in prompt_indices(rows, step, per_step, spec.seed, shuffle)})
+    spec, n = attempt.spec, len(attempt.data.train)
+    return indices_of_steps(n, attempt.progress.step + 1, spec.limits.max_steps, per_step, spec.seed, spec.data.train.shuffle)
 
 
 def _chunks(indices: Sequence[int]) -> Iterator[Sequence[int]]:

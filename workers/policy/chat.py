@@ -4,16 +4,15 @@ A template is a program. It may put an empty think block before an answer, drop 
 block in the prompt. So a turn is cut out of the rendered text, and never built from a guess of what the template writes.
 """
 
-import json
 import re
 from functools import cached_property
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
+from service.rewards.chat_template import Messages, with_parsed_arguments
 from workers.policy.errors import PolicyFailed, Subject
 
-Messages = list[dict[str, Any]]
 MAX_SHOWN = 500  # characters of a template's error message
 MARK = "an answer that nobody gives"
 PLAIN_KEYS = frozenset({"content", "name", "tool_call_id"})  # a template may leave out the last two without loss
@@ -133,7 +132,7 @@ class Chat:
                 subject=Subject.CHAT,
             )
         refusals: list[str] = []
-        for form in (_with_parsed_arguments(messages), messages):
+        for form in (with_parsed_arguments(messages), messages):
             try:
                 return self._tokenizer.apply_chat_template(form, add_generation_prompt=opened, tokenize=False, **options)
             except MemoryError:
@@ -150,21 +149,3 @@ class Chat:
             hint=f"{instead}, or use a model whose template takes what is given",
             subject=Subject.CHAT,
         )
-
-
-def _with_parsed_arguments(messages: Messages) -> Messages:
-    """Tool calls with their arguments as objects: OpenAI writes them as JSON text, but most templates expect objects."""
-    return [
-        {**message, "tool_calls": [_parsed(call) for call in message["tool_calls"]]} if message.get("tool_calls") else message
-        for message in messages
-    ]
-
-
-def _parsed(call: Any) -> Any:
-    if not isinstance(call, dict) or not isinstance(function := call.get("function"), dict):
-        return call
-    try:
-        arguments = json.loads(function["arguments"])
-    except (KeyError, TypeError, ValueError):
-        return call
-    return {**call, "function": {**function, "arguments": arguments}} if isinstance(arguments, dict) else call
