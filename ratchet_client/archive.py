@@ -7,7 +7,7 @@ import json
 import shutil
 import tarfile
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path, PurePosixPath
 
 from ratchet_client.errors import RatchetArchiveError
@@ -36,8 +36,8 @@ class Chunks(io.RawIOBase):
         return count
 
 
-def unpack(chunks: Iterator[bytes], directory: Path) -> None:
-    """Fill `directory`, which must be absent or empty, atomically.
+def unpack(chunks: Iterator[bytes], directory: Path, *, without: Collection[str] = ()) -> None:
+    """Fill `directory`, which must be absent or empty, atomically. The files `without` may be absent from the archive.
 
     Raises RatchetArchiveError for a link, a device, a path that leads outside or is invalid, a duplicate file, or a file that
     the manifest does not list.
@@ -48,7 +48,7 @@ def unpack(chunks: Iterator[bytes], directory: Path) -> None:
     temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
     try:
         _extract(chunks, temporary)
-        _compare(temporary)
+        _compare(temporary, without)
         temporary.chmod(0o755)
         temporary.replace(directory)  # also replaces an empty folder
     except (tarfile.TarError, ValueError) as error:  # ValueError: a name with a NUL, an invalid number
@@ -83,15 +83,16 @@ def _inside(name: str) -> PurePosixPath:
     return path.relative_to(path.parts[0]) if path.parts else path
 
 
-def _compare(folder: Path) -> None:
-    """Check that every file is exactly as the checkpoint's manifest says, and that there are no others."""
+def _compare(folder: Path, without: Collection[str]) -> None:
+    """Check that every file is exactly as the checkpoint's manifest says, and that there are no others. Those in `without` may
+    be absent."""
     try:
         expected = json.loads((folder / MANIFEST).read_bytes())["files"]
     except (OSError, ValueError, KeyError, TypeError):
         raise RatchetArchiveError(f"the archive holds no readable {MANIFEST}") from None
     unpacked = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
     unpacked.pop(MANIFEST)
-    if missing := sorted(expected.keys() ^ unpacked.keys()):
+    if missing := sorted((expected.keys() ^ unpacked.keys()) - (set(without) - unpacked.keys())):
         raise RatchetArchiveError(f"the archive and its {MANIFEST} disagree about {missing[0]}")
     for name, path in unpacked.items():
         with path.open("rb") as file:

@@ -4,13 +4,13 @@ import uvicorn
 
 from service.app import create_app
 from service.edge.protocol import BoundedHttp
-from service.settings import get_settings
+from service.validation.environment import settings_or_exit
 
 STREAMS_MAY_LAST_S = 3  # open event streams when the API stops; clients reconnect
 
 
 def main() -> None:
-    settings = get_settings()
+    settings = settings_or_exit()
     uvicorn.run(
         create_app(settings),
         host=settings.host,

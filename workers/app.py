@@ -17,6 +17,7 @@ from service.devices import missing_gpu
 from service.doorbell import LOSSES_QUEUE, LOSSES_TASK, RING_TASK, celery_app, queue_name
 from service.settings import Settings, get_settings
 from service.telemetry import configure_logging, warn_of_unknown_variables
+from service.validation.environment import settings_or_exit
 from workers.identity import resource_classes
 from workers.minder import lead_a_group
 from workers.parent import Parent
@@ -30,7 +31,7 @@ def queues(settings: Settings) -> list[str]:
     return [queue_name(name) for name in resource_classes(settings)] + [LOSSES_QUEUE] * (settings.serves != "training")
 
 
-app = celery_app(get_settings())
+app = celery_app(settings_or_exit())
 app.conf.task_queues = [Queue(name) for name in queues(get_settings())]
 app.conf.imports = ["workers.app"]  # the spawned child builds its own app from these settings
 app.task(name=RING_TASK, shared=False)(train)

@@ -1,7 +1,7 @@
 """Samples answers of a checkpoint in a local folder, for `ratchet sample`: one request on stdin, one answer on stdout.
 
 {"folder": ..., "model": the model section of a spec, "prompt": text or messages, "count": 2, "max_tokens": 64,
- "temperature": 1.0, "seed": 0}
+ "temperature": 1.0, "seed": 0, "options": what the chat template gets beside the messages}
 -> {"answers": [{"text", "tokens", "finish_reason"}]} or {"error": {"code", "detail", "hint"}}
 """
 
@@ -24,7 +24,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     """The answer to a request. Raises JobFailed if the model cannot be loaded, or cannot take the prompt."""
     policy = _open(Path(request["folder"]), ModelSpec.model_validate({**request["model"], "from_checkpoint": None}))
     [completions] = policy.sample(
-        [policy.text.encode(request["prompt"])],
+        [policy.text.encode(request["prompt"], **request.get("options", {}))],
         group_size=request["count"],
         max_tokens=request["max_tokens"],
         temperature=request["temperature"],

@@ -17,6 +17,7 @@ from service.spec import axes
 from service.spec.objective import ObjectiveSpec
 from service.spec.presets import BASE, PRESETS
 from service.spec.section import Section
+from service.validation import field_errors
 
 PAGE = Path(__file__).parents[1] / "objectives.md"
 BLOCK = re.compile(r"(<!-- (\w+): written by docs/figures/page.py -->\n\n).*?(\n\n<!-- end -->)", re.DOTALL)
@@ -121,7 +122,8 @@ def refused() -> str:
         try:
             ObjectiveSpec.model_validate(sent)
         except ValidationError as error:
-            said = error.errors()[0]["msg"].removeprefix("Value error, ").split("; known are")[0]
+            said = field_errors(ObjectiveSpec, error.errors())[0].detail
+            said = re.sub(r"(one of \w+, \w+, ).*, got", r"\1..., got", said)  # the presets are listed above
             rows.append(f"| `{json.dumps(sent)}` | {said} |")
     return "\n".join(rows)
 

@@ -10,9 +10,9 @@ import httpx
 from ratchet_client import archive
 from ratchet_client.errors import RatchetError
 from ratchet_client.resources.base import CHUNK_BYTES, Resource, given, part
-from ratchet_client.types import Checkpoint, Job, Page
+from ratchet_client.types import Checkpoint, Page
 
-BEST_BY = ({"metric": "eval/reward/mean", "mode": "max"}, {"metric": "eval/loss", "mode": "min"})
+OPTIMIZER = "optimizer.safetensors"
 
 
 class Checkpoints(Resource):
@@ -25,33 +25,23 @@ class Checkpoints(Resource):
         return self._get(f"/v1/checkpoints/{part(checkpoint_id)}")
 
     def best_checkpoint(self, job_id: str) -> Checkpoint:
-        """Of a job's checkpoints that are there the one with the best evaluation, by the rule of its spec (early_stopping, else
-        keep_best, else the mean reward, else the loss). Raises RatchetError where none was evaluated when it was saved."""
-        job: Job = self._get(f"/v1/jobs/{part(job_id)}")
-        rules = [job["spec"].get("early_stopping"), job["spec"].get("checkpoints", {}).get("keep_best"), *BEST_BY]
-        there: list[Checkpoint] = []
-        more, after = True, None
-        while more:
-            page = self.list_checkpoints(job_id=job_id, after=after, limit=100)
-            there, more, after = [*there, *page["data"]], page["has_more"], page["last_id"]
-        for rule in filter(None, rules):
-            metric, sign = rule["metric"], 1 if rule["mode"] == "max" else -1
-            measured = [(sign * value, row["step"], row) for row in there if (value := row["metrics"].get(metric)) is not None]
-            if measured:
-                return max(measured, key=lambda entry: entry[:2])[2]
-        raise RatchetError(f"no checkpoint of {job_id} was evaluated when it was saved; checkpoints.keep_best saves the best")
+        """The job's checkpoint with the best evaluation, by the rule of its spec: early_stopping, else keep_best, else the
+        highest mean reward, else the lowest loss. Raises RatchetApiError (404) if none was evaluated when it was saved."""
+        return self._get(f"/v1/jobs/{part(job_id)}/checkpoints/best")
 
-    def download_checkpoint(self, checkpoint_id: str, directory: str | Path) -> Path:
+    def download_checkpoint(self, checkpoint_id: str, directory: str | Path, *, optimizer: bool = True) -> Path:
         """Unpack a checkpoint into a new folder, whose `model/` peft or transformers load as it is. Returns the folder.
 
         README.md in it is the checkpoint's card, which says so, and how it was trained.
         Only regular files below that folder are taken; their sha256 sums are compared with the checkpoint's manifest.
+        `optimizer=False` leaves out the optimizer's state, which only a resume needs.
         """
         directory = Path(directory)
-        response = self._transport.request("GET", f"/v1/checkpoints/{part(checkpoint_id)}/archive", stream=True)
+        path, params = f"/v1/checkpoints/{part(checkpoint_id)}/archive", None if optimizer else {"optimizer": "false"}
+        response = self._transport.request("GET", path, params=params, stream=True)
         with closing(response):
             try:
-                archive.unpack(response.iter_bytes(CHUNK_BYTES), directory)
+                archive.unpack(response.iter_bytes(CHUNK_BYTES), directory, without=() if optimizer else (OPTIMIZER,))
             except httpx.TransportError as error:
                 raise self._transport.unreachable(error) from error
         with suppress(RatchetError):  # an older service has none; the weights are here all the same

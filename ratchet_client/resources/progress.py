@@ -57,9 +57,12 @@ class Progress(Jobs):
         from_step: int | None = None,
         to_step: int | None = None,
         points: int | None = None,
+        newest: int | None = None,
     ) -> Metrics:
-        """Curves as columns. Above `points` a curve is thinned out, with the extremes kept as min and max."""
-        params = {"name": list(names) or None, "from_step": from_step, "to_step": to_step, "points": points}
+        """Curves as columns. Above `points` a curve is thinned out, with the extremes kept as min and max. `newest`: only the
+        last so many points of each curve."""
+        steps = {"from_step": from_step, "to_step": to_step}
+        params = {"name": list(names) or None, **steps, "points": points, "newest": newest}
         return self._get(f"/v1/jobs/{part(job_id)}/metrics", params)
 
     def advice(self, job_id: str) -> list[Advice]:

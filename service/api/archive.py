@@ -2,7 +2,7 @@
 
 import os
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,11 +37,12 @@ class Archive:
         yield END
 
 
-def archive_of(folder: Path, name: str) -> Archive:
-    """The regular files below `folder`, as `name`/relative/path, in order. Links and special files are left out."""
+def archive_of(folder: Path, name: str, *, without: Collection[str] = ()) -> Archive:
+    """The regular files below `folder`, as `name`/relative/path, in order. Links, special files and the paths in `without` are
+    left out."""
     entries = []
     for path in sorted(folder.rglob("*")):
-        if path.is_symlink() or not path.is_file():
+        if path.is_symlink() or not path.is_file() or path.relative_to(folder).as_posix() in without:
             continue
         stat = path.stat()
         info = tarfile.TarInfo(f"{name}/{path.relative_to(folder).as_posix()}")

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, Self
 
 from fastapi import APIRouter, Query, Response
 from fastapi.responses import StreamingResponse
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from service.api.archive import archive_of
 from service.edge.auth import CallerDep
@@ -13,7 +13,9 @@ from service.edge.bodies import DocumentDep, documented
 from service.edge.context import ContextDep
 from service.edge.pages import Page, PageQuery
 from service.edge.problems import BODY, files_missing, responses
+from service.errors import NotFound
 from service.ids import utcnow
+from service.jobs.lease import best_checkpoint
 from service.spec.section import Section
 from service.store import checkpoints, clock, jobs
 from service.store.tables import Checkpoint, Job
@@ -22,6 +24,7 @@ from service.validation import below, parse
 router = APIRouter(prefix="/v1", tags=["checkpoints"])
 
 DELETED_AT_ONCE = 1000
+OPTIMIZER = "optimizer.safetensors"  # the file of a checkpoint that is needed to resume, and for nothing else
 
 
 class CheckpointView(BaseModel):
@@ -115,6 +118,12 @@ class LineageView(BaseModel):
     complete: Annotated[bool, Field(description="false when a checkpoint on the way is not known any more")]
 
 
+class ArchiveQuery(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    optimizer: Annotated[bool, Field(description="false: without the optimizer's state, which only a resume needs")] = True
+
+
 class CheckpointsQuery(PageQuery):
     job_id: Annotated[str | None, Field(max_length=40, description="only of this job")] = None
 
@@ -137,6 +146,18 @@ def list_job_checkpoints(
     return list_checkpoints(context, caller, CheckpointsQuery(job_id=job_id, **query.model_dump()))
 
 
+@router.get("/jobs/{job_id}/checkpoints/best", responses=responses(404))
+def read_best_checkpoint(context: ContextDep, caller: CallerDep, job_id: str) -> CheckpointView:
+    """The job's checkpoint with the best evaluation, by the rule of its spec: early_stopping, else keep_best, else the highest
+    mean reward, else the lowest loss. 404 if none of those that are left was evaluated when it was saved."""
+    with context.store.begin(readonly=True) as session:
+        best = best_checkpoint(session, jobs.get(session, caller.project, job_id))
+        if best is None:
+            detail = f"no checkpoint of {job_id} was evaluated when it was saved"
+            raise NotFound(detail, hint="checkpoints.keep_best saves the best")
+        return CheckpointView.of(best)
+
+
 @router.get("/checkpoints/{checkpoint_id}", responses=responses(404))
 def read_checkpoint(context: ContextDep, caller: CallerDep, checkpoint_id: str) -> CheckpointView:
     with context.store.begin(readonly=True) as session:
@@ -148,14 +169,16 @@ def read_checkpoint(context: ContextDep, caller: CallerDep, checkpoint_id: str) 
     response_class=StreamingResponse,
     responses={200: {"content": {"application/x-tar": {"schema": {"type": "string", "format": "binary"}}}}} | responses(404),
 )
-def download_checkpoint(context: ContextDep, caller: CallerDep, checkpoint_id: str) -> StreamingResponse:
-    """All files of the checkpoint as a tar archive, below a folder named after it."""
+def download_checkpoint(
+    context: ContextDep, caller: CallerDep, checkpoint_id: str, query: Annotated[ArchiveQuery, Query()]
+) -> StreamingResponse:
+    """The files of the checkpoint as a tar archive, below a folder named after it."""
     with context.store.begin(readonly=True) as session:
         checkpoint = checkpoints.get(session, caller.project, checkpoint_id)
     folder = context.store.blobs.path(checkpoint.path)
     if not folder.is_dir():
         raise files_missing(f"checkpoint {checkpoint_id}")
-    archive = archive_of(folder, checkpoint.id)
+    archive = archive_of(folder, checkpoint.id, without=() if query.optimizer else (OPTIMIZER,))
     headers = {"Content-Length": str(archive.size), "Content-Disposition": f'attachment; filename="{checkpoint.id}.tar"'}
     return StreamingResponse(archive.stream(), media_type="application/x-tar", headers=headers)
 

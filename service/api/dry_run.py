@@ -39,6 +39,7 @@ class SampleView(BaseModel):
 
     prompt: Annotated[str | list[dict[str, Any]], Field(description="text, or chat messages")]
     reference: Annotated[str | None, Field(description="the right answer, where the spec says what it is")]
+    learns: Annotated[list[str] | None, Field(description="the texts that a supervised job learns from the row")] = None
     graded: Annotated[dict[str, Any] | None, Field(description="total and scores of the right answer")]
     errors: list[str]
     probes: Annotated[list[ProbeView], Field(description="what the graders would pay for right, near and wrong answers")] = []

@@ -42,6 +42,7 @@ class MetricsQuery(BaseModel):
     )
     from_step: Annotated[int, Field(ge=0, lt=2**31, description="the first step")] = 0
     to_step: Annotated[int | None, Field(ge=0, lt=2**31, description="the last step")] = None
+    newest: Annotated[int | None, Field(ge=1, le=10_000, description="only the newest so many points of each curve")] = None
     points: Annotated[int, Field(ge=1, le=10_000, description="at most so many of each curve")] = 1000
 
 
@@ -50,8 +51,6 @@ def read_metrics(context: ContextDep, caller: CallerDep, job_id: str, query: Ann
     """Curves by name and range of steps. A curve with more than `points` points is downsampled; `min` and `max` keep spikes."""
     with context.store.begin(readonly=True) as session:
         jobs.standing(session, caller.project, job_id)
-        curves = metrics.series(
-            session, job_id, query.name, from_step=query.from_step, to_step=query.to_step, points=query.points
-        )
+        curves = metrics.series(session, job_id, query.name, **query.model_dump(exclude={"name"}))
     view = MetricsView(job_id=job_id, series={name: SeriesView.of(series) for name, series in curves.items()})
     return Response(view.model_dump_json(exclude_none=True), media_type="application/json")

@@ -37,7 +37,7 @@ def compare(
     with connect(context) as ratchet:
         jobs = [ratchet.get_job(job_id) for job_id in job_ids]
         wanted = [] if all_metrics else [*DRAWN, EVAL_REWARD_MEAN, EVAL_GREEDY_REWARD_MEAN, EVAL_LOSS]  # []: every one
-        series = [ratchet.metrics(job_id, wanted)["series"] for job_id in job_ids]
+        series = [ratchet.metrics(job_id, wanted, newest=1)["series"] for job_id in job_ids]
     differences = differing([dict(flat(job["spec"])) for job in jobs])
     last = [{name: curve["value"][-1] for name, curve in curves.items() if curve["value"]} for curves in series]
     newest = {name: [curves.get(name) for curves in last] for name in sorted({name for curves in last for name in curves})}

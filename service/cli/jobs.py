@@ -32,7 +32,14 @@ from service.cli.output import (
 )
 from service.metric_names import EVAL_GREEDY_REWARD_MEAN, EVAL_LOSS, EVAL_REWARD_MEAN
 
-FACTS = ("device", "dtype", "architecture", "parameters", "trainable_parameters", "revision")  # of job.resolved
+FACTS = {  # of job.resolved
+    "device": "{}",
+    "dtype": "{}",
+    "architecture": "{}",
+    "parameters": "{:,} parameters",
+    "trainable_parameters": "{:,} of them trained",
+    "revision": "revision {}",
+}
 EVALUATION = (EVAL_REWARD_MEAN, EVAL_GREEDY_REWARD_MEAN, EVAL_LOSS)
 
 JobId = Annotated[str, typer.Argument(metavar="JOB", help="job_...", autocompletion=complete_job)]
@@ -327,11 +334,16 @@ def _print_job(job: Job) -> None:
             "first evaluation": _metrics(result.get("initial")),
             "last evaluation": _metrics(result.get("final")),
             "best evaluation": _best(result.get("best")),
-            "runs on": {name: job["resolved"].get(name) for name in FACTS if name in job["resolved"]},
+            "runs on": runs_on(job["resolved"]),
             "warnings": job["resolved"].get("warnings"),
             "you may": job["allowed_actions"],
         }
     )
+
+
+def runs_on(resolved: dict[str, Any]) -> str:
+    """What the worker found when it loaded the model, for people."""
+    return ", ".join(form.format(resolved[name]) for name, form in FACTS.items() if resolved.get(name) is not None)
 
 
 def _bounds(**bounds: float | None) -> dict[str, float]:

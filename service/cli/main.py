@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
+from typer.core import TyperGroup
 
 from ratchet_client import RatchetApiError, RatchetConnectionError, RatchetError, RatchetNotFound
 from service.cli import advice, compare, curves, exits, helps, jobs, resources, sample, spending, stack
@@ -52,6 +53,17 @@ class Command(typer.Typer):
             _refuse("refused", str(error), exits.REFUSED, as_json=as_json)
 
 
+class Group(TyperGroup):
+    """Says what is wrong with an option without pydantic's prefix."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except typer.BadParameter as error:
+            error.message = error.message.removeprefix("Value error, ")
+            raise
+
+
 def _refuse(code: str, detail: str, status: int, *, as_json: bool) -> NoReturn:
     if as_json:
         print_error_json({"code": code, "detail": detail})
@@ -67,6 +79,7 @@ def _version(asked: bool) -> None:
 
 
 app = Command(
+    cls=Group,
     help=helps.text(HELP),
     epilog=exits.HELP,
     no_args_is_help=True,

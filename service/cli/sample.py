@@ -38,6 +38,12 @@ def sample(
     temperature: Annotated[float, typer.Option(min=0.0, max=10.0, help="0: the likeliest token each time")] = 1.0,
     seed: Annotated[int, typer.Option(min=0, help="the same seed gives the same answers")] = 0,
     chat: Annotated[bool, typer.Option("--chat", help="the prompt is a user's message to a chat model")] = False,
+    tools: Annotated[
+        str | None, typer.Option(metavar="JSON", help="with --chat: a list of tools, as data.tools; or a file with it")
+    ] = None,
+    chat_template_kwargs: Annotated[
+        str | None, typer.Option(metavar="JSON", help="with --chat: as data.chat_template_kwargs; or a file with it")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Ask checkpoints, and see their answers side by side.
@@ -45,12 +51,16 @@ def sample(
     $ ratchet sample ckpt_01k... "rev 123456>"
     $ ratchet sample ckpt_01k... ckpt_01m... "3+8=" -n 4 --temperature 0.7
     $ ratchet sample my-model "rev 123456>"          a folder of `ratchet checkpoints download`
+    $ ratchet sample ckpt_01k... "2+2?" --chat --tools tools.json --chat-template-kwargs '{"enable_thinking": false}'
 
     Checkpoints are downloaded, and run on this machine: it needs what a worker needs, and the base model of an adapter.
     """
     if missing := [name for name in NEEDS if find_spec(name) is None]:
         absent = " and ".join(missing)
         raise RatchetError(f"the model runs on this machine, where {absent} is missing: pip install 'ratchet-rl[worker]'")
+    options = _template_options(tools, chat_template_kwargs)
+    if not chat and (tools is not None or chat_template_kwargs is not None):
+        raise typer.BadParameter("--tools and --chat-template-kwargs are for the chat template: they need --chat")
     text = sys.stdin.read() if prompt == "-" else prompt
     request = {
         "prompt": [{"role": "user", "content": text}] if chat else text,
@@ -58,6 +68,7 @@ def sample(
         "max_tokens": max_tokens,
         "temperature": temperature,
         "seed": seed,
+        "options": options,
     }
     answers = {name: _ask({**request, **place}) for name, place in _places(context, checkpoints)}
     if as_json:
@@ -73,6 +84,28 @@ def sample(
         print_table(("#", "checkpoint", "answer", "tokens", "ended by"), rows, nothing="")
 
 
+def _template_options(tools: str | None, chat_template_kwargs: str | None) -> dict[str, Any]:
+    """What the chat template gets beside the messages. Raises BadParameter for what is neither JSON nor a file of JSON."""
+    options = {} if chat_template_kwargs is None else _json(chat_template_kwargs, dict, "--chat-template-kwargs", "an object")
+    if tools is None:
+        return options
+    listed = _json(tools, list, "--tools", "a list of objects")
+    if not all(isinstance(tool, dict) for tool in listed):
+        raise typer.BadParameter("must be a list of objects", param_hint="--tools")
+    return {**options, "tools": listed} if listed else options
+
+
+def _json(given: str, kind: type, option: str, must_be: str) -> Any:
+    try:
+        text = given if given.lstrip().startswith(("{", "[")) else Path(given).read_text("utf-8")
+        value = json.loads(text)
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(f"is neither JSON nor a file of JSON: {error}", param_hint=option) from None
+    if not isinstance(value, kind):
+        raise typer.BadParameter(f"must be {must_be}", param_hint=option)
+    return value
+
+
 def _places(context: typer.Context, names: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each checkpoint's name once, with its folder and model section. A downloaded checkpoint is removed again."""
     with ExitStack() as stack:
@@ -85,7 +118,7 @@ def _places(context: typer.Context, names: list[str]) -> Iterator[tuple[str, dic
             ratchet = ratchet or stack.enter_context(connect(context))
             with tempfile.TemporaryDirectory(prefix="ratchet-sample-") as temporary:
                 checkpoint = ratchet.get_checkpoint(name)
-                folder = ratchet.download_checkpoint(name, Path(temporary) / "checkpoint")
+                folder = ratchet.download_checkpoint(name, Path(temporary) / "checkpoint", optimizer=False)
                 yield name, {"folder": str(folder), "model": checkpoint["model"]}
 
 

@@ -13,6 +13,7 @@ from service.cli.connection import Target
 from service.cli.helps import command
 from service.cli.output import complain, say
 from service.errors import RatchetError as ServiceError
+from service.validation.environment import why_refused
 
 DEFAULT_DATA_DIR = Path(".ratchet")
 
@@ -48,10 +49,7 @@ def up(
         complain(f"error: {error.detail}")
         raise typer.Exit(exits.REFUSED) from None
     except ValidationError as error:
-        wrong = "; ".join(
-            f"RATCHET_{'_'.join(map(str, complaint['loc'])).upper()}: {complaint['msg']}" for complaint in error.errors()
-        )
-        complain(f"error: the settings cannot be used: {wrong}")
+        complain(f"error: {why_refused(error)}")
         raise typer.Exit(exits.REFUSED) from None
 
 

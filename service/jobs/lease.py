@@ -18,7 +18,7 @@ from sqlalchemy.orm import Session
 from service.doorbell import Doorbell
 from service.errors import Failure, LeaseLost
 from service.jobs import moves
-from service.metric_names import is_live
+from service.metric_names import EVAL_LOSS, EVAL_REWARD_MEAN, is_live
 from service.settings import Settings
 from service.spec.job import CheckpointsSpec, KeepBest
 from service.states import HELD, Phase, Status, Wish
@@ -237,6 +237,23 @@ def best_of(there: list[Checkpoint], rule: KeepBest) -> list[Checkpoint]:
     return measured[: rule.count]
 
 
+def best_checkpoint(session: Session, job: Job) -> Checkpoint | None:
+    """Of the job's checkpoints that are not deleted, the one with the best evaluation; None if none was evaluated when saved.
+
+    The rule is the job's: early_stopping, else keep_best, else the highest mean reward, else the lowest loss.
+    """
+    there = checkpoints.of_job(session, job.id)
+    rules = [*_rules(job), KeepBest(metric=EVAL_REWARD_MEAN), KeepBest(metric=EVAL_LOSS, mode="min")]
+    return next((rows[0] for rule in rules if (rows := best_of(there, rule))), None)
+
+
+def _rules(job: Job) -> list[KeepBest]:
+    """What the job's spec says about the best evaluation, the first rule first."""
+    stop, keep = job.spec.get("early_stopping"), job.spec.get("checkpoints", {}).get("keep_best")
+    own = [] if stop is None else [KeepBest(metric=stop["metric"], mode=stop["mode"])]
+    return own if keep is None else [*own, KeepBest(**keep)]
+
+
 # ---------------------------------------------------------------- letting go
 
 
@@ -284,10 +301,9 @@ def fail(
 
 def _with_best(session: Session, job: Job, result: dict[str, Any]) -> dict[str, Any]:
     """The result, with the best evaluation by the job's rule, and the checkpoint of that step, if there is one."""
-    stop, keep = job.spec.get("early_stopping"), job.spec.get("checkpoints", {}).get("keep_best")
-    if stop is None and keep is None:
+    rule = next(iter(_rules(job)), None)
+    if rule is None:
         return result
-    rule = KeepBest(**keep) if stop is None else KeepBest(metric=stop["metric"], mode=stop["mode"])
     rows = best_of(checkpoints.of_job(session, job.id), rule)
     best = result.get("best") or ({"value": rows[0].metrics[rule.metric], "step": rows[0].step} if rows else None)
     if best is None:

@@ -225,16 +225,23 @@ def _estimates(spec: RLSpec | SupervisedSpec, data: Data) -> dict[str, Any]:
         updates *= spec.update.minibatches * spec.update.epochs
     else:
         prompts *= spec.update.batch_size
+    learnt = {} if isinstance(spec, RLSpec) or spec.model.source != "tiny" else {"learnt_tokens_per_epoch": _learnt(data)}
     return {
         "train_rows": rows,
         "eval_rows": held_out,
         "prompts_per_epoch": rows,
         "epochs": round(prompts / rows, 3),
+        **learnt,
         "evaluations": evaluations,
         "completions": completions + eval_completions,
         "sampled_tokens_at_most": sampled,
         "optimizer_steps": updates,
     }
+
+
+def _learnt(data: Data) -> int:
+    """How many tokens the tiny model learns in an epoch: the characters of the answers, and an end token for each."""
+    return sum(len(data.answer(row) or "") + 1 for row in data.train)
 
 
 def _warnings(spec: RLSpec | SupervisedSpec, estimates: dict[str, Any]) -> list[str]:

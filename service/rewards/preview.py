@@ -26,8 +26,8 @@ from service.validation import parse
 
 @dataclass(frozen=True)
 class Preview:
-    """Each of `samples` has prompt, reference, graded, errors and probes. `warnings` say why there are no samples, or which
-    rewards graders give that they should not."""
+    """Each of `samples` has prompt, reference, graded, errors and probes, and learns if the job is supervised. `warnings` say
+    why there are no samples, or which rewards graders give that they should not."""
 
     samples: list[dict[str, Any]]
     warnings: list[str]
@@ -80,6 +80,9 @@ def preview(
     samples: list[dict[str, Any]] = [
         {"prompt": data.prompt(row), "reference": reference_of(spec, data, row), "graded": None, "errors": []} for row in first
     ]
+    if isinstance(spec, SupervisedSpec):
+        for row, sample in zip(first, samples, strict=True):
+            sample["learns"] = learns(data, row)
     if spec.reward is None:
         return Preview(samples, [])
     trial = Trial(spec, spec.reward, first, samples, secrets, networks)
@@ -96,6 +99,17 @@ def reference_of(spec: RLSpec | SupervisedSpec, data: Data, row: Row) -> str | N
         return data.answer(row)
     expected = [expected_of(grader, row) for grader in (spec.reward.graders if spec.reward else [])]
     return next((answer for answer in expected if answer is not None), data.answer(row))
+
+
+def learns(data: Data, row: Row) -> list[str]:
+    """The texts that a supervised job learns from the row, in order. A turn that calls tools is shown as JSON."""
+    if data.prompt_template is not None or data.begins_the_answer:
+        return [data.answer(row) or ""]
+    turns = [messages[-1] for messages in data.learnt_turns(row)]
+    return [
+        turn["content"] if turn.keys() == {"role", "content"} else json.dumps(turn, ensure_ascii=False, default=str)
+        for turn in turns
+    ]
 
 
 def main() -> None:

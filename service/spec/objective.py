@@ -9,12 +9,11 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import AfterValidator, Field, GetJsonSchemaHandler, model_validator
-from pydantic_core import CoreSchema
+from pydantic_core import CoreSchema, PydanticKnownError
 
 from service.spec import axes
 from service.spec.presets import BASE, PRESETS
 from service.spec.section import Section
-from service.validation import did_you_mean, quoted, shown
 
 
 class _OrKind:
@@ -39,8 +38,8 @@ _TAGGED = {"ratio", "surrogate", "aggregate"}
 
 def _known_preset(name: str | None) -> str | None:
     if name is not None and name not in PRESETS:
-        known = list(PRESETS)
-        raise ValueError(f"unknown preset {quoted(shown(name))}{did_you_mean(name, known)}; known are {', '.join(known)}")
+        # As pydantic says it of a Literal, so that the error lists what is allowed.
+        raise PydanticKnownError("literal_error", {"expected": ", ".join(map(repr, PRESETS))})
     return name
 
 

@@ -62,17 +62,21 @@ def series(
     from_step: int = 0,
     to_step: int | None = None,
     points: int | None = None,
+    newest: int | None = None,
 ) -> dict[str, Series]:
     """Curves by name; without `wanted` all of them. A name that was never measured gives an empty curve.
 
     Both step bounds are inclusive. A curve of more than `points` points is cut into that many stretches of equal width. Each
-    stretch gives its last step, mean, min and max, so that no spike is lost.
+    stretch gives its last step, mean, min and max, so that no spike is lost. `newest`: only the last so many points.
     """
     curves = {}
     for name in wanted or names(session, job_id):
         where = [Metric.job_id == job_id, Metric.name == name, Metric.step >= from_step]
         if to_step is not None:
             where.append(Metric.step <= to_step)
+        if newest is not None:
+            last = select(Metric.step).where(*where).order_by(Metric.step.desc()).limit(newest)
+            where.append(Metric.step >= select(func.min(last.subquery().c.step)).scalar_subquery())
         together = None if points is None else _put_together(session, where, points)
         curves[name] = together or _as_it_is(session, where)
     return curves

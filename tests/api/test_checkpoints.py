@@ -120,6 +120,39 @@ def test_an_archive_unpacks_to_the_same_files(api, client, submit, save, tmp_pat
     assert unpacked == FILES
 
 
+def test_an_archive_without_the_optimizer_has_everything_else(api, client, submit, save):
+    lease, _ = api.claim(submit()["id"])
+    answer = client.get(f"/v1/checkpoints/{save(lease, 1)}/archive", params={"optimizer": "false"})
+    assert int(answer.headers["content-length"]) == len(answer.content)
+    with tarfile.open(fileobj=io.BytesIO(answer.content)) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert names == FILES.keys() - {"optimizer.safetensors"}
+
+
+@pytest.mark.parametrize(
+    ("sections", "best"),
+    [
+        ({}, 2),  # the highest mean reward
+        ({"checkpoints": {"keep_best": {"metric": "eval/loss", "mode": "min"}}}, 3),
+        ({"early_stopping": {"metric": "eval/loss", "mode": "max", "patience": 3}, "checkpoints": {"keep_best": {}}}, 1),
+    ],
+)
+def test_the_best_checkpoint_is_named_by_the_jobs_own_rule(api, client, other, submit, save, sections, best):
+    job_id = submit(data={"eval": {"source": "split", "rows": 1}}, **sections)["id"]
+    path = f"/v1/jobs/{job_id}/checkpoints/best"
+    lease, _ = api.claim(job_id)
+    told = client.get(path)
+    assert told.status_code == 404 and told.json()["detail"] == f"no checkpoint of {job_id} was evaluated when it was saved"
+    ids = {step: save(lease, step) for step in (1, 2, 3, 4)}
+    measured = {1: (0.1, 3.0), 2: (0.9, 2.0), 3: (0.5, 1.0), 4: (None, None)}
+    with api.store.begin() as session:
+        for step, (reward, loss) in measured.items():
+            checkpoint = session.get(Checkpoint, ids[step])
+            checkpoint.metrics = {} if reward is None else {"eval/reward/mean": reward, "eval/loss": loss}
+    assert client.get(path).json()["id"] == ids[best]
+    assert other.get(path).status_code == 404
+
+
 def test_an_archive_holds_regular_files_only(tmp_path):
     (tmp_path / "secret").write_text("of somebody else")
     folder = tmp_path / "checkpoint"

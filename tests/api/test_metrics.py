@@ -51,6 +51,23 @@ def test_curves_come_by_column(run):
     assert reward["min"][spike] == pytest.approx(71 / 200)
 
 
+def test_the_newest_points_of_each_curve_are_given_as_they_are(run):
+    client, job_id = run
+
+    def read(**query):
+        return client.get(f"/v1/jobs/{job_id}/metrics", params=query).json()["series"]
+
+    assert read(newest=1) == {
+        "policy/kl": {"step": [200], "value": [0.1]},
+        "reward/mean": {"step": [200], "value": [1.0]},
+    }
+    assert read(name="reward/mean", newest=3, to_step=78)["reward/mean"] == {"step": [76, 77, 78], "value": [0.38, 99.0, 0.39]}
+    assert read(name="absent", newest=1)["absent"] == {"step": [], "value": []}
+    thinned = read(name="reward/mean", newest=100, points=10)["reward/mean"]
+    assert len(thinned["step"]) == 10 and thinned["step"][-1] == 200 and min(thinned["min"]) == 101 / 200
+    assert client.get(f"/v1/jobs/{job_id}/metrics", params={"newest": 0}).status_code == 422
+
+
 def test_a_curve_of_few_points_is_given_as_it_is_however_far_apart_they_are(each_api, run):
     client, job_id = run
     with each_api.store.begin() as session:

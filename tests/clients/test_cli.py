@@ -108,7 +108,56 @@ def test_validate_of_a_job_without_graders_says_nothing_of_rewards(api: str, cli
     spec = f"{{kind: supervised, model: {{source: tiny}}, {data}, limits: {{max_steps: 1}}}}"
     told = cli("validate", "-", stdin=spec)
     table = told.out.split("sample rows:\n")[1].splitlines()
-    assert [line.split() for line in table] == [["row", "prompt", "reference"], ["0", "x", "y"]], told.out
+    assert [line.split() for line in table] == [["row", "prompt", "learns"], ["0", "x", "y"]], told.out
+
+
+def test_validate_of_a_supervised_job_says_what_it_will_learn(api: str, cli: Cli) -> None:
+    rows = "{q: '1', a: '23'}, {q: '2', a: '4'}"
+    data = f"data: {{train: {{source: inline, rows: [{rows}]}}, prompt: '{{q}}', answer: '{{a}}'}}"
+    told = cli("validate", "-", stdin=f"{{kind: supervised, model: {{source: tiny}}, {data}, limits: {{max_steps: 1}}}}")
+    facts = dict(re.findall(r"^(\S.*?) {2,}(.*)$", told.out, re.MULTILINE))
+    assert facts["train rows"] == "2" and facts["learnt tokens per epoch"] == "5"  # three characters, two end tokens
+    assert not {"completions", "sampled tokens at most"} & facts.keys()
+
+
+def test_validate_shows_a_chat_and_each_turn_that_is_learnt(api: str, cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "add"}}]}
+    chat = [("system", "Be brief."), ("user", "2+2?"), ("assistant", "4"), ("user", "And 3?")]
+    messages = [{"role": role, "content": content} for role, content in chat] + [call]
+    data = {"train": {"source": "inline", "rows": [{"m": messages}]}, "chat": "m", "learn": "all"}
+    spec = {"kind": "supervised", "model": {"source": str(tmp_path)}, "data": data, "limits": {"max_steps": 1}}
+    sample = cli("validate", "-", "--json", stdin=json.dumps(spec)).json["samples"][0]
+    assert sample["learns"] == ["4", json.dumps(call)]
+    told = cli("validate", "-", stdin=json.dumps(spec))
+    [row] = [line for line in told.out.splitlines() if line.startswith("0 ")]
+    assert "system: Be brief.  user: 2+2?  assistant: 4  user: And 3?" in row and "4 … {" in row
+
+
+def test_show_says_what_the_job_runs_on(cli: Cli, hand: Any, job_id: str) -> None:
+    held = hand.take()
+    found = {"device": "cpu", "dtype": "float32", "architecture": "Llama", "parameters": 12345, "trainable_parameters": 678}
+    lease.set_resolved(hand.store, held, {**found, "revision": None, "further": {}})
+    [line] = [line for line in cli("show", job_id).out.splitlines() if line.startswith("runs on")]
+    assert line.split(None, 2)[2] == "cpu, float32, Llama, 12,345 parameters, 678 of them trained"
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (("keys", "create", "x", "--scope", "all"), "'--scope': 'all' is not one of 'read', 'write', 'admin'."),
+        (("sample", "x", "y", "-n", "0"), "'--count' / '-n': Input should be greater than or equal to 1"),
+        (("sample", "x", "y", "--tools", "[]"), "they need --chat"),
+        (("sample", "x", "y", "--chat", "--tools", '{"a": 1}'), "--tools: must be a list of objects"),
+        (("sample", "x", "y", "--chat", "--tools", "[1]"), "--tools: must be a list of objects"),
+        (("sample", "x", "y", "--chat", "--chat-template-kwargs", "{"), "is neither JSON nor a file of JSON"),
+        (("sample", "x", "y", "--chat", "--chat-template-kwargs", "/absent"), "No such file or directory"),
+    ],
+)
+def test_a_wrong_option_is_said_in_plain_words(cli: Cli, args: tuple[str, ...], says: str) -> None:
+    refused = cli(*args)
+    assert refused.code == 2 and says in refused.err and "Value error" not in refused.err, refused.err
 
 
 def test_everything_wrong_with_a_spec_is_said_with_where_what_and_allowed(api: str, cli: Cli) -> None:

@@ -34,10 +34,10 @@ def test_one_bad_item_beside_a_good_one(client, standin):
 def test_all_or_nothing_refuses_the_good_one_too_and_asks_nobody(client, store):
     bad = {**ITEM, "objective": "gpso"}
     problem = refused(post(client, {"items": [ITEM, bad], "all_or_nothing": True}), 422)
-    assert problem["code"] == "invalid"
+    assert problem["code"] == "unknown_value"
     assert [one["pointer"] for one in problem["errors"]] == ["/items/1/objective/preset"]
     assert problem["error"]["param"] == "/items/1/objective/preset"
-    assert [one["error"]["code"] for one in problem["data"]] == ["all_or_nothing", "invalid"]
+    assert [one["error"]["code"] for one in problem["data"]] == ["all_or_nothing", "unknown_value"]
     assert "did you mean 'gspo'?" in problem["detail"]
     assert not store.keys(f"{PREFIX}*")
 

@@ -164,7 +164,7 @@ def test_an_envelope_that_cannot_be_read_is_refused_whole(sent, pointer, says):
 @pytest.mark.parametrize(
     ("change", "pointer", "code", "says"),
     [
-        ({"objective": "gpso"}, "/objective/preset", "invalid", "did you mean 'gspo'?"),
+        ({"objective": "gpso"}, "/objective/preset", "unknown_value", "did you mean 'gspo'?"),
         ({"objective": {"preset": "gspo", "surrogate": {"clip_low": 1.5}}}, "/objective/surrogate/clip_low", "invalid", "1.5"),
         ({"objective": {"preset": "gspo", "agregate": "token"}}, "/objective/agregate", "unknown_key", "'aggregate'"),
         ({"objective": ...}, "/objective", "missing", "is required"),

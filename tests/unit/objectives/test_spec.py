@@ -166,7 +166,8 @@ def test_a_clip_of_1_2_is_refused_with_what_is_allowed(bound):
 @pytest.mark.parametrize(
     ("spec", "pointer", "says"),
     [
-        ({"preset": "gpso"}, "/objective/preset", "did you mean 'gspo'"),
+        ({"preset": "gpso"}, "/objective/preset", "must be one of ppo, grpo, "),
+        ({"preset": "gpso"}, "/objective/preset", "got 'gpso'; did you mean 'gspo'?"),
         ("grop", "/objective/preset", "did you mean 'grpo'"),
         ({"preset": "gspo", "surrogate": {"clip_lo": 0.1}}, "/objective/surrogate/clip_lo", "clip_low"),
         ({"presett": "gspo"}, "/objective/presett", "preset"),
