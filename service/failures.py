@@ -67,6 +67,11 @@ CODES: Mapping[str, Code] = MappingProxyType(
         "prompt_too_long": Code(
             "user", "a row's prompt leaves no room for an answer", "shorten the row or the template, or take the row out"
         ),
+        "all_rows_overlong": Code(
+            "user",
+            "data.overlong is skip, and every row of a split is too long",
+            "shorten the template, or lower max_completion_tokens",
+        ),
         "prompt_empty": Code("user", "a row's prompt has no tokens", "mend the row or the template, or take the row out"),
         "sequence_too_long": Code(
             "user", "a row's prompt and answer do not fit the context", "shorten the row, or take it out of the data"

@@ -23,6 +23,7 @@ EVAL_REWARD_MEAN, EVAL_GREEDY_REWARD_MEAN = EVAL + REWARD_MEAN, EVAL_GREEDY + RE
 LOSS, POLICY_LOSS, EVAL_LOSS = "loss", "policy/loss", "eval/loss"
 CLIP_LOW, CLIP_HIGH = "policy/clip_fraction_low", "policy/clip_fraction_high"
 POLICY_KL_K3, REF_KL_K3 = "policy/approx_kl_k3", "kl/ref_k3"
+OVERLONG_SKIPPED, OVERLONG_TRUNCATED = "data/overlong_skipped", "data/overlong_truncated"
 TOKENS_SAMPLED, TOKENS_TRAINED, STEP_S = "tokens/sampled", "tokens/trained", "perf/step_s"
 
 EVAL_TOKENS_SAMPLED = EVAL + TOKENS_SAMPLED
@@ -149,6 +150,12 @@ SECTIONS: Mapping[str, tuple[Metric, ...]] = MappingProxyType(
             Metric("batch/nonfinite_rows", "answers", "answers whose loss is not finite", "down", OBJECTIVE),
             Metric("batch/groups", "groups", "groups, where rewards were sent", "neither", LOSSES),
             Metric("batch/zero_variance_groups", "groups", "groups whose answers all have the same reward", "down", LOSSES),
+        ),
+        "Rows that are too long": (
+            Metric(OVERLONG_SKIPPED, "rows", "rows of data.train that are left out (data.overlong: skip)", "down", JOBS),
+            Metric(
+                OVERLONG_TRUNCATED, "rows", "a step's rows whose prompt is cut (data.overlong: truncate_left)", "down", JOBS
+            ),
         ),
         "Optimizer": (
             Metric("optimizer/grad_norm", "1", "norm of the gradient, before it is clipped", "neither", JOBS, live=True),

@@ -136,7 +136,7 @@ class Subset(DataRows):
         return self._rows[self._indices[index]]
 
     def number(self, index: int) -> int:
-        return self._indices[index]
+        return self._rows.number(self._indices[index])
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from service.jobs.gym import check_task
 from service.jobs.reference_checks import Formula, check_references
 from service.jobs.resolve_model import resolve_model, tokenizer_folder
 from service.jobs.resolve_reward import check_metrics, check_reward
-from service.jobs.row_checks import check_rows
+from service.jobs.row_checks import check_rows, overlong_rows
 from service.settings import Settings
 from service.spec.data import DatasetSource, InlineSource, ReasoningGymSource, SplitSource, TrainSource
 from service.spec.job import RLSpec, SupervisedSpec
@@ -85,7 +85,7 @@ def resolve(store: Store, settings: Settings, project: str, spec: RLSpec | Super
         max_steps=spec.limits.max_steps,
         from_checkpoint_id=None if model.from_checkpoint is None else model.from_checkpoint.id,
         estimates=estimates,
-        warnings=_warnings(spec, estimates),
+        warnings=[*_warnings(spec, estimates), *overlong_rows(spec, data)],
         dataset_paths=paths,
         formulas=formulas,
         chats=None if tokenizer is None else Chats(tokenizer, spec, data),

@@ -1,7 +1,7 @@
 """Checks that every row fills the spec's templates, and that the tiny model can read its characters within its context."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 from service.errors import FieldError
@@ -14,6 +14,7 @@ from service.store.tables import Dataset
 from service.validation import did_you_mean
 
 MAX_SHOWN = 20  # columns in a message
+TOO_LONG = ("prompt_too_long", "sequence_too_long")
 ROLES = ("system", "developer", "user", "assistant", "tool")
 TEXTS = ("/data/prompt", "/data/answer", "/data/chat/")  # pointers to the templates whose text the model reads
 
@@ -197,7 +198,8 @@ class _Room:
     prompt: int
     sequence: int
     why: str
-    answers: bool = field(default=False)  # whether the rows' answers are read too
+    answers: bool = False  # whether the rows' answers are read too
+    cuts: bool = False  # whether prompts that are too long are cut
 
 
 def _unreadable(spec: RLSpec | SupervisedSpec, data: Data, rows: DataRows, part: str) -> Iterator[FieldError]:
@@ -209,11 +211,30 @@ def _unreadable(spec: RLSpec | SupervisedSpec, data: Data, rows: DataRows, part:
         return
     room = _room(spec, spec.model.tiny.context, part)
     reported: set[str] = set()
+    skipped = 0
     for index, row in enumerate(rows):
         for error in _row_errors(data, row, rows.number(index), part, room):
-            if error.pointer + error.code not in reported:
+            if error.code in TOO_LONG and spec.data.overlong == "skip":
+                skipped += 1
+            elif error.pointer + error.code not in reported:
                 reported.add(error.pointer + error.code)
                 yield error
+    if skipped == len(rows):
+        detail = f"data.overlong is skip, and all {skipped} rows of data.{part} are too long ({room.why})"
+        yield FieldError("/data/overlong", detail, "all_rows_overlong", "skip")
+
+
+def overlong_rows(spec: RLSpec | SupervisedSpec, data: Data) -> Iterator[str]:
+    """For the tiny model: a warning for each split in which rows are too long and data.overlong says what becomes of them."""
+    if spec.model.tiny is None or spec.data.overlong == "refuse":
+        return
+    done = "is left out" if spec.data.overlong == "skip" else "loses the oldest tokens of its prompt"
+    for part, rows in (("train", data.train), ("eval", data.eval)):
+        room = _room(spec, spec.model.tiny.context, part)
+        found = [index for index, row in enumerate(rows or ()) if _is_too_long(data, row, room)]
+        if rows is not None and found:
+            which = f"for example row {rows.number(found[0])}: each {done}"
+            yield f"data.overlong: {len(found)} of {len(rows)} rows of data.{part} are too long ({room.why}), {which}"
 
 
 def _room(spec: RLSpec | SupervisedSpec, context: int, part: str) -> _Room:
@@ -226,7 +247,11 @@ def _room(spec: RLSpec | SupervisedSpec, context: int, part: str) -> _Room:
     why = f"context {context}, answers of up to {answers} tokens" if answers else f"context {context}"
     why += f", rollout.max_prompt_tokens {asked}" if asked is not None else ""
     reads = isinstance(spec, SupervisedSpec) or (part == "eval" and spec.data.answer is not None)
-    return _Room(min(context - answers, asked or context), context, why, reads)
+    return _Room(min(context - answers, asked or context), context, why, reads, cuts=spec.data.overlong == "truncate_left")
+
+
+def _is_too_long(data: Data, row: Row, room: _Room) -> bool:
+    return any(error.code in TOO_LONG for error in _row_errors(data, row, 0, "", replace(room, cuts=False)))
 
 
 def _row_errors(data: Data, row: Row, number: int, part: str, room: _Room) -> Iterator[FieldError]:
@@ -238,10 +263,12 @@ def _row_errors(data: Data, row: Row, number: int, part: str, room: _Room) -> It
         if strange := strange_characters(text):
             detail = f"the {name} {where} holds {strange[0]!r}; the tiny model can read {TINY_CHARACTERS!r}"
             yield FieldError(f"/data/{name}", detail, "unknown_character", strange[0])
-    if not prompt or 0 < room.prompt < len(prompt):  # if no room is left at all, that is reported as an error of the context
+    if not prompt or (
+        0 < room.prompt < len(prompt) and not room.cuts
+    ):  # if no room is left at all, that is reported as an error of the context
         detail = f"the prompt {where} has {len(prompt)} tokens; allowed are 1 to {room.prompt} ({room.why})"
         yield FieldError("/data/prompt", detail, "prompt_too_long" if prompt else "prompt_empty", len(prompt), room.prompt)
-    elif answer is not None and len(prompt) + len(answer) + 1 > room.sequence:
+    elif answer is not None and (1 if room.cuts else len(prompt)) + len(answer) + 1 > room.sequence:
         tokens = len(prompt) + len(answer) + 1
         detail = f"prompt, answer and end token {where} have {tokens} tokens; the context holds {room.sequence}"
         yield FieldError("/data/answer", detail, "sequence_too_long", tokens, room.sequence)

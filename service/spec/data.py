@@ -97,6 +97,13 @@ class DataSpec(Section):
         Literal["last", "all"],
         Field(description="which assistant turns of a chat column a supervised job learns, where no answer is given"),
     ] = "last"
+    overlong: Annotated[
+        Literal["refuse", "skip", "truncate_left"],
+        Field(
+            description="rows that do not fit the context or rollout.max_prompt_tokens: the job fails at load, or leaves them "
+            "out, or cuts the oldest tokens of their prompts"
+        ),
+    ] = "refuse"
     tools: Annotated[
         list[dict[str, Any]] | str | None,
         Field(description="tools for the chat template, as JSON schemas, or the name of a column that holds such a list"),

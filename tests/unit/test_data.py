@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from service.errors import InvalidRequest
-from service.jobs.data import JsonlRows, open_data, prompt_indices
+from service.jobs.data import InlineRows, JsonlRows, Subset, open_data, prompt_indices
 from service.spec.data import DataSpec, Message
 
 ROWS = [{"q": f"{n}+{n}", "a": str(2 * n)} for n in range(10)]
@@ -91,6 +91,12 @@ def test_a_split_holds_rows_out_and_never_trains_on_them() -> None:
     other = open_data(spec(eval={"source": "split", "rows": 3}), 6, nowhere)
     assert again.eval is not None and list(again.eval) == list(data.eval)
     assert other.eval is not None and list(other.eval) != list(data.eval)
+
+
+def test_a_subset_of_a_subset_names_the_rows_of_the_source() -> None:
+    inner = Subset(InlineRows([{"n": n} for n in range(10)]), [1, 4, 7, 9])
+    outer = Subset(inner, [0, 2])
+    assert [(outer.number(i), outer[i]) for i in range(2)] == [(1, {"n": 1}), (7, {"n": 7})]
 
 
 @pytest.mark.parametrize("held_out", [10, 11])

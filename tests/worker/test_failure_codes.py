@@ -37,10 +37,11 @@ from service.store import events
 from service.store.checkpoints import CheckpointRow
 from service.validation import parse
 from workers.loops.attempt import Attempt
+from workers.loops.measure import Part, _without
 from workers.loops.no_signal import given_up, no_signal
 from workers.loops.nonfinite import MAX_SKIPPED_IN_A_ROW, count_skipped
 from workers.loops.progress import Progress
-from workers.loops.sampling import check_lengths, settle_errors
+from workers.loops.sampling import fitted, settle_errors
 from workers.loops.supervised import encode
 from workers.policy.base import Base
 from workers.policy.errors import PolicyFailed, Subject
@@ -180,7 +181,7 @@ def _(world: World) -> None:
 
 def _lengths(world: World, prompt: list[int]) -> None:
     spec = parse(RLSpec, world.specs.rl())
-    check_lengths(world.attempt(SimpleNamespace(text=SimpleNamespace(context=128)), spec), [prompt], [7], 64)
+    fitted(world.attempt(SimpleNamespace(text=SimpleNamespace(context=128)), spec), [prompt], [7], 64)
 
 
 PRODUCERS["prompt_empty"] = lambda world: _lengths(world, [])
@@ -193,6 +194,12 @@ def _(world: World) -> None:
     attempt = world.attempt(policy, parse(SupervisedSpec, world.specs.supervised()))
     attempt.data = Data(InlineRows([{}]), None, "1" * 200, None, "1")
     encode(attempt, InlineRows([{}]), [0])
+
+
+@produces("all_rows_overlong")
+def _(world: World) -> None:
+    rows = InlineRows([{}, {}])
+    _without(Part("train", rows, range(2), None, answers=True), [0, 1])
 
 
 def _checkpoint(world: World, *, commit: bool) -> str:

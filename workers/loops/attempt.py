@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from service.jobs.data import Data, Row
 from service.jobs.lease import RolloutRow
+from service.metric_names import OVERLONG_SKIPPED, OVERLONG_TRUNCATED
 from service.rewards.rewards import Rewards
 from service.spec.job import RLSpec, SupervisedSpec
 from workers.loops.progress import Progress
@@ -54,6 +55,17 @@ class Attempt:
     policy: Learner
     progress: Progress
     reference: Policy | None = None  # if the objective needs its log_probs
+    skipped: int = 0  # rows of data.train that were left out because they are too long
+
+    def overlong_metrics(self, cut: int) -> dict[str, float]:
+        """A step's metrics about rows that are too long; `cut` counts the prompts that the step had to cut."""
+        match self.spec.data.overlong:
+            case "skip":
+                return {OVERLONG_SKIPPED: float(self.skipped)}
+            case "truncate_left":
+                return {OVERLONG_TRUNCATED: float(cut)}
+            case "refuse":
+                return {}
 
 
 TrainingStep = Callable[[Attempt, int], StepResult]

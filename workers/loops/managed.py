@@ -36,7 +36,9 @@ def drive(attempt: Attempt) -> Outcome:
 
     Progress has then been saved, except after a cancel that does not ask for it."""
     spec, progress = attempt.spec, attempt.progress
-    measure(attempt)
+    while not measure(attempt):
+        if (interrupted := _interrupted(attempt)) is not None:
+            return interrupted
     if _owes_evaluation(attempt):
         with _saving(attempt):
             evaluation = _evaluation(attempt)

@@ -63,6 +63,7 @@ def step(attempt: Attempt, step: int) -> StepResult:
     sampled = sum(len(completion.tokens) for group in groups for completion in group.completions)
     trained = int(experience.response_mask.sum()) * spec.update.epochs
     attempt.tenure.meter.trained(trained)
+    metrics |= attempt.overlong_metrics(sum(group.cut for group in groups))
     metrics |= reward_metrics(groups) | {
         TOKENS_SAMPLED: float(sampled),
         TOKENS_TRAINED: float(trained),

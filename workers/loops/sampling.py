@@ -29,6 +29,7 @@ class Group:
     completions: list[Completion]
     graded: list[Graded]
     rewards: list[float | None]
+    cut: bool = False  # whether the prompt was too long and lost its oldest tokens
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,8 @@ def draw_of(attempt: Attempt, *, purpose: str, temperature: float | None = None)
 def sample_and_grade(attempt: Attempt, rows: Sequence[dict[str, Any]], numbers: Sequence[int], draw: Draw) -> list[Group]:
     """One group per row. `numbers` are the rows' places in their source, for error messages."""
     rendered = [attempt.data.prompt(row) for row in rows]
-    prompts = [prompt_tokens(attempt, row, number) for row, number in zip(rows, numbers, strict=True)]
-    check_lengths(attempt, prompts, numbers, draw.max_tokens)
+    whole = [prompt_tokens(attempt, row, number) for row, number in zip(rows, numbers, strict=True)]
+    prompts = fitted(attempt, whole, numbers, draw.max_tokens)
     answers = attempt.policy.sample(
         prompts,
         group_size=draw.group_size,
@@ -85,7 +86,14 @@ def sample_and_grade(attempt: Attempt, rows: Sequence[dict[str, Any]], numbers: 
     rewards = settle_errors(attempt.spec.reward, graded)
     size = draw.group_size
     return [
-        Group(row, prompt, group, graded[i * size : (i + 1) * size], rewards[i * size : (i + 1) * size])
+        Group(
+            row,
+            prompt,
+            group,
+            graded[i * size : (i + 1) * size],
+            rewards[i * size : (i + 1) * size],
+            cut=len(prompt) < len(whole[i]),
+        )
         for i, (row, prompt, group) in enumerate(zip(rows, prompts, answers, strict=True))
     ]
 
@@ -163,19 +171,24 @@ def rollout_rows(attempt: Attempt, groups: Sequence[Group], split: str, step: in
     ]
 
 
-def check_lengths(attempt: Attempt, prompts: Sequence[list[int]], numbers: Sequence[int], max_tokens: int) -> None:
-    """Raises JobFailed prompt_too_long or prompt_empty, by the row's number."""
-    spec, context = attempt.spec, attempt.policy.text.context
-    room = context - max_tokens
+def fitted(attempt: Attempt, prompts: Sequence[list[int]], numbers: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """The prompts, cut on the left if the spec wants that, so that answers of `max_tokens` have room after them. Raises
+    JobFailed prompt_too_long or prompt_empty, with the row's number."""
+    spec, text = attempt.spec, attempt.policy.text
+    room = text.context - max_tokens
     asked = spec.rollout.max_prompt_tokens if isinstance(spec, RLSpec) else None
     allowed = room if asked is None else min(asked, room)
+    if spec.data.overlong == "truncate_left":
+        prompts = [text.cut(prompt, allowed) for prompt in prompts]
     for number, prompt in zip(numbers, prompts, strict=True):
         if not 0 < len(prompt) <= allowed:
             raise JobFailed(
                 "prompt_too_long" if prompt else "prompt_empty",
                 f"the prompt of row {number} has {len(prompt)} tokens; allowed are 1 to {allowed} "
-                f"(context {context}, answers of up to {max_tokens} tokens"
+                f"(context {text.context}, answers of up to {max_tokens} tokens"
                 + (f", rollout.max_prompt_tokens {asked})" if asked is not None else ")"),
-                hint="shorten the row or the template, lower max_completion_tokens, or take the row out of the data",
+                hint="shorten the row or the template, lower max_completion_tokens, take the row out of the data, or set "
+                "data.overlong",
                 pointer="/data",
             )
+    return list(prompts)

@@ -57,7 +57,8 @@ def step(attempt: Attempt, step: int) -> StepResult:
             TOKENS_TRAINED: float(tokens),
             "perf/update_tokens_per_s": tokens / elapsed,
             STEP_S: elapsed,
-        },
+        }
+        | attempt.overlong_metrics(len({example.row for example in batch if example.cut})),
         events=events,
     )
 
@@ -82,10 +83,12 @@ class Example(NamedTuple):
     sequence: TokenSequence
     learnt: list[bool]
     row: int
+    cut: bool = False  # whether the prompt lost its oldest tokens, because the row is too long
 
 
 def encode(attempt: Attempt, rows: DataRows, indices: Sequence[int]) -> list[Example]:
-    """The examples in these rows. Raises JobFailed, with the row's number, if one is too long or its prompt is empty."""
+    """The examples in these rows, with prompts cut on the left if the spec wants that. Raises JobFailed, with the row's number,
+    if one is too long or its prompt is empty."""
     text, examples = attempt.policy.text, list[Example]()
     for index in indices:
         number = rows.number(index)
@@ -93,15 +96,18 @@ def encode(attempt: Attempt, rows: DataRows, indices: Sequence[int]) -> list[Exa
             learnt = examples_of(text, attempt.data, rows[index], number)
         for example in learnt:
             prompt, completion = example.sequence
+            if attempt.spec.data.overlong == "truncate_left":
+                prompt = text.cut(prompt, text.context - len(completion))
+            cut = len(prompt) < len(example.sequence.prompt)
+            examples.append(example._replace(sequence=TokenSequence(prompt, completion), cut=cut))
             if not prompt or len(prompt) + len(completion) > text.context:
                 raise JobFailed(
                     "sequence_too_long" if prompt else "prompt_empty",
                     f"row {number} has {len(prompt)} prompt and {len(completion)} answer tokens; "
                     + (f"the model's context holds {text.context}" if prompt else "a prompt has at least one"),
-                    hint="shorten the row or the template, or take the row out of the data",
+                    hint="shorten the row or the template, take the row out of the data, or set data.overlong",
                     pointer="/data",
                 )
-        examples += learnt
     return examples
 
 
@@ -118,7 +124,7 @@ def examples_of(text: Text, data: Data, row: Row, number: int) -> list[Example]:
     examples: list[Example] = []
     for before, turn in pairs:
         if examples and before[: len(whole := [*examples[-1].sequence.prompt, *examples[-1].sequence.completion])] == whole:
-            (first, completion), learnt, _ = examples.pop()
+            (first, completion), learnt, *_ = examples.pop()
             between = before[len(whole) :]
             sequence = TokenSequence(first, [*completion, *between, *turn])
             examples.append(Example(sequence, [*learnt, *[False] * len(between), *[True] * len(turn)], number))

@@ -51,6 +51,13 @@ class Text:
             ids = ids[:-1]  # some tokenizers end every text, but a prompt is to be continued
         return self._known(ids)
 
+    def cut(self, prompt: list[int], most: int) -> list[int]:
+        """The prompt without its oldest tokens, so that `most` are left; a begin-of-sequence token at the front is kept. The
+        prompt itself if it fits, or if nothing of it would be left."""
+        begin = prompt[:1] if prompt[:1] == [self.tokenizer.bos_token_id] else []
+        left = most - len(begin)
+        return prompt if len(prompt) <= most or left < 1 else [*begin, *prompt[-left:]]
+
     def encode_answer(self, text: str, *, in_chat: bool = False) -> list[int]:
         """The tokens of an answer after a prompt, ended by the end-of-sequence token or the template's end of turn. Nothing is
         added to an answer that already has an end token."""

@@ -100,6 +100,10 @@ class Tenure:
         """The job is loaded at `step`: remove what an earlier attempt wrote beyond it. `saved`: `step` has a checkpoint."""
         self.saved_at = step if saved else None
         leases.rewind(self.store, self.lease, step, anew=not saved)
+        self.note(facts)
+
+    def note(self, facts: dict[str, Any]) -> None:
+        """Add to the job's resolved facts, with an event."""
         leases.set_resolved(self.store, self.lease, facts)
 
     def commit_step(
