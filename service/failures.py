@@ -42,7 +42,9 @@ CODES: Mapping[str, Code] = MappingProxyType(
         ),
         "model_unsupported": Code("user", "the model cannot be trained here", "fork the job with another model.source"),
         "lora_target_modules": Code(
-            "user", "the adapter cannot be put on these layers", "fork the job with other model.adapter.target_modules"
+            "user",
+            "the adapter cannot be put on these layers or weights",
+            "fork the job with other model.adapter.target_modules or target_parameters",
         ),
         "no_chat_template": Code(
             "user", "data.chat was given, and the tokenizer has no chat template", "use data.prompt, or another model"

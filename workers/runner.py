@@ -47,6 +47,7 @@ POINTERS = {
     Subject.SOURCE: "/model/source",
     Subject.ADAPTER: "/model/adapter",
     Subject.TARGET_MODULES: "/model/adapter/target_modules",
+    Subject.TARGET_PARAMETERS: "/model/adapter/target_parameters",
     Subject.OPTIMIZER: "/model/from_checkpoint/load",
     Subject.CHAT: "/data/chat",
 }

@@ -142,9 +142,7 @@ def _comparable(adapter: Lora | Full | None) -> dict[str, Any] | None:
     if adapter is None:
         return None
     plain = adapter.model_dump(mode="json", exclude={"dropout"})
-    if isinstance(plain.get("target_modules"), list):
-        plain["target_modules"] = sorted(plain["target_modules"])
-    return plain
+    return {name: sorted(value) if isinstance(value, list) else value for name, value in plain.items()}
 
 
 def _plain(value: Any) -> Any:

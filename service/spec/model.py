@@ -35,6 +35,19 @@ class Lora(Section):
         Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)] | Literal["all-linear"],
         Field(description="names of the linear layers to adapt, each of which must be there, or all-linear"),
     ] = "all-linear"
+    target_parameters: Annotated[
+        Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)] | Literal["experts"] | None,
+        Field(
+            description="weights to adapt that are no linear layers, by the ends of their paths, for example "
+            "experts.down_proj; or experts: the stacked weights of all routed experts"
+        ),
+    ] = None
+
+    @model_validator(mode="after")
+    def no_dropout_before_parameters(self) -> Self:
+        if self.dropout and self.target_parameters is not None:
+            raise ValueError(f"dropout must be 0 with target_parameters, got {self.dropout:g}: these layers' inputs have none")
+        return self
 
 
 class Full(Section):

@@ -12,6 +12,7 @@ from typing import Any
 import orjson
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 from torch import nn
@@ -26,6 +27,7 @@ from workers.policy.load import ADAPTER_CONFIG, ADAPTER_WEIGHTS, mismatch, saved
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 # Peft puts the adapter's name into the names of its weights. An optimizer's tensors on the disk use this name instead.
 SAVED_AS = "default"
+EXPERTS = "experts"  # the module of a layer that holds the weights of all its routed experts, stacked: [experts, in, out]
 
 
 class Adapters:
@@ -35,6 +37,7 @@ class Adapters:
         self._model = model
         self._tied = _tied_layers(model)
         self._layer_names = {part for name, _ in model.named_modules() for part in name.split(".")}
+        self._order = {module: list(module._parameters) for module in model.modules()}
         self._peft: PeftModel | None = None  # set while there is any adapter
         self._frozen: dict[str, bool] = {}  # by the adapter's name
         self._at_work: str | None = None  # the adapter that the model is known to be switched to
@@ -54,7 +57,7 @@ class Adapters:
         checkpoint_mismatch and then leaves the model unchanged.
         """
         self._check_new(name)
-        modules = adapter.target_modules
+        modules, parameters = adapter.target_modules, self._targeted(adapter.target_parameters)
         if not isinstance(modules, str):
             self._check_targets(modules)
         config = LoraConfig(
@@ -63,12 +66,21 @@ class Adapters:
             lora_alpha=adapter.alpha,  # pyright: ignore[reportArgumentType] - peft multiplies by it, and takes any number
             lora_dropout=adapter.dropout,
             target_modules=modules if isinstance(modules, str) else list(modules),
+            target_parameters=parameters,
             revision=revision,
         )
         try:
             self._add(name, config, seed, frozen=False)
         except ValueError as error:
-            raise self._no_target(f"the adapter cannot be put on {modules}: {error}") from error
+            detail = f"the adapter cannot be put on {modules}{f' and {parameters}' if parameters else ''}: {error}"
+            no_dropout = "routed experts take none: set model.adapter.dropout to 0, or name other target_modules"
+            raise self._no_target(detail, no_dropout if "lora_dropout" in str(error) else None) from error
+        if not isinstance(modules, str) and (moved := sorted({*modules}.difference(config.target_modules or ()))):
+            self.remove(name)
+            raise self._no_target(
+                f"the adapter cannot be put on {', '.join(moved)}: in this family peft takes these names for weights of the "
+                "routed experts; name the weights in target_parameters, for example mlp.down_proj.weight of a linear layer"
+            )
         if weights is not None:
             self._fill(name, weights)
 
@@ -132,28 +144,71 @@ class Adapters:
         self._peft_of(name)
         warnings: list[str] = []
         if adapter.target_modules == "all-linear" and (left := self._without_adapter()):
-            share = sum(left.values()) / sum(p.numel() for path, p in self._model.named_parameters() if not _is_of_peft(path))
+            share = sum(left.values()) / sum(p.numel() for path, p in self._model.named_parameters() if ".lora_" not in path)
+            experts = any(path.endswith(f".{end}") for path in left for end in self._stacked())
             warnings.append(
                 f"all-linear puts no adapter on {', '.join(left)} ({share:.0%} of the weights): they stay as they are; "
-                "those that are linear layers can be named in model.adapter.target_modules"
+                f"model.adapter.target_parameters takes their names{', or experts for all routed experts' * experts}"
             )
         tied = [path for path in self._tied if isinstance(self._model.get_submodule(path), BaseTunerLayer)]
         if tied:
             warnings.append(f"the adapter on {', '.join(tied)} cannot be merged: head and embedding share their weights")
         return warnings
 
+    def on_parameters(self, name: str) -> list[str]:
+        """The weights outside of linear layers that the adapter changes; layer numbers are written as *. In some families
+        all-linear includes the routed experts."""
+        wrappers = [(path, wrapper.parameter_name) for path, wrapper in self._wrappers() if name in wrapper.lora_A]
+        return list(dict.fromkeys(_pattern(f"{path}.{own}") for path, own in wrappers))
+
+    def _wrappers(self) -> list[tuple[str, ParamWrapper]]:
+        return [(path, module) for path, module in self._model.named_modules() if isinstance(module, ParamWrapper)]
+
     def _without_adapter(self) -> dict[str, int]:
         """The sizes of the weights that got no adapter, for example routed experts, by name; layer numbers are written as *."""
         left: dict[str, int] = {}
         ours = {id(self._model.get_output_embeddings())}
+        wrapped = {(wrapper.get_base_layer(), wrapper.parameter_name) for _, wrapper in self._wrappers()}
+        holders = {module for module, _ in wrapped}  # each of their weights may have an adapter or none
         for path, module in self._model.named_modules():
-            if isinstance(module, nn.Embedding) or id(module) in ours or _is_of_peft(path):
+            if isinstance(module, nn.Embedding) or id(module) in ours or (_is_of_peft(path) and module not in holders):
                 continue
             for own, weight in module.named_parameters(recurse=False):
-                if weight.ndim > 1:
-                    pattern = re.sub(r"(?<=\.)\d+(?=\.)", "*", f"{path}.{own}")
+                if weight.ndim > 1 and (module, own) not in wrapped:
+                    pattern = _pattern(f"{path}.{own}")
                     left[pattern] = left.get(pattern, 0) + weight.numel()
         return left
+
+    def _targeted(self, parameters: list[str] | str | None) -> list[str] | None:
+        """The ends of the paths of the weights to adapt. Raises PolicyFailed for a name that no weight has."""
+        if parameters is None:
+            return None
+        ends = self._stacked()
+        if isinstance(parameters, list):
+            for name in parameters:
+                if not any(path == name or path.endswith(f".{name}") for path in self._matrices()):
+                    near = did_you_mean(name, [*ends, *(end.rsplit(".", 1)[-1] for end in ends)])
+                    raise self._no_parameter(
+                        f"the adapter cannot be put on {name!r}: no weight of this model is called so{near}", ends
+                    )
+            return sorted(parameters)
+        if not ends:
+            raise self._no_parameter("target_parameters is experts, and no routed experts of this model share one weight", ends)
+        return ends
+
+    def _matrices(self) -> dict[str, nn.Parameter]:
+        """The model's own weights with two dimensions or more, by their paths in the model without adapters."""
+        named = self._model.named_parameters()
+        return {_bare_path(path): weight for path, weight in named if weight.ndim > 1 and ".lora_" not in path}
+
+    def _stacked(self) -> list[str]:
+        """The ends of the paths of weights that hold all routed experts of a layer, for example experts.down_proj."""
+        places = [path.split(".")[-2:] for path, weight in self._matrices().items() if weight.ndim == 3]
+        return sorted({f"{EXPERTS}.{own}" for holder, own in places if holder == EXPERTS})
+
+    def _no_parameter(self, detail: str, ends: list[str]) -> PolicyFailed:
+        hint = f"stacked weights of routed experts here are: {', '.join(ends)}" if ends else "leave target_parameters out"
+        return PolicyFailed("lora_target_modules", detail, hint=hint, subject=Subject.TARGET_PARAMETERS)
 
     def _check_targets(self, modules: list[str]) -> None:
         """Raises PolicyFailed for a name that no layer has. Peft would ignore it if another name fits."""
@@ -169,9 +224,9 @@ class Adapters:
             {p.rsplit(".", 1)[-1] for p, m in self._model.named_modules() if isinstance(_bare(m), nn.Linear | Conv1D)}
         )
 
-    def _no_target(self, detail: str) -> PolicyFailed:
-        hint = f"linear layers of this model are: {', '.join(self._linear())}; all-linear takes all but the head"
-        return PolicyFailed("lora_target_modules", detail, hint=hint, subject=Subject.TARGET_MODULES)
+    def _no_target(self, detail: str, hint: str | None = None) -> PolicyFailed:
+        linear = f"linear layers of this model are: {', '.join(self._linear())}; all-linear takes all but the head"
+        return PolicyFailed("lora_target_modules", detail, hint=hint or linear, subject=Subject.TARGET_MODULES)
 
     def _switch_to(self, name: str) -> None:
         if self._at_work != name:  # only if needed: switching visits every layer
@@ -198,6 +253,7 @@ class Adapters:
 
     def _add(self, name: str, config: LoraConfig, seed: int, *, frozen: bool) -> None:
         self._at_work = None
+        self._restore_order()
         config.base_model_name_or_path = self._model.name_or_path or None
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -211,6 +267,14 @@ class Adapters:
                 raise
         self._frozen[name] = frozen
         self._model.eval()  # the new dropouts
+
+    def _restore_order(self) -> None:
+        """Put the weights of each module back into their first order. A forward pass with an adapter on one of them moves it to
+        the end, and peft nests adapters in this order, which their names on the disk depend on."""
+        for module, names in self._order.items():
+            if list(module._parameters) != names and module._parameters.keys() == set(names):
+                for name in names:
+                    module._parameters[name] = module._parameters.pop(name)
 
     def _fill(self, name: str, folder: Path) -> None:
         """Load a saved adapter's weights into this one, which must have the same shape; otherwise remove it."""
@@ -242,10 +306,10 @@ class Adapters:
         """Remove an adapter that peft may have added to only some of the layers."""
         for path, layer in list(self._model.named_modules()):
             if isinstance(layer, BaseTunerLayer):
-                if self._peft is None:
-                    self._model.set_submodule(path, layer.get_base_layer())
-                else:
+                if self._peft is not None:
                     layer.delete_adapter(name)
+                elif ".base_layer" not in path:  # else it is inside of another, which takes it along
+                    self._model.set_submodule(path, layer.get_base_layer())
 
 
 def _tied_layers(model: PreTrainedModel) -> list[str]:
@@ -255,6 +319,15 @@ def _tied_layers(model: PreTrainedModel) -> list[str]:
     if shared is None or embedding.weight is not shared:
         return []
     return [path for path, module in model.named_modules() if getattr(module, "weight", None) is shared]
+
+
+def _pattern(path: str) -> str:
+    """The path of a weight in the model without adapters, with layer numbers written as *."""
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", _bare_path(path))
+
+
+def _bare_path(path: str) -> str:
+    return path.replace(".base_layer", "")
 
 
 def _is_of_peft(path: str) -> bool:

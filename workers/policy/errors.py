@@ -11,6 +11,7 @@ class Subject(StrEnum):
     SOURCE = "source"  # the model and its tokenizer
     ADAPTER = "adapter"  # its kind and its shape
     TARGET_MODULES = "target_modules"  # the layers that get the adapter
+    TARGET_PARAMETERS = "target_parameters"  # the weights outside of linear layers that get it
     OPTIMIZER = "optimizer"  # the state that a learner continues from
     CHAT = "chat"  # a prompt made of messages
 

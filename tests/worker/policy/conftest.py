@@ -68,6 +68,43 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "num_local_experts": 4,
         "max_position_embeddings": 64,
     },
+    # Of this family's routed experts peft puts adapters on all, if all linear layers are asked for.
+    "qwen3_moe": {
+        **SMALL,
+        "head_dim": 8,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "intermediate_size": 64,
+        "moe_intermediate_size": 16,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+    },
+    # It has routed experts, and linear layers of the same names in a shared expert and in its first, dense layer.
+    "deepseek_v3": {
+        **SMALL,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+        "intermediate_size": 64,
+        "moe_intermediate_size": 16,
+        "num_key_value_heads": 4,
+        "q_lora_rank": 8,
+        "kv_lora_rank": 8,
+        "qk_rope_head_dim": 4,
+        "qk_nope_head_dim": 4,
+        "v_head_dim": 8,
+        "max_position_embeddings": 64,
+    },
+    "mixtral": {
+        **SMALL,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "intermediate_size": 64,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+    },
     # Its rotary factors change for a whole batch with one row that is longer than 12 tokens.
     "phi3": {
         **SMALL,
