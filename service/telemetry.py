@@ -5,6 +5,7 @@ import logging
 import os
 import re
 import sys
+import warnings
 from collections.abc import Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -119,6 +120,11 @@ def warn_of_unknown_variables(environment: Mapping[str, str] = os.environ) -> No
             log.warning("%s sets nothing%s", variable, f"; did you mean {prefix}{meant}?" if meant else "")
 
 
+def _one_warning(message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None) -> str:
+    """As the standard library writes it, without the line of code."""
+    return f"{filename}:{lineno}: {category.__name__}: {message}"
+
+
 def configure_logging(settings: Settings, *, json_lines: bool | None = None) -> None:
     """Set up the root logger of this process. Default: JSON in production, plain lines in development."""
     if json_lines is None:
@@ -126,6 +132,9 @@ def configure_logging(settings: Settings, *, json_lines: bool | None = None) -> 
     scrub = Scrubber(settings)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter(scrub) if json_lines else PlainFormatter(scrub))
+    # Warnings of libraries become log lines, too: without secrets, and one line each.
+    warnings.formatwarning = _one_warning
+    logging.captureWarnings(True)
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)  # libraries log only warnings and errors

@@ -8,6 +8,7 @@ import re
 import socket
 from collections.abc import Sequence
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
+from urllib.parse import urlsplit
 
 import httpx
 
@@ -16,6 +17,7 @@ Networks = Sequence[IPv4Network | IPv6Network]
 
 NAT64 = (IPv6Network("64:ff9b::/96"), IPv6Network("64:ff9b:1::/48"))
 IPV4_COMPATIBLE = IPv6Network("::/96")
+DEFAULT_PORTS = (("http", 80), ("https", 443))  # httpx leaves these out
 NAME = re.compile(r"(?=.{1,254}$)[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?(\.[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?)*\.?")
 
 
@@ -27,6 +29,8 @@ def host_of(url: str) -> str:
         host = parts.raw_host.decode("ascii")
     except (httpx.InvalidURL, ValueError) as error:
         raise ValueError(f"not a URL: {error}") from None
+    if parts.port != (port := _port_of(url)) and (parts.scheme, port) not in DEFAULT_PORTS:
+        raise ValueError("not a URL: its port must be a number in ASCII digits")
     if parts.port is not None and not 0 < parts.port < 65536:
         raise ValueError(f"not a URL: its port is {parts.port}, ports go from 1 to 65535")
     if not host:
@@ -34,6 +38,14 @@ def host_of(url: str) -> str:
     if ":" not in host and not NAME.fullmatch(host):
         raise ValueError(f"{host[:80]!r} is no host: write an address, or a name of letters, digits, hyphens and dots")
     return host
+
+
+def _port_of(url: str) -> int | None:
+    """The port as urllib reads it, which unlike httpx takes ASCII digits only. Raises ValueError if it is none."""
+    try:
+        return urlsplit(url).port
+    except ValueError as error:
+        raise ValueError(f"not a URL: {error}") from None
 
 
 def may_reach(address: Address, allowed: Networks) -> bool:

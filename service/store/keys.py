@@ -119,11 +119,9 @@ def page(session: Session, project: str) -> list[ApiKey]:
     return list(session.scalars(query.order_by(ApiKey.created_at.desc(), ApiKey.id.desc())))
 
 
-def revoke(session: Session, project: str, key_id: str) -> ApiKey:
-    """Revoke a key. Raises NotFound if it belongs to another project or is already revoked."""
-    key = session.scalar(select(ApiKey).where(ApiKey.project == project, ApiKey.id == key_id, ApiKey.revoked_at.is_(None)))
-    if key is None:
+def revoke(session: Session, project: str, key_id: str) -> None:
+    """Revoke a key. Raises NotFound if it belongs to another project or is already revoked. Of several requests at once, one
+    revokes it and the others get NotFound."""
+    theirs = ApiKey.project == project, ApiKey.id == key_id, ApiKey.revoked_at.is_(None)
+    if session.scalar(update(ApiKey).where(*theirs).values(revoked_at=utcnow()).returning(ApiKey.id)) is None:
         raise NotFound(f"no key {key_id} in this project")
-    key.revoked_at = utcnow()
-    session.flush()
-    return key

@@ -1,5 +1,6 @@
 """What is made while what it needs is taken away: one of them wins, and the other is told so. Longer: tests/chaos."""
 
+from concurrent.futures import ThreadPoolExecutor
 from threading import Event, Thread
 
 import pytest
@@ -57,3 +58,11 @@ def test_a_conflict_that_no_query_foresaw_is_a_409(api, client, submit, monkeypa
     answer = client.delete(f"/v1/jobs/{job['id']}")
     assert (answer.status_code, answer.json()["code"]) == (409, "changed_meanwhile")
     assert "INSERT" not in answer.text and "planted" not in answer.text
+
+
+def test_of_several_who_revoke_a_key_at_once_one_has_revoked_it(each_api):
+    with each_api.client() as client, ThreadPoolExecutor(8) as pool:
+        for number in range(5):
+            key = client.post("/v1/keys", json={"name": str(number)}).json()["id"]
+            answers = pool.map(client.delete, [f"/v1/keys/{key}"] * 8)
+            assert sorted(answer.status_code for answer in answers) == [204] + [404] * 7

@@ -90,6 +90,20 @@ def test_what_is_no_host_is_refused_when_it_is_sent(host: str) -> None:
     assert refused.value.errors[0].pointer == "/url"
 
 
+@pytest.mark.parametrize("port", ["８０", "８0", "٨٠", "+80", "8_0", " 80", "-1", "0", "65536", "8０80", "x"])
+def test_a_port_is_a_number_in_ascii_digits(port: str) -> None:
+    with pytest.raises(ValueError, match="not a URL"):
+        host_of(f"http://example.org:{port}/score")
+    with pytest.raises(ValueError, match="not a URL"):
+        host_of(f"https://[2001:db8::1]:{port}/score")
+
+
+@pytest.mark.parametrize("scheme", ["http", "https", "HTTP"])
+@pytest.mark.parametrize("port", ["", ":", ":80", ":443", ":0080", ":65535"])
+def test_every_other_port_is_taken(scheme: str, port: str) -> None:
+    assert host_of(f"{scheme}://u:8０@example.org{port}/a:8０?b=:8０") == "example.org"
+
+
 @pytest.mark.parametrize("host", NAMES)
 def test_names_are_looked_up_by_who_connects(host: str) -> None:
     assert literal(host) is None

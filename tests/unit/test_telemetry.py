@@ -1,5 +1,7 @@
 import json
 import logging
+import subprocess
+import sys
 
 import pytest
 from pydantic import SecretStr
@@ -70,3 +72,20 @@ def test_no_text_forges_a_line_or_drives_a_terminal() -> None:
     line = JsonFormatter(Scrubber(SETTINGS)).format(record)
     assert line.isprintable()
     assert json.loads(line)["message"] == f"judge: {FORGED}"
+
+
+def test_a_warning_of_a_library_is_a_log_line_without_secrets() -> None:
+    program = """
+import warnings
+from pydantic import SecretStr
+from service.settings import Settings
+from service.telemetry import configure_logging
+configure_logging(Settings(grader_secrets={"mine": SecretStr("hunter2-hunter2")}), json_lines=JSON)
+warnings.warn("hunter2-hunter2\\nforged", FutureWarning)
+"""
+    for as_json in (False, True):
+        command = [sys.executable, "-c", program.replace("JSON", str(as_json))]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        [line] = done.stderr.splitlines()
+        assert "FutureWarning: ***" in line and "py.warnings" in line and "hunter2" not in line
+        assert (json.loads(line)["level"] if as_json else line.split()[1]) == "WARNING"
