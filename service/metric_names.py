@@ -23,6 +23,7 @@ EVAL_REWARD_MEAN, EVAL_GREEDY_REWARD_MEAN = EVAL + REWARD_MEAN, EVAL_GREEDY + RE
 LOSS, POLICY_LOSS, EVAL_LOSS = "loss", "policy/loss", "eval/loss"
 CLIP_LOW, CLIP_HIGH = "policy/clip_fraction_low", "policy/clip_fraction_high"
 POLICY_KL_K3, REF_KL_K3 = "policy/approx_kl_k3", "kl/ref_k3"
+NOISE_LOG_RATIO, NOISE_POOLED = "policy/noise_log_ratio", "policy/noise_pooled_log_ratio"
 OVERLONG_SKIPPED, OVERLONG_TRUNCATED = "data/overlong_skipped", "data/overlong_truncated"
 TOKENS_SAMPLED, TOKENS_TRAINED, STEP_S = "tokens/sampled", "tokens/trained", "perf/step_s"
 
@@ -125,6 +126,10 @@ SECTIONS: Mapping[str, tuple[Metric, ...]] = MappingProxyType(
             *_shares(CLIP_LOW, "the lower bound holds", "neither", live=True, drawn=True),
             *_shares(CLIP_HIGH, "the upper bound holds", "neither", live=True, drawn=True),
             *_shares("policy/clip_fraction_dual", "the dual clip holds", "neither", live=True),
+            Metric(
+                NOISE_LOG_RATIO, "nats", "rms of a token's log ratio that comes of rounding alone; not in float32", "down", RL
+            ),
+            Metric(NOISE_POOLED, "nats", "the same of the pooled log ratio; clips below it act at random", "down", RL),
             *_kl("policy/approx_kl", "KL(old ‖ new) of the policy", "neither", drawn=True),
             *_kl("kl/ref", "KL(new ‖ reference)", "neither", drawn=True),
         ),

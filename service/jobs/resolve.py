@@ -258,6 +258,9 @@ def _warnings(spec: RLSpec | SupervisedSpec, estimates: dict[str, Any]) -> list[
         )
     if isinstance(spec, RLSpec):
         warnings += spec.objective.warnings(updates_per_rollout=spec.update.minibatches * spec.update.epochs)
+        if spec.model.dtype == "bfloat16" or (spec.model.dtype == "auto" and spec.resources.class_ == "gpu"):
+            rounding = spec.objective.rounding_in_bfloat16(spec.rollout.max_completion_tokens)
+            warnings += [] if rounding is None else [rounding]
         if spec.rollout.prompts_per_step > estimates["train_rows"]:
             warnings.append(
                 f"a step of {spec.rollout.prompts_per_step} prompts repeats some of the {estimates['train_rows']} rows"

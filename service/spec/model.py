@@ -84,7 +84,8 @@ class ModelSpec(Section):
     )
     tiny: Annotated[TinyConfig | None, Field(description="the shape of `source: tiny`")] = None
     dtype: Annotated[
-        Literal["auto", "float32", "bfloat16"], Field(description="of the weights; auto: float32 on a CPU, bfloat16 on a GPU")
+        Literal["auto", "float32", "bfloat16"],
+        Field(description="of the weights; auto: float32 on a CPU, bfloat16 on a GPU (coarser than GSPO's clips)"),
     ] = "auto"
     adapter: Annotated[
         Adapter | None, Field(description="lora or full; default: as the checkpoint, else full for tiny and lora for others")

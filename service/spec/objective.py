@@ -6,6 +6,7 @@ mathematics is in `workers.objectives`.
 """
 
 from collections.abc import Mapping
+from math import sqrt
 from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import AfterValidator, Field, GetJsonSchemaHandler, model_validator
@@ -31,6 +32,9 @@ class _OrKind:
 _HEADS = {"ratio": "kind", "surrogate": "kind", "aggregate": "kind", "advantage": "centre", "kl": "place", "correct": "action"}
 # Axes that a preset may leave switched off. Parameters alone do not switch them on: the switch must be given, too.
 _SWITCHES = {"kl", "correct"}
+# Rms of a token's log ratio, in nats, between two passes of a model in bfloat16 that differ by rounding alone. Measured on
+# SmolLM2-135M; docs/objectives.md says how.
+BFLOAT16_NOISE = 0.06
 WIDE_SEQUENCE_CLIP = 0.05  # a sequence ratio never moves this much, so the libraries' default of 0.2 never clips
 # For these axes another kind has other parameters, so the preset's are dropped.
 _TAGGED = {"ratio", "surrogate", "aggregate"}
@@ -150,6 +154,22 @@ class ObjectiveSpec(Section):
         """Whether the loss depends on the anchor's log-probs."""
         weighs_kl = self.kl.in_loss and self.kl.coef > 0 and self.kl.gradient == "token_ratio_weighted"
         return not self.ratio.constant or self.surrogate.through_anchor or weighs_kl
+
+    def rounding_in_bfloat16(self, longest: int) -> str | None:
+        """A warning if the clips are narrower than what rounding alone does to the ratios of answers of `longest` tokens."""
+        if not isinstance(self.surrogate, axes.Clipped) or self.ratio.constant:
+            return None
+        pooled = longest if self.ratio.per_sequence else 1
+        if isinstance(self.ratio, axes.SegmentRatio):
+            pooled = min(self.ratio.chunk or 1, longest)
+        expected, clip = BFLOAT16_NOISE / sqrt(pooled), min(self.surrogate.clip_low, self.surrogate.clip_high)
+        if clip >= expected:
+            return None
+        return (
+            f"in bfloat16 rounding alone moves the log of a {self.ratio.kind} ratio by about {expected:.2g} in answers of "
+            f"{longest} tokens, more in shorter ones, and the clip is {clip:g}: it acts at random; use model.dtype: float32, "
+            "or a wider clip"
+        )
 
     def warnings(self, *, updates_per_rollout: int | None = None) -> list[str]:
         """Warnings about settings that are valid but probably a mistake."""

@@ -367,6 +367,31 @@ def test_the_tiny_model_has_no_chat_template(trying: Try) -> None:
     assert only(trying, but(RL, data__prompt=None, data__chat=[{"role": "user", "content": "{q}"}])).code == "no_chat_template"
 
 
+@pytest.mark.parametrize(
+    ("changes", "warned"),
+    [
+        ({"model__dtype": "bfloat16"}, "0.027"),  # 0.06 / sqrt(5), and clips of 3e-4
+        ({"model__dtype": "auto", "resources__class": "gpu"}, "0.027"),
+        ({"model__dtype": "auto"}, None),
+        ({"model__dtype": "float32", "resources__class": "gpu"}, None),
+        ({"model__dtype": "bfloat16", "objective__surrogate": {"clip_low": 0.03, "clip_high": 0.03}}, None),
+        ({"model__dtype": "bfloat16", "objective__surrogate": {"clip_low": 0.026, "clip_high": 0.03}}, "0.027"),
+        ({"model__dtype": "bfloat16", "objective": {"preset": "grpo"}}, None),  # a clip of 0.2 at tokens
+        ({"model__dtype": "bfloat16", "objective": {"surrogate": {"clip_low": 0.05, "clip_high": 0.2}}}, "0.06"),
+        ({"model__dtype": "bfloat16", "objective": {"preset": "gspo", "ratio": {"kind": "segment", "chunk": 4}}}, "0.03"),
+        ({"model__dtype": "bfloat16", "objective": {"preset": "cispo"}}, None),
+        ({"model__dtype": "bfloat16", "rollout__max_completion_tokens": 60_000, "model__source": "org/model"}, None),
+    ],
+)
+def test_clips_below_what_rounding_does_in_bfloat16_are_warned_of(
+    changes: dict[str, Any], warned: str | None, trying: Try
+) -> None:
+    told = [text for text in trying(but(RL, **changes)).warnings if "bfloat16" in text]
+    assert len(told) == (warned is not None)
+    if warned is not None:
+        assert f"by about {warned} in answers of 5 tokens" in told[0] and "model.dtype: float32" in told[0]
+
+
 def test_answers_as_long_as_the_context_are_refused(trying: Try) -> None:
     found = refused(trying, but(RL, rollout__max_completion_tokens=128))
     assert {"/rollout/max_completion_tokens", "/eval/max_completion_tokens"} <= {error.pointer for error in found}

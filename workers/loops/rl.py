@@ -1,6 +1,6 @@
 """Reinforcement learning: sample groups, grade them, compute advantages, update several times on one rollout.
 
-`old` is the policy that sampled. The trainer recomputes its log_probs before the first update, so the ratio is exactly 1 there
+`old` is the policy that sampled. The trainer recomputes its log_probs before the first update, so the ratio is 1 there
 and moves with each of the `minibatches x epochs` optimizer steps that follow.
 """
 
@@ -16,6 +16,7 @@ from service.jobs.data import prompt_indices
 from service.metric_names import POLICY_LOSS, STEP_S, TOKENS_SAMPLED, TOKENS_TRAINED
 from service.spec.job import RLSpec
 from service.states import Phase
+from workers.loops import noise
 from workers.loops.attempt import Attempt, StepResult
 from workers.loops.nonfinite import Suspects, count_skipped, step_skipped
 from workers.loops.sampling import Group, draw_of, reward_errors, reward_metrics, rollout_rows, sample_and_grade
@@ -55,10 +56,11 @@ def step(attempt: Attempt, step: int) -> StepResult:
     )
     updating = perf_counter()
     attempt.tenure.check(Phase.UPDATING)
-    experience, metrics = gather(attempt, objective, groups)
+    experience, metrics, events = gather(attempt, objective, groups, step)
     numbers = [rows.number(i) for i in indices]
-    updated, events = update(attempt, objective, experience, step, numbers)
+    updated, skipped = update(attempt, objective, experience, step, numbers)
     metrics |= updated
+    events += skipped
     ended = perf_counter()
     sampled = sum(len(completion.tokens) for group in groups for completion in group.completions)
     trained = int(experience.response_mask.sum()) * spec.update.epochs
@@ -76,7 +78,9 @@ def step(attempt: Attempt, step: int) -> StepResult:
     return StepResult(metrics, rollout_rows(attempt, shown, "train", step), events + reward_errors(groups, step))
 
 
-def gather(attempt: Attempt, objective: Objective, groups: Sequence[Group]) -> tuple[Experience, dict[str, float]]:
+def gather(
+    attempt: Attempt, objective: Objective, groups: Sequence[Group], step: int
+) -> tuple[Experience, dict[str, float], list[EventRow]]:
     """Score the sampled answers under the policy (and the reference), and turn rewards into advantages."""
     spec, policy = attempt.spec, attempt.policy
     assert isinstance(spec, RLSpec)
@@ -85,7 +89,10 @@ def gather(attempt: Attempt, objective: Objective, groups: Sequence[Group]) -> t
     sequences = [TokenSequence(group.prompt, completion.tokens) for group in groups for completion in group.completions]
     old = policy.score(sequences, temperature=temperature)
     old_log_probs, answered = old.log_probs, old.mask
-    metrics = {"policy/entropy": float(old.entropy[answered].mean())}
+    metrics, events = {"policy/entropy": float(old.entropy[answered].mean())}, list[EventRow]()
+    if noise.is_due(attempt, step):
+        rounding, events = noise.noise(attempt, objective, sequences, old, step)
+        metrics |= rounding
     ref_log_probs = None
     if attempt.reference is not None:
         ref_log_probs = attempt.reference.score(sequences, temperature=temperature).log_probs
@@ -115,7 +122,7 @@ def gather(attempt: Attempt, objective: Objective, groups: Sequence[Group]) -> t
     metrics["reward/zero_variance_fraction"] = float(flat.double().mean())
     metrics["advantage/abs_mean"] = float(advantages.abs().mean())
     experience = Experience(sequences, mask, old_log_probs, rollout_log_probs, ref_log_probs, advantages, group_ids)
-    return experience, metrics
+    return experience, metrics, events
 
 
 def rewards_of(spec: RLSpec, groups: Sequence[Group]) -> tuple[Tensor, Tensor | None]:

@@ -126,6 +126,12 @@ class Objective:
             without_spread = advantage.without_spread(rewards, group_ids, valid)
         return select.select(mask, select.Facts(truncated, without_spread, entropy), **self.select_axis)
 
+    def pooled(self, delta_B_T: Tensor, response_mask: Tensor) -> Tensor:
+        """The log ratios [B, T] of tokens whose log-probs moved by `delta_B_T` (0 where masked), pooled by the ratio axis."""
+        mask = response_mask.bool()
+        answers = AnswerTokens.of(mask.to(delta_B_T.dtype), segments(mask, None, self.chunk))
+        return self.ratio.pool(delta_B_T, answers).expand_as(delta_B_T)
+
     # ------------------------------------------------------------ once an optimizer step
 
     @torch.no_grad()

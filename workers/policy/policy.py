@@ -6,12 +6,14 @@ A learner is a policy that changes; a reference is one that does not.
 """
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from workers.policy.base import Base
+from workers.policy.nudge import nudged
 from workers.policy.sampler import Completion, SamplingParams
 from workers.policy.score.layout import Sequence, microbatches, pad, response_mask
 
@@ -54,12 +56,14 @@ class Policy:
             return self.base.sampler.sample(prompts, group_size, how, seed)
 
     @torch.no_grad()
-    def score(self, sequences: list[Sequence], *, temperature: float = 1.0) -> Scores:
-        """The log-probabilities of the answers' tokens, each given the tokens before it."""
+    def score(self, sequences: list[Sequence], *, temperature: float = 1.0, nudge: bool = False) -> Scores:
+        """The log-probabilities of the answers' tokens, each given the tokens before it.
+
+        With a `nudge` they differ as they do after any change of weights or batch that acts through rounding alone."""
         base = self.base
         mask = response_mask(sequences, base.device)
         log_probs, entropy = torch.zeros((2, *mask.shape), device=base.device)
-        with base.adapters.only(self.adapter):
+        with base.adapters.only(self.adapter), nudged(base.model) if nudge else nullcontext():
             for rows in microbatches(sequences, base.microbatch_tokens):
                 batch = pad([sequences[row] for row in rows], base.text.pad_id, base.device)
                 place = torch.tensor(rows, device=base.device)[batch.rows_N], batch.steps_N
