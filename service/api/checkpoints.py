@@ -59,13 +59,17 @@ class DeleteRequest(Section):
     """The checkpoints to delete. Give at least one of `ids`, `job_id` and `older_than_s`; a checkpoint must match all given."""
 
     ids: Annotated[
-        list[Annotated[str, Field(max_length=40)]] | None, Field(min_length=1, max_length=1000, description="these")
+        list[Annotated[str, Field(max_length=40)]] | None,
+        Field(min_length=1, max_length=1000, description="delete these checkpoints"),
     ] = None
-    job_id: Annotated[str | None, Field(max_length=40, description="those of this job")] = None
-    older_than_s: Annotated[float | None, Field(ge=0, le=3_153_600_000, description="those that were saved longer ago")] = None
-    keep_last: Annotated[int, Field(ge=0, le=1000, description="but not the newest so many of each job")] = 0
-    final: Annotated[bool, Field(description="those that were saved at the end of a job, too")] = False
-    dry_run: Annotated[bool, Field(description="say what would go, and delete nothing")] = True
+    job_id: Annotated[str | None, Field(max_length=40, description="delete checkpoints of this job")] = None
+    older_than_s: Annotated[
+        float | None,
+        Field(ge=0, le=3_153_600_000, description="delete checkpoints that were saved more than this many seconds ago"),
+    ] = None
+    keep_last: Annotated[int, Field(ge=0, le=1000, description="spare this many of the newest checkpoints of each job")] = 0
+    final: Annotated[bool, Field(description="also delete those that were saved at the end of a job")] = False
+    dry_run: Annotated[bool, Field(description="only say what would be deleted")] = True
 
     @model_validator(mode="after")
     def something_is_named(self) -> Self:
@@ -86,7 +90,7 @@ class DeletedView(BaseModel):
     dry_run: bool
     data: list[CheckpointView]
     size_bytes: Annotated[int, Field(description="of all of them")]
-    kept: Annotated[list[KeptView], Field(description="were asked for, and stay")]
+    kept: Annotated[list[KeptView], Field(description="checkpoints that match and are not deleted")]
     has_more: Annotated[bool, Field(description="ask again for the rest")]
 
 

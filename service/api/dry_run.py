@@ -54,7 +54,7 @@ class DryRun(BaseModel):
     data_sha256: str
     estimates: dict[str, Any]
     samples: list[SampleView]
-    warnings: Annotated[list[str], Field(description="what is legal and probably not meant")]
+    warnings: Annotated[list[str], Field(description="settings that are valid but probably a mistake")]
 
 
 @router.post("/jobs:validate", responses=responses(*BODY), openapi_extra=documented("JobSpec", JOB_SPEC))

@@ -35,29 +35,38 @@ router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 
 
 class JobsQuery(PageQuery):
-    status: Annotated[list[Status], Field(description="any of these; repeatable")] = Field(default_factory=list)
+    status: Annotated[list[Status], Field(description="only jobs with this status; may be repeated")] = Field(
+        default_factory=list
+    )
     kind: Literal["rl", "supervised"] | None = None
-    tag: Annotated[str | None, Field(max_length=200, description="jobs with this tag")] = None
-    name: Annotated[str | None, Field(max_length=200, description="a part of the name; case is ignored")] = None
+    tag: Annotated[str | None, Field(max_length=200, description="only jobs with this tag")] = None
+    name: Annotated[
+        str | None, Field(max_length=200, description="only jobs with this text in their name; case is ignored")
+    ] = None
 
 
 class WaitQuery(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
-    wait_s: Annotated[float, Field(ge=0, le=60, description="long poll: wait up to so long for something to happen")] = 0
+    wait_s: Annotated[
+        float, Field(ge=0, le=60, description="long poll: wait up to this many seconds for something to happen")
+    ] = 0
     after_event: Annotated[
         int | None,
         Field(ge=0, le=MAX_SEQ, description="the `last_event` that you know; default: the newest one now"),
     ] = None
 
 
-Grace = Annotated[float, Field(ge=0, le=86_400, description="a worker that has not obeyed after so long is killed")]
+Grace = Annotated[float, Field(ge=0, le=86_400, description="seconds after which a worker that has not obeyed is killed")]
 
 
 class PauseRequest(Section):
     """How long the job may take to pause."""
 
-    grace_seconds: Annotated[Grace | None, Field(description="default: as long as its step takes")] = None
+    grace_seconds: Annotated[
+        Grace | None,
+        Field(description="seconds after which a worker that has not obeyed is killed; default: it may finish its step"),
+    ] = None
 
 
 class CancelRequest(Section):
@@ -72,7 +81,9 @@ class CancelRequest(Section):
 class ResumeRequest(Section):
     """The job's new budget, which includes what it has already spent."""
 
-    budget: Annotated[Budget | None, Field(description="replaces the parts that it names; null in one: without bound")] = None
+    budget: Annotated[
+        Budget | None, Field(description="replaces the parts that it names; null removes the bound of a part")
+    ] = None
 
 
 class ForkRequest(Section):

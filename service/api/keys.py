@@ -43,7 +43,9 @@ class KeyRate(Section):
 class KeyRequest(Section):
     """A key to create."""
 
-    name: Annotated[str, Field(min_length=1, max_length=200, description="for people: whose key it is, or what for")]
+    name: Annotated[
+        str, Field(min_length=1, max_length=200, description="a name for people: whose key it is, or what it is for")
+    ]
     project: Annotated[
         Project | None, Field(description=f"default: that of the key that asks; another one takes a key of `{ADMIN_PROJECT}`")
     ] = None
@@ -52,7 +54,7 @@ class KeyRequest(Section):
         Field(min_length=1, max_length=3, description="read: GET; write: all of the project but its keys; admin: keys too"),
     ] = ["admin"]  # noqa: RUF012 (pydantic copies it)
     expires_in_s: Annotated[
-        float | None, Field(ge=1, le=MAX_EXPIRES_IN_S, description="seconds until it is no key any more; default: never")
+        float | None, Field(ge=1, le=MAX_EXPIRES_IN_S, description="seconds until the key expires; default: it never does")
     ] = None
     rate: Annotated[KeyRate | None, Field(description="how often it may ask; default: as the operator has set")] = None
 

@@ -44,7 +44,7 @@ class LossResult(BaseModel):
         None
     )
     gradients: Annotated[dict[str, Any] | None, Field(description="of the loss, with respect to log_probs")] = None
-    warnings: Annotated[list[str] | None, Field(description="what is legal and probably not meant")] = None
+    warnings: Annotated[list[str] | None, Field(description="settings that are valid but probably a mistake")] = None
     nonfinite_rows: Annotated[list[int] | None, Field(description="rows that were left out, or have no finite loss")] = None
     error: LossError | None = None
     errors: Annotated[list[LossError] | None, Field(description="all of them, where there are several")] = None

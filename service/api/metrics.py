@@ -42,8 +42,10 @@ class MetricsQuery(BaseModel):
     )
     from_step: Annotated[int, Field(ge=0, lt=2**31, description="the first step")] = 0
     to_step: Annotated[int | None, Field(ge=0, lt=2**31, description="the last step")] = None
-    newest: Annotated[int | None, Field(ge=1, le=10_000, description="only the newest so many points of each curve")] = None
-    points: Annotated[int, Field(ge=1, le=10_000, description="at most so many of each curve")] = 1000
+    newest: Annotated[int | None, Field(ge=1, le=10_000, description="only this many of the newest points of each curve")] = (
+        None
+    )
+    points: Annotated[int, Field(ge=1, le=10_000, description="at most this many points of each curve")] = 1000
 
 
 @router.get("", response_model=MetricsView, response_model_exclude_none=True, responses=responses(404))

@@ -23,8 +23,8 @@ def register(app: typer.Typer) -> None:
 
 def compare(
     context: typer.Context,
-    job_ids: Annotated[list[str], typer.Argument(metavar="JOB JOB...", help="two or more", autocompletion=complete_job)],
-    all_metrics: Annotated[bool, typer.Option("--all", help="every metric, not only the headlines")] = False,
+    job_ids: Annotated[list[str], typer.Argument(metavar="JOB JOB...", help="two or more jobs", autocompletion=complete_job)],
+    all_metrics: Annotated[bool, typer.Option("--all", help="compare every metric, not only the most important ones")] = False,
     as_json: Json = False,
 ) -> None:
     """Compare jobs: where their specs differ, and the newest value of each metric.

@@ -33,12 +33,17 @@ def metrics(
     job_id: JobId,
     names: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[JOB]... [NAME]...", help="further jobs; metrics such as reward/mean (default: the headlines)"),
+        typer.Argument(
+            metavar="[JOB]... [NAME]...",
+            help="further jobs, and metrics such as reward/mean; default: the most important metrics",
+        ),
     ] = None,
-    from_step: Annotated[int | None, typer.Option(min=0, help="first step")] = None,
-    to_step: Annotated[int | None, typer.Option(min=0, help="last step")] = None,
-    list_names: Annotated[bool, typer.Option("--list", help="only the names and newest values of everything measured")] = False,
-    as_csv: Annotated[bool, typer.Option("--csv", help="print rows of job, metric, step, value")] = False,
+    from_step: Annotated[int | None, typer.Option(min=0, help="the first step to draw")] = None,
+    to_step: Annotated[int | None, typer.Option(min=0, help="the last step to draw")] = None,
+    list_names: Annotated[
+        bool, typer.Option("--list", help="print only the name and the newest value of every metric")
+    ] = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="print CSV with the columns job, metric, step, value")] = False,
     as_json: Json = False,
 ) -> None:
     """Draw the curves of a job, or of several, in the terminal.
@@ -153,10 +158,10 @@ def ticks(first: int, last: int) -> list[int]:
 def rollouts(
     context: typer.Context,
     job_id: JobId,
-    split: Annotated[str | None, typer.Option(help="train or eval")] = None,
-    step: Annotated[int | None, typer.Option(min=0, help="only this step; default: the newest")] = None,
-    limit: Annotated[int, typer.Option(min=1, max=100, help="how many groups")] = 8,
-    after: Annotated[str | None, typer.Option(help="go on behind this group (the last_id of a page)")] = None,
+    split: Annotated[str | None, typer.Option(help="only groups of this part of the data: train or eval")] = None,
+    step: Annotated[int | None, typer.Option(min=0, help="only groups of this step; default: the newest step")] = None,
+    limit: Annotated[int, typer.Option(min=1, max=100, help="how many groups to show")] = 8,
+    after: Annotated[str | None, typer.Option(help="continue after this group (the last_id of a page)")] = None,
     as_json: Json = False,
 ) -> None:
     """Show sampled answers with their rewards.

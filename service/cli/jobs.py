@@ -45,7 +45,9 @@ EVALUATION = (EVAL_REWARD_MEAN, EVAL_GREEDY_REWARD_MEAN, EVAL_LOSS)
 JobId = Annotated[str, typer.Argument(metavar="JOB", help="job_...", autocompletion=complete_job)]
 SpecFile = Annotated[str, typer.Argument(metavar="FILE", help="a job spec in YAML or JSON; - reads standard input")]
 Json = Annotated[bool, typer.Option("--json", help="print JSON for programs")]
-Follow = Annotated[bool, typer.Option("--follow", "-f", help="watch until the job is over; the exit status follows it")]
+Follow = Annotated[
+    bool, typer.Option("--follow", "-f", help="watch the job until it is over; the exit status says how it ended")
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -68,7 +70,7 @@ def submit(context: typer.Context, file: SpecFile = "-", follow: Follow = False,
 
 
 def validate(context: typer.Context, file: SpecFile = "-", as_json: Json = False) -> None:
-    """Check a job spec; nothing is created.
+    """Check a job spec without creating anything.
 
     $ ratchet validate job.yaml
     $ ratchet validate job.yaml --json | jq .spec
@@ -89,13 +91,16 @@ def list_jobs(
     context: typer.Context,
     status: Annotated[
         str | None,
-        typer.Option(help="queued, running, paused, succeeded, failed, cancelled ...", autocompletion=complete_status),
+        typer.Option(
+            help="only jobs with this status: queued, running, paused, succeeded, failed, cancelled ...",
+            autocompletion=complete_status,
+        ),
     ] = None,
-    kind: Annotated[str | None, typer.Option(help="rl or supervised")] = None,
-    tag: Annotated[str | None, typer.Option(help="jobs with this tag")] = None,
-    name: Annotated[str | None, typer.Option(help="a part of the name")] = None,
-    limit: Annotated[int, typer.Option(min=1, max=100, help="how many")] = 20,
-    after: Annotated[str | None, typer.Option(help="go on behind this job (the last id of a page)")] = None,
+    kind: Annotated[str | None, typer.Option(help="only jobs of this kind: rl or supervised")] = None,
+    tag: Annotated[str | None, typer.Option(help="only jobs with this tag")] = None,
+    name: Annotated[str | None, typer.Option(help="only jobs with this text in their name")] = None,
+    limit: Annotated[int, typer.Option(min=1, max=100, help="how many to list")] = 20,
+    after: Annotated[str | None, typer.Option(help="continue after this job (the last id of a page)")] = None,
     as_json: Json = False,
 ) -> None:
     """List jobs, newest first.
@@ -143,7 +148,7 @@ def watch(context: typer.Context, job_id: JobId, as_json: Json = False) -> None:
         _follow(ratchet, job_id, as_json)
 
 
-Grace = Annotated[float | None, typer.Option(metavar="S", help="kill the worker if it needs longer")]
+Grace = Annotated[float | None, typer.Option(metavar="S", help="kill the worker if it takes longer than this many seconds")]
 
 
 def pause(context: typer.Context, job_id: JobId, grace_seconds: Grace = None, as_json: Json = False) -> None:
@@ -158,8 +163,13 @@ def pause(context: typer.Context, job_id: JobId, grace_seconds: Grace = None, as
 def resume(
     context: typer.Context,
     job_id: JobId,
-    tokens: Annotated[int | None, typer.Option(min=1, help="its new budget: tokens sampled and trained, in all")] = None,
-    worker_s: Annotated[float | None, typer.Option(help="its new budget: seconds of a worker, in all")] = None,
+    tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="the job's new budget: tokens sampled and trained in all, including those already spent"),
+    ] = None,
+    worker_s: Annotated[
+        float | None, typer.Option(help="the job's new budget: seconds of a worker in all, including those already spent")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Put a paused job back into the queue.
@@ -189,9 +199,10 @@ def cancel(
 def fork(
     context: typer.Context,
     job_id: JobId,
-    from_checkpoint: Annotated[str | None, typer.Option(help="ckpt_...; default: the job's newest")] = None,
+    from_checkpoint: Annotated[str | None, typer.Option(help="the checkpoint to start from; default: the job's newest")] = None,
     changes: Annotated[
-        str | None, typer.Option(metavar="FILE", help="YAML or JSON, merged into the job's spec; - reads stdin")
+        str | None,
+        typer.Option(metavar="FILE", help="a file of YAML or JSON that is merged into the job's spec; - reads standard input"),
     ] = None,
     follow: Follow = False,
     as_json: Json = False,
@@ -209,7 +220,9 @@ def fork(
 
 
 def delete(
-    context: typer.Context, job_id: JobId, yes: Annotated[bool, typer.Option("--yes", "-y", help="do not ask")] = False
+    context: typer.Context,
+    job_id: JobId,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="do not ask for confirmation")] = False,
 ) -> None:
     """Delete a job that is over.
 

@@ -16,8 +16,8 @@ from service.metric_names import EVAL_REWARD_MEAN
 
 CheckpointId = Annotated[str, typer.Argument(metavar="CHECKPOINT", help="ckpt_...", autocompletion=complete_checkpoint)]
 DatasetId = Annotated[str, typer.Argument(metavar="DATASET", help="ds_...", autocompletion=complete_dataset)]
-Limit = Annotated[int, typer.Option(min=1, max=100, help="how many")]
-After = Annotated[str | None, typer.Option(help="go on behind this one (the last id of a page)")]
+Limit = Annotated[int, typer.Option(min=1, max=100, help="how many to list")]
+After = Annotated[str | None, typer.Option(help="continue after this one (the last id of a page)")]
 
 
 def register(app: typer.Typer) -> None:
@@ -80,8 +80,10 @@ def list_checkpoints(
 def download(
     context: typer.Context,
     checkpoint_id: CheckpointId,
-    to: Annotated[Path | None, typer.Option(help="a new folder; default: the checkpoint's id")] = None,
-    best: Annotated[bool, typer.Option("--best", help="name a job: its checkpoint with the best evaluation")] = False,
+    to: Annotated[Path | None, typer.Option(help="the new folder; default: one named after the checkpoint")] = None,
+    best: Annotated[
+        bool, typer.Option("--best", help="the argument is a job: fetch its checkpoint with the best evaluation")
+    ] = False,
 ) -> None:
     """Fetch a checkpoint into a new folder.
 
@@ -116,14 +118,14 @@ def delete_checkpoint(context: typer.Context, checkpoint_id: CheckpointId) -> No
 
 
 def pin(context: typer.Context, checkpoint_id: CheckpointId) -> None:
-    """Keep a checkpoint whatever comes."""
+    """Pin a checkpoint: nothing deletes it until it is unpinned."""
     with connect(context) as ratchet:
         ratchet.pin_checkpoint(checkpoint_id)
     say(f"{checkpoint_id} pinned")
 
 
 def unpin(context: typer.Context, checkpoint_id: CheckpointId) -> None:
-    """Let a checkpoint go when its time comes."""
+    """Unpin a checkpoint: it may be deleted again."""
     with connect(context) as ratchet:
         ratchet.unpin_checkpoint(checkpoint_id)
     say(f"{checkpoint_id} unpinned")
@@ -147,14 +149,18 @@ def lineage(context: typer.Context, checkpoint_id: CheckpointId, as_json: Json =
 
 def prune(
     context: typer.Context,
-    job: Annotated[str | None, typer.Option(metavar="JOB", help="those of this job")] = None,
-    older_than_s: Annotated[float | None, typer.Option(min=0, help="those that were saved longer ago, in seconds")] = None,
-    keep_last: Annotated[int, typer.Option(min=0, help="but not the newest so many of each job")] = 0,
-    final: Annotated[bool, typer.Option("--final", help="those at the end of a job, too")] = False,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="delete them; without it only shown")] = False,
+    job: Annotated[str | None, typer.Option(metavar="JOB", help="delete checkpoints of this job")] = None,
+    older_than_s: Annotated[
+        float | None, typer.Option(min=0, help="delete checkpoints that were saved more than this many seconds ago")
+    ] = None,
+    keep_last: Annotated[int, typer.Option(min=0, help="spare this many of the newest checkpoints of each job")] = 0,
+    final: Annotated[bool, typer.Option("--final", help="also delete those that were saved at the end of a job")] = False,
+    yes: Annotated[
+        bool, typer.Option("--yes", "-y", help="really delete; without this the command only shows what it would delete")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Delete many checkpoints at once; without --yes only show what would go.
+    """Delete many checkpoints at once. Without --yes, only show what would be deleted.
 
     $ ratchet checkpoints prune --job job_01k... --keep-last 1
     $ ratchet checkpoints prune --older-than-s 604800 --yes
@@ -227,8 +233,10 @@ def list_datasets(context: typer.Context, limit: Limit = 20, after: After = None
 
 def upload(
     context: typer.Context,
-    file: Annotated[Path, typer.Argument(help="JSONL: one JSON object a line", exists=True, dir_okay=False, readable=True)],
-    name: Annotated[str | None, typer.Option(help="default: the file's name")] = None,
+    file: Annotated[
+        Path, typer.Argument(help="a JSONL file: one JSON object on each line", exists=True, dir_okay=False, readable=True)
+    ],
+    name: Annotated[str | None, typer.Option(help="the dataset's name; default: the name of the file")] = None,
     as_json: Json = False,
 ) -> None:
     """Upload a JSONL file.
@@ -256,7 +264,7 @@ def show_dataset(context: typer.Context, dataset_id: DatasetId, as_json: Json = 
 def rows(
     context: typer.Context,
     dataset_id: DatasetId,
-    offset: Annotated[int, typer.Option(min=0, help="rows to skip")] = 0,
+    offset: Annotated[int, typer.Option(min=0, help="how many rows to skip")] = 0,
     limit: Limit = 10,
 ) -> None:
     """Print rows of a dataset as JSONL."""
@@ -329,18 +337,22 @@ def _rate(key: Key) -> str:
 
 def create_key(
     context: typer.Context,
-    name: Annotated[str, typer.Argument(help="what it is for")],
-    project: Annotated[str | None, typer.Option(help="default: the project of the key in use")] = None,
+    name: Annotated[str, typer.Argument(help="what the key is for")],
+    project: Annotated[str | None, typer.Option(help="the key's project; default: the project of the key in use")] = None,
     scope: Annotated[
-        KeyScope, typer.Option(help="read: look; write: all of the project but its keys; admin: keys too")
+        KeyScope, typer.Option(help="read: only look; write: everything in the project except its keys; admin: keys, too")
     ] = KeyScope.write,
-    expires_in_days: Annotated[float, typer.Option(min=0.0001, help="it stops working after so long")] = 90.0,
-    never_expires: Annotated[bool, typer.Option("--never-expires", help="it works until it is revoked")] = False,
-    requests_per_s: Annotated[float | None, typer.Option(help="default: as the operator has set")] = None,
-    burst: Annotated[int | None, typer.Option(min=1, help="requests at once, with --requests-per-s")] = None,
+    expires_in_days: Annotated[float, typer.Option(min=0.0001, help="days after which the key stops working")] = 90.0,
+    never_expires: Annotated[bool, typer.Option("--never-expires", help="the key works until it is revoked")] = False,
+    requests_per_s: Annotated[
+        float | None, typer.Option(help="how many requests a second the key may make; default: the operator's setting")
+    ] = None,
+    burst: Annotated[
+        int | None, typer.Option(min=1, help="how many requests the key may make at once; needs --requests-per-s")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Make an API key; its text is shown this once.
+    """Make an API key. Its text is shown only once.
 
     $ ratchet keys create laptop                                  reads and writes, for 90 days
     $ ratchet keys create operator --scope admin --never-expires

@@ -30,12 +30,20 @@ def sample(
     context: typer.Context,
     checkpoints: Annotated[
         list[str],
-        typer.Argument(metavar="CHECKPOINT...", help="ckpt_..., or downloaded folders", autocompletion=complete_checkpoint),
+        typer.Argument(
+            metavar="CHECKPOINT...",
+            help="checkpoints: their ids, or folders with downloaded ones",
+            autocompletion=complete_checkpoint,
+        ),
     ],
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="as data.prompt makes it; - reads standard input")],
-    count: Annotated[int, typer.Option("--count", "-n", min=1, max=64, help="answers of each checkpoint")] = 1,
-    max_tokens: Annotated[int, typer.Option(min=1, max=32768, help="longest answer, in tokens")] = 64,
-    temperature: Annotated[float, typer.Option(min=0.0, max=10.0, help="0: the likeliest token each time")] = 1.0,
+    prompt: Annotated[
+        str, typer.Argument(metavar="PROMPT", help="the prompt, written as data.prompt renders it; - reads standard input")
+    ],
+    count: Annotated[int, typer.Option("--count", "-n", min=1, max=64, help="how many answers each checkpoint gives")] = 1,
+    max_tokens: Annotated[int, typer.Option(min=1, max=32768, help="the longest answer in tokens")] = 64,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, max=10.0, help="sampling temperature; 0: always the likeliest token")
+    ] = 1.0,
     seed: Annotated[int, typer.Option(min=0, help="the same seed gives the same answers")] = 0,
     chat: Annotated[bool, typer.Option("--chat", help="the prompt is a user's message to a chat model")] = False,
     tools: Annotated[

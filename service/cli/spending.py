@@ -9,7 +9,7 @@ from service.cli.helps import command
 from service.cli.jobs import Json, spent_text
 from service.cli.output import duration, print_facts, print_json, print_table, say
 
-Project = Annotated[str | None, typer.Option(help="another project, with an administrator's key")]
+Project = Annotated[str | None, typer.Option(help="another project; needs an administrator's key")]
 Day = Annotated[str | None, typer.Option(metavar="YYYY-MM-DD", help="a day (UTC), inclusive")]
 EVER = "1970-01-01"  # the day that the API gives if all time is counted
 
@@ -21,7 +21,7 @@ def register(app: typer.Typer) -> None:
 
 def usage(
     context: typer.Context,
-    by: Annotated[str, typer.Option(help="day, job or key")] = "day",
+    by: Annotated[str, typer.Option(help="group by day, job or key")] = "day",
     first: Annotated[str | None, typer.Option("--from", metavar="YYYY-MM-DD", help="the first day (UTC)")] = None,
     last: Annotated[str | None, typer.Option("--to", metavar="YYYY-MM-DD", help="the last day (UTC)")] = None,
     job: Annotated[str | None, typer.Option(metavar="JOB", help="only this job")] = None,
@@ -57,10 +57,12 @@ def usage(
 def budget(
     context: typer.Context,
     project: Project = None,
-    set_tokens: Annotated[int | None, typer.Option("--tokens", min=0, help="set it: tokens sampled and trained")] = None,
-    set_worker_s: Annotated[float | None, typer.Option("--worker-s", min=0, help="set it: seconds of workers")] = None,
+    set_tokens: Annotated[
+        int | None, typer.Option("--tokens", min=0, help="set the budget: tokens sampled and trained")
+    ] = None,
+    set_worker_s: Annotated[float | None, typer.Option("--worker-s", min=0, help="set the budget: seconds of workers")] = None,
     since: Day = None,
-    unbounded: Annotated[bool, typer.Option("--unbounded", help="take it away")] = False,
+    unbounded: Annotated[bool, typer.Option("--unbounded", help="remove the budget")] = False,
     as_json: Json = False,
 ) -> None:
     """Show or set what a project may spend.

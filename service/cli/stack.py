@@ -27,9 +27,14 @@ def register(app: typer.Typer) -> None:
 
 def up(
     data_dir: Annotated[
-        Path, typer.Option(envvar="RATCHET_DATA_DIR", help="everything that is kept: the store, checkpoints, the key, logs")
+        Path,
+        typer.Option(
+            envvar="RATCHET_DATA_DIR", help="the directory for everything that is kept: the store, checkpoints, the key, logs"
+        ),
     ] = DEFAULT_DATA_DIR,
-    port: Annotated[int, typer.Option(envvar="RATCHET_PORT", min=0, max=65535, help="0: any free one")] = 8000,
+    port: Annotated[
+        int, typer.Option(envvar="RATCHET_PORT", min=0, max=65535, help="the port of the API; 0: any free one")
+    ] = 8000,
 ) -> None:
     """Run the whole stack on this machine.
 
@@ -62,7 +67,7 @@ def demo(
     context: typer.Context,
     data_dir: Annotated[Path | None, typer.Option(help="keep everything in this directory; default: a temporary one")] = None,
     keep: Annotated[Path | None, typer.Option(metavar="FOLDER", help="keep the model in this new folder")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="every random draw derives from it")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="the seed from which every random draw derives")] = 0,
 ) -> None:
     """Watch a small model learn to reverse digits.
 

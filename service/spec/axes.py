@@ -123,7 +123,9 @@ def _for_both(value: Any, pair: ValidatorFunctionWrapHandler) -> Any:
         raise PydanticKnownError(first["type"], first.get("ctx")) from None  # pyright: ignore[reportArgumentType]
 
 
-_BOTH = Field(strict=False, description="for positive and for negative advantages; one number: both")
+_BOTH = Field(
+    strict=False, description="one bound for positive and one for negative advantages; a single number is used for both"
+)
 Pair = Annotated[
     tuple[NotNegative, NotNegative],
     WrapValidator(_for_both, json_schema_input_type=NotNegative | tuple[NotNegative, NotNegative]),
@@ -155,7 +157,7 @@ class Sapo(Surrogate):
 
     kind: Literal["sapo"] = "sapo"
     tau_positive: Annotated[Positive, Field(description="temperature where the advantage is positive")] = 1.0
-    tau_negative: Annotated[Positive, Field(description="temperature elsewhere")] = 1.05
+    tau_negative: Annotated[Positive, Field(description="temperature where the advantage is zero or negative")] = 1.05
 
 
 class Gmpo(Surrogate):
@@ -229,7 +231,7 @@ class Aggregate(Section):
 
     kind: Literal["token", "seq", "prompt", "seq_sum", "sum"] = "token"
     length_power: Annotated[
-        LengthPower, Field(description="each sequence is further weighted by its length to this power (LUSPO: 1)")
+        LengthPower, Field(description="each sequence is also weighted by its length to this power (LUSPO: 1)")
     ] = 0.0
 
 
@@ -238,9 +240,11 @@ class ConstantAggregate(Section):
 
     kind: Literal["constant"] = "constant"
     constant: Annotated[
-        Positive | None, Field(description="null: the longest possible answer (a job's max_completion_tokens)")
+        Positive | None, Field(description="the divisor; null: the longest possible answer (in a job max_completion_tokens)")
     ] = None
-    length_power: Annotated[LengthPower, Field(description="as in the other kinds")] = 0.0
+    length_power: Annotated[
+        LengthPower, Field(description="as in the other kinds: each sequence is also weighted by its length to this power")
+    ] = 0.0
 
 
 AnyAggregate = Aggregate | ConstantAggregate
@@ -254,7 +258,7 @@ class Advantage(Section):
 
     centre: Annotated[
         Literal["none", "given", "group_mean", "leave_one_out", "length_weighted", "best_minus_second"],
-        Field(description="the baseline; given: advantages come from outside, rewards are taken as they are"),
+        Field(description="the baseline that is subtracted from the reward; given: none, the rewards are used as advantages"),
     ] = "group_mean"
     scale: Annotated[
         Literal["none", "group_std", "batch_std", "group_mean", "whiten"],
@@ -271,7 +275,7 @@ class Kl(Section):
     """A penalty for leaving a reference policy."""
 
     place: Annotated[Literal["none", "reward", "loss"], Field(description="subtracted from the reward, or added to the loss")]
-    estimator: Annotated[Literal["k1", "k2", "k3", "abs"], Field(description="of the KL of a token")] = "k3"
+    estimator: Annotated[Literal["k1", "k2", "k3", "abs"], Field(description="the estimator of a token's KL")] = "k3"
     gradient: Annotated[
         Literal["plain", "straight_through", "ratio_weighted", "token_ratio_weighted", "score"],
         Field(
@@ -282,7 +286,7 @@ class Kl(Section):
     reference: Annotated[Literal["ref", "rollout"], Field(description="the starting weights, or the policy that sampled")] = (
         "ref"
     )
-    coef: Annotated[NotNegative, Field(description="strength; 0: none")] = 0.04
+    coef: Annotated[NotNegative, Field(description="the penalty's coefficient; 0: no penalty")] = 0.04
 
     def acts(self, *, rewards: bool) -> bool:
         """Whether it changes anything; in the reward only where there are rewards."""
@@ -308,15 +312,15 @@ class Correct(Section):
         Literal["none", "truncate", "mask"],
         Field(description="truncate: at most cap; mask: 0 outside of [low, high]; none: no weight, sequence_delta may act"),
     ]
-    cap: Annotated[Positive, Field(description="of truncate: larger weights become this")] = 2.0
-    floor: Annotated[NotNegative, Field(description="of truncate: smaller weights become this")] = 0.0
-    low: Annotated[NotNegative, Field(description="of mask: smallest weight that is kept")] = 0.5
-    high: Annotated[Positive, Field(description="of mask: largest weight that is kept")] = 2.0
+    cap: Annotated[Positive, Field(description="for truncate: larger weights become this")] = 2.0
+    floor: Annotated[NotNegative, Field(description="for truncate: smaller weights become this")] = 0.0
+    low: Annotated[NotNegative, Field(description="for mask: the smallest weight that is kept")] = 0.5
+    high: Annotated[Positive, Field(description="for mask: the largest weight that is kept")] = 2.0
     mask_level: Annotated[
         CorrectionLevel | None,
         Field(description="drop what is outside of [low, high] by the weight at this level; null: only mask does, at `level`"),
     ] = None
-    weigh: Annotated[bool, Field(description="false: mask only, what is kept counts 1")] = True
+    weigh: Annotated[bool, Field(description="false: only mask; what is kept has the weight 1")] = True
     chunk: Annotated[Chunk | None, Field(description="answer tokens in a segment, for level segment")] = None
     normalize: Annotated[bool, Field(description="divide the weights by their mean over the optimizer step")] = False
     sequence_delta: Annotated[

@@ -7,7 +7,7 @@ from pydantic import Field, field_validator, model_validator
 from service.spec.section import MOST_COUNTED, Section
 from service.spec.templates import Template
 
-Shuffle = Annotated[bool, Field(description="a new order each epoch, drawn from the seed")]
+Shuffle = Annotated[bool, Field(description="shuffle the rows anew for each epoch; the order derives from the seed")]
 RESERVED = frozenset(  # what transformers' apply_chat_template takes itself
     {
         "conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt", "continue_final_message",
@@ -31,7 +31,9 @@ class InlineSource(Section):
     """Rows that stand in the spec itself."""
 
     source: Literal["inline"]
-    rows: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=10_000, description="objects with the same columns")]
+    rows: Annotated[
+        list[dict[str, Any]], Field(min_length=1, max_length=10_000, description="the rows: objects with the same columns")
+    ]
     shuffle: Shuffle = True
     max_rows: MaxRows = None
 
@@ -52,7 +54,7 @@ class ReasoningGymSource(Section):
     def seed_and_size_stand_beside(cls, value: dict[str, Any]) -> dict[str, Any]:
         for name in ("seed", "size"):
             if name in value:
-                raise ValueError(f"`{name}` stands beside `config`, not in it")
+                raise ValueError(f"write `{name}` beside `config`, not inside it")
         return value
 
 
@@ -70,7 +72,7 @@ EvalSource = Annotated[DatasetSource | InlineSource | ReasoningGymSource | Split
 class Message(Section):
     """One turn of a chat."""
 
-    role: Annotated[Literal["system", "user", "assistant"], Field(description="who speaks")]
+    role: Annotated[Literal["system", "user", "assistant"], Field(description="who says this message")]
     content: Annotated[Template, Field(description="a template over the row's columns")]
 
 
@@ -78,7 +80,9 @@ class DataSpec(Section):
     """Where the rows come from and how they become prompts."""
 
     train: Annotated[TrainSource, Field(description="rows to learn from")]
-    eval: Annotated[EvalSource | None, Field(description="held-out rows; none: no evaluation")] = None
+    eval: Annotated[EvalSource | None, Field(description="held-out rows for evaluation; without them nothing is evaluated")] = (
+        None
+    )
     prompt: Annotated[Template | None, Field(description='a template over the row\'s columns, for example "{question}\\n"')] = (
         None
     )
@@ -89,13 +93,13 @@ class DataSpec(Section):
     answer: Annotated[
         Template | None,
         Field(
-            description="the right answer: what a supervised job learns, shown beside samples; "
+            description="the right answer: a supervised job learns it, and it is shown beside samples; "
             "default: the assistant's turn that a chat column ends with"
         ),
     ] = None
     learn: Annotated[
         Literal["last", "all"],
-        Field(description="which assistant turns of a chat column a supervised job learns, where no answer is given"),
+        Field(description="which assistant turns of a chat column a supervised job learns; only without `answer`"),
     ] = "last"
     overlong: Annotated[
         Literal["refuse", "skip", "truncate_left"],
@@ -125,7 +129,7 @@ class DataSpec(Section):
         if self.chat is None and (self.tools is not None or self.chat_template_kwargs):
             raise ValueError("tools and chat_template_kwargs are for the chat template: they need `chat`")
         if self.learn == "all" and (not isinstance(self.chat, str) or self.answer is not None):
-            raise ValueError("learn: all takes `chat` with the name of a column of messages, and no `answer`")
+            raise ValueError("learn: all needs `chat` to name a column of messages, and does not go with `answer`")
         if reserved := RESERVED & self.chat_template_kwargs.keys():
             raise ValueError(f"chat_template_kwargs may not hold {min(reserved)!r}: the template gets it from elsewhere")
         return self
@@ -136,5 +140,7 @@ class DataSpec(Section):
         if not isinstance(train, ReasoningGymSource) or not isinstance(held_out, ReasoningGymSource):
             return self
         if (train.task, train.config, train.seed) == (held_out.task, held_out.config, held_out.seed):
-            raise ValueError(f"eval.seed must differ from train's, else both make the same rows of {train.task}")
+            raise ValueError(
+                f"eval.seed must differ from train.seed; otherwise both sources make the same rows of {train.task}"
+            )
         return self

@@ -32,18 +32,27 @@ class EvalSpec(Section):
     every_steps: Annotated[int, Field(ge=1, le=MOST_COUNTED, description="training steps between evaluations")] = 10
     temperature: Annotated[
         float,
-        Field(ge=0, le=10, description="of the answers that are graded; 0 is greedy"),
+        Field(ge=0, le=10, description="sampling temperature of the answers that are graded; 0 is greedy"),
         AfterValidator(_greedy_or_not_too_cold),
     ] = 0.0
-    also_greedy: Annotated[bool, Field(description="measure greedy answers too, as eval/greedy/...")] = False
-    max_completion_tokens: Annotated[int | None, Field(ge=1, le=MOST_COUNTED, description="default: rollout's, else 64")] = None
+    also_greedy: Annotated[bool, Field(description="also measure greedy answers, as metrics named eval/greedy/...")] = False
+    max_completion_tokens: Annotated[
+        int | None,
+        Field(
+            ge=1,
+            le=MOST_COUNTED,
+            description="the longest answer in tokens; default: rollout.max_completion_tokens, or 64 without a rollout",
+        ),
+    ] = None
 
 
 class KeepBest(Section):
     """A new best is saved when it is found, and the best are kept beside the newest."""
 
-    metric: Annotated[str, Field(description="an evaluation metric")] = EVAL_REWARD_MEAN
-    mode: Annotated[Literal["max", "min"], Field(description="which is better")] = "max"
+    metric: Annotated[str, Field(description="the evaluation metric to compare")] = EVAL_REWARD_MEAN
+    mode: Annotated[Literal["max", "min"], Field(description="whether a larger (max) or a smaller (min) value is better")] = (
+        "max"
+    )
     count: Annotated[int, Field(ge=1, le=100, description="how many of the best are kept")] = 1
 
 
@@ -51,24 +60,33 @@ class CheckpointsSpec(Section):
     """The last step is always saved."""
 
     every_steps: Annotated[int, Field(ge=1, le=MOST_COUNTED, description="training steps between checkpoints")] = 20
-    keep_last: Annotated[int, Field(ge=1, le=MOST_COUNTED, description="the newest so many are kept")] = 2
+    keep_last: Annotated[int, Field(ge=1, le=MOST_COUNTED, description="how many of the newest checkpoints are kept")] = 2
     keep_best: Annotated[
-        KeepBest | None, Field(description="and the best so many; early_stopping keeps the best one of its metric by itself")
+        KeepBest | None,
+        Field(description="also keep the best checkpoints; with early_stopping the best one by its metric is always kept"),
     ] = None
     ttl_s: Annotated[
-        float | None, Field(gt=0, le=315_360_000, description="each is deleted so long after it was saved; default: never")
+        float | None,
+        Field(gt=0, le=315_360_000, description="seconds after which a saved checkpoint is deleted; default: never"),
     ] = None
 
 
 class EarlyStopping(Section):
     """The job succeeds early when `target` is reached, or when `patience` evaluations brought no gain of min_delta."""
 
-    metric: Annotated[str, Field(description="an evaluation metric")] = EVAL_REWARD_MEAN
-    mode: Annotated[Literal["max", "min"], Field(description="which is better")] = "max"
-    patience: Annotated[int | None, Field(ge=1, le=MOST_COUNTED, description="evaluations without a gain")] = None
-    min_delta: Annotated[float, Field(ge=0, le=MOST, description="a smaller gain counts as none")] = 0.0
+    metric: Annotated[str, Field(description="the evaluation metric to compare")] = EVAL_REWARD_MEAN
+    mode: Annotated[Literal["max", "min"], Field(description="whether a larger (max) or a smaller (min) value is better")] = (
+        "max"
+    )
+    patience: Annotated[
+        int | None, Field(ge=1, le=MOST_COUNTED, description="stop after this many evaluations without an improvement")
+    ] = None
+    min_delta: Annotated[float, Field(ge=0, le=MOST, description="an improvement smaller than this does not count")] = 0.0
     target: Annotated[
-        float | None, Field(ge=-MOST, le=MOST, description="stop when the metric is at least (mode min: at most) this")
+        float | None,
+        Field(
+            ge=-MOST, le=MOST, description="stop when the metric reaches this value: at least it, or at most it with mode min"
+        ),
     ] = None
 
     @model_validator(mode="after")
@@ -81,14 +99,18 @@ class EarlyStopping(Section):
 class LogRollouts(Section):
     """Which sampled groups are kept to be read."""
 
-    every_steps: Annotated[int, Field(ge=1, le=MOST_COUNTED, description="training steps between kept groups")] = 5
-    groups: Annotated[int, Field(ge=0, le=256, description="how many groups of such a step; 0: none")] = 4
+    every_steps: Annotated[
+        int, Field(ge=1, le=MOST_COUNTED, description="training steps between two steps whose groups are kept")
+    ] = 5
+    groups: Annotated[int, Field(ge=0, le=256, description="how many groups of such a step are kept; 0: none")] = 4
 
 
 class Limits(WorkLimits):
     """Where the job ends at the latest."""
 
-    max_steps: Annotated[int, Field(ge=1, le=10_000_000, description="training steps; for rl one rollout each")] = 100
+    max_steps: Annotated[
+        int, Field(ge=1, le=10_000_000, description="the number of training steps; in an rl job each has one rollout")
+    ] = 100
     on_no_signal: Annotated[
         Literal["warn", "pause", "fail"],
         Field(description="when nothing was learnt for no_signal_steps: groups without spread, a gradient of 0 and the like"),
@@ -107,7 +129,9 @@ class ManagedSpec(WorkSpec):
     checkpoints: Annotated[CheckpointsSpec, Field(description="when the weights are saved and what is kept")] = (
         CheckpointsSpec()
     )
-    early_stopping: Annotated[EarlyStopping | None, Field(description="end before max_steps; none: never")] = None
+    early_stopping: Annotated[
+        EarlyStopping | None, Field(description="when to end before max_steps; without it the job always runs to max_steps")
+    ] = None
     limits: Annotated[Limits, Field(description="how long the job may go on")] = Limits()
     log_rollouts: Annotated[LogRollouts, Field(description="which sampled groups are kept to be read")] = LogRollouts()
 
@@ -134,7 +158,7 @@ class RLSpec(ManagedSpec):
     kind: Annotated[Literal["rl"], Field(description="reinforcement learning")]
     objective: Annotated[ObjectiveSpec, Field(description="the loss: a preset, and any of its seven axes overridden")]
     rollout: Annotated[RolloutSpec, Field(description="how answers are sampled")] = RolloutSpec()
-    reward: Annotated[RewardSpec, Field(description="what a better answer is")]
+    reward: Annotated[RewardSpec, Field(description="the graders that score the answers")]
     update: Annotated[UpdateSpec, Field(description="how a rollout becomes optimizer steps")] = UpdateSpec()
 
     @model_validator(mode="after")
@@ -156,7 +180,7 @@ class RLSpec(ManagedSpec):
     @model_validator(mode="after")
     def nothing_is_learnt_from_answers(self) -> Self:
         if self.data.learn == "all":
-            raise ValueError("data.learn is for supervised jobs; kind rl learns from rewards")
+            raise ValueError("data.learn is for supervised jobs only; a job of kind rl learns from rewards")
         return self
 
     @model_validator(mode="after")
@@ -179,7 +203,9 @@ class SupervisedSpec(ManagedSpec):
     """Supervised fine-tuning: cross-entropy on the answers; `reward` grades sampled answers in evaluations."""
 
     kind: Annotated[Literal["supervised"], Field(description="cross-entropy on given answers")]
-    reward: Annotated[RewardSpec | None, Field(description="graders for evaluations; none: eval/loss only")] = None
+    reward: Annotated[
+        RewardSpec | None, Field(description="graders for evaluations; without them only eval/loss is measured")
+    ] = None
     update: Annotated[SupervisedUpdateSpec, Field(description="how rows become optimizer steps")] = SupervisedUpdateSpec()
 
     @model_validator(mode="after")

@@ -10,7 +10,7 @@ from service.spec.section import MOST, Section
 class TinyConfig(Section):
     """A small Llama with a character tokenizer, made from nothing: works offline, trains on a CPU in seconds."""
 
-    hidden_size: Annotated[int, Field(ge=8, le=1024, description="width; a multiple of heads")] = 96
+    hidden_size: Annotated[int, Field(ge=8, le=1024, description="width of the hidden states; an even multiple of heads")] = 96
     layers: Annotated[int, Field(ge=1, le=16, description="transformer blocks")] = 2
     heads: Annotated[int, Field(ge=1, le=16, description="attention heads")] = 4
     intermediate_size: Annotated[int, Field(ge=8, le=4096, description="width of the feed-forward part")] = 288
@@ -28,12 +28,12 @@ class Lora(Section):
     """Low-rank adapters beside frozen weights (peft)."""
 
     kind: Literal["lora"] = "lora"
-    rank: Annotated[int, Field(ge=1, le=1024, description="rank of the two factors")] = 16
-    alpha: Annotated[float, Field(gt=0, le=MOST, description="scale; the update is multiplied by alpha / rank")] = 32
+    rank: Annotated[int, Field(ge=1, le=1024, description="rank of the two low-rank factors")] = 16
+    alpha: Annotated[float, Field(gt=0, le=MOST, description="the adapter's output is multiplied by alpha / rank")] = 32
     dropout: Annotated[float, Field(ge=0, lt=1, description="dropout on the adapter's input while training")] = 0.0
     target_modules: Annotated[
         Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)] | Literal["all-linear"],
-        Field(description="names of the linear layers to adapt, each of which must be there, or all-linear"),
+        Field(description="names of the linear layers to adapt (each must exist in the model), or all-linear"),
     ] = "all-linear"
     target_parameters: Annotated[
         Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)] | Literal["experts"] | None,
@@ -64,7 +64,8 @@ class CheckpointRef(Section):
 
     id: Annotated[str, Field(pattern=r"^ckpt_[0-9a-z]+$", description="ckpt_...")]
     load: Annotated[
-        Literal["weights", "weights+optimizer"], Field(description="what is taken over; the step count starts at 0 either way")
+        Literal["weights", "weights+optimizer"],
+        Field(description="what is taken from the checkpoint; the job counts its steps from 0 in both cases"),
     ] = "weights"
 
 
@@ -85,12 +86,17 @@ class ModelSpec(Section):
     tiny: Annotated[TinyConfig | None, Field(description="the shape of `source: tiny`")] = None
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16"],
-        Field(description="of the weights; auto: float32 on a CPU, bfloat16 on a GPU (coarser than GSPO's clips)"),
+        Field(description="the weights' data type; auto: float32 on a CPU, bfloat16 on a GPU (coarser than GSPO's clips)"),
     ] = "auto"
     adapter: Annotated[
-        Adapter | None, Field(description="lora or full; default: as the checkpoint, else full for tiny and lora for others")
+        Adapter | None,
+        Field(
+            description="a LoRA adapter or all weights; default: as in the checkpoint, otherwise full for tiny, lora for others"
+        ),
     ] = None
-    from_checkpoint: Annotated[CheckpointRef | None, Field(description="start from these weights; an id alone will do")] = None
+    from_checkpoint: Annotated[
+        CheckpointRef | None, Field(description="the checkpoint to start from: an object, or only its id")
+    ] = None
 
     @field_validator("from_checkpoint", mode="before")
     @classmethod

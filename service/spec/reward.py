@@ -17,14 +17,17 @@ TAKEN = taken_from_graders()
 
 class GraderBase(Section):
     name: Annotated[
-        str | None, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$", description="in metrics as reward/NAME; default: the kind")
+        str | None,
+        Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$", description="the grader's name; its metric is reward/NAME; default: the kind"),
     ] = None
-    weight: Annotated[float, Field(ge=-MOST, le=MOST, description="the reward is the weighted sum")] = 1.0
+    weight: Annotated[
+        float, Field(ge=-MOST, le=MOST, description="the score's weight in the reward, which is the weighted sum of all scores")
+    ] = 1.0
     extract: Annotated[
         str | None,
         Field(
             max_length=1000,
-            description="regular expression; its last match (of groups the first that took part) is graded; no match: 0",
+            description="regular expression; its last match (or the first group in it that matched) is graded; no match: 0",
         ),
     ] = None
 
@@ -57,7 +60,7 @@ class ExactGrader(GraderBase):
     kind: Literal["exact"]
     reference: Reference
     strip: Annotated[bool, Field(description="ignore white space at both ends")] = True
-    case_sensitive: Annotated[bool, Field(description="A is not a")] = True
+    case_sensitive: Annotated[bool, Field(description="whether upper and lower case differ")] = True
 
 
 class ContainsGrader(GraderBase):
@@ -65,7 +68,7 @@ class ContainsGrader(GraderBase):
 
     kind: Literal["contains"]
     reference: Reference
-    case_sensitive: Annotated[bool, Field(description="A is not a")] = True
+    case_sensitive: Annotated[bool, Field(description="whether upper and lower case differ")] = True
 
 
 class RegexGrader(GraderBase):
@@ -73,7 +76,7 @@ class RegexGrader(GraderBase):
 
     kind: Literal["regex"]
     pattern: Annotated[str, Field(min_length=1, max_length=10_000, description="regular expression (Python's syntax)")]
-    full: Annotated[bool, Field(description="the whole answer must match, not a part")] = False
+    full: Annotated[bool, Field(description="the whole answer must match, not only a part of it")] = False
 
     @field_validator("pattern")
     @classmethod
@@ -98,11 +101,11 @@ class NumberGrader(GraderBase):
     ] = 0.0
     units: Annotated[
         Literal["if_given", "required", "ignored"],
-        Field(description="an answer's unit must agree with the reference's: where it gives one, always, never"),
+        Field(description="whether the answer must have the reference's unit: only if it gives a unit, always, or never"),
     ] = "if_given"
     percent: Annotated[
         Literal["hundredths", "sign"],
-        Field(description="hundredths: 50% is 0.5; sign: % is a mere sign, and 50% is 50"),
+        Field(description="what % means; hundredths: 50% is 0.5; sign: the sign is ignored, and 50% is 50"),
     ] = "hundredths"
 
 
@@ -125,7 +128,7 @@ class SimilarityGrader(GraderBase):
     reference: Reference
     metric: Annotated[
         Literal["ratio", "partial_ratio", "token_sort_ratio", "token_set_ratio", "jaro_winkler", "position"],
-        Field(description="rapidfuzz's measure; position: the share of characters that are right in their place"),
+        Field(description="a measure of rapidfuzz, or position: the share of characters that are correct at their position"),
     ] = "ratio"
 
 
@@ -135,7 +138,14 @@ class LengthGrader(GraderBase):
     kind: Literal["length"]
     min_tokens: Annotated[int, Field(ge=0, le=MOST_COUNTED, description="shortest answer that gets 1")] = 0
     max_tokens: Annotated[int, Field(ge=1, le=MOST_COUNTED, description="longest answer that gets 1")]
-    slack: Annotated[int, Field(ge=0, le=MOST_COUNTED, description="tokens over which the reward falls to 0; 0: at once")] = 0
+    slack: Annotated[
+        int,
+        Field(
+            ge=0,
+            le=MOST_COUNTED,
+            description="how many tokens beyond the bounds the score takes to fall to 0; 0: it falls at once",
+        ),
+    ] = 0
 
     @model_validator(mode="after")
     def counts_the_whole_answer(self) -> Self:
@@ -156,7 +166,10 @@ class ReasoningGymGrader(GraderBase):
 
     kind: Literal["reasoning_gym"]
     strict: Annotated[
-        bool, Field(description="1 for the task's own answer and 0 for all others, white space at the ends aside")
+        bool,
+        Field(
+            description="give 1 only for the task's own answer and 0 for every other; white space at the ends does not count"
+        ),
     ] = False
 
 
@@ -164,12 +177,18 @@ class HttpGrader(GraderBase):
     """Your own reward service: gets batches of samples by POST and answers their rewards."""
 
     kind: Literal["http"]
-    url: Annotated[str, Field(pattern=r"^https?://[^\s]+$", max_length=2048, description="where batches are posted")]
+    url: Annotated[
+        str, Field(pattern=r"^https?://[^\s]+$", max_length=2048, description="the URL to which batches of samples are posted")
+    ]
     secret: Annotated[
         str | None, Field(description="name of an operator's secret (RATCHET_GRADER_SECRETS) that signs each batch")
     ] = None
-    timeout_s: Annotated[float, Field(gt=0, le=600, description="seconds for one attempt, its answer included")] = 30.0
-    max_retries: Annotated[int, Field(ge=0, le=10, description="further attempts, with growing pauses")] = 3
+    timeout_s: Annotated[
+        float, Field(gt=0, le=600, description="time limit of one attempt in seconds, including its answer")
+    ] = 30.0
+    max_retries: Annotated[
+        int, Field(ge=0, le=10, description="how many times a failed request is repeated, with growing pauses")
+    ] = 3
     batch_size: Annotated[int, Field(ge=1, le=1024, description="samples in one request")] = 64
 
     @field_validator("url")
@@ -200,13 +219,15 @@ Grader = Annotated[
 class RewardSpec(Section):
     """What a better answer is: a weighted sum of graders."""
 
-    graders: Annotated[list[Grader], Field(min_length=1, max_length=16, description="each gives a number, most of them 0 to 1")]
+    graders: Annotated[
+        list[Grader], Field(min_length=1, max_length=16, description="the graders; each gives a score, usually from 0 to 1")
+    ]
     on_error: Annotated[
         Literal["mask", "zero", "fail"],
-        Field(description="a sample that could not be graded: left out, given 0, or the job fails"),
+        Field(description="a sample that could not be graded is left out (mask), gets 0 (zero), or fails the job (fail)"),
     ] = "mask"
     max_error_rate: Annotated[
-        float, Field(ge=0, le=1, description="the job pauses when more of the samples than this could not be graded")
+        float, Field(ge=0, le=1, description="the job pauses if a larger share of the samples than this could not be graded")
     ] = 0.2
 
     @model_validator(mode="after")

@@ -33,9 +33,9 @@ def check_bounds(schema: dict[str, Any]) -> dict[str, Any]:
             taken = f"taken are the drafts {', '.join(DRAFTS)}; none means the first"
             raise ValueError(f"its $schema is {str(draft)[:80]!r}; {taken}")
     if (size := len(json.dumps(schema, ensure_ascii=False).encode())) > MAX_BYTES:
-        raise ValueError(f"it has {size} bytes as JSON, at most {MAX_BYTES} are taken")
+        raise ValueError(f"it has {size} bytes as JSON; at most {MAX_BYTES} are accepted")
     if (values := _enum_values(schema)) > MAX_ENUM:
-        raise ValueError(f"its lists of enum have {values} values together, at most {MAX_ENUM} are taken; use a pattern")
+        raise ValueError(f"its enums have {values} values in all; at most {MAX_ENUM} are accepted; use a pattern instead")
     return schema
 
 
@@ -78,7 +78,7 @@ def check_inside(schema: dict[str, Any]) -> None:
     applied: dict[int, list[int]] = {}
     _check(root, Registry().resolver_with_root(root), specification, applied)
     if _has_circle(applied):
-        raise ValueError("its references go round in a circle without looking into the value")
+        raise ValueError("its references form a circle that never looks into the value")
 
 
 def _check(resource: Resource[Any], resolver: Any, specification: Any, applied: dict[int, list[int]]) -> None:
@@ -87,7 +87,7 @@ def _check(resource: Resource[Any], resolver: Any, specification: Any, applied: 
     if isinstance(schema, bool) or id(schema) in applied:
         return
     if not isinstance(schema, dict):
-        raise ValueError("a $ref points to what is no schema")
+        raise ValueError("one of its $refs points to something that is not a schema")
     same = applied[id(schema)] = [id(part) for part in _applied_to_the_same(schema)]
     for pattern in _patterns(schema):
         check_dialect(pattern)

@@ -20,11 +20,13 @@ def not_storable(value: Any, pointer: str = "") -> list[FieldError]:
 
 def _walk(value: Any, pointer: str, depth: int) -> Iterator[FieldError]:
     if depth > MAX_DEPTH:
-        yield FieldError(pointer, f"lies more than {MAX_DEPTH} levels deep", "too_deep")
+        yield FieldError(pointer, f"is nested more than {MAX_DEPTH} levels deep", "too_deep")
     elif isinstance(value, dict):
         for key, inner in value.items():
             if len(key) > MAX_KEY_LENGTH:
-                yield FieldError(pointer, f"a key may have {MAX_KEY_LENGTH} characters, one has {len(key)}", "key_too_long")
+                yield FieldError(
+                    pointer, f"a key may have at most {MAX_KEY_LENGTH} characters; this one has {len(key)}", "key_too_long"
+                )
             elif reason := _unfit(key):
                 yield FieldError(pointer, f"a key holds {reason}", "not_storable")
             else:

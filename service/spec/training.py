@@ -15,24 +15,39 @@ class RolloutSpec(Section):
     prompts_per_step: Annotated[int, Field(ge=1, le=4096, description="prompts in one step")] = 32
     group_size: Annotated[int, Field(ge=1, le=1024, description="answers to each prompt")] = 8
     max_prompt_tokens: Annotated[
-        int | None, Field(ge=1, le=MOST_COUNTED, description="a longer prompt fails the job; default: what the context leaves")
+        int | None,
+        Field(
+            ge=1,
+            le=MOST_COUNTED,
+            description="the job fails if a prompt is longer, in tokens; default: what the context leaves beside the answer",
+        ),
     ] = None
-    max_completion_tokens: Annotated[int, Field(ge=1, le=131_072, description="an answer ends here at the latest")] = 64
-    temperature: Annotated[float, Field(ge=COLDEST, le=10, description="of sampling; 1 samples the policy itself")] = 1.0
-    top_p: Annotated[float, Field(gt=0, le=1, description="nucleus; 1 is off")] = 1.0
-    top_k: Annotated[int, Field(ge=0, le=MOST_COUNTED, description="the k likeliest tokens; 0 is off")] = 0
+    max_completion_tokens: Annotated[int, Field(ge=1, le=131_072, description="the longest answer in tokens")] = 64
+    temperature: Annotated[
+        float, Field(ge=COLDEST, le=10, description="sampling temperature; 1 samples from the policy itself")
+    ] = 1.0
+    top_p: Annotated[
+        float,
+        Field(
+            gt=0,
+            le=1,
+            description="nucleus sampling: the likeliest tokens with this total probability; 1: all",
+        ),
+    ] = 1.0
+    top_k: Annotated[int, Field(ge=0, le=MOST_COUNTED, description="sample from the k likeliest tokens; 0: from all")] = 0
     stop: Annotated[
-        list[Annotated[str, Field(min_length=1)]], Field(max_length=16, description="texts that end an answer (kept in it)")
+        list[Annotated[str, Field(min_length=1)]],
+        Field(max_length=16, description="texts that end an answer; the text stays in the answer"),
     ] = Field(default_factory=list)
     mask_truncated: Annotated[
         bool,
-        Field(description="answers cut by max_completion_tokens bring no gradient (the same as objective.select.truncated)"),
+        Field(description="ignore answers that max_completion_tokens cut off (the same as objective.select.truncated)"),
     ] = False
 
 
 MicrobatchTokens = Annotated[
     Annotated[int, Field(ge=1, le=MOST_COUNTED)] | Literal["auto"],
-    Field(description="tokens (with padding) in one forward pass; memory, never mathematics"),
+    Field(description="the most tokens, with padding, in one forward pass; it changes the memory needed, not the result"),
 ]
 
 
@@ -40,7 +55,12 @@ class UpdateSpec(Section):
     """How a rollout becomes optimizer steps."""
 
     minibatches: Annotated[
-        int, Field(ge=1, le=1024, description="optimizer steps per pass over a rollout; with 1 and one epoch no clip can act")
+        int,
+        Field(
+            ge=1,
+            le=1024,
+            description="optimizer steps in one pass over a rollout; with 1 and one epoch the clip bounds have no effect",
+        ),
     ] = 4
     epochs: Annotated[int, Field(ge=1, le=64, description="passes over a rollout")] = 1
     microbatch_tokens: MicrobatchTokens = "auto"
@@ -56,9 +76,13 @@ class SupervisedUpdateSpec(Section):
 class Schedule(Section):
     """The learning rate over optimizer steps: a linear warm-up, then the kind's shape down to min_ratio."""
 
-    kind: Annotated[Literal["constant", "linear", "cosine"], Field(description="shape after the warm-up")] = "constant"
-    warmup_steps: Annotated[int, Field(ge=0, le=MOST_COUNTED, description="optimizer steps from 0 to the full rate")] = 0
-    min_ratio: Annotated[float, Field(ge=0, le=1, description="the last rate as a share of the full one")] = 0.0
+    kind: Annotated[Literal["constant", "linear", "cosine"], Field(description="how the rate changes after the warm-up")] = (
+        "constant"
+    )
+    warmup_steps: Annotated[
+        int, Field(ge=0, le=MOST_COUNTED, description="optimizer steps in which the rate grows from 0 to the full rate")
+    ] = 0
+    min_ratio: Annotated[float, Field(ge=0, le=1, description="the rate at the end, as a share of the full rate")] = 0.0
 
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -68,9 +92,14 @@ class OptimizerSpec(Section):
     """AdamW."""
 
     kind: Literal["adamw"] = "adamw"
-    learning_rate: Annotated[float, Field(gt=0, le=1, description="the full rate")] = 1e-5
-    betas: Annotated[tuple[Beta, Beta], Field(strict=False, description="decay of the two moments")] = (0.9, 0.95)
-    eps: Annotated[float, Field(gt=0, le=MOST, description="added to the root of the second moment")] = 1e-8
-    weight_decay: Annotated[float, Field(ge=0, le=MOST, description="decoupled")] = 0.0
-    max_grad_norm: Annotated[float, Field(gt=0, le=MOST, description="gradients are scaled down to this norm")] = 1.0
-    schedule: Annotated[Schedule, Field(description="the rate over time")] = Schedule()
+    learning_rate: Annotated[float, Field(gt=0, le=1, description="the full learning rate, after the warm-up")] = 1e-5
+    betas: Annotated[tuple[Beta, Beta], Field(strict=False, description="decay rates of the two moment estimates")] = (
+        0.9,
+        0.95,
+    )
+    eps: Annotated[float, Field(gt=0, le=MOST, description="added to the square root of the second moment")] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0, le=MOST, description="decoupled weight decay (AdamW)")] = 0.0
+    max_grad_norm: Annotated[
+        float, Field(gt=0, le=MOST, description="a gradient with a larger norm is scaled down to this norm")
+    ] = 1.0
+    schedule: Annotated[Schedule, Field(description="how the learning rate changes over time")] = Schedule()

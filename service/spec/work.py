@@ -11,44 +11,61 @@ from service.spec.section import MOST_S, Section
 class Budget(Section):
     """What the job may spend, over all attempts and with what was wasted; then it pauses as `budget_spent`."""
 
-    tokens: Annotated[int | None, Field(ge=1, lt=2**62, description="sampled and trained")] = None
-    worker_s: Annotated[float | None, Field(gt=0, le=MOST_S, description="seconds of a worker")] = None
+    tokens: Annotated[int | None, Field(ge=1, lt=2**62, description="the most tokens, sampled and trained together")] = None
+    worker_s: Annotated[float | None, Field(gt=0, le=MOST_S, description="the most seconds of a worker")] = None
 
 
 class WorkLimits(Section):
     """Where the work ends at the latest, whatever it is."""
 
     max_runtime_s: Annotated[
-        float, Field(gt=0, le=MOST_S, description="seconds of running, over all attempts; then the job fails")
+        float, Field(gt=0, le=MOST_S, description="the job fails after running for this many seconds, over all attempts")
     ] = 86_400
     max_attempts: Annotated[
-        int, Field(ge=1, le=100, description="attempts that may end in a retryable error or a crash without a new checkpoint")
+        int,
+        Field(
+            ge=1,
+            le=100,
+            description="how many attempts may end in a crash or a retryable error without a new checkpoint in between",
+        ),
     ] = 3
     deadline_s: Annotated[
-        float | None, Field(gt=0, le=31_536_000, description="seconds from submission, waiting included; then the job fails")
+        float | None,
+        Field(
+            gt=0,
+            le=31_536_000,
+            description="the job fails this many seconds after its submission, including the time it waited",
+        ),
     ] = None
     budget: Annotated[Budget, Field(description="what the job may spend; it can be raised when it is resumed")] = Budget()
     stall_timeout_s: Annotated[
-        float, Field(gt=0, le=MOST_S, description="an attempt that makes no progress for this long is given up")
+        float, Field(gt=0, le=MOST_S, description="an attempt is given up after this many seconds without progress")
     ] = 1800
 
 
 class Resources(Section):
     """What the job runs on."""
 
-    class_: Annotated[Literal["any", "cpu", "gpu"], Field(alias="class", description="which workers may take it")] = "any"
+    class_: Annotated[
+        Literal["any", "cpu", "gpu"], Field(alias="class", description="the class of workers that may take the job")
+    ] = "any"
     gpus: Annotated[int, Field(ge=1, le=1, description="GPUs of one job; more than one is not offered yet")] = 1
-    priority: Annotated[int, Field(ge=0, le=100, description="a higher one is taken first")] = 50
+    priority: Annotated[
+        int, Field(ge=0, le=100, description="of several queued jobs the one with the highest priority is taken first")
+    ] = 50
 
 
 class WorkSpec(Section):
     """What a job and a session have in common. Each adds its `limits`, which extend or are `WorkLimits`."""
 
-    name: Annotated[str, Field(min_length=1, max_length=200, description="for people")] = "unnamed"
+    name: Annotated[str, Field(min_length=1, max_length=200, description="a name for people")] = "unnamed"
     tags: Annotated[
-        list[Annotated[str, Field(min_length=1, max_length=64)]], Field(max_length=32, description="to filter lists by")
+        list[Annotated[str, Field(min_length=1, max_length=64)]],
+        Field(max_length=32, description="labels by which lists can be filtered"),
     ] = Field(default_factory=list)
-    metadata: Annotated[dict[str, Any], Field(description="yours; stored and given back")] = Field(default_factory=dict)
+    metadata: Annotated[dict[str, Any], Field(description="your own data; it is stored and returned unchanged")] = Field(
+        default_factory=dict
+    )
     model: Annotated[ModelSpec, Field(description="the model that is trained")]
     resources: Annotated[Resources, Field(description="what the job runs on")] = Resources()
-    seed: Annotated[int, Field(ge=0, lt=2**63, description="every random draw of the job derives from it")] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63, description="the seed from which every random draw of the job derives")] = 0

@@ -103,3 +103,29 @@ def test_what_cannot_be_sampled_is_a_plain_error(api: str, cli: Cli, tmp_path: P
     monkeypatch.setattr(sample, "find_spec", lambda name: None if name == "torch" else sys)
     without = ask(cli, str(tmp_path / "full"), "rev 12>")
     assert without.code == 1 and "torch is missing: pip install 'ratchet-rl[worker]'" in without.err
+
+
+def test_what_the_chat_template_gets_is_passed_on_and_no_optimizer_is_fetched(
+    api: str, cli: Cli, hand: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[dict[str, Any], list[str]]] = []
+
+    def ask(request: dict[str, Any]) -> list[dict[str, Any]]:
+        files = [path.name for path in Path(request["folder"]).iterdir()]
+        asked.append((request, sorted(files)))
+        return [{"text": "x", "tokens": 1, "finish_reason": "stop"}]
+
+    monkeypatch.setattr(sample, "_ask", ask)
+    cli("submit", "-", stdin=str(SPEC))
+    held = hand.take()
+    checkpoint_id = hand.save(held, 1, **{"weights": b"w", "optimizer.safetensors": b"moments", "trainer.json": b"{}"})
+    hand.succeed(held)
+    (tmp_path / "tools.json").write_text('[{"function": {"name": "add"}}]')
+    options = ("--chat", "--tools", str(tmp_path / "tools.json"), "--chat-template-kwargs", '{"enable_thinking": false}')
+    assert cli("sample", checkpoint_id, "2+2?", *options).code == 0
+    [(request, files)] = asked
+    assert request["options"] == {"tools": [{"function": {"name": "add"}}], "enable_thinking": False}
+    assert request["prompt"] == [{"role": "user", "content": "2+2?"}]
+    assert files == ["README.md", "manifest.json", "trainer.json", "weights"]
+    whole = cli("checkpoints", "download", checkpoint_id, "--to", str(tmp_path / "whole"))  # the negative control
+    assert whole.code == 0 and (tmp_path / "whole" / "optimizer.safetensors").read_bytes() == b"moments"

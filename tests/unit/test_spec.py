@@ -233,7 +233,7 @@ def test_a_group_of_one_is_legal_without_a_group_baseline() -> None:
     ],
 )
 def test_seed_and_size_of_a_task_stand_beside_its_config(source: dict[str, Any]) -> None:
-    assert any("stands beside `config`" in error.detail for error in errors(changed(RL, "/data/train", source)))
+    assert any("beside `config`, not inside" in error.detail for error in errors(changed(RL, "/data/train", source)))
 
 
 def test_procedural_eval_rows_must_not_be_the_training_rows() -> None:

@@ -346,7 +346,7 @@ def test_a_tools_column_must_hold_tools(tools: Any, trying: Try) -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"data__learn": "all", "data__answer": "{a}"}, "and no `answer`"),
+        ({"data__learn": "all", "data__answer": "{a}"}, "does not go with `answer`"),
         ({"data__chat_template_kwargs": {"tokenize": False}}, "may not hold 'tokenize'"),
         ({"data__chat": None, "data__prompt": "{q}", "data__answer": "{a}", "data__tools": "tools"}, "need `chat`"),
     ],

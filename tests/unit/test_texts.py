@@ -40,8 +40,8 @@ def nested(levels: int) -> dict[str, Any]:
     ("fits", "too_much", "said"),
     [
         (nested(MAX_DEPTH), nested(MAX_DEPTH + 1), "nested more than 32 levels"),
-        ({"title": "x" * (MAX_BYTES - 20)}, {"title": "x" * MAX_BYTES}, "at most 65536 are taken"),
-        ({"enum": [*range(MAX_ENUM)]}, {"anyOf": [{"enum": [*range(MAX_ENUM)]}, {"enum": ["x"]}]}, "have 2001 values together"),
+        ({"title": "x" * (MAX_BYTES - 20)}, {"title": "x" * MAX_BYTES}, "at most 65536 are accepted"),
+        ({"enum": [*range(MAX_ENUM)]}, {"anyOf": [{"enum": [*range(MAX_ENUM)]}, {"enum": ["x"]}]}, "have 2001 values in all"),
         ({"$schema": DRAFT_7}, {"$schema": DRAFT_4}, "taken are the drafts https://json-schema.org/draft/2020-12/schema, "),
         ({"$schema": "https://json-schema.org/draft/2019-09/schema"}, {"$schema": 7}, "its $schema is '7'"),
     ],
