@@ -7,6 +7,8 @@ with Ratchet() as ratchet:  # RATCHET_URL and RATCHET_API_KEY, else the local `r
     job = ratchet.create_job({"kind": "rl", "data": {"train": {"source": "dataset", "id": dataset["id"]}, ...}, ...})
     for event in ratchet.follow(job["id"]):
         print(event["type"], event["data"])
+
+A loop of your own: `ratchet.session(model={"source": ...})`, see `ratchet_client.session`.
 """
 
 from ratchet_client.client import Ratchet
@@ -17,11 +19,20 @@ from ratchet_client.errors import (
     RatchetError,
     RatchetLossPending,
     RatchetNotFound,
+    RatchetOperationError,
 )
+from ratchet_client.operations import Answer, Forward, Group
+from ratchet_client.session import AsyncHandle, AsyncSession, Handle, Session
 from ratchet_client.types import FINAL
 
 __all__ = [
     "FINAL",
+    "Answer",
+    "AsyncHandle",
+    "AsyncSession",
+    "Forward",
+    "Group",
+    "Handle",
     "Ratchet",
     "RatchetApiError",
     "RatchetArchiveError",
@@ -29,4 +40,6 @@ __all__ = [
     "RatchetError",
     "RatchetLossPending",
     "RatchetNotFound",
+    "RatchetOperationError",
+    "Session",
 ]

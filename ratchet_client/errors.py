@@ -39,6 +39,22 @@ class RatchetLossPending(RatchetError, TimeoutError):
         return type(self), (self.id, self.status), self.__dict__  # an OSError has no args before its __init__ was called
 
 
+class RatchetOperationError(RatchetError):
+    """An operation of a session failed. It has changed nothing; the operations after it go on."""
+
+    def __init__(self, operation: dict[str, Any]) -> None:
+        error: dict[str, Any] = operation["error"]
+        self.operation_id: str = operation["id"]
+        self.seq: int = operation["seq"]
+        self.kind: str = operation["kind"]
+        self.code: str = error["code"]
+        self.detail: str = error["detail"]
+        self.category: str = error["category"]  # user or server: who can mend it
+        self.pointer: str | None = error.get("pointer")
+        self.hint: str | None = error.get("hint")
+        super().__init__(f"{self.kind} (operation {self.seq}) failed: {self.detail} ({self.code})")
+
+
 class RatchetApiError(RatchetError):
     """The service refused the request. `problem` is its RFC 9457 document; the main members are attributes."""
 

@@ -23,7 +23,7 @@ class JobSummary(TypedDict):
 
     id: str
     object: Literal["job"]
-    kind: Literal["rl", "supervised"]
+    kind: Literal["rl", "supervised", "session", "sampler"]
     name: str
     tags: list[str]
     metadata: dict[str, Any]
@@ -127,6 +127,27 @@ class Advice(TypedDict):
     detail: str
     cause: str
     remedy: str
+
+
+class OperationView(TypedDict):
+    """An operation of a session. `result` is None while it waits, in lists, and once it has expired."""
+
+    object: Literal["operation"]
+    id: str
+    session_id: str
+    seq: int
+    kind: str
+    status: Literal["waiting", "done", "failed"]
+    error: dict[str, Any] | None  # code, detail, category ("user" or "server")
+    result: dict[str, Any] | None
+    created_at: str
+    finished_at: str | None
+    expires_at: str | None
+
+
+class OperationPage(Page[OperationView]):
+    next_seq: int  # of the next operation that is to be sent
+    waiting: int  # operations, in the whole session
 
 
 class Series(TypedDict):

@@ -25,10 +25,12 @@ from service.api import (
     reference,
     rollouts,
     schema,
+    sessions,
     usage,
 )
 from service.doorbell import Doorbell, Signals
 from service.edge import faces, problems
+from service.edge.answers import Answers
 from service.edge.context import Context
 from service.edge.limits import OpenAnswers
 from service.edge.middleware import Frame
@@ -39,14 +41,32 @@ from service.edge.startup import check_secrets, ensure_bootstrap_key
 from service.edge.tails import Tails
 from service.jobs.reconciler import Reconciler
 from service.memory import keep_freed_memory
+from service.openai import face, routes
 from service.relay import line
 from service.relay.queue import RequestQueue
 from service.settings import Settings, get_settings
 from service.store.session import open_store
 from service.telemetry import configure_logging, warn_of_unknown_variables
+from service.tinker.face import FACE as TINKER
+from service.tinker.routes import ROUTERS as TINKER_ROUTERS
 
 # In the order in which a path is looked for: first those whose callers wait for milliseconds.
-RESOURCES = (losses, dry_run, jobs, events, metrics, advice, rollouts, checkpoints, cards, datasets, models, keys, usage)
+RESOURCES = (
+    losses,
+    sessions,
+    dry_run,
+    jobs,
+    events,
+    metrics,
+    advice,
+    rollouts,
+    checkpoints,
+    cards,
+    datasets,
+    models,
+    keys,
+    usage,
+)
 
 SWITCH_S = 0.001  # a thread that computes lets others run after so long; with Python's 5 ms some of them make a wait of seconds
 
@@ -86,6 +106,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
                 Shares(settings.key_requests_at_once),
                 OpenAnswers(settings.key_open_streams),
                 Tails(signals),
+                Answers(signals, store),
             )
             loop = asyncio.get_running_loop()
             with on_stop_signal(lambda: loop.call_soon_threadsafe(context.stop)):
@@ -101,11 +122,14 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         redirect_slashes=False,
         generate_unique_id_function=lambda route: route.name,
     )
-    faces.install(app)
+    faces.install(app, TINKER, *face.FACES)
     problems.install(app)
     app.add_middleware(Frame)
     for resource in RESOURCES:
         app.include_router(resource.router, responses=problems.responses(*problems.COMMON))
+    for router in TINKER_ROUTERS:
+        app.include_router(router)
+    app.include_router(routes.router)
     app.include_router(health.router)
     app.include_router(prometheus.router)
     app.include_router(reference.router)

@@ -5,9 +5,10 @@ long. If Redis is down, a call takes about a second and writes a line to the log
 """
 
 import asyncio
+import json
 import logging
 import time
-from collections.abc import Iterator, Set
+from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager, suppress
 from secrets import token_hex
 from threading import local
@@ -28,6 +29,7 @@ log = logging.getLogger(__name__)
 RING_TASK = "ratchet.train"
 LOSSES_TASK = "ratchet.losses"
 LOSSES_QUEUE = "losses"
+PARTS = "ratchet:parts:"  # channels of answers that are told while they grow, one a lane
 KEYS_EDITION = "ratchet:keys:edition"  # changes with each revocation of an API key
 CLASSES = ("any", "cpu", "gpu")
 TIMEOUT_S = 1.0  # for a connection, and for an answer
@@ -142,15 +144,23 @@ class Doorbell:
             return None
 
     def signal(self, job_id: str, what: str) -> bool:
-        """Wake listeners of the job. `what`: `events` (there are new ones) or `wish` (its worker should look at once)."""
+        """Wake listeners of the job. `what`: `events` (there are new ones), `wish` (its worker should look at once), or of a
+        session `operation`. With a base's key in place of the id, `guest`: a session that shares this base is queued."""
+        return self._publish(channel_name(job_id), what)
+
+    def tell(self, lane: str, parts: Sequence[tuple[int, int, str]]) -> None:
+        """Publish parts of an operation's answers to whoever listens: (answer, characters that came before, text)."""
+        self._publish(f"{PARTS}{lane}", json.dumps(parts))
+
+    def _publish(self, channel: str, text: str) -> bool:
         if time.monotonic() < self._hushed_until:
             return False
         try:
-            self._redis.publish(channel_name(job_id), what)
+            self._redis.publish(channel, text)
         except (redis.RedisError, OSError) as error:
             if isinstance(error, redis.TimeoutError):
                 self._hushed_until = time.monotonic() + HUSH_S
-            log.warning("could not signal %s: %s", job_id, error)
+            log.warning("could not signal %s: %s", channel, error)
             return False
         return True
 
@@ -168,17 +178,21 @@ class Doorbell:
 
         A thread's subscription is kept between its calls, so no signal in between is missed for a job of the previous call.
         """
+        return self.hear(job_ids, timeout_s, what=None if what is None else {what}) is not None
+
+    def hear(self, job_ids: Set[str], timeout_s: float, *, what: Set[str] | None = None) -> str | None:
+        """Like `listen` for signals of several kinds (None: all). Returns the kind that came first, None on timeout."""
         deadline = time.monotonic() + timeout_s
         try:
             subscription = self._subscription(job_ids)
             while (left := deadline - time.monotonic()) > 0:
                 message = subscription.get_message(ignore_subscribe_messages=True, timeout=left)
-                if message is not None and what in (None, message["data"].decode()):
-                    return True
+                if message is not None and (what is None or message["data"].decode() in what):
+                    return message["data"].decode()
         except (redis.RedisError, OSError):
             self.hang_up()
             time.sleep(max(0.0, deadline - time.monotonic()))
-        return False
+        return None
 
     def _subscription(self, job_ids: Set[str]) -> PubSub:
         if getattr(self._mine, "subscription", None) is None:
@@ -229,12 +243,28 @@ class Watch:
         return True
 
 
+class Parts:
+    """What has been told of one operation's answers. A part that was missed leaves a gap, and what follows is left out."""
+
+    def __init__(self) -> None:
+        self.texts: dict[int, str] = {}  # by answer
+        self.rung = asyncio.Event()
+
+    def take(self, told: list[tuple[int, int, str]]) -> None:
+        for answer, start, text in told:
+            there = self.texts.get(answer, "")
+            if start <= len(there) < start + len(text):  # less than there is: another worker begins anew
+                self.texts[answer] = there[:start] + text
+                self.rung.set()
+
+
 class Signals:
     """One pattern subscription for all followers in a process: `await start()`, then `watch` or `wait`, then `await stop()`."""
 
     def __init__(self, settings: Settings) -> None:
         self._url = redis_py_url(settings.redis_url.get_secret_value())
         self._watches: dict[str, set[Watch]] = {}
+        self._parts: dict[str, Parts] = {}
         self._task: asyncio.Task[None] | None = None
         self.connected = False
 
@@ -258,6 +288,15 @@ class Signals:
             if not self._watches[job_id]:
                 del self._watches[job_id]
 
+    @contextmanager
+    def parts(self, lane: str) -> Iterator[Parts]:
+        """Listen to what is told of the answers of a lane's one operation, from now on."""
+        parts = self._parts[lane] = Parts()
+        try:
+            yield parts
+        finally:
+            del self._parts[lane]
+
     async def wait(self, job_id: str, timeout_s: float) -> bool:
         """Wait for the next signal of a job. False on timeout, or earlier while Redis is down."""
         with self.watch(job_id) as watch:
@@ -277,13 +316,19 @@ class Signals:
     async def _follow(self) -> None:
         client = redis.asyncio.Redis.from_url(self._url, socket_connect_timeout=TIMEOUT_S, health_check_interval=15)
         async with client, client.pubsub() as subscription:
-            await subscription.psubscribe(channel_name("*"))
+            await subscription.psubscribe(channel_name("*"), f"{PARTS}*")
             self.connected = True
             self.wake_all()  # signals may have been missed meanwhile
             while True:
                 message = await subscription.get_message(ignore_subscribe_messages=True, timeout=5.0)
-                if message is not None:
-                    self._wake(message["channel"].decode().removeprefix(channel_name("")))
+                if message is None:
+                    continue
+                channel = message["channel"].decode()
+                if channel.startswith(PARTS):
+                    if (parts := self._parts.get(channel.removeprefix(PARTS))) is not None:
+                        parts.take(json.loads(message["data"]))
+                else:
+                    self._wake(channel.removeprefix(channel_name("")))
 
     def _wake(self, job_id: str) -> None:
         for watch in self._watches.get(job_id, ()):

@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Literal
 
 Better = Literal["up", "down", "neither"]
-Origin = Literal["rl", "supervised", "losses"]  # a kind of job; or a loss request
+Origin = Literal["rl", "supervised", "session", "losses"]  # a kind of job; or a loss request
 
 # Prefixes of the metrics that an evaluation measures, for sampled and for greedy answers.
 EVAL, EVAL_GREEDY = "eval/", "eval/greedy/"
@@ -20,7 +20,7 @@ EVAL, EVAL_GREEDY = "eval/", "eval/greedy/"
 # Names that modules other than the writing one use.
 REWARD_MEAN = "reward/mean"
 EVAL_REWARD_MEAN, EVAL_GREEDY_REWARD_MEAN = EVAL + REWARD_MEAN, EVAL_GREEDY + REWARD_MEAN
-LOSS, POLICY_LOSS, EVAL_LOSS = "loss", "policy/loss", "eval/loss"
+LOSS, LOSS_SUM, POLICY_LOSS, EVAL_LOSS = "loss", "loss/sum", "policy/loss", "eval/loss"
 CLIP_LOW, CLIP_HIGH = "policy/clip_fraction_low", "policy/clip_fraction_high"
 POLICY_KL_K3, REF_KL_K3 = "policy/approx_kl_k3", "kl/ref_k3"
 NOISE_LOG_RATIO, NOISE_POOLED = "policy/noise_log_ratio", "policy/noise_pooled_log_ratio"
@@ -34,7 +34,9 @@ JOBS: tuple[Origin, ...] = ("rl", "supervised")
 RL: tuple[Origin, ...] = ("rl",)
 SUPERVISED: tuple[Origin, ...] = ("supervised",)
 LOSSES: tuple[Origin, ...] = ("losses",)
-OBJECTIVE: tuple[Origin, ...] = ("rl", "losses")
+SESSION: tuple[Origin, ...] = ("session",)
+STEPS: tuple[Origin, ...] = (*JOBS, *SESSION)
+OBJECTIVE: tuple[Origin, ...] = ("rl", "session", "losses")
 
 
 @dataclass(frozen=True)
@@ -56,8 +58,8 @@ class Metric:
 
 # Measured on answers that were sampled and graded, in training and in each evaluation.
 OF_ANSWERS = (
-    Metric(REWARD_MEAN, "reward", "mean reward of the answers that have one", "up", RL, live=True, drawn=True),
-    Metric("reward/std", "reward", "standard deviation of the answers' rewards", "neither", RL),
+    Metric(REWARD_MEAN, "reward", "mean reward of the answers that have one", "up", (*RL, *SESSION), live=True, drawn=True),
+    Metric("reward/std", "reward", "standard deviation of the answers' rewards", "neither", (*RL, *SESSION)),
     Metric(
         "reward/{grader}",
         "score",
@@ -96,7 +98,7 @@ SECTIONS: Mapping[str, tuple[Metric, ...]] = MappingProxyType(
         "Rewards and answers": (
             *OF_ANSWERS,
             Metric("reward/zero_variance_fraction", "share", "groups whose answers all have the same reward", "down", RL),
-            Metric("advantage/abs_mean", "1", "mean size of the advantages, without their signs", "neither", RL),
+            Metric("advantage/abs_mean", "1", "mean size of the advantages, without their signs", "neither", (*RL, *SESSION)),
         ),
         "Evaluations": (
             *_evaluated(EVAL, "evaluation", drawn=True),
@@ -107,6 +109,15 @@ SECTIONS: Mapping[str, tuple[Metric, ...]] = MappingProxyType(
         "Loss": (
             Metric(
                 LOSS, "nats/token", "mean −log p of a token of the given answers", "down", SUPERVISED, live=True, drawn=True
+            ),
+            Metric(
+                LOSS_SUM,
+                "nats",
+                "sum of the losses whose gradients an optimizer step took",
+                "neither",
+                SESSION,
+                live=True,
+                drawn=True,
             ),
             Metric(
                 POLICY_LOSS,
@@ -163,13 +174,13 @@ SECTIONS: Mapping[str, tuple[Metric, ...]] = MappingProxyType(
             ),
         ),
         "Optimizer": (
-            Metric("optimizer/grad_norm", "1", "norm of the gradient, before it is clipped", "neither", JOBS, live=True),
-            Metric("optimizer/learning_rate", "1", "of the newest optimizer step", "neither", JOBS, live=True),
-            Metric("optimizer/skipped", "updates", "those left out because the gradient was not finite", "down", JOBS),
+            Metric("optimizer/grad_norm", "1", "norm of the gradient, before it is clipped", "neither", STEPS, live=True),
+            Metric("optimizer/learning_rate", "1", "of the newest optimizer step", "neither", STEPS, live=True),
+            Metric("optimizer/skipped", "updates", "those left out because the gradient was not finite", "down", STEPS),
         ),
         "Tokens and time": (
             Metric(TOKENS_SAMPLED, "tokens", "tokens of the answers that were sampled to learn from", "neither", RL),
-            Metric(TOKENS_TRAINED, "tokens", "answer tokens that were learned from, once for each epoch", "neither", JOBS),
+            Metric(TOKENS_TRAINED, "tokens", "answer tokens that were learned from, once for each epoch", "neither", STEPS),
             Metric("perf/sample_tokens_per_s", "tokens/s", "sampled tokens a second, grading included", "up", RL),
             Metric("perf/update_tokens_per_s", "tokens/s", "trained tokens a second, scoring included", "up", JOBS),
             Metric(STEP_S, "s", "a training step, without evaluation and saving", "down", JOBS),

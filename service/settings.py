@@ -80,6 +80,22 @@ class Settings(BaseSettings):
     ring_again_s: Annotated[float, Field(gt=0, description="a queued job is rung again after this long")] = 30.0
     drain_grace_s: Annotated[float, Field(ge=0, description="a stopping worker has this long to save its job")] = 60.0
 
+    max_waiting_operations: Annotated[
+        int, Field(ge=1, description="operations that may wait in one session or sampler; beyond that new ones get 429")
+    ] = 4096
+    max_waiting_operation_bytes: Annotated[
+        int, Field(ge=1024, description="bytes of operations that may wait in one session or sampler; then new ones get 429")
+    ] = 512 * 2**20
+    operation_answer_ttl_s: Annotated[float, Field(ge=1, description="how long the answer of an operation can be fetched")] = (
+        3600.0
+    )
+    session_idle_s: Annotated[
+        float, Field(gt=0, description="a session without operations for so long is saved and leaves its worker")
+    ] = 300.0
+    session_slice_s: Annotated[
+        float, Field(gt=0, description="sessions hold a worker for at most so long while other work waits for it")
+    ] = 60.0
+
     grader_secrets: Annotated[
         dict[str, SecretStr], Field(description="JSON object name -> secret, for http graders that name one to sign with")
     ] = Field(default_factory=dict)

@@ -3,15 +3,11 @@
 import logging
 import os
 import socket
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
-from sqlalchemy.exc import InterfaceError, OperationalError
-
 from service.doorbell import Doorbell
-from service.errors import Failure, InvalidRequest, JobFailed, LeaseLost, NotFound
-from service.failures import CODES
+from service.errors import LeaseLost
 from service.jobs import lease as leases
 from service.jobs.data import open_data
 from service.jobs.lease import Lease
@@ -21,46 +17,42 @@ from service.spec.job import JobSpec, RLSpec, SupervisedSpec
 from service.spec.tensors import OF_A_JOB, uses
 from service.spec.work import WorkLimits
 from service.states import Phase
-from service.store import checkpoints, datasets
+from service.store import datasets, operations
 from service.store.session import Store, open_store
-from service.store.tables import Checkpoint, Job
+from service.store.tables import Job
 from service.validation import parse
 from workers.identity import WORKER_ID, has_gpu, resource_classes
 from workers.loops.attempt import Attempt
 from workers.loops.managed import drive
 from workers.loops.progress import Progress
 from workers.policy.base import Base
-from workers.policy.checkpoint import CheckpointBroken, verify
-from workers.policy.errors import PolicyFailed, Subject
 from workers.policy.learner import Learner, Start
 from workers.policy.load import adapter_of
 from workers.policy.policy import Policy
 from workers.policy.reference import open_reference
+from workers.sessions.host import Host
+from workers.tenure.failures import failure_of
 from workers.tenure.keeper import Keeper
 from workers.tenure.outcome import Failed
+from workers.tenure.resume import newest_checkpoint, start_checkpoint
 from workers.tenure.tenure import Tenure
 
 log = logging.getLogger(__name__)
 
-# The place in a job's spec for each subject of a policy's failure, as a JSON pointer.
-POINTERS = {
-    Subject.SOURCE: "/model/source",
-    Subject.ADAPTER: "/model/adapter",
-    Subject.TARGET_MODULES: "/model/adapter/target_modules",
-    Subject.TARGET_PARAMETERS: "/model/adapter/target_parameters",
-    Subject.OPTIMIZER: "/model/from_checkpoint/load",
-    Subject.CHAT: "/data/chat",
-}
-
 
 def run_next(rung_by: str) -> None:
-    """Claim the best queued job, if there is one, and run it. Returns when the job has ended or was given back."""
+    """Claim the best queued job, if there is one, and run it. Returns when the job has ended or was given back; after a session
+    or sampler, when all that share its base have."""
     keeper = _keeper()
     claimed = leases.claim(keeper.store, keeper.settings, os.environ[WORKER_ID], resource_classes(keeper.settings))
     if claimed is None:
         log.debug("rung by %s, but nothing is queued", rung_by)
         return
-    run(keeper, *claimed)
+    lease, job = claimed
+    if job.kind in operations.KINDS:
+        Host(keeper, os.environ[WORKER_ID]).run(lease, job)
+    else:
+        run(keeper, lease, job)
 
 
 @cache
@@ -115,25 +107,6 @@ def _failed(tenure: Tenure, attempt: Attempt | None, error: Exception) -> Failed
     return Failed(failure, attempt.progress.step, attempt.progress.result("failed"))
 
 
-def failure_of(error: Exception) -> Failure:
-    """What went wrong: a code, whose fault it is, and whether to try again."""
-    if isinstance(error, PolicyFailed):
-        return replace(error.failure, pointer=POINTERS[error.subject])
-    if isinstance(error, JobFailed):
-        return error.failure
-    name = type(error).__name__
-    if isinstance(error, InvalidRequest):  # the API could open it, but this worker cannot: an extra is missing, for example
-        code = error.code if error.code in CODES else "invalid_request"
-        return Failure(code, error.detail, hint=error.hint, pointer=error.errors[0].pointer if error.errors else None)
-    if isinstance(error, OperationalError | InterfaceError):
-        return Failure("store_unavailable", "the database did not answer")
-    if name == "OutOfMemoryError" or isinstance(error, MemoryError):
-        return Failure("out_of_memory", str(error).split("\n", 1)[0])
-    if isinstance(error, OSError):
-        return Failure("io_error", f"{name}: {error.strerror or error}")
-    return Failure("internal_error", f"{name} in the training process; its log has the trace")
-
-
 def _load(tenure: Tenure, spec: RLSpec | SupervisedSpec) -> Attempt:
     """Load data, graders and the model, at the job's newest good checkpoint, or at its start if it has none."""
     store, settings, job = tenure.store, tenure.settings, tenure.job
@@ -145,8 +118,8 @@ def _load(tenure: Tenure, spec: RLSpec | SupervisedSpec) -> Attempt:
         secrets, networks = settings.grader_secrets, settings.grader_networks
         rewards = Rewards(spec.reward, job_id=job.id, secrets=secrets, networks=networks)
     start = spec.model.from_checkpoint
-    start_from = None if start is None else _start_checkpoint(store, job, start.id)
-    resume_from = _newest_checkpoint(store, job)
+    start_from = None if start is None else start_checkpoint(store, job, start.id)
+    resume_from = newest_checkpoint(store, job)
     policy, reference = _learner(tenure, spec, start_from, resume_from)
     progress = Progress() if resume_from is None else Progress.load(resume_from)
     process = {"host": socket.gethostname(), "pid": os.getpid()}
@@ -188,35 +161,3 @@ def _optimizer_steps(spec: RLSpec | SupervisedSpec) -> int:
 def _dataset_path(store: Store, project: str, dataset_id: str) -> Path:
     with store.begin(readonly=True) as session:
         return store.blobs.path(datasets.get(session, project, dataset_id).path)
-
-
-def _newest_checkpoint(store: Store, job: Job) -> Path | None:
-    """The newest complete checkpoint of this job. Torn or altered ones are skipped, and the log names them."""
-    with store.begin(readonly=True) as session:
-        rows = checkpoints.of_job(session, job.id)
-    for row in rows:
-        try:
-            return _verified(store, row)
-        except CheckpointBroken as broken:
-            log.error("job %s: checkpoint %s is broken (%s); trying the one before", job.id, row.id, broken)
-    return None
-
-
-def _start_checkpoint(store: Store, job: Job, checkpoint_id: str) -> Path:
-    try:
-        with store.begin(readonly=True) as session:
-            row = checkpoints.get(session, job.project, checkpoint_id)
-        return _verified(store, row)
-    except (NotFound, CheckpointBroken) as error:
-        raise JobFailed(
-            "checkpoint_broken" if isinstance(error, CheckpointBroken) else "checkpoint_not_found",
-            f"the job starts from {checkpoint_id}, which cannot be loaded: {error}",
-            hint="fork the job with another model.from_checkpoint",
-            pointer="/model/from_checkpoint",
-        ) from None
-
-
-def _verified(store: Store, row: Checkpoint) -> Path:
-    folder = store.blobs.path(row.path)
-    verify(folder, row.manifest_sha256)
-    return folder

@@ -30,3 +30,40 @@ LOSS_REQUEST = {
     "dtype": "float64",
     "all_or_nothing": False,
 }
+
+SESSION_SPEC = {
+    "name": "my loop",
+    "model": {"source": "tiny", "adapter": {"kind": "lora", "rank": 8}},
+}
+
+TRAIN_STEP = {
+    "seq": 1,
+    "kind": "train_step",
+    "objective": {"preset": "gspo"},
+    "groups": [
+        {
+            "prompt_tokens": [5, 6, 7],
+            "answers": [
+                {"tokens": [8, 9], "log_probs": [-0.7, -1.1], "reward": 1.0},
+                {"tokens": [9, 9], "log_probs": [-0.9, -1.0], "reward": 0.0},
+            ],
+        }
+    ],
+    "optimizer": {"learning_rate": 1e-4},
+}
+OPERATION = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "application/json": {"schema": {"$ref": "#/components/schemas/OperationRequest"}, "example": TRAIN_STEP},
+            "application/vnd.safetensors": {
+                "schema": {
+                    "type": "string",
+                    "format": "binary",
+                    "description": "A safetensors file: what is no number stands as JSON in the header's `__metadata__`, under "
+                    "`head`; the tensors are flat, with cu_seqlens beside them.",
+                }
+            },
+        },
+    }
+}

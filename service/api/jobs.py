@@ -38,7 +38,7 @@ class JobsQuery(PageQuery):
     status: Annotated[list[Status], Field(description="only jobs with this status; may be repeated")] = Field(
         default_factory=list
     )
-    kind: Literal["rl", "supervised"] | None = None
+    kind: Literal["rl", "supervised", "session", "sampler"] | None = None
     tag: Annotated[str | None, Field(max_length=200, description="only jobs with this tag")] = None
     name: Annotated[
         str | None, Field(max_length=200, description="only jobs with this text in their name; case is ignored")

@@ -9,19 +9,26 @@ from pydantic import BaseModel, Field
 from service.edge.auth import CallerDep
 from service.edge.context import ContextDep
 from service.edge.pages import Page
+from service.edge.problems import responses
 from service.jobs.model_folder import read_config
+from service.openai.models import model_folders, not_found, target
+from service.store import checkpoints
+from service.store.tables import Checkpoint
 
 router = APIRouter(prefix="/v1/models", tags=["models"])
 
+MOST_CHECKPOINTS = 100  # that are listed
 FACTS = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "max_position_embeddings")
 
 
 class ModelView(BaseModel):
-    """A model. Its id is the value for `model.source`."""
+    """What can be sampled. The id of a base model is the value for `model.source`, too."""
 
-    id: Annotated[str, Field(description="write this as model.source")]
+    id: Annotated[str, Field(description="write this as model.source; a checkpoint as model.from_checkpoint")]
     object: Literal["model"] = "model"
-    kind: Literal["builtin", "folder"]
+    created: Annotated[int, Field(description="seconds since 1970; 0: not known")] = 0
+    owned_by: Annotated[str, Field(description="the project of a checkpoint; `ratchet`: anybody here may use it")] = "ratchet"
+    kind: Literal["builtin", "folder", "checkpoint"]
     description: str
     config: Annotated[dict[str, Any], Field(description="a few facts from its config.json")]
     size_bytes: Annotated[int | None, Field(description="of its weights")]
@@ -42,12 +49,42 @@ TINY = ModelView(
 
 @router.get("")
 def list_models(context: ContextDep, caller: CallerDep) -> ModelPage:
-    """The built-in model and the operator's model folders. Jobs may also name hub models, if the workers reach the hub."""
-    folder = context.settings.local_models_dir
-    paths = sorted(path.parent for path in folder.glob("*/config.json")) if folder.is_dir() else []
-    paths = [path for path in paths if path.resolve().is_relative_to(folder.resolve())]  # `model.source` cannot name others
-    models = [TINY, *(_of_folder(path) for path in paths)]
-    return ModelPage.of(models, [model.id for model in models])
+    """The built-in model, the operator's model folders, and the project's newest checkpoints (all: GET /v1/checkpoints).
+
+    Jobs may also name hub models, if the workers reach the hub.
+    """
+    models = [TINY, *(_of_folder(path) for path in model_folders(context.settings))]
+    with context.store.begin(readonly=True) as session:
+        rows, has_more = checkpoints.page(session, caller.project, limit=MOST_CHECKPOINTS)
+    models += map(_of_checkpoint, rows)
+    return ModelPage.of(models, [model.id for model in models], has_more)
+
+
+@router.get("/{model_id}", responses=responses(404))
+def read_model(context: ContextDep, caller: CallerDep, model_id: str) -> ModelView:
+    """A model by its id: a base model that is listed, a checkpoint, or a job or session by its newest checkpoint."""
+    if model_id == TINY.id:
+        return TINY
+    for path in model_folders(context.settings):
+        if path.name == model_id:
+            return _of_folder(path)
+    found = target(context.store, context.settings, caller.project, model_id).row
+    if found is None:  # a hub id, of which nothing is known before it is loaded
+        raise not_found(model_id, "it is none of those that GET /v1/models lists")
+    return _of_checkpoint(found)
+
+
+def _of_checkpoint(row: Checkpoint) -> ModelView:
+    of = "a deleted job" if row.job_id is None else row.job_id
+    return ModelView(
+        id=row.id,
+        created=int(row.created_at.timestamp()),
+        owned_by=row.project,
+        kind="checkpoint",
+        description=f"step {row.step} of {of}" + (f", named {row.name}" if row.name else ""),
+        config={},
+        size_bytes=row.size_bytes,
+    )
 
 
 def _of_folder(path: Path) -> ModelView:

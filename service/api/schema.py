@@ -15,7 +15,12 @@ from service.api.loss_views import LossResults, LossTicket
 from service.api.usage import BudgetRequest
 from service.edge.problems import Problem
 from service.losses.request import LossRequest
+from service.openai.answers import ChatAnswer, CompletionAnswer
+from service.openai.face import FACES, OpenAIErrors
+from service.openai.requests import ChatRequest, CompletionRequest
+from service.sessions.body import OperationRequest
 from service.spec.job import JobSpec
+from service.spec.session import SessionSpec
 
 REF = "#/components/schemas/{model}"
 # Request bodies in the forms that callers may write, which FastAPI cannot see in a route's signature.
@@ -29,8 +34,20 @@ SENT = {
     "CancelRequest": CancelRequest,
     "KeyRequest": KeyRequest,
     "LossRequest": LossRequest,
+    "SessionSpec": SessionSpec,
+    "OperationRequest": OperationRequest,
+    "CompletionRequest": CompletionRequest,
+    "ChatRequest": ChatRequest,
 }
-ANSWERED = {"Problem": Problem, "EventView": EventView, "LossResults": LossResults, "LossTicket": LossTicket}
+ANSWERED = {
+    "Problem": Problem,
+    "EventView": EventView,
+    "LossResults": LossResults,
+    "LossTicket": LossTicket,
+    "CompletionAnswer": CompletionAnswer,
+    "ChatAnswer": ChatAnswer,
+    "OpenAIErrors": OpenAIErrors,
+}
 
 
 def version() -> str:
@@ -52,6 +69,10 @@ def complete(app: FastAPI) -> None:
                 _add(schemas, name, model, "validation")
             for name, model in ANSWERED.items():
                 _add(schemas, name, model, "serialization")
+            for face in FACES:  # FastAPI adds it where a route has parameters; it is a 400 there
+                for path in document["paths"]:
+                    if path.startswith(face.prefix):
+                        document["paths"][path]["post"]["responses"].pop("422", None)
             document["components"]["schemas"] = dict(sorted(schemas.items()))
             app.openapi_schema = document
         return app.openapi_schema

@@ -51,7 +51,7 @@ class JobSummary(BaseModel):
 
     id: str
     object: Literal["job"] = "job"
-    kind: Literal["rl", "supervised"]
+    kind: Literal["rl", "supervised", "session", "sampler"]
     name: str
     tags: list[str]
     metadata: dict[str, Any]

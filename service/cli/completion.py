@@ -19,6 +19,10 @@ def complete_job(context: typer.Context, incomplete: str) -> list[tuple[str, str
     return list(_offer(context, incomplete, lambda ratchet: ratchet.list_jobs(limit=OFFERED), _job))
 
 
+def complete_session(context: typer.Context, incomplete: str) -> list[tuple[str, str]]:
+    return list(_offer(context, incomplete, lambda ratchet: ratchet.list_sessions(limit=OFFERED), _job))
+
+
 def complete_checkpoint(context: typer.Context, incomplete: str) -> list[tuple[str, str]]:
     return list(_offer(context, incomplete, lambda ratchet: ratchet.list_checkpoints(limit=OFFERED), _checkpoint))
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from service.metric_names import CLIP_HIGH, CLIP_LOW, EVAL_REWARD_MEAN, LOSS, POLICY_KL_K3, REF_KL_K3, REWARD_MEAN
+from service.metric_names import CLIP_HIGH, CLIP_LOW, EVAL_REWARD_MEAN, LOSS, LOSS_SUM, POLICY_KL_K3, REF_KL_K3, REWARD_MEAN
 
 
 @dataclass
@@ -26,7 +26,7 @@ class Headline:
             self.kl, self.kl_of = metrics[REF_KL_K3], "KL to reference"
         elif self.kl_of == "KL":
             self.kl = _newer(metrics.get(POLICY_KL_K3), self.kl)
-        self.loss = _newer(metrics.get(LOSS), self.loss)
+        self.loss = _newer(metrics.get(LOSS, metrics.get(LOSS_SUM)), self.loss)
         self.evaluation = _newer(metrics.get(EVAL_REWARD_MEAN), self.evaluation)
         self.reward = _newer(metrics.get(REWARD_MEAN), self.reward)
         if metrics.get(REWARD_MEAN) is not None and self.reward is not None:

@@ -15,7 +15,8 @@ from service.cli.completion import complete_job, complete_status
 from service.cli.connection import connect
 from service.cli.dry_run import print_validation
 from service.cli.helps import command
-from service.cli.live import follow
+from service.cli.live import MANAGED, follow
+from service.cli.operations import print_newest
 from service.cli.output import (
     ago,
     clean,
@@ -96,7 +97,7 @@ def list_jobs(
             autocompletion=complete_status,
         ),
     ] = None,
-    kind: Annotated[str | None, typer.Option(help="only jobs of this kind: rl or supervised")] = None,
+    kind: Annotated[str | None, typer.Option(help="only jobs of this kind: rl, supervised, session or sampler")] = None,
     tag: Annotated[str | None, typer.Option(help="only jobs with this tag")] = None,
     name: Annotated[str | None, typer.Option(help="only jobs with this text in their name")] = None,
     limit: Annotated[int, typer.Option(min=1, max=100, help="how many to list")] = 20,
@@ -114,7 +115,7 @@ def list_jobs(
         print_json(page)
         return
     rows = [
-        (job["id"], one_line(job["name"], 40), job["kind"], status_text(job["status"]), _progress(job), ago(job["created_at"]))
+        (job["id"], one_line(job["name"], 40), job["kind"], status_text(job["status"]), progress(job), ago(job["created_at"]))
         for job in page["data"]
     ]
     print_table(("job", "name", "kind", "status", "step", "created"), rows, nothing="no jobs; `ratchet submit FILE` makes one")
@@ -130,10 +131,12 @@ def show(context: typer.Context, job_id: JobId, as_json: Json = False) -> None:
     """
     with connect(context) as ratchet:
         job = ratchet.get_job(job_id)
-    if as_json:
-        print_json(job)
-    else:
+        if as_json:
+            print_json(job)
+            return
         _print_job(job)
+        if job["kind"] == "session":
+            print_newest(ratchet, job_id)
 
 
 def watch(context: typer.Context, job_id: JobId, as_json: Json = False) -> None:
@@ -143,6 +146,7 @@ def watch(context: typer.Context, job_id: JobId, as_json: Json = False) -> None:
     $ ratchet watch job_01k... --json | jq 'select(.type == "evaluation")'
 
     Shows progress, reward, clip fraction and KL as they move. The exit status follows the job; Ctrl-C leaves it running.
+    A session that is idle is watched on.
     """
     with connect(context) as ratchet:
         _follow(ratchet, job_id, as_json)
@@ -301,12 +305,13 @@ def _report(job: Job, as_json: bool) -> None:
         say(job["id"], status_text(job["status"]), clean(job["name"]))
 
 
-def _progress(job: JobSummary) -> str:
-    return f"{job['step']}/{job['max_steps']}"
+def progress(job: JobSummary) -> str:
+    """The step, and how many there will be if that is known."""
+    return f"{job['step']}/{job['max_steps']}" if job["kind"] in MANAGED else str(job["step"])
 
 
 def _print_outcome(job: Job) -> None:
-    say(job["id"], status_text(job["status"]), f"at step {_progress(job)} after {duration(job['run_s'])}")
+    say(job["id"], status_text(job["status"]), f"at step {progress(job)} after {duration(job['run_s'])}")
     if job["status"] == "paused":
         why = job["error"] or {}
         say(f"  it rests ({job['status_reason']}); mend what it rests for, then: ratchet resume {job['id']}")
@@ -328,7 +333,7 @@ def _print_job(job: Job) -> None:
             "kind": job["kind"] + (f", {preset}" if (preset := job["spec"].get("objective", {}).get("preset")) else ""),
             "status": status,
             "phase": job["phase"] if job["status"] not in FINAL else None,
-            "step": _progress(job),
+            "step": progress(job),
             "attempt": job["attempt"] or None,
             "model": model.get("source"),
             "starts from": job["from_checkpoint_id"],

@@ -19,6 +19,8 @@ from service.metric_names import EVAL_GREEDY_REWARD_MEAN, EVAL_REWARD_MEAN
 
 SPARKS = "▁▂▃▄▅▆▇█"
 SPARK_WIDTH = 24
+MANAGED = frozenset({"rl", "supervised"})  # kinds of jobs that know how many steps they will do
+IDLE = "idle"  # why a session pauses that goes on when an operation comes
 LINE_EVERY_S = 2.0  # without a terminal: at most one line of numbers in this time
 
 
@@ -31,7 +33,7 @@ class View(Protocol):
 
 
 def follow(ratchet: Ratchet, job_id: str, *, as_json: bool = False) -> Job:
-    """Show the job's events until it has ended or is paused. Returns the job."""
+    """Show the job's events until it has ended or is paused; a session that is idle goes on by itself. Returns the job."""
     last = None  # the number of the job's last event, once the job is paused
     with make_view(ratchet.get_job(job_id), as_json=as_json) as view:
         for event in ratchet.follow(job_id):
@@ -39,7 +41,8 @@ def follow(ratchet: Ratchet, job_id: str, *, as_json: bool = False) -> Job:
             if event["type"] == "status_changed":
                 job = ratchet.get_job(job_id) if event["data"]["to"] == "paused" else None
                 # None if the job was resumed meanwhile.
-                last = job["last_event"] if job is not None and job["status"] == "paused" else None
+                rests = job is not None and job["status"] == "paused" and job["status_reason"] != IDLE
+                last = job["last_event"] if job is not None and rests else None
             if last is not None and event["seq"] >= last:
                 break
     return ratchet.get_job(job_id)
@@ -69,7 +72,7 @@ class Lines:
 
     def __init__(self, job: Job) -> None:
         self._console, self._headline, self._said_at = console(), Headline(), float("-inf")
-        self._kind = job["kind"]
+        self._total = f"/{job['max_steps']}" if job["kind"] in MANAGED else ""
 
     def __enter__(self) -> Self:
         return self
@@ -86,7 +89,7 @@ class Lines:
         last = data["step"] >= data["max_steps"]
         if last or time.monotonic() - self._said_at >= LINE_EVERY_S:
             self._said_at = time.monotonic()
-            self._console.print(f"step {data['step']}/{data['max_steps']}  {numbers(self._headline)}", soft_wrap=True)
+            self._console.print(f"step {data['step']}{self._total}  {numbers(self._headline)}", soft_wrap=True)
 
 
 class Bar:
@@ -97,7 +100,8 @@ class Bar:
         self._progress = Progress(
             "{task.description}", BarColumn(bar_width=None), MofNCompleteColumn(), TimeElapsedColumn(), expand=True
         )
-        self._task = self._progress.add_task(one_line(job["name"]), total=job["max_steps"])
+        self._total = job["max_steps"] if job["kind"] in MANAGED else None
+        self._task = self._progress.add_task(one_line(job["name"]), total=self._total)
         self._live = Live(get_renderable=self._render, console=console(), refresh_per_second=8)
 
     def __enter__(self) -> Self:
@@ -113,7 +117,7 @@ class Bar:
         data = event["data"]
         if event["type"] == "step":
             self._headline.update(data["metrics"])
-            self._progress.update(self._task, completed=data["step"], total=data["max_steps"])
+            self._progress.update(self._task, completed=data["step"], total=self._total)
         elif event["type"] == "phase_changed":
             self._phase = Text(clean(data["phase"]), style="dim")
         elif event["type"] == "status_changed":

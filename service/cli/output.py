@@ -51,7 +51,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, nothin
     for number, column in enumerate(columns):
         whole = any(ID.fullmatch(row[number].plain) for row in cells) or ID.fullmatch(column)  # never cut ids: people copy them
         least = max(len(column), *(len(row[number]) for row in cells)) if whole and cells else None
-        right = column in ("step", "size", "rows", "reward")
+        right = column in ("step", "size", "rows", "reward", "seq", "waiting")
         table.add_column(column, overflow="fold", min_width=least, no_wrap=bool(whole), justify="right" if right else "left")
     for row in cells:
         table.add_row(*row)

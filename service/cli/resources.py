@@ -290,7 +290,7 @@ def models(context: typer.Context, as_json: Json = False) -> None:
     if as_json:
         print_json(page)
         return
-    rows = [(model["id"], model["kind"], model["description"]) for model in page["data"]]
+    rows = [(model["id"], model["kind"], model["description"]) for model in page["data"] if model["kind"] != "checkpoint"]
     print_table(("model.source", "kind", "what it is"), rows, nothing="no models")
 
 

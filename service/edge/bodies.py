@@ -42,14 +42,15 @@ def media_type(request: Request) -> str:
     return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
-def limited(request: Request, limit: int, what: str, share: Share | None = None) -> Request:
+def limited(request: Request, limit: int, what: str, share: Share | None = None, *, encodings: tuple[str, ...] = ()) -> Request:
     """The same request, but reading its body raises BodyTooLarge above `limit` bytes, and BodyTooSlow if it comes too slowly.
 
-    Raises UnsupportedMedia for a compressed body, and BodyTooLarge at once if Content-Length exceeds the limit. `share`, if
-    given, is released while waiting for each chunk: use it for a body that goes to disk, not into memory.
+    Raises UnsupportedMedia for a compressed body (unless `encodings` names how), and BodyTooLarge at once if Content-Length
+    exceeds the limit. `share`, if given, is released while waiting for each chunk: use it for a body that goes to disk, not
+    into memory.
     """
     encoding = request.headers.get("content-encoding", "identity").lower()
-    if encoding not in ("", "identity"):
+    if encoding not in ("", "identity", *encodings):
         raise UnsupportedMedia(
             f"the body is compressed ({encoding}); send it as it is, without Content-Encoding", code="unsupported_encoding"
         )

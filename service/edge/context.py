@@ -7,6 +7,7 @@ from typing import Annotated
 from fastapi import Depends, Request
 
 from service.doorbell import Doorbell, Signals
+from service.edge.answers import Answers
 from service.edge.keyring import Keyring
 from service.edge.limits import OpenAnswers
 from service.edge.rate import Limiter
@@ -36,6 +37,7 @@ class Context:
     shares: Shares
     open_answers: OpenAnswers
     tails: Tails
+    answers: Answers
     stopping: Event = field(default_factory=Event)  # set when the server is told to stop: streams and long polls end
     keyring: Keyring = field(default_factory=Keyring)
     ledger: Remembered[Whole] = field(default_factory=Remembered)

@@ -5,7 +5,7 @@ answer sets one of these headers itself, its own value stays.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi import FastAPI
@@ -20,12 +20,16 @@ def as_it_is(problem: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Face:
-    """`error` converts a problem document (RFC 9457) to this face's error body; `error_type` is the media type of that body."""
+    """`error` converts a problem document (RFC 9457) to this face's error body; `error_type` is the media type of that body.
+
+    `statuses` replaces statuses of errors that this face's clients would take for something else.
+    """
 
     prefix: str  # of its paths; "" matches all paths that no other face matches
     headers: Mapping[str, str]
     error: Callable[[dict[str, Any]], dict[str, Any]] = as_it_is
     error_type: str = PROBLEM
+    statuses: Mapping[int, int] = field(default_factory=dict)  # other statuses than the native face's, by those
 
 
 # Only /docs is a page, and it sets its own Content-Security-Policy. No-store: caches must not keep a caller's private data.

@@ -128,7 +128,9 @@ def problem(
     request: Request, error: RatchetError, *, status: int | None = None, headers: Mapping[str, str] | None = None
 ) -> JSONResponse:
     """The HTTP answer for this error."""
+    face = face_of(request.scope)
     status = status or int(_of_class(STATUSES, error))
+    status = face.statuses.get(status, status)
     closing = {"Connection": "close"} if status == 500 else {}  # the server closes it after a 500; tell the client
     if status >= 500 and not isinstance(error, Unavailable | DiskFull):
         error = RatchetError(
@@ -155,7 +157,6 @@ def problem(
         ),
         **{name: value for name, value in error.extra.items() if name not in Problem.model_fields},
     )
-    face = face_of(request.scope)
     content = face.error(body.model_dump(mode="json", exclude_none=True, fallback=str))
     all_headers = {
         **face.headers,
@@ -166,7 +167,7 @@ def problem(
     }
     if "retry_after_s" in error.extra:
         all_headers["Retry-After"] = str(error.extra["retry_after_s"])
-    return JSONResponse(content, status, all_headers, face.error_type)
+    return JSONResponse(content, face.statuses.get(status, status), all_headers, face.error_type)
 
 
 def _field(error: FieldError) -> ProblemField:

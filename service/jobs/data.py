@@ -196,17 +196,20 @@ class Data:
         return {**({"tools": tools} if tools else {}), **self.chat_template_kwargs}
 
     def _messages(self, row: Row) -> Messages:
-        """The chat column, with only the keys of MESSAGE_KEYS that are not null. Content in parts, OpenAI's form, becomes one
-        text."""
         assert isinstance(self.chat, str)
-        return [
-            {
-                key: _text_of(value) if key == "content" else value
-                for key, value in message.items()
-                if key in MESSAGE_KEYS and value is not None
-            }
-            for message in row[self.chat]
-        ]
+        return plain_messages(row[self.chat])
+
+
+def plain_messages(messages: Messages) -> Messages:
+    """Messages with only the keys of MESSAGE_KEYS that are not null. Content in parts, OpenAI's form, becomes one text."""
+    return [
+        {
+            key: _text_of(value) if key == "content" else value
+            for key, value in message.items()
+            if key in MESSAGE_KEYS and value is not None
+        }
+        for message in messages
+    ]
 
 
 def open_data(data: DataSpec, seed: int, dataset_path: Callable[[str], Path]) -> Data:

@@ -22,14 +22,17 @@ from service.metric_names import EVAL_LOSS, EVAL_REWARD_MEAN, is_live
 from service.settings import Settings
 from service.spec.job import CheckpointsSpec, KeepBest
 from service.states import HELD, Phase, Status, Wish
-from service.store import checkpoints, clock, events, jobs, metrics, rollouts, usage, workers
+from service.store import checkpoints, clock, events, jobs, metrics, operations, rollouts, usage, workers
 from service.store.checkpoints import CheckpointRow
+from service.store.operations import Answered
 from service.store.rollouts import RolloutRow
 from service.store.session import Store
 from service.store.tables import Checkpoint, Job, Worker
 from service.store.usage import NOTHING, Spent
 
-__all__ = ["CheckpointRow", "Lease", "RolloutRow"]
+__all__ = ["Answered", "CheckpointRow", "Lease", "RolloutRow"]
+
+IDLE = "idle"  # why a session rests that will go on by itself when an operation comes
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,30 @@ def claim(store: Store, settings: Settings, owner: str, classes: Collection[str]
                 session.refresh(job)
                 return Lease(job.id, job.attempt, owner), job
         return None
+
+
+def claim_beside(
+    store: Store, settings: Settings, owner: str, classes: Collection[str], base_key: str, limit: int
+) -> list[tuple[Lease, Job]]:
+    """Take at most `limit` queued sessions and samplers of this base, for a process that holds the base already."""
+    taken: list[tuple[Lease, Job]] = []
+    with store.begin() as session:
+        if workers.is_draining(session, owner):
+            return []
+        now = clock.now(session)
+        for job in jobs.queued_of_base(session, classes, base_key, now, limit):
+            if usage.is_spent(session, job):
+                _rest(session, job, now)
+            elif _take(session, job, owner, now, settings):
+                session.refresh(job)
+                taken.append((Lease(job.id, job.attempt, owner), job))
+    return taken
+
+
+def others_wait(store: Store, classes: Collection[str], base_key: str | None) -> bool:
+    """Whether a queued job could start on a worker of these classes that does not share this base."""
+    with store.begin(readonly=True) as session:
+        return jobs.others_queued(session, classes, base_key, clock.now(session))
 
 
 def _rest(session: Session, job: Job, now: datetime) -> None:
@@ -189,11 +216,15 @@ def commit_step(
         session.flush()
         metrics.write(session, job.id, step, metrics_, attempt=lease.attempt, now=now)
         rollouts.write(session, job.id, rollouts_, attempt=lease.attempt, now=now)
-        headline = {name: value for name, value in finite(metrics_).items() if is_live(name)}
-        event = ("step", {"step": step, "max_steps": job.max_steps, "metrics": headline})
-        events.append_all(session, job.id, [event, *events_], now=now)
+        events.append_all(session, job.id, [_step_event(job, metrics_), *events_], now=now)
         usage.add(session, job, spent, now, steps=steps)
         return usage.is_spent(session, job)
+
+
+def _step_event(job: Job, metrics_: Mapping[str, float | None]) -> tuple[str, dict[str, Any]]:
+    """What followers are told of the job's newest step."""
+    headline = {name: value for name, value in finite(metrics_).items() if is_live(name)}
+    return "step", {"step": job.step, "max_steps": job.max_steps, "metrics": headline}
 
 
 def finite(values: Mapping[str, float | None]) -> dict[str, float | None]:
@@ -204,16 +235,112 @@ def finite(values: Mapping[str, float | None]) -> dict[str, float | None]:
 def commit_checkpoint(store: Store, lease: Lease, row: CheckpointRow, *, spent: Spent = NOTHING) -> None:
     """Point the job at a checkpoint whose folder is in the blob store: a resume now starts there. A repeat does nothing."""
     with _holding(store, lease) as (session, job):
-        if job.checkpoint_id == row.id:
-            return
-        now = clock.now(session)
-        checkpoints.create(session, row, project=job.project, job_id=job.id, attempt=lease.attempt, now=now)
+        _put_checkpoint(session, job, lease, row, spent)
+
+
+def _put_checkpoint(session: Session, job: Job, lease: Lease, row: CheckpointRow, spent: Spent) -> None:
+    if session.get(Checkpoint, row.id) is not None:
+        return
+    now = clock.now(session)
+    checkpoints.create(session, row, project=job.project, job_id=job.id, attempt=lease.attempt, now=now)
+    if row.purpose == "training":
         job.checkpoint_id = row.id
         job.crashes = job.retries = 0  # a long job may have any number of faults, as long as it progresses between them
-        session.flush()
-        usage.add(session, job, spent, now)
+    session.flush()
+    usage.add(session, job, spent, now)
+    if row.purpose == "training":
         usage.save(session, job)
-        events.append(session, job.id, "checkpoint_saved", {"checkpoint_id": row.id, "step": row.step}, now=now)
+    said = {"checkpoint_id": row.id, "step": row.step} | ({} if row.name is None else {"name": row.name})
+    events.append(session, job.id, "checkpoint_saved", said, now=now)
+
+
+# ---------------------------------------------------------------- operations of sessions
+
+
+def answer_operations(
+    store: Store,
+    settings: Settings,
+    lease: Lease,
+    answered: Sequence[Answered],
+    *,
+    step: int | None = None,
+    metrics_: Mapping[str, float | None] | None = None,
+    spent: Spent = NOTHING,
+) -> bool:
+    """Store what came of some operations, in one transaction. An operation that was answered before keeps its answer.
+
+    `step`: the optimizer steps that the session has done; `metrics_`: of that step. Returns True if a budget is now spent.
+    Safe to repeat, except that a repeat of a try that was committed counts `spent` again only if some answer is new.
+    """
+    with _holding(store, lease) as (session, job):
+        now = clock.now(session)
+        expires_at = now + timedelta(seconds=settings.operation_answer_ttl_s)
+        new = [
+            operations.answer(session, job.id, each, attempt=lease.attempt, now=now, expires_at=expires_at) for each in answered
+        ]
+        if step is not None:
+            job.step = step
+        session.flush()
+        if metrics_:
+            metrics.write(session, job.id, job.step, metrics_, attempt=lease.attempt, now=now)
+            if any(new):
+                events.append_all(session, job.id, [_step_event(job, metrics_)], now=now)
+        if any(new) or not answered:
+            usage.add(session, job, spent, now)
+        return usage.is_spent(session, job)
+
+
+def commit_snapshot(
+    store: Store,
+    settings: Settings,
+    lease: Lease,
+    row: CheckpointRow,
+    *,
+    replay_from: int | None,
+    answered: Answered | None = None,
+    overwrite: bool = False,
+    keep_last: int | None = None,
+    spent: Spent = NOTHING,
+) -> list[str]:
+    """Record a session's checkpoint, and what it makes needless, in one transaction. A repeat does nothing.
+
+    replay_from  with purpose training: a replay starts at this seq, so that earlier operations' requests are forgotten
+    answered     the save_checkpoint that asked for it
+    overwrite    a checkpoint of the same name and purpose is deleted, unless it is pinned or in use: it then loses its name
+    keep_last    how many checkpoints without a name stay
+
+    Returns the blob paths of deleted checkpoints, which the caller must remove.
+    """
+    with _holding(store, lease) as (session, job):
+        now, removed = clock.now(session), list[Checkpoint]()
+        before = None if row.name is None else checkpoints.named(session, job.id, row.purpose, row.name)
+        _put_checkpoint(session, job, lease, row, spent)
+        if overwrite and before is not None and before.id != row.id:
+            gone, _ = checkpoints.remove(session, [before.id], now)
+            removed += gone
+            before.name = None
+            session.flush()
+        if answered is not None:
+            expires_at = now + timedelta(seconds=settings.operation_answer_ttl_s)
+            operations.answer(session, job.id, answered, attempt=lease.attempt, now=now, expires_at=expires_at)
+        if row.purpose == "training" and replay_from is not None:
+            operations.forget_requests(session, job.id, replay_from)
+        if keep_last is not None:
+            unnamed = [there for there in checkpoints.of_job(session, job.id) if there.name is None]
+            gone, _ = checkpoints.remove(session, [there.id for there in unnamed[keep_last:]], now)
+            removed += gone
+        return [there.path for there in removed]
+
+
+def rest(store: Store, lease: Lease, done: int, *, spent: Spent = NOTHING) -> Status:
+    """Let a session that was idle leave its worker, after ordered operation `done`. If one came meanwhile, it is queued."""
+
+    def do(session: Session, job: Job, now: datetime) -> Status:
+        if operations.has_waiting(session, job.id, done):
+            return moves.end(session, job, Status.QUEUED, "operation", now)
+        return moves.end(session, job, Status.PAUSED, IDLE, now)
+
+    return _end(store, lease, spent, do)
 
 
 def retain(store: Store, lease: Lease, keep: CheckpointsSpec, best: Sequence[KeepBest] = ()) -> list[str]:

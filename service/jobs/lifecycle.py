@@ -1,6 +1,6 @@
 """The API's operations on jobs. Each is one transaction, then a ring; if the ring is lost, the reconciler rings again."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -9,13 +9,16 @@ from sqlalchemy import update
 from sqlalchemy.orm import Session
 
 from service.doorbell import Doorbell
-from service.errors import Conflict, FieldError, InvalidRequest, NotFound
+from service.errors import Busy, Conflict, FieldError, InvalidRequest, NotFound
 from service.ids import new_id
 from service.jobs import moves
+from service.jobs.lease import IDLE
+from service.settings import Settings
 from service.states import ACTIONS, FINAL, HELD, Status, Wish, allowed_actions
-from service.store import checkpoints, clock, datasets, events, jobs, usage
+from service.store import checkpoints, clock, datasets, events, jobs, operations, usage
+from service.store.operations import Asked
 from service.store.session import Store
-from service.store.tables import Job
+from service.store.tables import Job, Operation
 
 if TYPE_CHECKING:
     from service.jobs.resolve import Resolved
@@ -75,6 +78,7 @@ def create_job(
         budget_tokens=budget.get("tokens"),
         budget_worker_s=budget.get("worker_s"),
         deadline_at=None if deadline_s is None else now + timedelta(seconds=deadline_s),
+        base_key=resolved.base_key,
     )
     with store.begin() as session:
         if parent_id is not None:  # before its checkpoints: in the order in which a delete takes them
@@ -105,6 +109,67 @@ def _hold_inputs(session: Session, job: Job) -> None:
             hold(session, job.project, id_)
         except NotFound as error:
             raise InvalidRequest(error.detail, [FieldError(pointer, error.detail, "not_found", got=id_)]) from error
+
+
+def append_operations(
+    store: Store,
+    doorbell: Doorbell,
+    settings: Settings,
+    project: str,
+    job_id: str,
+    asked: Sequence[Asked],
+    *,
+    also: Callable[[Session, list[Operation]], None] | None = None,
+) -> list[Operation]:
+    """Log operations of a session or sampler, all or none, and wake its worker. A repeat returns the rows of the first time.
+
+    A session that rests because it was idle is queued again; one that its owner paused keeps them until it is resumed.
+    Raises NotFound, Conflict `session_over`, InvalidRequest `seq_reused`, Busy if too much waits already.
+    """
+    wakes = False
+    with store.begin() as session:
+        job, now = jobs.find(session, job_id, lock=True, light=True), clock.now(session)
+        if job is None or job.project != project or job.kind not in operations.KINDS:
+            raise NotFound(f"no session {job_id} in this project")
+        there = [operations.at(session, job_id, each.lane, each.seq) for each in asked]
+        fresh = sum(row is None for row in there)
+        if fresh and job.status in FINAL:
+            raise Conflict(
+                f"the {job.kind} {job.id} has ended: {job.status} ({job.status_reason})",
+                code="session_over",
+                hint="start another session, from one of its checkpoints: model.from_checkpoint",
+                job_status=job.status,
+            )
+        if fresh:
+            _has_room(session, settings, job, fresh, sum(len(each.request) for each in asked))
+        rows = [operations.append(session, job_id, each, now)[0] for each in asked]
+        if fresh and job.status == Status.PAUSED and job.status_reason == IDLE:
+            moves.move(session, job, Status.QUEUED, "operation", now, rung_at=now)
+            wakes = True
+        if also is not None:
+            also(session, rows)
+    if wakes:
+        _ring(store, doorbell, job)
+    elif fresh:
+        doorbell.signal(job_id, "operation")
+    return rows
+
+
+def withdraw_operation(store: Store, operation_id: str) -> None:
+    """Its caller went away: if it still waits, nobody shall work for it. Of unordered lanes only."""
+    with store.begin() as session:
+        operations.withdraw(session, operation_id)
+
+
+def _has_room(session: Session, settings: Settings, job: Job, count: int, size_bytes: int) -> None:
+    waiting = operations.load(session, job.id)
+    most, most_bytes = settings.max_waiting_operations, settings.max_waiting_operation_bytes
+    if waiting.count + count > most or (waiting.count and waiting.size_bytes + size_bytes > most_bytes):
+        raise Busy(
+            f"{job.id} has {waiting.count} waiting operations ({waiting.size_bytes} bytes); allowed are {most} ({most_bytes})",
+            code="session_full",
+            hint="wait for answers before sending more",
+        )
 
 
 def pause(store: Store, doorbell: Doorbell, project: str, job_id: str, *, grace_s: float | None = None) -> Job:
@@ -204,6 +269,8 @@ def _illegal(job: Job, action: str) -> Conflict:
 
 def _ring(store: Store, doorbell: Doorbell, job: Job) -> None:
     """Ring after the commit. The row already says that the bell was rung; if ringing fails, correct it for the reconciler."""
+    if job.base_key is not None:
+        doorbell.signal(job.base_key, "guest")  # a process that has the base already takes it without waiting for a free worker
     if doorbell.ring(job.id, job.resource_class):
         return
     with store.begin() as session:

@@ -1,6 +1,6 @@
 """How a job moves from one status to another: compare-and-swap on (status, attempt), with its event in the same transaction."""
 
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
 from sqlalchemy import update
@@ -8,10 +8,11 @@ from sqlalchemy.orm import Session
 
 from service.errors import Conflict, Failure
 from service.states import FINAL, HELD, Status, allowed_actions, is_legal
-from service.store import events, usage
+from service.store import events, operations, usage
 from service.store.jobs import Runtime
 from service.store.tables import Job
 
+KEPT_AFTER_THE_END = timedelta(hours=1)  # the errors of operations that an ended session left undone
 WISHED = frozenset({Status.PAUSING, Status.CANCELLING})
 
 
@@ -38,7 +39,15 @@ def move(session: Session, job: Job, target: Status, reason: str, now: datetime,
     if source in HELD and target not in HELD:
         usage.close(session, job, running_s(job, now), now, wasted=target is not Status.SUCCEEDED)
     events.append(session, job.id, "status_changed", said, now=now)
+    if target in FINAL and job.kind in operations.KINDS:
+        operations.fail_waiting(session, job.id, _over(job, target, reason), now=now, expires_at=now + KEPT_AFTER_THE_END)
     session.refresh(job)
+
+
+def _over(job: Job, target: Status, reason: str) -> dict[str, Any]:
+    """The error of an operation that its session's end left undone."""
+    detail = f"the {job.kind} {job.id} has ended ({target.value}: {reason}) before this operation ran"
+    return {"code": "session_over", "detail": detail, "category": "server" if target is Status.FAILED else "user"}
 
 
 def _consequences(job: Job, target: Status, now: datetime) -> dict[str, Any]:

@@ -17,9 +17,10 @@ from service.doorbell import CLASSES, Doorbell
 from service.errors import Failure
 from service.ids import utcnow
 from service.jobs import moves
+from service.jobs.lease import IDLE
 from service.settings import Settings
 from service.states import FINAL, HELD, Status
-from service.store import checkpoints, datasets, idempotency, jobs, workers
+from service.store import checkpoints, datasets, idempotency, jobs, operations, workers
 from service.store.blobs import TEMPORARY, Blobs
 from service.store.jobs import Runtime
 from service.store.session import Store
@@ -58,6 +59,7 @@ def reconcile(store: Store, settings: Settings, doorbell: Doorbell, now: datetim
         overdue = [job.id for job in jobs.runtimes(session) if _is_overdue(job, settings, now)]
         late = jobs.past_deadline(session, now)
         disobeyed = jobs.disobeyed(session, now - PARENT_KILLS_WITHIN)
+        resting = operations.idle_with_work(session)
     for job_id in expired:
         _settle(store, doorbell, report, job_id, lambda session, job: _return_lost(session, job, now))
     for job_id in overdue:
@@ -66,10 +68,13 @@ def reconcile(store: Store, settings: Settings, doorbell: Doorbell, now: datetim
         _settle(store, doorbell, report, job_id, lambda session, job: _end_late(session, job, settings, now))
     for job_id in disobeyed:  # here the parent is stuck, too; later writes of this worker are refused
         _settle(store, doorbell, report, job_id, lambda session, job: moves.unresponsive(session, job, now))
+    for job_id in resting:
+        _settle(store, doorbell, report, job_id, lambda session, job: _wake(session, job, now))
     _ring_again(store, settings, doorbell, report, now)
     report.expired = expire(store, now)
     with store.begin() as session:
         report.forgotten_keys = idempotency.expire(session, now)
+        operations.expire(session, now)
         workers.forget(session, now)
         jobs.shorten_leases(session, now + timedelta(seconds=settings.lease_ttl_s))
     return report
@@ -118,6 +123,14 @@ def _end_late(session: Session, job: Job, settings: Settings, now: datetime) -> 
     if job.status in FINAL or job.deadline_at is None or job.deadline_at + grace >= now:
         return None
     return moves.fail(session, job, moves.deadline(job), now)
+
+
+def _wake(session: Session, job: Job, now: datetime) -> Status | None:
+    """Queue an idle session that has an operation all the same."""
+    if job.status != Status.PAUSED or job.status_reason != IDLE:
+        return None
+    moves.move(session, job, Status.QUEUED, "operation", now)
+    return Status.QUEUED
 
 
 def _ring_again(store: Store, settings: Settings, doorbell: Doorbell, report: Report, now: datetime) -> None:

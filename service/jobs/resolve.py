@@ -49,6 +49,7 @@ class Resolved:
     dataset_paths: dict[str, Path] = field(default_factory=dict)
     formulas: list[Formula] = field(default_factory=list)  # references that service.rewards.references must read
     chats: Chats | None = None  # what service.rewards.chats must render
+    base_key: str | None = None  # of sessions and samplers
 
 
 def resolve(store: Store, settings: Settings, project: str, spec: RLSpec | SupervisedSpec) -> Resolved:

@@ -121,7 +121,7 @@ def _lists_in_texts(
                 detail = (
                     f"column {column!r} of row {rows.number(index)} of data.{part} holds a list, which a text cannot show; "
                 )
-                is_chat = _what_is_no_chat(rows[index][column]) is None
+                is_chat = what_is_no_chat(rows[index][column]) is None
                 detail += f"a list of messages is given as `data.chat: {column}`" if is_chat else "write it as text in the row"
                 yield FieldError(pointer, detail, "list_in_text", column)
 
@@ -132,7 +132,7 @@ def _bad_chats(spec: RLSpec | SupervisedSpec, rows: DataRows, part: str) -> Iter
     if isinstance(column := data.chat, str):
         learns = isinstance(spec, SupervisedSpec)
         for index, row in enumerate(rows):
-            if (what := _what_is_no_chat(row[column]) or _what_does_not_fit(spec, row[column], learns)) is not None:
+            if (what := what_is_no_chat(row[column]) or _what_does_not_fit(spec, row[column], learns)) is not None:
                 detail = f"column {column!r} of row {rows.number(index)} of data.{part} {what}"
                 yield FieldError("/data/chat", detail, "not_a_chat", column)
                 break
@@ -153,7 +153,7 @@ def _unknown_tools(column: Any, data: Data) -> Iterator[FieldError]:
         yield _absent("/data/tools", column, _Gap(0), "train", columns, len(data.train))
 
 
-def _what_is_no_chat(value: Any) -> str | None:
+def what_is_no_chat(value: Any) -> str | None:
     """Why the value is not a list of messages in OpenAI's form; None if it is one."""
     if not isinstance(value, list) or not value:
         return f'is no chat; it must be a list of {{"role": {" | ".join(ROLES)}, "content": text}}, and not empty'
@@ -166,7 +166,7 @@ def _what_is_no_chat(value: Any) -> str | None:
         if isinstance(content, list) and not all(
             isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str) for part in content
         ):
-            return f"holds content of another kind than text in message {number}; only text can be trained on"
+            return f"holds content of another kind than text in message {number}; only text is taken"
         if not isinstance(content, str | list) and not (content is None and calls and message["role"] == "assistant"):
             return f"is no chat: content of message {number} must be a text"
     return None

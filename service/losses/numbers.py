@@ -18,7 +18,7 @@ SPECIAL: Mapping[Any, float] = {
     "Infinity": float("inf"),
     "-Infinity": float("-inf"),
 }
-DTYPES: Mapping[str, str] = {"d": "F64", "f": "F32", "q": "I64"}
+DTYPES: Mapping[str, str] = {"d": "F64", "f": "F32", "q": "I64", "i": "I32"}
 PLAIN = {"d": {float, int}, "f": {float, int}, "q": {int}}
 INT64 = range(-(2**63), 2**63)
 

@@ -21,6 +21,7 @@ get, hold, live_paths = _rows.get, _rows.hold, _rows.live_paths
 # The order within a job, without any clock: an attempt continues from earlier ones, and a final checkpoint ends its step.
 FURTHEST_FIRST = (Checkpoint.attempt.desc(), Checkpoint.step.desc(), Checkpoint.is_final.desc(), Checkpoint.id.desc())
 
+Purpose = Literal["training", "sampler"]  # training: with the optimizer's state, so that training can go on from it
 Kept = Literal["in_use", "pinned"]  # why a checkpoint may not be deleted
 
 
@@ -38,13 +39,20 @@ class CheckpointRow:
     metrics: dict[str, Any]
     has_optimizer: bool
     is_final: bool
+    name: str | None = None  # given by a session's owner
+    purpose: Purpose = "training"
+    user_metadata: dict[str, Any] | None = None
+    ttl_s: float | None = None  # None: as the job's spec says
 
 
 def create(session: Session, row: CheckpointRow, *, project: str, job_id: str, attempt: int, now: datetime) -> Checkpoint:
-    ttl_s = session.scalar(select(Job.spec[("checkpoints", "ttl_s")].as_float()).where(Job.id == job_id))
+    columns = asdict(row)
+    ttl_s = columns.pop("ttl_s")
+    if ttl_s is None and row.name is None:
+        ttl_s = session.scalar(select(Job.spec[("checkpoints", "ttl_s")].as_float()).where(Job.id == job_id))
     expires_at = None if ttl_s is None else now + timedelta(seconds=ttl_s)
     whose = {"project": project, "job_id": job_id, "attempt": attempt}
-    checkpoint = Checkpoint(**asdict(row), **whose, created_at=now, expires_at=expires_at)
+    checkpoint = Checkpoint(**columns, **whose, created_at=now, expires_at=expires_at)
     session.add(checkpoint)
     session.flush()
     return checkpoint
@@ -59,9 +67,22 @@ def page(
 
 
 def of_job(session: Session, job_id: str) -> list[Checkpoint]:
-    """The job's checkpoints that are not deleted, the furthest first. A resume tries them in this order if some are broken."""
-    query = select(Checkpoint).where(Checkpoint.job_id == job_id, _rows.there)
+    """The job's checkpoints with an optimizer's state that are not deleted, the furthest first. A resume tries them in this
+    order if some are broken."""
+    query = select(Checkpoint).where(Checkpoint.job_id == job_id, Checkpoint.purpose == "training", _rows.there)
     return list(session.scalars(query.order_by(*FURTHEST_FIRST)))
+
+
+def newest(session: Session, job_id: str) -> Checkpoint | None:
+    """The job's furthest checkpoint of any purpose that is not deleted, or None."""
+    query = select(Checkpoint).where(Checkpoint.job_id == job_id, _rows.there).order_by(*FURTHEST_FIRST).limit(1)
+    return session.scalar(query)
+
+
+def named(session: Session, job_id: str, purpose: Purpose, name: str) -> Checkpoint | None:
+    """A session's checkpoint of this name that is not deleted, or None."""
+    query = select(Checkpoint).where(Checkpoint.job_id == job_id, Checkpoint.purpose == purpose, Checkpoint.name == name)
+    return session.scalar(query.where(_rows.there).order_by(Checkpoint.created_at.desc(), Checkpoint.id.desc()).limit(1))
 
 
 def needed(session: Session, checkpoint_ids: list[str]) -> set[str]:

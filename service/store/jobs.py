@@ -95,6 +95,28 @@ def next_queued(session: Session, classes: Collection[str], now: datetime) -> Jo
     )
 
 
+def queued_of_base(session: Session, classes: Collection[str], base_key: str, now: datetime, limit: int) -> list[Job]:
+    """Queued sessions and samplers of this base that may start now, in the order of the queue."""
+    query = select(Job).where(Job.status == Status.QUEUED, Job.base_key == base_key, _is_due(now))
+    query = query.where(Job.resource_class.in_(list(classes))).order_by(Job.priority.desc(), Job.queued_at, Job.id)
+    return list(session.scalars(query.limit(limit).execution_options(populate_existing=True)))
+
+
+def others_queued(session: Session, classes: Collection[str], base_key: str | None, now: datetime) -> bool:
+    """Whether a job that does not share this base may start now."""
+    query = select(Job.id).where(Job.status == Status.QUEUED, Job.resource_class.in_(list(classes)), _is_due(now))
+    if base_key is not None:
+        query = query.where(or_(Job.base_key.is_(None), Job.base_key != base_key))
+    return session.scalar(query.limit(1)) is not None
+
+
+def sampler(session: Session, project: str, base_key: str) -> Job | None:
+    """The project's sampler of this base that has not ended, or None."""
+    query = select(Job).where(Job.project == project, Job.kind == "sampler", Job.base_key == base_key)
+    query = query.where(Job.status.not_in(FINAL)).order_by(Job.created_at, Job.id).limit(1)
+    return session.scalar(query.execution_options(populate_existing=True))
+
+
 def take_unheard(session: Session, resource_class: str, now: datetime, rung_before: datetime, limit: int) -> list[str]:
     """Take at most `limit` queued jobs of this class that may start now and had no ring since `rung_before`; mark them as rung.
 

@@ -125,3 +125,14 @@ def revoke(session: Session, project: str, key_id: str) -> None:
     theirs = ApiKey.project == project, ApiKey.id == key_id, ApiKey.revoked_at.is_(None)
     if session.scalar(update(ApiKey).where(*theirs).values(revoked_at=utcnow()).returning(ApiKey.id)) is None:
         raise NotFound(f"no key {key_id} in this project")
+
+
+def sha256_of(session: Session, key_id: str) -> str | None:
+    """The stored hash of a key that is valid: what its holder's URLs are signed with. None otherwise."""
+    now = utcnow()
+    valid = (ApiKey.revoked_at.is_(None), or_(ApiKey.expires_at.is_(None), ApiKey.expires_at > now))
+    return session.scalar(select(ApiKey.sha256).where(ApiKey.id == key_id, *valid))
+
+
+def project_of(session: Session, key_id: str) -> str | None:
+    return session.scalar(select(ApiKey.project).where(ApiKey.id == key_id))

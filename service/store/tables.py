@@ -11,11 +11,13 @@ from sqlalchemy import (
     ForeignKey,
     Index,
     Integer,
+    LargeBinary,
     MetaData,
     PrimaryKeyConstraint,
     String,
     Text,
     TypeDecorator,
+    UniqueConstraint,
 )
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.engine import Dialect
@@ -153,6 +155,8 @@ class Job(Base):
     key_id: Mapped[str | None] = mapped_column(Id)  # the API key that submitted it
     budget_tokens: Mapped[int | None]
     budget_worker_s: Mapped[float | None] = mapped_column(Float)
+    # Of sessions and samplers: what they share a process by. The same key, the same frozen weights.
+    base_key: Mapped[str | None] = mapped_column(String(64), index=True)
 
 
 # The queue in its order. Workers and the reconciler filter by the columns at the end.
@@ -245,6 +249,36 @@ class Metric(Base):
     created_at: Mapped[datetime]
 
 
+class Operation(Base):
+    """One operation of a session: what was asked, and what came of it. The table is the session's write-ahead log.
+
+    In the lane '' operations run in the order of `seq` from 1, and a gap waits. In any other lane they run in any order.
+    """
+
+    __tablename__ = "operations"
+    __table_args__ = (
+        UniqueConstraint("job_id", "lane", "seq"),
+        Index("ix_operations_job_status", "job_id", "status", "lane", "seq"),
+    )
+
+    id: Mapped[str] = mapped_column(Id, primary_key=True)
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"))
+    lane: Mapped[str] = mapped_column(String(128))
+    seq: Mapped[int]
+    kind: Mapped[str] = mapped_column(String(24))
+    body_sha256: Mapped[str] = mapped_column(String(64))
+    request: Mapped[bytes | None] = mapped_column(LargeBinary)  # null when no replay needs it any more
+    size_bytes: Mapped[int]  # of the request
+    cost: Mapped[int]  # tokens of work: what turns between projects are counted by
+    status: Mapped[str] = mapped_column(String(8))  # waiting | done | failed
+    answer: Mapped[bytes | None] = mapped_column(LargeBinary)  # null until done, and again when it has expired
+    error: Mapped[dict[str, Any] | None]
+    attempt: Mapped[int | None]  # the attempt that answered it
+    created_at: Mapped[datetime]
+    finished_at: Mapped[datetime | None]
+    expires_at: Mapped[datetime | None] = mapped_column(index=True)  # when the answer is forgotten
+
+
 class Rollout(Base):
     """One sampled group: the prompt, its answers and their rewards."""
 
@@ -265,7 +299,10 @@ class Checkpoint(Base):
     """A folder of safetensors in the blob store, committed by rename, with a manifest of sha256 sums."""
 
     __tablename__ = "checkpoints"
-    __table_args__ = (Index("ix_checkpoints_job_step", "job_id", "step"),)
+    __table_args__ = (
+        Index("ix_checkpoints_job_step", "job_id", "step"),
+        Index("ix_checkpoints_job_name", "job_id", "purpose", "name"),
+    )
 
     id: Mapped[str] = mapped_column(Id, primary_key=True)
     project: Mapped[str] = mapped_column(String(64), index=True)
@@ -283,6 +320,9 @@ class Checkpoint(Base):
     created_at: Mapped[datetime]
     deleted_at: Mapped[datetime | None]
     pinned_at: Mapped[datetime | None]  # pinned by a person: nothing deletes it
+    name: Mapped[str | None]  # given by a session's owner; unique among the session's checkpoints of one purpose
+    purpose: Mapped[str] = mapped_column(String(8), server_default="training")  # training | sampler (no optimizer state)
+    user_metadata: Mapped[dict[str, Any] | None] = mapped_column("metadata")
     expires_at: Mapped[datetime | None] = mapped_column(index=True)  # from checkpoints.ttl_s of its job's spec
 
 
@@ -332,3 +372,54 @@ class Worker(Base):
     started_at: Mapped[datetime]
     last_seen_at: Mapped[datetime]
     memory: Mapped[dict[str, Any] | None]  # bytes: process, and with a GPU gpu_used and gpu_total
+
+
+class TinkerSession(Base):
+    """A client of the Tinker wire: one run of a program. Its models and samplers are jobs."""
+
+    __tablename__ = "tinker_sessions"
+    __table_args__ = (Index("ix_tinker_sessions_project_created", "project", "created_at"),)
+
+    id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    project: Mapped[str] = mapped_column(String(64))
+    display_name: Mapped[str | None]
+    tags: Mapped[list[str]]
+    user_metadata: Mapped[dict[str, Any]] = mapped_column("metadata")
+    created_at: Mapped[datetime]
+    seen_at: Mapped[datetime]  # the last heartbeat
+    finished_at: Mapped[datetime | None]
+    finish: Mapped[dict[str, Any] | None]  # {type, detail}: how its client said that it ended
+
+
+class TinkerModel(Base):
+    """A training run of the Tinker wire: its id there, and the session (a job) that it is here."""
+
+    __tablename__ = "tinker_models"
+    __table_args__ = (Index("ix_tinker_models_project_created", "project", "created_at"),)
+
+    id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    project: Mapped[str] = mapped_column(String(64))
+    session_id: Mapped[str] = mapped_column(ForeignKey("tinker_sessions.id", ondelete="CASCADE"), index=True)
+    job_id: Mapped[str | None] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), index=True)
+    checkpoint_id: Mapped[str | None] = mapped_column(Id)  # of a copy, which has no job: what was copied
+    base_model: Mapped[str]  # as its client named it
+    user_metadata: Mapped[dict[str, Any]] = mapped_column("metadata")
+    published: Mapped[list[str]]  # ids of checkpoints that its owner marked as public
+    created_at: Mapped[datetime]
+
+
+class TinkerSampler(Base):
+    """A sampling session of the Tinker wire: an immutable version of some weights, and the sampler (a job) that samples it."""
+
+    __tablename__ = "tinker_samplers"
+
+    id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    project: Mapped[str] = mapped_column(String(64))
+    session_id: Mapped[str] = mapped_column(ForeignKey("tinker_sessions.id", ondelete="CASCADE"), index=True)
+    job_id: Mapped[str | None] = mapped_column(ForeignKey("jobs.id", ondelete="SET NULL"), index=True)
+    model_id: Mapped[str | None] = mapped_column(String(64))  # whose weights they are, if they were saved for this sampler
+    checkpoint_id: Mapped[str | None] = mapped_column(Id)  # null: the base itself, or not looked up yet
+    base_model: Mapped[str]
+    context: Mapped[int | None]  # the model's, in tokens, if it is known without loading it
+    model_path: Mapped[str | None]
+    created_at: Mapped[datetime]

@@ -205,6 +205,12 @@ def serve() -> Callable[[Settings], AbstractContextManager[Api]]:
     return running
 
 
+@pytest.fixture(scope="session")
+def serve_for_long() -> Callable[[Settings], AbstractContextManager[Api]]:
+    """`serve` for fixtures of a wider scope."""
+    return running
+
+
 @pytest.fixture
 def own_log() -> Iterator[None]:
     with log_is_kept():

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from pydantic import SecretStr
 
-from chaos.standin import worker
+from chaos.standin import sampler, worker
 
 KEY = "tml-" + "aB3dE6gH9kL2nP5rS8uV1xY4zA7cF0iJ3mO6qT9wX2Z"
 FOR_S = int(os.environ.get("RATCHET_TEST_FUZZ_S", "0"))
@@ -26,6 +26,8 @@ LOSS_CASES = 6000  # of each of the two operations
 LEFT_OUT = "positive_data_acceptance"
 # A job's spec has so large a schema that its cases take longer than those of everything else.
 SPECS = ["create_job", "validate_job"]
+SESSIONS = ["create_session", "append_operations", "list_operations", "read_operation"]
+COMPLETIONS = ["create_completion", "create_chat_completion"]
 CONFIG = f"""
 [auth.openapi.bearer]
 bearer = "{KEY}"
@@ -42,7 +44,7 @@ def fuzz(serve, settings, tmp_path: Path) -> Iterator[Fuzz]:
     program = shutil.which("schemathesis", path=str(Path(sys.executable).parent))
     assert program is not None, "pip install -e '.[dev]'"
     known = settings.model_copy(update={"bootstrap_key": SecretStr(KEY), "key_requests_per_s": 0})
-    with serve(known) as api, worker(known):
+    with serve(known) as api, worker(known), sampler(known):
         document = api.app.openapi()
         for parameter in document["paths"]["/v1/jobs/{job_id}"]["get"]["parameters"]:
             if parameter["name"] == "wait_s":
@@ -75,7 +77,13 @@ def operations(option: str, names: list[str]) -> list[str]:
 
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 def test_every_case_of_the_document_is_answered_as_documented(fuzz: Fuzz) -> None:
-    assert fuzz("--phases", "coverage", *SAME, *operations("exclude", SPECS)) > 1000
+    assert fuzz("--phases", "coverage", *SAME, *operations("exclude", SPECS + SESSIONS + COMPLETIONS)) > 1000
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+@pytest.mark.parametrize("names", [SESSIONS, COMPLETIONS], ids=["sessions", "completions"])
+def test_every_case_for_sessions_and_samplers_is_answered_as_documented(fuzz: Fuzz, names: list[str]) -> None:
+    assert fuzz("--phases", "coverage", *SAME, *operations("include", names)) > 100
 
 
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)

@@ -118,14 +118,15 @@ def install_in_worker() -> None:
     import torch
 
     import workers.runner
+    import workers.tenure.resume
     from service.jobs import lease
     from service.store import blobs
     from workers.policy.learner import Learner
-    from workers.policy.sampler import Sampler
+    from workers.rollout.local import LocalEngine
     from workers.tenure import keeper, tenure
 
     _around(lease, "rewind", before="loading")
-    _around(Sampler, "_forward", before="while sampling")
+    _around(LocalEngine, "_forward", before="while sampling")
     _around(torch.optim.AdamW, "step", after="mid update")
     _around(lease.metrics, "write", before="inside a transaction")  # the job's row is locked
     _around(lease, "commit_step", after="after step row", false_is_done=True)
@@ -148,7 +149,7 @@ def install_in_worker() -> None:
     if os.environ.get(FENCING) == "off":
         _switch_fencing_off()
     if os.environ.get(DIGESTS) == "off":
-        workers.runner.verify = lambda folder, manifest_sha256=None: None
+        workers.tenure.resume.verify = lambda folder, manifest_sha256=None: None
     callers = (workers.runner, keeper, tenure)
     assert all(caller.leases is lease for caller in callers), "the wrappers must be what the product calls"
 

@@ -23,10 +23,13 @@ PACKAGES = (service, workers, ratchet_client)
 WRONG = FieldError("/model/source", "there is no such model", "unknown_model", got="tiny2", allowed=["tiny"])
 PROBLEM = {"code": "busy", "detail": "too many wait", "hint": "wait", "retryable": True, "errors": [WRONG.as_dict()]}
 
+LOST = {"code": "operation_lost", "detail": "the worker died", "category": "server", "hint": "send less"}
+
 # What an error is made of, by the class whose __init__ takes it.
 MADE_OF: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
     "Exception": (("what went wrong",), {}),
     "RuntimeError": (("what went wrong",), {}),
+    "TemplateError": (("what went wrong",), {}),
     "ValueError": (("what went wrong",), {}),
     "RatchetError": (("what went wrong",), {"code": "odd", "hint": "look", "allowed_moves": ["resume"]}),
     "InvalidRequest": (("what went wrong", [WRONG]), {"code": "odd", "hint": "look", "line": 3}),
@@ -38,6 +41,7 @@ MADE_OF: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
     "ItemRefused": (([WRONG, FieldError("", "too large")],), {}),
     "Retry": (("no answer", 2.5), {}),
     "RatchetApiError": ((429, PROBLEM), {"retry_after_s": 1.5}),
+    "RatchetOperationError": (({"id": "op_1", "seq": 3, "kind": "forward", "error": LOST},), {}),
     "RatchetLossPending": (("loss_1", "queued"), {}),
 }
 

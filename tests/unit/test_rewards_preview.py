@@ -120,7 +120,8 @@ def test_a_reward_service_that_is_down_is_tried_once_and_told() -> None:
 
 def test_a_supervised_job_without_graders_shows_its_rows() -> None:
     done = here({key: value for key, value in spec(kind="supervised").items() if key not in ("objective", "reward")})
-    assert done.warnings == [] and done.samples[0] == {"prompt": "0+0=", "reference": "0", "graded": None, "errors": []}
+    shown = {"prompt": "0+0=", "reference": "0", "learns": ["0"], "graded": None, "errors": []}
+    assert done.warnings == [] and done.samples[0] == shown
 
 
 def test_what_takes_too_long_is_ended_with_everything_it_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,7 +66,19 @@ COSTLY = {
     "hidden_size", "layers", "heads", "intermediate_size", "context", "rank",
 }  # fmt: skip
 # What names things outside of the spec, or texts with a grammar of their own.
-NAMES = {"source", "revision", "from_checkpoint", "name", "tags", "metadata", "target_modules", "extract", "stop", "class"}
+NAMES = {
+    "source",
+    "revision",
+    "from_checkpoint",
+    "name",
+    "tags",
+    "metadata",
+    "target_modules",
+    "target_parameters",
+    "extract",
+    "stop",
+    "class",
+}
 TEXTS = {"reference": "{a}", "pattern": "[0-9]+", "schema": {"type": "integer"}, "metric": "eval/reward/mean"}
 LEFT_OUT = {"HttpGrader", "ReasoningGymGrader", "DatasetSource", "ReasoningGymSource"}  # what is not of this process
 

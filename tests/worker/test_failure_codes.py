@@ -47,9 +47,10 @@ from workers.policy.base import Base
 from workers.policy.errors import PolicyFailed, Subject
 from workers.policy.learner import Learner
 from workers.policy.load import adapter_of
-from workers.runner import POINTERS, _start_checkpoint, failure_of
+from workers.tenure.failures import POINTERS, failure_of
 from workers.tenure.keeper import Hold, Keeper
 from workers.tenure.log_tail import LINES, LogTail
+from workers.tenure.resume import start_checkpoint
 
 ROOT = Path(__file__).parents[2]
 
@@ -213,12 +214,12 @@ def _checkpoint(world: World, *, commit: bool) -> str:
 @produces("checkpoint_broken")
 def _(world: World) -> None:
     checkpoint_id = _checkpoint(world, commit=True)
-    _start_checkpoint(world.store, world.submit(), checkpoint_id)
+    start_checkpoint(world.store, world.submit(), checkpoint_id)
 
 
 @produces("checkpoint_not_found")
 def _(world: World) -> None:
-    _start_checkpoint(world.store, world.submit(), _checkpoint(world, commit=False))
+    start_checkpoint(world.store, world.submit(), _checkpoint(world, commit=False))
 
 
 def _ungraded(**reward: Any) -> None:

@@ -6,7 +6,7 @@ from sqlalchemy.exc import OperationalError
 
 from service.errors import InvalidRequest, JobFailed
 from service.store.session import make_engine
-from workers.runner import failure_of
+from workers.tenure.failures import failure_of
 
 
 def test_a_database_that_is_away_is_tried_again() -> None:

@@ -88,7 +88,8 @@ def test_a_job_trains_and_leaves_metrics_rollouts_events_and_checkpoints(stack: 
 def test_a_job_writes_every_metric_that_the_table_names_for_its_kind_and_no_other(shared: Any, specs: Any, kind: str) -> None:
     length = {"kind": "length", "name": "short", "max_tokens": 2, "weight": 0.5}
     sections = {
-        "data": {**specs.rl()["data"], "eval": {"source": "split", "rows": 4}},
+        "model": {**specs.rl()["model"], "dtype": "bfloat16"},
+        "data": {**specs.rl()["data"], "eval": {"source": "split", "rows": 4}, "overlong": "skip"},
         "reward": {"graders": [*specs.rl()["reward"]["graders"], length]},
         "eval": {"every_steps": 1, "temperature": 1.0, "also_greedy": True, "max_completion_tokens": 4},
         "limits": {"max_steps": 1},

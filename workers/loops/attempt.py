@@ -58,14 +58,10 @@ class Attempt:
     skipped: int = 0  # rows of data.train that were left out because they are too long
 
     def overlong_metrics(self, cut: int) -> dict[str, float]:
-        """A step's metrics about rows that are too long; `cut` counts the prompts that the step had to cut."""
-        match self.spec.data.overlong:
-            case "skip":
-                return {OVERLONG_SKIPPED: float(self.skipped)}
-            case "truncate_left":
-                return {OVERLONG_TRUNCATED: float(cut)}
-            case "refuse":
-                return {}
+        """A step's metrics about rows that are too long, unless those are refused; `cut` counts the prompts it had to cut."""
+        if self.spec.data.overlong == "refuse":
+            return {}
+        return {OVERLONG_SKIPPED: float(self.skipped), OVERLONG_TRUNCATED: float(cut)}
 
 
 TrainingStep = Callable[[Attempt, int], StepResult]

@@ -7,13 +7,13 @@ In float32 the difference is a few millionths, and nothing is measured.
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from service.metric_names import NOISE_LOG_RATIO, NOISE_POOLED
 from service.spec.axes import Clipped
 from service.spec.job import RLSpec
 from workers.loops.attempt import Attempt
 from workers.objectives.objective import Objective
-from workers.policy.policy import Scores
 from workers.policy.score.layout import Sequence as TokenSequence
 from workers.tenure.tenure import EventRow
 
@@ -26,18 +26,18 @@ def is_due(attempt: Attempt, step: int) -> bool:
 
 
 def noise(
-    attempt: Attempt, objective: Objective, sequences: Sequence[TokenSequence], scored: Scores, step: int
+    attempt: Attempt, objective: Objective, sequences: Sequence[TokenSequence], log_probs: Tensor, step: int
 ) -> tuple[dict[str, float], list[EventRow]]:
     """The metrics policy/noise_*, and once in a job a warning if they exceed the objective's clips.
 
-    `scored` are the policy's scores of the sequences, with weights that have not changed since.
+    `log_probs` [B, T] are the policy's of the sequences, with weights that have not changed since.
     """
     spec = attempt.spec
     assert isinstance(spec, RLSpec)
     chosen = _some(sequences, spec.rollout.group_size)
     again = attempt.policy.score([sequences[i] for i in chosen], temperature=spec.rollout.temperature, nudge=True)
     mask, width = again.mask, again.mask.shape[1]
-    delta = (again.log_probs - scored.log_probs[chosen, :width]).double() * mask
+    delta = (again.log_probs - log_probs[chosen, :width]).double() * mask
     metrics = {NOISE_LOG_RATIO: float(delta[mask].square().mean().sqrt())}
     if objective.ratio.constant:
         return metrics, []

@@ -13,7 +13,7 @@ from service.spec.job import RLSpec
 from service.spec.reward import RewardSpec
 from service.states import Phase
 from workers.loops.attempt import Attempt, prompt_tokens
-from workers.policy.sampler import Completion
+from workers.rollout.engine import Completion
 from workers.seeds import derive
 from workers.tenure.tenure import EventRow
 

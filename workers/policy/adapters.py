@@ -4,18 +4,21 @@ At most one adapter is active at any time; the others then have no effect.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import orjson
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -23,11 +26,14 @@ from service.spec.model import Lora
 from service.validation import did_you_mean
 from workers.policy.errors import PolicyFailed, Subject
 from workers.policy.load import ADAPTER_CONFIG, ADAPTER_WEIGHTS, mismatch, saved_adapter
+from workers.rollout.local import LEAST_ROWS
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 # Peft puts the adapter's name into the names of its weights. An optimizer's tensors on the disk use this name instead.
 SAVED_AS = "default"
 EXPERTS = "experts"  # the module of a layer that holds the weights of all its routed experts, stacked: [experts, in, out]
+PLAIN = "__base__"  # peft's name for a row without an adapter
+BUSY = "the base is at work for one of its policies; another has to wait"
 
 
 class Adapters:
@@ -41,8 +47,10 @@ class Adapters:
         self._peft: PeftModel | None = None  # set while there is any adapter
         self._frozen: dict[str, bool] = {}  # by the adapter's name
         self._at_work: str | None = None  # the adapter that the model is known to be switched to
+        self.mixes = True  # whether rows of one batch may use different adapters; those of stacked experts act on all rows
         self._in_use = False
         self._closed = False
+        self._mixed: list[Any] = []  # the layers with adapters
 
     def close(self) -> None:
         """Allow no adapter from now on: the model's own weights are trained. Raises ValueError if there is a learner."""
@@ -109,13 +117,43 @@ class Adapters:
         Raises RuntimeError if nested, because the outer block would continue with the inner block's adapter.
         """
         if self._in_use:
-            raise RuntimeError("the base is at work for one of its policies; another has to wait")
+            raise RuntimeError(BUSY)
         with self._without_any() if name is None else nullcontext(self._switch_to(name)):
             self._in_use = True
             try:
                 yield
             finally:
                 self._in_use = False
+
+    def has(self, name: str) -> bool:
+        return name in self._frozen
+
+    @contextmanager
+    def rows(self, names: Sequence[str | None]) -> Iterator[None]:
+        """Inside the `with` block, row i of the model's input uses the adapter names[i], or none; without gradients.
+
+        Rows beyond the names use none. The result for a row is the same as by `only`, to the bit where matrix products of
+        LEAST_ROWS rows and more are. Raises RuntimeError if nested.
+        """
+        if len(kinds := set(names)) == 1 and (None not in kinds or not self.mixes):
+            with self.only(names[0]):
+                yield
+            return
+        if not self.mixes:
+            raise ValueError("adapters of routed experts' weights cannot be mixed in one batch")
+        if self._in_use:
+            raise RuntimeError(BUSY)
+        mixture = _Mixture(names, self._model.device)
+        mixed = self._mixed if self._peft is not None else []
+        self._in_use = True
+        try:
+            for layer in mixed:
+                layer.forward = mixture.of(layer)
+            yield
+        finally:
+            self._in_use = False
+            for layer in mixed:
+                vars(layer).pop("forward", None)
 
     def parameters(self, name: str) -> dict[str, nn.Parameter]:
         """The adapter's weights in the order of the model's layers, by their names on the disk."""
@@ -266,6 +304,8 @@ class Adapters:
                 self._undo(name)
                 raise
         self._frozen[name] = frozen
+        self._mixed = [layer for layer in self._model.modules() if isinstance(layer, LoraLayer)]
+        self.mixes = not any(isinstance(layer, ParamWrapper) for layer in self._mixed)
         self._model.eval()  # the new dropouts
 
     def _restore_order(self) -> None:
@@ -310,6 +350,42 @@ class Adapters:
                     layer.delete_adapter(name)
                 elif ".base_layer" not in path:  # else it is inside of another, which takes it along
                     self._model.set_submodule(path, layer.get_base_layer())
+
+
+class _Mixture:
+    """Which rows of the model's input use which adapter."""
+
+    def __init__(self, names: Sequence[str | None], device: torch.device) -> None:
+        self._names, self._device = names, device
+        self._rows = {
+            kind: [row for row, name in enumerate(names) if name == kind] for kind in sorted(filter(None, set(names)))
+        }
+        self._places = cache(self._places_of)
+
+    def of(self, layer: Any) -> Callable[..., Tensor]:
+        """What stands for the layer's `forward`."""
+        if isinstance(layer, LoraLinear):
+            return partial(self._linear, layer)
+        return partial(layer._mixed_batch_forward, adapter_names=[name or PLAIN for name in self._names])
+
+    def _linear(self, layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """What peft's layer computes; `x` is [rows, places, width], or [rows x places, width]."""
+        result = layer.base_layer(x, *args, **kwargs)
+        for name in self._rows:
+            if name in layer.lora_A:
+                mine, enough = self._places(name, x.shape[:-1])
+                lora_a, lora_b = layer.lora_A[name], layer.lora_B[name]
+                change = lora_b(lora_a(x[enough].to(lora_a.weight.dtype))) * layer.scaling[name]
+                result[mine] = (result[mine] + change[: len(mine)]).to(result.dtype)
+        return result
+
+    def _places_of(self, name: str, shape: torch.Size) -> tuple[Tensor, Tensor]:
+        """The adapter's places in the first dimension, and the same with repetitions up to LEAST_ROWS products."""
+        mine = torch.tensor(self._rows[name], device=self._device)
+        if len(shape) == 1 and (each := shape[0] // len(self._names)) > 1:
+            mine = (mine.unsqueeze(-1) * each + torch.arange(each, device=self._device)).flatten()
+        lacking = LEAST_ROWS - len(mine) * shape[1:].numel()
+        return mine, mine if lacking <= 0 else torch.cat([mine, mine[:1].expand(lacking)])
 
 
 def _tied_layers(model: PreTrainedModel) -> list[str]:

@@ -1,9 +1,11 @@
-"""The base: a language model with its tokenizer, sampler and scorer, loaded once and shared by several policies.
+"""The base: a language model with its tokenizer, rollout engine and scorer, loaded once and shared by several policies.
 
 Its weights are frozen. Learners add their adapters to it (as many as there is memory for), or one learner trains all its
 weights; that learner then cannot share the base.
 """
 
+import logging
+import os
 from pathlib import Path
 from typing import Self
 
@@ -14,11 +16,13 @@ from transformers import PreTrainedModel
 from service.spec.model import Full, ModelSpec
 from workers.policy.adapters import Adapters
 from workers.policy.load import Loaded, adapter_of, load_model, pick_device, unsupported_if_it_fails
-from workers.policy.sampler import Sampler
 from workers.policy.score.layout import auto_microbatch_tokens
 from workers.policy.score.log_probs import Scorer
 from workers.policy.text import Text
 from workers.policy.trial import disagreement
+from workers.rollout.local import LocalEngine
+
+log = logging.getLogger(__name__)
 
 
 class Base:
@@ -29,13 +33,13 @@ class Base:
         self.source, self.revision, self.full_from = source, loaded.revision, full_from
         self.device = self.model.device
         self.text = Text(loaded.tokenizer, self.model)
-        self.sampler = Sampler(self.model, eos_ids=self.text.eos_ids, pad_id=self.text.pad_id, decode=self.text.decode_all)
         self.scorer = Scorer(self.model)
         self.microbatch_tokens = auto_microbatch_tokens(self.model, self.device)
         self.parameters = sum(p.numel() for p in self.model.parameters())
         self._trainable = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self.model.requires_grad_(False)
         self.adapters = Adapters(self.model)
+        self.engine = self._engine(slots=True)
 
     @classmethod
     def load(
@@ -62,9 +66,31 @@ class Base:
         if self.text.context < 1:
             raise ValueError(f"its context holds {self.text.context} tokens")
         self.text.decode(self.text.encode("a"))  # some of a tokenizer's settings are looked at when it is used, not before
-        off = disagreement(self.sampler, self.scorer, vocabulary=self.text.rows, dtype=self.model.dtype, device=self.device)
+        if self.engine.slotted:
+            try:
+                if self._disagreement() is None:
+                    return
+            except (ValueError, TypeError, AttributeError, LookupError, RuntimeError) as error:
+                log.info("the model %s takes no rows of several lengths at once: %r", self.source, error)
+            self.engine = self._engine(slots=False)
+        off = self._disagreement()
         if off is not None:
             raise ValueError(f"{off}: it keeps a state outside of its cache, or pads otherwise")
+
+    def _disagreement(self) -> str | None:
+        return disagreement(self.engine, self.scorer, vocabulary=self.text.rows, dtype=self.model.dtype, device=self.device)
+
+    def _engine(self, *, slots: bool) -> LocalEngine:
+        text, head_alone = self.text, self.scorer.head_on_answers_only
+        return LocalEngine(
+            self.model,
+            self.adapters,
+            eos_ids=text.eos_ids,
+            pad_id=text.pad_id,
+            decode=text.decode_all,
+            head_alone=head_alone,
+            slots=slots,
+        )
 
     def take_over(self) -> dict[str, nn.Parameter]:
         """Give all weights to one learner to train. Its changes are never undone, so only this learner can use the base.
@@ -78,6 +104,10 @@ class Base:
 
 
 def _be_deterministic(device: torch.device, threads: int) -> None:
+    if threads > 1:
+        # A row of a product then does not depend on how many rows there are and who computes them. With one thread the rollout
+        # engine sees to it by itself, and faster. MKL reads this at a process's first product.
+        os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
     torch.set_num_threads(threads)
     if device.type == "cpu":
         torch.use_deterministic_algorithms(True)

@@ -127,7 +127,7 @@ class Chat:
         if not self._tokenizer.chat_template:
             raise PolicyFailed(
                 "no_chat_template",
-                "data.chat was given, and the model's tokenizer has no chat template",
+                "messages were given, and the model's tokenizer has no chat template",
                 hint="use data.prompt, or an instruction-tuned model",
                 subject=Subject.CHAT,
             )

@@ -7,7 +7,7 @@ derives from a seed and a step, so a loaded learner continues bit for bit as the
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,15 +23,17 @@ from service.spec.model import Full, Lora
 from service.spec.training import OptimizerSpec
 from workers.policy.base import Base
 from workers.policy.load import MODEL, model_folder
-from workers.policy.optimizer import Optimizer
+from workers.policy.optimizer import Optimizer, StepSettings
 from workers.policy.policy import Policy
-from workers.policy.score.layout import Sequence, microbatches, pad, response_mask
+from workers.policy.score.layout import Items, Sequence, batches_of, microbatches, pad, response_mask
 from workers.seeds import derive
 
 TRAINER = "trainer.json"
 
 # (log_probs [b, T] of some rows, the rows' indices in the list) -> the rows' share of the loss, a scalar with a graph.
 Loss = Callable[[Tensor, Tensor], Tensor]
+# The same for items: (log_probs [n] or [n, K], where in all N tokens these stand [n]) -> the items' share of the loss.
+TargetLoss = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -107,40 +109,72 @@ class Learner(Policy):
         base = self.base
         mask = response_mask(sequences, base.device)
         entropy = torch.zeros(mask.shape, device=base.device)
-        shares: list[Tensor] = []
-        with base.adapters.only(self.adapter), self._dropout():
+
+        def shares() -> Iterator[Tensor]:
             for rows in microbatches(sequences, base.microbatch_tokens if microbatch_tokens == "auto" else microbatch_tokens):
                 batch = pad([sequences[row] for row in rows], base.text.pad_id, base.device)
                 indices = torch.tensor(rows, device=base.device)
                 chosen, entropy[indices[batch.rows_N], batch.steps_N] = base.scorer(batch, temperature)
                 log_probs = chosen.new_zeros(len(rows), mask.shape[1]).index_put((batch.rows_N, batch.steps_N), chosen)
-                share = loss(log_probs, indices)
+                yield loss(log_probs, indices)
+
+        return Accumulated(self._add(shares()), entropy)
+
+    def accumulate_targets(self, items: Items, loss: TargetLoss) -> tuple[float, Tensor]:
+        """Add the gradient of a loss over the items' targets. Returns the loss (nan if it is not finite), and the log-probs
+        [N] or [N, K] that it was computed of.
+
+        `loss` gets the log-probs [n] or [n, K] of some items, and where in the N tokens these stand [n]. No item is split.
+        """
+        base, seen = self.base, torch.zeros(items.targets_N.shape, device=self.base.device)
+
+        def shares() -> Iterator[Tensor]:
+            for rows in batches_of(items.lengths, base.microbatch_tokens):
+                input_ids, positions, places = items.padded(rows, base.text.pad_id)
+                log_probs = base.scorer.log_probs(input_ids, positions, items.targets_N[places])
+                seen[places] = log_probs.detach()
+                yield loss(log_probs, places)
+
+        return self._add(shares()), seen
+
+    def _add(self, shares: Iterable[Tensor]) -> float:
+        """Add the gradients of these parts of a loss, each computed when its turn comes. Returns their sum."""
+        done: list[Tensor] = []
+        with self.base.adapters.only(self.adapter), self._dropout():
+            for share in shares:
                 share.backward()
-                shares.append(share.detach())
-        total = math.fsum(map(float, shares)) if all(torch.isfinite(share) for share in shares) else math.nan
+                done.append(share.detach())
+        total = math.fsum(map(float, done)) if all(torch.isfinite(share) for share in done) else math.nan
         self._accumulated += 1
         self._poisoned |= not math.isfinite(total)
-        return Accumulated(total, entropy)
+        return total
 
     @property
     def updates(self) -> int:
         """How often the weights were updated, or an update was skipped."""
         return self._optimizer.steps_done
 
-    def step(self) -> dict[str, float | bool]:
-        """One optimizer step, unless loss or gradient is not finite: grad_norm (before clipping), learning_rate, skipped."""
-        result = self._optimizer.step(poisoned=self._poisoned)
+    def step(self, settings: StepSettings | None = None) -> dict[str, float | bool]:
+        """One optimizer step, unless loss or gradient is not finite: grad_norm (before clipping), learning_rate, skipped.
+
+        settings  for this step, in place of the spec's and its schedule
+        """
+        result = self._optimizer.step(settings, poisoned=self._poisoned)
         self._accumulated, self._poisoned = 0, False
         return result
 
-    def save(self, folder: Path) -> None:
-        """Write model/ (a plain transformers folder, or a plain peft adapter), the optimizer's state and trainer.json."""
+    def save(self, folder: Path, *, optimizer: bool = True) -> None:
+        """Write model/ (a plain transformers folder, or a plain peft adapter), the optimizer's state and trainer.json.
+
+        optimizer  False: leave its state out; training cannot go on exactly from such a folder
+        """
         if self.adapter is None:
             self.base.model.save_pretrained(folder / MODEL)
         else:
             self.base.adapters.save(self.adapter, folder / MODEL)
         self.text.save(folder / MODEL)
-        self._optimizer.save(folder)
+        if optimizer:
+            self._optimizer.save(folder)
         trainer = {
             "optimizer_steps": self._optimizer.steps_done,
             "source": self.base.source,

@@ -7,6 +7,7 @@ to the master, and the weight is its rounded copy. Gradients are summed over mic
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -35,6 +36,16 @@ def learning_rate_ratio(schedule: Schedule, step: int, steps: int) -> float:
     return schedule.min_ratio + (1 - schedule.min_ratio) * shape
 
 
+class StepSettings(NamedTuple):
+    """AdamW's settings for one step, in place of the spec's and its schedule."""
+
+    learning_rate: float
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float  # decoupled
+    max_grad_norm: float | None  # None: gradients are not scaled
+
+
 class Optimizer:
     """`steps_done` counts the calls of `step`, including skipped ones."""
 
@@ -52,19 +63,29 @@ class Optimizer:
         for master in self._masters.values():
             master.grad = None
 
-    def step(self, *, poisoned: bool = False) -> dict[str, float | bool]:
-        """One update from the summed gradients, which are then cleared. `poisoned`: their loss was not finite."""
-        rate = self._spec.learning_rate * learning_rate_ratio(self._spec.schedule, self.steps_done, self._steps)
-        norm = float(nn.utils.clip_grad_norm_(self._masters.values(), self._spec.max_grad_norm))
+    def step(self, settings: StepSettings | None = None, *, poisoned: bool = False) -> dict[str, float | bool]:
+        """One update from the summed gradients, which are then cleared. `poisoned`: their loss was not finite.
+
+        settings  for this step; the moments go on whatever they are. Default: the spec's, by its schedule
+        """
+        how = settings or self._scheduled()
+        # Scaled by 1 at most, and thus not at all, where there is no limit.
+        most = math.inf if how.max_grad_norm is None else how.max_grad_norm
+        norm = float(nn.utils.clip_grad_norm_(self._masters.values(), most))
         skipped = poisoned or not math.isfinite(norm)
         if not skipped:
             for group in self._adamw.param_groups:
-                group["lr"] = rate
+                group |= {"lr": how.learning_rate, "betas": how.betas, "eps": how.eps, "weight_decay": how.weight_decay}
             self._adamw.step()
             self._copy_masters()
         self.zero_grad()
         self.steps_done += 1
-        return {"grad_norm": norm, "learning_rate": rate, "skipped": skipped}
+        return {"grad_norm": norm, "learning_rate": how.learning_rate, "skipped": skipped}
+
+    def _scheduled(self) -> StepSettings:
+        spec = self._spec
+        rate = spec.learning_rate * learning_rate_ratio(spec.schedule, self.steps_done, self._steps)
+        return StepSettings(rate, (spec.betas[0], spec.betas[1]), spec.eps, spec.weight_decay, spec.max_grad_norm)
 
     def save(self, folder: Path) -> None:
         tensors: dict[str, Tensor] = {}

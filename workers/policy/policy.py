@@ -14,8 +14,9 @@ from torch import Tensor
 
 from workers.policy.base import Base
 from workers.policy.nudge import nudged
-from workers.policy.sampler import Completion, SamplingParams
-from workers.policy.score.layout import Sequence, microbatches, pad, response_mask
+from workers.policy.score.layout import Items, Sequence, batches_of, microbatches, pad, response_mask
+from workers.rollout.engine import Completion, Request, SamplingParams
+from workers.seeds import derive
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,15 @@ class Policy:
         """
         stop = tuple(stop)
         how = SamplingParams(max_tokens, temperature, top_p, top_k, stop, tuple(self.text.stop_ids(stop)))
-        with self.base.adapters.only(self.adapter):
-            return self.base.sampler.sample(prompts, group_size, how, seed)
+        requests = [
+            Request(prompt, how, derive(seed, row * group_size + place, "answer"), self.adapter)
+            for row, prompt in enumerate(prompts)
+            for place in range(group_size)
+        ]
+        answers = self.base.engine.run(requests)
+        if failed := next((answer.error for answer in answers if answer.error is not None), None):
+            raise failed
+        return [answers[start : start + group_size] for start in range(0, len(answers), group_size)]
 
     @torch.no_grad()
     def score(self, sequences: list[Sequence], *, temperature: float = 1.0, nudge: bool = False) -> Scores:
@@ -69,6 +77,26 @@ class Policy:
                 place = torch.tensor(rows, device=base.device)[batch.rows_N], batch.steps_N
                 log_probs[place], entropy[place] = base.scorer(batch, temperature)
         return Scores(log_probs, entropy, mask)
+
+    @torch.no_grad()
+    def score_targets(self, items: Items) -> Tensor:
+        """The log-probs of the items' targets, [N] or [N, K] float32."""
+        log_probs = torch.zeros(items.targets_N.shape, device=self.base.device)
+        with self.base.adapters.only(self.adapter):
+            for rows in batches_of(items.lengths, self.base.microbatch_tokens):
+                input_ids, positions, places = items.padded(rows, self.text.pad_id)
+                log_probs[places] = self.base.scorer.log_probs(input_ids, positions, items.targets_N[places])
+        return log_probs
+
+    def likeliest(self, items: Items, count: int) -> tuple[Tensor, Tensor]:
+        """The likeliest tokens after each of the items' tokens, and their log-probs: both [N, count]; targets do not matter."""
+        ids = torch.zeros(len(items.tokens_N), count, dtype=torch.long, device=self.base.device)
+        log_probs = torch.zeros(ids.shape, device=self.base.device)
+        with self.base.adapters.only(self.adapter):
+            for rows in batches_of(items.lengths, self.base.microbatch_tokens):
+                input_ids, positions, places = items.padded(rows, self.text.pad_id)
+                ids[places], log_probs[places] = self.base.scorer.likeliest(input_ids, positions, count)
+        return ids, log_probs
 
     def unload(self) -> None:
         """Remove the policy's adapter, if it has one, from the base. The policy cannot be used afterwards."""

@@ -13,7 +13,31 @@ from workers.policy.errors import PolicyFailed, Subject
 
 NO_LIMIT = 1 << 20  # tokens of context, for a model that names none
 LOADED_BY = ("is_local", "local_files_only")  # how a tokenizer was loaded; transformers would save this with it
+BROKEN = "\ufffd"  # stands for the bytes of a character that has not come to its end
 SEAMS = "\n", ":", "a"  # texts whose tokens usually stay the same when another text follows
+
+
+class Unfolding:
+    """The text of an answer that is still growing, in parts: whole characters only, each once."""
+
+    def __init__(self, text: "Text") -> None:
+        self._text = text
+        self.length = 0  # characters told so far
+        # Tokens before these two are not decoded again: some look different at the beginning of a text, so that a new window
+        # begins where the last part but one ended. `_told` counts characters of the window.
+        self._window = self._end = self._told = 0
+
+    def part(self, tokens: list[int]) -> str:
+        """What came since the last part; `tokens` are all of the answer's until now."""
+        whole = self._text.decode(tokens[self._window :])
+        certain = whole.rstrip(BROKEN)
+        new = certain[self._told :]
+        self._told += len(new)
+        self.length += len(new)
+        if certain == whole and len(tokens) > self._end:
+            self._window, self._end = self._end, len(tokens)
+            self._told = len(self._text.decode(tokens[self._window :]))
+        return new
 
 
 class Text:
@@ -111,6 +135,14 @@ class Text:
     def decode_all(self, rows: list[list[int]]) -> list[str]:
         kept = [[token for token in row if token not in self._frame] for row in rows]
         return self.tokenizer.batch_decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def pieces(self, tokens: Iterable[int]) -> dict[int, str]:
+        """The text of each token alone, special ones too, with the space that it may begin with."""
+        ids, start = sorted(set(tokens)), self._plain("a")
+        shown = self.tokenizer.batch_decode(
+            [start, *([*start, token] for token in ids)], skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+        return {token: text[len(shown[0]) :] for token, text in zip(ids, shown[1:], strict=True)}
 
     def _plain(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]

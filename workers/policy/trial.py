@@ -7,10 +7,9 @@ that go on.
 
 import torch
 
-from service.errors import JobFailed
-from workers.policy.sampler import Sampler, SamplingParams
 from workers.policy.score.layout import Sequence, pad
 from workers.policy.score.log_probs import Scorer
+from workers.rollout.engine import Engine, Request, SamplingParams
 
 PROMPT_LENGTHS = (3, 1, 2)
 GROUP_SIZE, ANSWER_TOKENS = 2, 4
@@ -21,17 +20,18 @@ COARSE_TOLERANCE = 0.5  # for narrower types, with which a mixture of experts ma
 
 
 @torch.no_grad()
-def disagreement(sampler: Sampler, scorer: Scorer, *, vocabulary: int, dtype: torch.dtype, device: torch.device) -> str | None:
+def disagreement(engine: Engine, scorer: Scorer, *, vocabulary: int, dtype: torch.dtype, device: torch.device) -> str | None:
     """A message with the difference of the sampler's and scorer's log-probs; None if they agree as far as `dtype` allows.
 
     Exceptions of the model are passed on. Logits that are not finite give None; a job reports them when it meets them.
     """
     prompts = [[(7 * row + 3 * place + 5) % vocabulary for place in range(length)] for row, length in enumerate(PROMPT_LENGTHS)]
-    try:
-        groups = sampler.sample(prompts, GROUP_SIZE, SamplingParams(ANSWER_TOKENS), seed=0)
-    except JobFailed:
+    how = SamplingParams(ANSWER_TOKENS)
+    prompts = [prompt for prompt in prompts for _ in range(GROUP_SIZE)]
+    completions = engine.run([Request(prompt, how, seed) for seed, prompt in enumerate(prompts)])
+    if any(completion.error is not None for completion in completions):
         return None
-    answers = [(prompt, answer) for prompt, group in zip(prompts, groups, strict=True) for answer in group]
+    answers = list(zip(prompts, completions, strict=True))
     batch = pad([Sequence(prompt, answer.tokens) for prompt, answer in answers], 0, device)
     scored, _ = scorer(batch)
     sampled = torch.tensor([log_prob for _, answer in answers for log_prob in answer.log_probs])

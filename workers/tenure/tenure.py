@@ -18,6 +18,7 @@ from service.jobs.lease import CheckpointRow, Lease, RolloutRow
 from service.spec.job import CheckpointsSpec, KeepBest
 from service.states import Phase, Status, Wish
 from service.store.tables import Job
+from service.store.usage import Spent
 from workers.policy.checkpoint import write_manifest
 from workers.tenure.keeper import Hold, Keeper
 from workers.tenure.log_tail import LogTail
@@ -140,9 +141,9 @@ class Tenure:
         log.info("job %s: checkpoint %s at step %d", self.job.id, row.id, self.saved_at)
         self._tell_followers()
 
-    def _write(self, contents: Contents, *, final: bool) -> CheckpointRow:
+    def _write(self, contents: Contents, *, final: bool, checkpoint_id: str | None = None) -> CheckpointRow:
         """Write the folder into the blob store. An incomplete folder is removed at once, because the disk may be full."""
-        blobs, checkpoint_id = self.store.blobs, new_id("ckpt")
+        blobs, checkpoint_id = self.store.blobs, checkpoint_id or new_id("ckpt")
         relative = f"checkpoints/{self.job.id}/{checkpoint_id}"
         folder = blobs.temporary_dir((self.job.id, self.lease.attempt))
         try:
@@ -173,11 +174,15 @@ class Tenure:
         if isinstance(outcome, Failed):
             self._describe(outcome)
         end = self._ending(outcome)
-        spent = replace(self.meter.take(), ran_s=self._hold.ran_s)
-        self._hold.patiently(lambda: end(self.store, self.lease, spent=spent))
-        self._keeper.let_go(self._hold)
+        self._end(lambda spent: end(self.store, self.lease, spent=spent))
         if isinstance(outcome, Drained):
             self.doorbell.ring(self.job.id, self.job.resource_class)  # another worker continues at once
+
+    def _end(self, end: Callable[[Spent], Status]) -> Status:
+        spent = replace(self.meter.take(), ran_s=self._hold.ran_s)
+        status = self._hold.patiently(lambda: end(spent))
+        self._keeper.let_go(self._hold)
+        return status
 
     def _ending(self, outcome: Outcome) -> Callable[..., Status]:
         match outcome:

@@ -7,9 +7,10 @@ import torch
 
 from service.errors import JobFailed
 from service.spec.model import Full, ModelSpec
-from workers.policy import sampler
-from workers.policy.sampler import SamplingParams, draw
 from workers.policy.score.layout import Sequence
+from workers.rollout import local
+from workers.rollout.draw import draw, key_of, uniforms
+from workers.rollout.engine import Request, SamplingParams
 
 PROMPTS = ["rev 1>", "ab", "rev 123456="]
 
@@ -103,6 +104,11 @@ def test_temperature_scales_the_log_probs_that_are_reported(load):
     assert not torch.allclose(policy.score(sequences).log_probs[scores.mask], reported, atol=1e-4)
 
 
+def points(count):
+    """A number for each row, as the rows of one prompt would get them."""
+    return uniforms([key_of(seed) for seed in range(count)], [0] * count)
+
+
 LOGITS = torch.tensor([0.5, 0.25, 0.15, 0.1]).log()
 
 
@@ -121,7 +127,7 @@ LOGITS = torch.tensor([0.5, 0.25, 0.15, 0.1]).log()
 def test_truncated_distributions_are_renormalised(how, kept):
     order = torch.tensor([3, 0, 2, 1])  # likelihood does not follow the tokens' numbers
     logits = torch.empty(4).index_put((order,), LOGITS).expand(4000, 4)
-    tokens, log_probs = draw(logits, how, torch.Generator().manual_seed(0))
+    tokens, log_probs = draw(logits, how, points(4000))
     whole = sum(kept)
     expected = {int(order[i]): p / whole for i, p in enumerate(kept)}
     assert set(tokens.tolist()) == set(expected)
@@ -132,14 +138,14 @@ def test_truncated_distributions_are_renormalised(how, kept):
 
 def test_a_token_of_probability_zero_is_never_drawn():
     logits = torch.tensor([float("-inf"), 0.0, float("-inf"), 0.0, float("-inf")]).expand(2000, 5)
-    tokens, log_probs = draw(logits, SamplingParams(1), torch.Generator().manual_seed(0))
+    tokens, log_probs = draw(logits, SamplingParams(1), points(2000))
     assert set(tokens.tolist()) == {1, 3}
     assert torch.isfinite(log_probs).all()
 
 
 def test_small_batches_give_valid_groups_too(load, monkeypatch):
     policy = load()
-    monkeypatch.setattr(sampler, "MOST_ROWS", 4)  # groups of 6 do not fit into one batch
+    monkeypatch.setattr(local, "MOST_ROWS", 4)  # groups of 6 do not fit into one batch
     groups = sample(policy, group_size=6)
     assert [len(group) for group in groups] == [6, 6, 6]
     sequences = [Sequence(policy.text.encode(p), a.tokens) for p, group in zip(PROMPTS, groups, strict=True) for a in group]
@@ -157,7 +163,7 @@ def test_a_recurrent_state_never_reads_padding(family, padded, family_folder, lo
     def look(layer, arguments, keywords):
         masks.append(keywords["attention_mask"])
 
-    policy.base.model.register_forward_pre_hook(look, with_kwargs=True)
+    policy.base.model.base_model.register_forward_pre_hook(look, with_kwargs=True)
     groups = sample(policy)
     assert any(mask is not None for mask in masks) is padded
     assert [len(group) for group in groups] == [3, 3, 3]
@@ -173,7 +179,7 @@ def test_logits_that_are_not_finite_fail_the_job_by_name(load):
 
 
 def test_an_empty_prompt_is_refused_by_its_number(load):
-    with pytest.raises(ValueError, match="prompt 1 is empty"):
+    with pytest.raises(ValueError, match="request 1 is empty"):
         load().sample([[5], []], group_size=1, max_tokens=2, temperature=1.0, seed=0)
 
 
@@ -189,7 +195,8 @@ def test_a_stop_text_may_be_a_special_token_that_no_text_shows(load):
 def test_a_stop_text_of_many_tokens_a_character_is_seen(load):
     """One token a byte: ten characters of three bytes each."""
     stop = "\u0e01" * 10
-    written = [list(("x" * 40 + stop).encode())]
-    policy = load()
-    policy.base.sampler._decode = lambda rows: [bytes(row).decode(errors="replace") for row in rows]
-    assert policy.base.sampler._at_stop(torch.tensor(written), (stop,)).tolist() == [True]
+    engine = load().base.engine
+    engine._decode = lambda rows: [bytes(row).decode(errors="replace") for row in rows]
+    [row] = [engine._row(7, Request([1], SamplingParams(100, stop=(stop,)), seed=0))]
+    row.tokens = list(("x" * 40 + stop).encode())
+    assert engine._at_stop([row]) == {7}

@@ -1,7 +1,8 @@
 """How sequences become padded tensors, and how many of them go through the model at once."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -60,11 +61,50 @@ def response_mask(sequences: list[Sequence], device: torch.device) -> Tensor:
     return torch.arange(longest, device=device) < lengths.unsqueeze(-1)
 
 
+@dataclass(frozen=True)
+class Items:
+    """B items, one after the other: N tokens, and at each of them what the model is asked about the token that follows.
+
+    Unlike the answers of `Sequence`, the targets need not be the item's own next tokens.
+    """
+
+    tokens_N: Tensor
+    targets_N: Tensor  # [N], or [N, K]: several targets at each place
+    starts: list[int]  # [B + 1] where each item begins, and the end
+
+    def asked(self, targets_N: Tensor) -> "Items":
+        """The same tokens with other targets."""
+        return replace(self, targets_N=targets_N)
+
+    @property
+    def lengths(self) -> list[int]:
+        return [end - start for start, end in pairwise(self.starts)]
+
+    def row_of_token(self, device: torch.device) -> Tensor:
+        """[N] the number of each token's item."""
+        return torch.arange(len(self.starts) - 1, device=device).repeat_interleave(torch.tensor(self.lengths, device=device))
+
+    def padded(self, rows: list[int], pad_id: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Some items as one tensor, padded on the right: the input [b, L], the flat places in it that are no padding [n], and
+        where in the N tokens these stand [n]."""
+        lengths = self.lengths
+        longest, device = max(lengths[row] for row in rows), self.tokens_N.device
+        input_ids = torch.full((len(rows), longest), pad_id, dtype=torch.long, device=device)
+        positions = torch.cat([torch.arange(lengths[row], device=device) + i * longest for i, row in enumerate(rows)])
+        places = torch.cat([torch.arange(self.starts[row], self.starts[row + 1], device=device) for row in rows])
+        input_ids.view(-1)[positions] = self.tokens_N[places]
+        return input_ids, positions, places
+
+
 def microbatches(sequences: list[Sequence], tokens: int) -> Iterator[list[int]]:
     """Batches of rows of similar length, each at most `tokens` tokens with padding, but at least one row."""
-    lengths = [len(prompt) + len(completion) for prompt, completion in sequences]
+    return batches_of([len(prompt) + len(completion) for prompt, completion in sequences], tokens)
+
+
+def batches_of(lengths: list[int], tokens: int) -> Iterator[list[int]]:
+    """The same for rows of these lengths."""
     batch: list[int] = []
-    for row in sorted(range(len(sequences)), key=lambda row: (-lengths[row], row)):
+    for row in sorted(range(len(lengths)), key=lambda row: (-lengths[row], row)):
         if batch and (len(batch) + 1) * lengths[batch[0]] > tokens:
             yield batch
             batch = []

@@ -6,6 +6,7 @@ models the whole forward runs, and logits are kept from the first position that 
 """
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +15,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from workers.policy.score.layout import Padded
+
+# logits [N, V] and the targets of each row -> tensors [N, ...]
+OfLogits = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
 
 CHUNK_BYTES = 2**28  # of float32 logits; with gradients, more than one chunk means that each is computed twice
 
@@ -28,24 +32,51 @@ class Scorer:
 
     def __call__(self, batch: Padded, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """log_probs and entropies, both [N] float32, one per answer token; the entropies have no gradient."""
+
+        def both(logits_N_V: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
+            return _log_probs_and_entropy(logits_N_V, targets_N, temperature)
+
+        log_probs, entropy = self._at(batch.input_ids_B_L, batch.positions_N, batch.targets_N, both)
+        return log_probs, entropy
+
+    def log_probs(self, input_ids_B_L: Tensor, positions_N: Tensor, targets_N: Tensor) -> Tensor:
+        """The log-probs of `targets_N` [N] or [N, K] at these flat positions, float32 in the same shape."""
+        return self._at(input_ids_B_L, positions_N, targets_N, lambda logits, targets: (_log_probs(logits, targets),))[0]
+
+    @torch.no_grad()
+    def likeliest(self, input_ids_B_L: Tensor, positions_N: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """The likeliest tokens at these flat positions, the likeliest first, and their log-probs: both [N, count]."""
+
+        def top(logits_N_V: Tensor, _: Tensor) -> tuple[Tensor, ...]:
+            values, ids = logits_N_V.float().log_softmax(-1).topk(count, dim=-1)
+            return ids, values
+
+        ids, values = self._at(input_ids_B_L, positions_N, positions_N, top)
+        return ids, values
+
+    def _at(self, input_ids_B_L: Tensor, positions_N: Tensor, targets_N: Tensor, of: OfLogits) -> tuple[Tensor, ...]:
+        """What `of` makes of the logits at these flat positions of [B x L], which rise, each with its targets."""
         if self.head_on_answers_only:
-            hidden = self._model.base_model(input_ids=batch.input_ids_B_L, use_cache=False).last_hidden_state
-            return self._from_hidden(hidden.flatten(0, 1).index_select(0, batch.positions_N), batch.targets_N, temperature)
-        length = batch.input_ids_B_L.shape[1]
-        columns = batch.positions_N % length
+            hidden = self._model.base_model(input_ids=input_ids_B_L, use_cache=False).last_hidden_state
+            flat = hidden.flatten(0, 1)
+            if len(positions_N) < len(flat):  # else it is every position, in order
+                flat = flat.index_select(0, positions_N)
+            return self._from_hidden(flat, targets_N, of)
+        length = input_ids_B_L.shape[1]
+        columns = positions_N % length
         keep = length - int(columns.min()) if columns.numel() else 1
         arguments: dict[str, Any] = {"logits_to_keep": keep} if self._keeps else {}
-        logits = self._model(input_ids=batch.input_ids_B_L, use_cache=False, **arguments).logits
+        logits = self._model(input_ids=input_ids_B_L, use_cache=False, **arguments).logits
         first = length - logits.shape[1]
-        chosen = (batch.positions_N // length) * logits.shape[1] + columns - first
-        return _log_probs_and_entropy(logits.flatten(0, 1).index_select(0, chosen), batch.targets_N, temperature)
+        chosen = (positions_N // length) * logits.shape[1] + columns - first
+        return of(logits.flatten(0, 1).index_select(0, chosen), targets_N)
 
-    def _from_hidden(self, hidden_N_H: Tensor, targets_N: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    def _from_hidden(self, hidden_N_H: Tensor, targets_N: Tensor, of: OfLogits) -> tuple[Tensor, ...]:
         head: Any = self._model.get_output_embeddings()
         rows = max(1, CHUNK_BYTES // (4 * self._model.config.get_text_config().vocab_size))
 
-        def one(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-            return _log_probs_and_entropy(head(hidden), targets, temperature)
+        def one(hidden: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+            return of(head(hidden), targets)
 
         if len(hidden_N_H) <= rows:
             return one(hidden_N_H, targets_N)
@@ -54,7 +85,13 @@ class Scorer:
             parts = [checkpoint(one, hidden, targets, use_reentrant=False) for hidden, targets in chunks]
         else:
             parts = [one(hidden, targets) for hidden, targets in chunks]
-        return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+        return tuple(map(torch.cat, zip(*parts, strict=True)))
+
+
+def _log_probs(logits_N_V: Tensor, targets_N: Tensor) -> Tensor:
+    """Of one target [N] or several [N, K] a row; all are gathered from the same logits."""
+    log_probs_N_V = logits_N_V.float().log_softmax(-1)
+    return log_probs_N_V.gather(-1, targets_N.view(len(targets_N), -1)).view(targets_N.shape)
 
 
 def _log_probs_and_entropy(logits_N_V: Tensor, targets_N: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,310 @@
+"""Routes of training sessions: made here, steered by their operations. As jobs they are followed, paused and ended under
+/v1/jobs."""
+
+from contextlib import AbstractAsyncContextManager, nullcontext
+from datetime import datetime
+from functools import partial
+from typing import Annotated, Any, Literal, Self
+
+from fastapi import APIRouter, Query, Request, Response
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+from starlette.concurrency import run_in_threadpool
+
+from service.api.examples import OPERATION, SESSION_SPEC
+from service.api.jobs import JobsQuery
+from service.api.views import JobPage, JobSummary, JobView
+from service.edge.arrays import parse_arrays
+from service.edge.auth import Caller, CallerDep, ShareDep
+from service.edge.bodies import DocumentDep, TurnDep, documented, limited, media_type
+from service.edge.context import Context, ContextDep
+from service.edge.idempotency import IdempotencyKeyDep, once
+from service.edge.negotiation import accepted, wait_s
+from service.edge.pages import Page
+from service.edge.problems import BODY, responses
+from service.edge.shares import Share
+from service.errors import Conflict, InvalidRequest, NotFound, UnsupportedMedia
+from service.jobs import lifecycle
+from service.sessions import sessions
+from service.sessions.body import OperationBody, Operations, asked
+from service.sessions.codec import as_json
+from service.sessions.tensors import asked_of_tensors
+from service.spec.session import SessionSpec
+from service.store import jobs, operations
+from service.store.operations import Asked
+from service.store.tables import Operation
+from service.validation import below, parse
+
+router = APIRouter(prefix="/v1/sessions", tags=["sessions"])
+
+JSON, TENSORS = "application/json", "application/vnd.safetensors"
+SMALL_BYTES = 2**16
+ONE = TypeAdapter(OperationBody)
+
+
+class OperationError(BaseModel):
+    """Why an operation failed. It has changed nothing, and its seq is used up."""
+
+    model_config = ConfigDict(extra="allow")
+
+    code: str
+    detail: str
+    category: Annotated[Literal["user", "server"], Field(description="who can mend it")]
+    pointer: str | None = None
+    hint: str | None = None
+
+
+class OperationView(BaseModel):
+    """An operation, and what came of it."""
+
+    object: Literal["operation"] = "operation"
+    id: str
+    session_id: str
+    seq: int
+    kind: str
+    status: Literal["waiting", "done", "failed"]
+    error: OperationError | None
+    result: Annotated[
+        dict[str, Any] | None, Field(description="metrics, log_probs and so on; null while it waits, and when it has expired")
+    ]
+    created_at: datetime
+    finished_at: datetime | None
+    expires_at: Annotated[datetime | None, Field(description="until then the result can be fetched")]
+
+    @classmethod
+    def of(cls, row: Operation, result: dict[str, Any] | None = None) -> Self:
+        names = cls.model_fields.keys() - {"object", "session_id", "result"}
+        return cls(**{name: getattr(row, name) for name in names}, session_id=row.job_id, result=result)
+
+
+class OperationViews(BaseModel):
+    """What came of several operations that were sent at once, in their order."""
+
+    object: Literal["list"] = "list"
+    data: list[OperationView]
+
+
+class OperationPage(Page[OperationView]):
+    next_seq: Annotated[int, Field(description="the seq that the session's next operation has")]
+    waiting: Annotated[int, Field(description="how many operations wait in the session")]
+
+
+class OperationsQuery(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    after: Annotated[int, Field(ge=0, lt=2**53, description="operations with a higher seq")] = 0
+    limit: Annotated[int, Field(ge=1, le=100)] = 20
+
+
+BINARY: dict[str, Any] = {"schema": {"type": "string", "format": "binary"}}
+APPLIED = {"Preference-Applied": {"description": "`wait`, where it was waited for", "schema": {"type": "string"}}}
+
+
+ONE_VIEW: dict[str, Any] = {"$ref": "#/components/schemas/OperationView"}
+SEVERAL_VIEWS: dict[str, Any] = {
+    "type": "object",
+    "required": ["object", "data"],
+    "properties": {"object": {"const": "list"}, "data": {"type": "array", "items": ONE_VIEW}},
+}
+
+
+def _answered(schema_: dict[str, Any]) -> dict[int | str, dict[str, Any]]:
+    schema = {"schema": schema_}
+    return {
+        200: {"description": "Done, or failed.", "content": {JSON: schema, TENSORS: BINARY}, "headers": APPLIED},
+        202: {"description": "Not done yet.", "content": {JSON: schema}, "headers": APPLIED},
+    }
+
+
+# ---------------------------------------------------------------- sessions
+
+
+@router.post(
+    "",
+    status_code=201,
+    response_model=JobView,
+    responses=responses(409, *BODY),
+    openapi_extra=documented("SessionSpec", SESSION_SPEC),
+)
+def create_session(
+    context: ContextDep, caller: CallerDep, document: DocumentDep, turn_to_check: TurnDep, idempotency_key: IdempotencyKeyDep
+) -> Any:
+    """Start a session: a model with its optimizer, which waits for operations."""
+    with once(context.store, caller, idempotency_key, route="POST /v1/sessions", body_sha256=document.sha256) as turn:
+        if turn.replay is not None:
+            return turn.replay
+        resolved = sessions.resolve_session(
+            context.store, context.settings, caller.project, parse(TypeAdapter(SessionSpec), document.data)
+        )
+        job = lifecycle.create_job(
+            context.store,
+            context.doorbell,
+            project=caller.project,
+            sent=document.data,
+            resolved=resolved,
+            key_id=caller.key_id,
+            also=lambda session, job: turn.complete(session, JobView.read(session, job)),
+        )
+        with context.store.begin(readonly=True) as session:
+            return JobView.read(session, job)
+
+
+@router.get("")
+def list_sessions(context: ContextDep, caller: CallerDep, query: Annotated[JobsQuery, Query()]) -> JobPage:
+    """Sessions without their specs, newest first."""
+    with context.store.begin(readonly=True) as session, below("/query"):
+        rows, has_more = jobs.page(session, caller.project, **query.model_dump(exclude={"kind"}), kind="session")
+    return JobPage.of([JobSummary.of(row) for row in rows], [row.id for row in rows], has_more)
+
+
+@router.get("/{session_id}", responses=responses(404))
+def read_session(context: ContextDep, caller: CallerDep, session_id: str) -> JobView:
+    """A session, as GET /v1/jobs/{id} shows it."""
+    job = sessions.get(context.store, caller.project, session_id)
+    with context.store.begin(readonly=True) as session:
+        return JobView.read(session, job)
+
+
+# ---------------------------------------------------------------- operations
+
+
+@router.post(
+    "/{session_id}/operations",
+    response_class=Response,
+    responses=_answered({"anyOf": [ONE_VIEW, SEVERAL_VIEWS]}) | responses(404, 406, 409, 429, *BODY),
+    openapi_extra=OPERATION,
+)
+async def append_operations(
+    request: Request, context: ContextDep, caller: CallerDep, share: ShareDep, session_id: str
+) -> Response:
+    """Log one operation, or several at once, and with `Prefer: wait=S` wait for what comes of them.
+
+    Operations run in the order of `seq`. The same seq with the same body is the same operation, however often it is sent.
+    """
+    sent_as = media_type(request) or JSON
+    if sent_as not in (JSON, TENSORS):
+        raise UnsupportedMedia(f"the body's Content-Type is {sent_as}; taken are {JSON} and {TENSORS}")
+    answer_as = accepted(request, (sent_as, TENSORS if sent_as == JSON else JSON))
+    raw = await limited(request, context.settings.max_loss_body_bytes, "an operation").body()
+    read = partial(_asked, raw, sent_as)
+    async with _turn(context, caller, raw):
+        many, wanted = read() if len(raw) <= 1024 else await run_in_threadpool(read)
+    append = partial(
+        lifecycle.append_operations, context.store, context.doorbell, context.settings, caller.project, session_id, wanted
+    )
+    rows = await run_in_threadpool(append)
+    seconds = wait_s(request)
+    waited = await _wait(context, caller, share, session_id, [row.id for row in rows], seconds)
+    if many:
+        views = [await _view(context, caller, row.id) for row in rows]
+        done = all(view.status != "waiting" for view in views)
+        response = Response(OperationViews(data=views).model_dump_json(), 200 if done else 202, media_type=JSON)
+    else:
+        response = await _response(context, caller, rows[0].id, answer_as)
+    if waited:
+        response.headers["Preference-Applied"] = "wait"
+    return response
+
+
+@router.get("/{session_id}/operations", responses=responses(404))
+def list_operations(
+    context: ContextDep, caller: CallerDep, session_id: str, query: Annotated[OperationsQuery, Query()]
+) -> OperationPage:
+    """A session's operations without their results, in their order."""
+    job = sessions.get(context.store, caller.project, session_id)
+    with context.store.begin(readonly=True) as session:
+        rows, has_more = operations.page(session, job.id, after=query.after, limit=query.limit)
+        seqs = [str(row.seq) for row in rows]
+        return OperationPage(
+            data=[OperationView.of(row) for row in rows],
+            has_more=has_more,
+            first_id=seqs[0] if seqs else None,
+            last_id=seqs[-1] if seqs else None,
+            next_seq=operations.next_seq(session, job.id),
+            waiting=operations.load(session, job.id).count,
+        )
+
+
+@router.get(
+    "/{session_id}/operations/{operation}",
+    response_class=Response,
+    responses=_answered(ONE_VIEW) | responses(404, 406, 409, 422),
+)
+async def read_operation(
+    request: Request, context: ContextDep, caller: CallerDep, share: ShareDep, session_id: str, operation: str
+) -> Response:
+    """An operation by its id or its seq. With `Prefer: wait=S` the answer comes when it is done."""
+    answer_as = accepted(request, (JSON, TENSORS))
+    operation_id = await run_in_threadpool(_id_of, context, caller, session_id, operation)
+    seconds = wait_s(request)
+    await _wait(context, caller, share, session_id, [operation_id], seconds)
+    return await _response(context, caller, operation_id, answer_as)
+
+
+def _asked(raw: bytes, sent_as: str) -> tuple[bool, list[Asked]]:
+    """Whether several were sent, and the operations. Raises Malformed and InvalidRequest."""
+    if sent_as == TENSORS:
+        return False, [asked_of_tensors(raw)]
+    sent = parse_arrays(raw)
+    if isinstance(sent, dict) and "operations" in sent:
+        return True, [asked(body) for body in parse(TypeAdapter(Operations), sent).operations]
+    return False, [asked(parse(ONE, sent))]
+
+
+def _id_of(context: Context, caller: Caller, session_id: str, operation: str) -> str:
+    job = sessions.get(context.store, caller.project, session_id)
+    with context.store.begin(readonly=True) as session:
+        if operation.isascii() and operation.isdecimal() and len(operation) < 16:
+            row = operations.at(session, job.id, operations.ORDERED, int(operation))
+        else:
+            row = operations.get(session, caller.project, operation)
+    if row is None or row.job_id != job.id:
+        raise NotFound(f"no operation {operation[:40]} in session {job.id}")
+    return row.id
+
+
+def _turn(context: Context, caller: Caller, raw: bytes) -> AbstractAsyncContextManager[None]:
+    return context.conversions.turn(caller.key_id) if len(raw) > SMALL_BYTES else nullcontext()
+
+
+async def _wait(context: Context, caller: Caller, share: Share, session_id: str, ids: list[str], seconds: float) -> bool:
+    """Wait until all of them are answered, for at most `seconds`. Returns whether it was asked to wait."""
+    if seconds <= 0:
+        return False
+    with context.open_answers.hold(caller.key_id):
+        async with share.resting():
+            for operation_id in ids:  # they are answered in their order
+                if context.stopping.is_set() or not await context.answers.wait(session_id, operation_id, seconds):
+                    break
+    return True
+
+
+async def _view(context: Context, caller: Caller, operation_id: str) -> OperationView:
+    def read() -> OperationView:
+        with context.store.begin(readonly=True) as session:
+            row = operations.get(session, caller.project, operation_id)
+        return OperationView.of(row, None if row.answer is None else as_json(row.answer))
+
+    return await run_in_threadpool(read)
+
+
+async def _response(context: Context, caller: Caller, operation_id: str, answer_as: str) -> Response:
+    if answer_as == TENSORS:
+        return await run_in_threadpool(_tensors, context, caller, operation_id)
+    view = await _view(context, caller, operation_id)
+    headers = {"Location": f"/v1/sessions/{view.session_id}/operations/{view.id}"}
+    return Response(view.model_dump_json(), 202 if view.status == "waiting" else 200, headers, JSON)
+
+
+def _tensors(context: Context, caller: Caller, operation_id: str) -> Response:
+    """The answer as it was computed. Raises InvalidRequest or Conflict for a failed operation, and NotFound for one expired."""
+    with context.store.begin(readonly=True) as session:
+        row = operations.get(session, caller.project, operation_id)
+    if row.status == "waiting":
+        return Response(OperationView.of(row).model_dump_json(), 202, {"Retry-After": "1"}, JSON)
+    if row.error is not None:
+        kind = InvalidRequest if row.error.get("category") == "user" else Conflict
+        more = {name: row.error[name] for name in ("hint", "category", "pointer") if row.error.get(name) is not None}
+        raise kind(row.error["detail"], code=row.error["code"], **more)
+    if row.answer is None:
+        raise NotFound(f"the answer of {operation_id} has expired", code="answer_expired")
+    return Response(row.answer, 200, {"X-Operation-Id": row.id}, TENSORS)

@@ -1,0 +1,95 @@
+"""The answer of a `sample` operation as both of OpenAI's forms need it: texts without their stops, tokens with log-probs."""
+
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any, Literal
+
+from service.sessions.codec import as_json
+
+BROKEN = "\ufffd"  # how a token looks that is a part of a character
+
+
+@dataclass(frozen=True)
+class Token:
+    text: str
+    log_prob: float | None  # None for a prompt's first token: nothing stands before it
+    top: list[tuple[str, float]]  # the likeliest first
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One answer. `tokens` only if log-probs were asked for."""
+
+    text: str
+    finish_reason: Literal["stop", "length"]
+    tokens: list[Token] = field(default_factory=list)
+    prompt: str = ""  # what stands before the text, where it was asked for
+
+
+@dataclass(frozen=True)
+class Usage:
+    prompt_tokens: int
+    completion_tokens: int  # all that were sampled: the token that ends an answer too
+
+
+@dataclass(frozen=True)
+class Sampled:
+    choices: list[Choice]
+    usage: Usage
+
+
+def cut(text: str, stops: list[str]) -> str:
+    """The text up to the first stop."""
+    return text[: min((place for stop in stops if (place := text.find(stop)) >= 0), default=len(text))]
+
+
+def held_back(text: str, stops: list[str]) -> str:
+    """The text without an end with which a stop may begin: what of a growing answer is certain."""
+    text = cut(text, stops)
+    longest = max((len(stop) for stop in stops), default=1) - 1
+    for length in range(min(longest, len(text)), 0, -1):
+        if any(stop.startswith(text[-length:]) for stop in stops):
+            return text[:-length]
+    return text
+
+
+def sampled(raw: bytes, stops: list[str], *, echo: bool = False) -> Sampled:
+    """`raw`: the operation's answer."""
+    found = as_json(raw)
+    count, most = len(found["texts"]), len(found["prompt_tokens"])
+    pieces: dict[str, str] | None = found.get("pieces")
+    choices: list[Choice] = []
+    for place, (text, reason) in enumerate(zip(found["texts"], found["finish_reasons"], strict=True)):
+        text, prompt, tokens = cut(text, stops), "", list[Token]()
+        if pieces is not None:
+            number = place * most // count
+            whole = _tokens(pieces, found, place, "tokens", "log_probs", "top_ids", "top_log_probs")
+            tokens = whole if reason == "length" else _shown(whole, text)
+            if echo:
+                prompt = "".join(pieces[str(token)] for token in found["prompt_tokens"][number])
+                names = ("prompt_tokens", "prompt_log_probs", "top_prompt_ids", "top_prompt_log_probs")
+                tokens = _tokens(pieces, found, number, *names) + tokens
+        choices.append(Choice(text, reason, tokens, prompt))
+    return Sampled(choices, Usage(sum(map(len, found["prompt_tokens"])), sum(map(len, found["tokens"]))))
+
+
+def _tokens(
+    pieces: dict[str, str], found: dict[str, Any], place: int, ids: str, log_probs: str, top_ids: str, top_log_probs: str
+) -> list[Token]:
+    if log_probs not in found:
+        return []
+    row, values = found[ids][place], found[log_probs][place]
+    tops = zip(found[top_ids][place], found[top_log_probs][place], strict=True) if top_ids in found else (((), ()),) * len(row)
+    return [
+        Token(pieces[str(token)], value, [(pieces[str(i)], v) for i, v in zip(*top, strict=True) if v is not None])
+        for token, value, top in zip(row, values, tops, strict=True)
+    ]
+
+
+def _shown(tokens: list[Token], text: str) -> list[Token]:
+    """The tokens that make the text, without those behind a stop. Parts of characters count for nothing."""
+    length = count = 0
+    while count < len(tokens) and length < len(text):
+        length += len(tokens[count].text.replace(BROKEN, ""))
+        count += 1
+    return list(islice(tokens, count))

@@ -1,0 +1,244 @@
+"""Queries over the operations of sessions and samplers: their write-ahead log. Only a lease's holder answers one."""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from hashlib import sha256
+from typing import Any, Literal
+
+from sqlalchemy import delete, func, select, tuple_, update
+from sqlalchemy.orm import Session, defer
+
+from service.errors import InvalidRequest, NotFound
+from service.ids import new_id
+from service.store.dialect import insert
+from service.store.tables import Job, Operation
+
+ORDERED = ""  # the lane in which operations run in the order of seq
+EXPIRED_AT_ONCE = 1000
+KINDS = ("session", "sampler")  # of jobs that have operations
+
+State = Literal["waiting", "done", "failed"]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """An operation as it is asked for. `request`: safetensors with the metadata `head`, see `service.sessions.codec`."""
+
+    kind: str
+    seq: int
+    request: bytes
+    cost: int = 1
+    lane: str = ORDERED
+
+
+@dataclass(frozen=True)
+class Answered:
+    """What came of an operation: an answer (safetensors with the metadata `head`), or an error {code, detail, category}."""
+
+    id: str
+    answer: bytes | None = None
+    error: dict[str, Any] | None = None
+
+
+def append(session: Session, job_id: str, asked: Asked, now: datetime) -> tuple[Operation, bool]:
+    """Log the operation. Returns its row without the request, and whether it is new: a repeat gets the first one's row.
+
+    Raises InvalidRequest `seq_reused` if its seq was used with another body.
+    """
+    digest = sha256(asked.kind.encode() + b"\0" + asked.request).hexdigest()
+    row = {
+        "id": new_id("op"),
+        "job_id": job_id,
+        "lane": asked.lane,
+        "seq": asked.seq,
+        "kind": asked.kind,
+        "body_sha256": digest,
+        "request": asked.request,
+        "size_bytes": len(asked.request),
+        "cost": asked.cost,
+        "status": "waiting",
+        "created_at": now,
+    }
+    fresh = insert(session, Operation).values(**row).on_conflict_do_nothing(index_elements=["job_id", "lane", "seq"])
+    added = session.scalar(fresh.returning(Operation.id), execution_options={"synchronize_session": False})
+    there = at(session, job_id, asked.lane, asked.seq)
+    assert there is not None
+    if added is None and there.body_sha256 != digest:
+        raise InvalidRequest(
+            f"seq {asked.seq} was used for another operation ({there.kind}, {there.id}); each has a seq of its own",
+            code="seq_reused",
+        )
+    return there, added is not None
+
+
+def at(session: Session, job_id: str, lane: str, seq: int) -> Operation | None:
+    """The operation at this place, without request and answer."""
+    query = select(Operation).where(Operation.job_id == job_id, Operation.lane == lane, Operation.seq == seq)
+    return session.scalar(query.options(*WITHOUT_BYTES).execution_options(populate_existing=True))
+
+
+WITHOUT_BYTES = (defer(Operation.request), defer(Operation.answer))
+
+
+def get(session: Session, project: str, operation_id: str) -> Operation:
+    """An operation of this project, with its answer. Raises NotFound."""
+    query = select(Operation).join(Job, Job.id == Operation.job_id).where(Operation.id == operation_id, Job.project == project)
+    row = session.scalar(query.options(defer(Operation.request)).execution_options(populate_existing=True))
+    if row is None:
+        raise NotFound(f"no operation {operation_id} in this project")
+    return row
+
+
+def page(
+    session: Session, job_id: str, *, lane: str = ORDERED, after: int = 0, limit: int = 20
+) -> tuple[list[Operation], bool]:
+    """Operations of one lane with a seq above `after`, in their order. Returns the rows, and whether there are more."""
+    query = select(Operation).where(Operation.job_id == job_id, Operation.lane == lane, Operation.seq > after)
+    rows = list(session.scalars(query.options(*WITHOUT_BYTES).order_by(Operation.seq).limit(limit + 1)))
+    return rows[:limit], len(rows) > limit
+
+
+def finished(session: Session, ids: Collection[str]) -> set[str]:
+    """Which of these no longer wait: answered, failed, or gone."""
+    query = select(Operation.id).where(Operation.id.in_(list(ids)), Operation.status == "waiting")
+    return set(ids) - set(session.scalars(query))
+
+
+@dataclass(frozen=True)
+class Load:
+    """What waits in a session."""
+
+    count: int
+    size_bytes: int
+
+
+def load(session: Session, job_id: str) -> Load:
+    query = select(func.count(), func.coalesce(func.sum(Operation.size_bytes), 0))
+    count, size = session.execute(query.where(Operation.job_id == job_id, Operation.status == "waiting")).one()
+    return Load(count, int(size))
+
+
+def next_seq(session: Session, job_id: str, lane: str = ORDERED) -> int:
+    """The seq after the highest one that was used."""
+    query = select(func.coalesce(func.max(Operation.seq), 0)).where(Operation.job_id == job_id, Operation.lane == lane)
+    return (session.scalar(query) or 0) + 1
+
+
+def count(session: Session, job_id: str, lane: str = ORDERED) -> int:
+    """How many operations of this lane there are: fewer than the highest seq where some never came."""
+    query = select(func.count()).where(Operation.job_id == job_id, Operation.lane == lane)
+    return session.scalar(query) or 0
+
+
+def withdraw(session: Session, operation_id: str) -> None:
+    """Forget an operation of an unordered lane that still waits. A worker that is at it notices soon."""
+    waiting = (Operation.id == operation_id, Operation.lane != ORDERED, Operation.status == "waiting")
+    session.execute(delete(Operation).where(*waiting), execution_options={"synchronize_session": False})
+
+
+# ---------------------------------------------------------------- for the worker
+
+
+def ready(session: Session, done: Mapping[str, int]) -> list[Operation]:
+    """The waiting operation after seq `done[job_id]` of each session, with its request; none where a gap waits."""
+    if not done:
+        return []
+    places = [(job_id, seq + 1) for job_id, seq in done.items()]
+    query = select(Operation).where(
+        Operation.job_id.in_(list(done)),
+        Operation.lane == ORDERED,
+        Operation.status == "waiting",
+        tuple_(Operation.job_id, Operation.seq).in_(places),
+    )
+    return list(session.scalars(query.execution_options(populate_existing=True)))
+
+
+def loose(session: Session, job_ids: Collection[str], *, known: Collection[str] = (), limit: int = 256) -> list[Operation]:
+    """Waiting operations of the unordered lanes of these jobs, without those that are `known`; the oldest first."""
+    query = select(Operation).where(
+        Operation.job_id.in_(list(job_ids)), Operation.lane != ORDERED, Operation.status == "waiting"
+    )
+    if known:
+        query = query.where(Operation.id.not_in(list(known)))
+    query = query.order_by(Operation.created_at, Operation.id).limit(limit)
+    return list(session.scalars(query.execution_options(populate_existing=True)))
+
+
+def since(session: Session, job_id: str, seq: int, *, limit: int = 64) -> list[Operation]:
+    """At most `limit` ordered operations from `seq` on, with their requests, in their order: what a replay reads."""
+    query = select(Operation).where(Operation.job_id == job_id, Operation.lane == ORDERED, Operation.seq >= seq)
+    query = query.options(defer(Operation.answer)).order_by(Operation.seq).limit(limit)
+    return list(session.scalars(query.execution_options(populate_existing=True)))
+
+
+def has_waiting(session: Session, job_id: str, done: int) -> bool:
+    """Whether there is an operation that could run now, where `done` is the last ordered one that has run."""
+    waiting = select(Operation.id).where(Operation.job_id == job_id, Operation.status == "waiting")
+    return session.scalar(waiting.where((Operation.lane != ORDERED) | (Operation.seq == done + 1)).limit(1)) is not None
+
+
+def answer(session: Session, job_id: str, answered: Answered, *, attempt: int, now: datetime, expires_at: datetime) -> bool:
+    """Store what came of it. False if it was answered before, by this attempt or an earlier one: the first answer stays."""
+    waiting = (Operation.id == answered.id, Operation.job_id == job_id, Operation.status == "waiting")
+    values: dict[str, Any] = {
+        "status": "done" if answered.error is None else "failed",
+        "answer": answered.answer,
+        "error": answered.error,
+        "attempt": attempt,
+        "finished_at": now,
+        "expires_at": expires_at,
+    }
+    written = update(Operation).where(*waiting).values(**values).returning(Operation.lane)
+    lane = session.scalar(written, execution_options={"synchronize_session": False})
+    if lane is None:
+        return False
+    if lane != ORDERED:  # nothing replays it
+        _forget(session, Operation.id == answered.id)
+    return True
+
+
+def at_work(session: Session, operation_id: str, *, attempt: int) -> None:
+    """Note that this attempt runs the operation, so that the next one knows, should it kill its worker."""
+    running = update(Operation).where(Operation.id == operation_id, Operation.status == "waiting").values(attempt=attempt)
+    session.execute(running, execution_options={"synchronize_session": False})
+
+
+def forget_requests(session: Session, job_id: str, before: int) -> None:
+    """Forget the requests of ordered operations below seq `before`: a snapshot holds what they did."""
+    _forget(
+        session, Operation.job_id == job_id, Operation.lane == ORDERED, Operation.seq < before, Operation.request.is_not(None)
+    )
+
+
+def _forget(session: Session, *where: Any) -> None:
+    session.execute(update(Operation).where(*where).values(request=None), execution_options={"synchronize_session": False})
+
+
+def expire(session: Session, now: datetime) -> int:
+    """Forget old answers. Rows of ordered lanes stay, so that a repeat is recognised; others go. Returns how many."""
+    old = select(Operation.id).where(Operation.expires_at < now).order_by(Operation.expires_at).limit(EXPIRED_AT_ONCE)
+    ids = list(session.scalars(old))
+    if ids:
+        which = Operation.id.in_(ids)
+        session.execute(
+            delete(Operation).where(which, Operation.lane != ORDERED), execution_options={"synchronize_session": False}
+        )
+        emptied = update(Operation).where(which).values(answer=None, expires_at=None)
+        session.execute(emptied, execution_options={"synchronize_session": False})
+    return len(ids)
+
+
+def fail_waiting(session: Session, job_id: str, error: dict[str, Any], *, now: datetime, expires_at: datetime) -> int:
+    """Every waiting operation of a session that has ended fails with this error. Returns how many."""
+    values = {"status": "failed", "error": error, "finished_at": now, "expires_at": expires_at, "request": None}
+    waiting = update(Operation).where(Operation.job_id == job_id, Operation.status == "waiting").values(**values)
+    failed = session.scalars(waiting.returning(Operation.id), execution_options={"synchronize_session": False})
+    return len(list(failed))
+
+
+def idle_with_work(session: Session) -> list[str]:
+    """Ids of paused sessions that rest only because they were idle, and have a waiting operation all the same."""
+    waiting = select(Operation.id).where(Operation.job_id == Job.id, Operation.status == "waiting").exists()
+    query = select(Job.id).where(Job.kind.in_(KINDS), Job.status == "paused", Job.status_reason == "idle", waiting)
+    return list(session.scalars(query.order_by(Job.id)))

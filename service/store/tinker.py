@@ -1,0 +1,122 @@
+"""Queries over clients of the Tinker wire, their models and samplers, and over the checkpoints that those have by name."""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any, TypeVar
+
+from sqlalchemy import Select, func, select, update
+from sqlalchemy.orm import Session
+
+from service.errors import NotFound
+from service.store.checkpoints import named
+from service.store.tables import Checkpoint, Job, TinkerModel, TinkerSampler, TinkerSession
+
+Row = TypeVar("Row", TinkerSession, TinkerModel, TinkerSampler)
+
+RESERVED = "_"  # names that a checkpoint's owner gives do not begin with it
+EPHEMERAL = f"{RESERVED}sampler."  # of a checkpoint for one sampling client: lists do not show it
+SEEN_EVERY = timedelta(seconds=5)  # a heartbeat is written at most so often
+WORDS: Mapping[type[Any], str] = {TinkerSession: "session", TinkerModel: "training run", TinkerSampler: "sampler"}
+
+
+@dataclass(frozen=True)
+class Listed:
+    """One page of a list, and how many there are in all."""
+
+    rows: list[Any]
+    total: int
+
+
+def get(session: Session, kind: type[Row], project: str, row_id: str) -> Row:
+    """A row of this project. Raises NotFound."""
+    row = session.get(kind, row_id, populate_existing=True)
+    if row is None or row.project != project:
+        raise NotFound(f"no {WORDS[kind]} {row_id[:80]} in this project")
+    return row
+
+
+def find(session: Session, kind: type[Row], project: str, row_id: str) -> Row | None:
+    row = session.get(kind, row_id, populate_existing=True)
+    return row if row is not None and row.project == project else None
+
+
+def seen(session: Session, client: TinkerSession, now: datetime) -> None:
+    if client.seen_at < now - SEEN_EVERY:
+        client.seen_at = now
+
+
+def finish(session: Session, client_id: str, how: dict[str, Any], now: datetime) -> bool:
+    """Mark it as finished. False if it was before: the first reason stays."""
+    unfinished = (TinkerSession.id == client_id, TinkerSession.finished_at.is_(None))
+    marked = update(TinkerSession).where(*unfinished).values(finished_at=now, finish=how).returning(TinkerSession.id)
+    return session.scalar(marked, execution_options={"synchronize_session": False}) is not None
+
+
+def models_of(session: Session, client_id: str) -> list[TinkerModel]:
+    query = select(TinkerModel).where(TinkerModel.session_id == client_id)
+    return list(session.scalars(query.order_by(TinkerModel.created_at, TinkerModel.id)))
+
+
+def samplers_of(session: Session, client_id: str) -> list[TinkerSampler]:
+    query = select(TinkerSampler).where(TinkerSampler.session_id == client_id)
+    return list(session.scalars(query.order_by(TinkerSampler.created_at, TinkerSampler.id)))
+
+
+def model_of_job(session: Session, job_id: str) -> TinkerModel | None:
+    return session.scalar(select(TinkerModel).where(TinkerModel.job_id == job_id))
+
+
+def listed(session: Session, kind: type[Row], project: str, *where: Any, offset: int, limit: int) -> Listed:
+    """Rows of this project, the newest first."""
+    return _page(session, select(kind).where(kind.project == project, *where), kind, offset, limit)
+
+
+def _page(session: Session, query: Select[Any], kind: Any, offset: int, limit: int) -> Listed:
+    total = session.scalar(select(func.count()).select_from(query.subquery())) or 0
+    rows = session.scalars(query.order_by(kind.created_at.desc(), kind.id.desc()).offset(offset).limit(limit))
+    return Listed(list(rows), total)
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+def _shown(models: Select[Any]) -> Select[Any]:
+    """The checkpoints of these models (a query of job ids) that have a name of their owner's and are not deleted."""
+    query = select(Checkpoint).where(Checkpoint.job_id.in_(models), Checkpoint.deleted_at.is_(None))
+    return query.where(Checkpoint.name.is_not(None), func.substr(Checkpoint.name, 1, len(EPHEMERAL)) != EPHEMERAL)
+
+
+def checkpoints_of(session: Session, model: TinkerModel) -> list[Checkpoint]:
+    """The model's named checkpoints, the newest first."""
+    if model.job_id is None:
+        copy = None if model.checkpoint_id is None else session.get(Checkpoint, model.checkpoint_id)
+        return [copy] if copy is not None and copy.deleted_at is None and copy.name is not None else []
+    query = _shown(select(Job.id).where(Job.id == model.job_id))
+    return list(session.scalars(query.order_by(Checkpoint.created_at.desc(), Checkpoint.id.desc())))
+
+
+def checkpoints_of_project(session: Session, project: str, *, offset: int, limit: int) -> Listed:
+    """Named checkpoints of all models of a project, the newest first."""
+    jobs = select(TinkerModel.job_id).where(TinkerModel.project == project, TinkerModel.job_id.is_not(None))
+    return _page(session, _shown(jobs), Checkpoint, offset, limit)
+
+
+def models_by_job(session: Session, job_ids: Collection[str]) -> dict[str, TinkerModel]:
+    query = select(TinkerModel).where(TinkerModel.job_id.in_(list(job_ids)))
+    return {model.job_id: model for model in session.scalars(query) if model.job_id is not None}
+
+
+def checkpoint_named(session: Session, model: TinkerModel, purpose: Any, name: str) -> Checkpoint | None:
+    """The model's checkpoint of this name that is not deleted, or None."""
+    if model.job_id is not None:
+        return named(session, model.job_id, purpose, name)
+    return next((row for row in checkpoints_of(session, model) if (row.purpose, row.name) == (purpose, name)), None)
+
+
+def named_count(session: Session, client_id: str) -> tuple[int, int]:
+    """How many named checkpoints a client's models have, and their bytes."""
+    jobs = select(TinkerModel.job_id).where(TinkerModel.session_id == client_id, TinkerModel.job_id.is_not(None))
+    found = _shown(jobs).subquery()
+    count, size = session.execute(select(func.count(), func.coalesce(func.sum(found.c.size_bytes), 0))).one()
+    return count, int(size)

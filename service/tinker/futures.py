@@ -1,0 +1,180 @@
+"""Routes of the Tinker wire that give results: a long poll, as often as the client asks, until an answer expires."""
+
+import asyncio
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.orm import Session
+from starlette.concurrency import run_in_threadpool
+
+from service.edge.auth import Caller, CallerDep, ShareDep
+from service.edge.bodies import DocumentDep
+from service.edge.context import Context, ContextDep
+from service.edge.problems import problem
+from service.errors import NotFound
+from service.jobs.lease import IDLE
+from service.sessions.codec import unpack
+from service.states import HELD, Status
+from service.store import jobs, operations, tinker
+from service.store.tables import Job, Operation, TinkerModel, TinkerSampler
+from service.tinker import answers, compression, paths
+from service.tinker.face import PREFIX
+from service.tinker.log import REFUSED
+from service.tinker.requests import RetrieveFuture
+from service.tinker.tickets import Ticket
+from service.tinker.training import PROTOBUF, sampler_id_of
+from service.validation import parse
+
+router = APIRouter(prefix=PREFIX, include_in_schema=False)
+
+HOLD_S = 30.0  # below the 45 s after which the client gives a request up
+SAVED_BY = {
+    "weights": "save_weights",
+    "sampler_weights": "save_weights_for_sampler",
+    "external_weights": "save_weights_external",
+}
+AWAY_S = 1.0  # it repeats after a 5xx without any pause
+
+
+class Gone(NotFound):
+    """A sampling result that has expired: the client asks for it anew when it is told so by a 410."""
+
+    code = "result_expired"
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """Not done yet. `state`: a word of the wire, and why."""
+
+    job_id: str
+    operation_id: str
+    state: str
+    reason: str | None
+
+
+@dataclass(frozen=True)
+class Result:
+    content: bytes
+    media_type: str = "application/json"
+
+
+@router.post("/retrieve_future")
+async def retrieve_future(
+    request: Request, context: ContextDep, caller: CallerDep, share: ShareDep, document: DocumentDep
+) -> Response:
+    """200 with the result, or with {error, category}; 408 if it is not there within HOLD_S; 410 for a sample that is lost."""
+    ticket = Ticket.parse(parse(RetrieveFuture, document.data).request_id)
+    try:
+        found = await run_in_threadpool(_look, context, caller, ticket)
+        if isinstance(found, Waiting) and not context.stopping.is_set():
+            async with share.resting():
+                await context.answers.wait(found.job_id, found.operation_id, HOLD_S)
+            found = await run_in_threadpool(_look, context, caller, ticket)
+    except Gone as error:
+        return problem(request, error, status=410)
+    except OperationalError:
+        await asyncio.sleep(AWAY_S)
+        raise
+    if isinstance(found, Waiting):
+        return JSONResponse({"queue_state": found.state, "queue_state_reason": found.reason}, 408)
+    content, headers = await run_in_threadpool(compression.compressed, request, found.content)
+    return Response(content, 200, headers, found.media_type)
+
+
+def _look(context: Context, caller: Caller, ticket: Ticket) -> Waiting | Result:
+    with context.store.begin(readonly=True) as session:
+        if ticket.model_id is not None:
+            return _made(session, caller, ticket.model_id)
+        row = _operation(session, caller, ticket)
+        if row.kind == REFUSED:  # it need not wait for its turn to be told
+            error = row.error or unpack(row.request or b"")[0]["error"]
+            return _failed(error)
+        if row.status == "waiting":
+            job = jobs.find(session, row.job_id, light=True)
+            return Waiting(row.job_id, row.id, *_standing(job))
+        if row.error is not None:
+            return _failed(row.error)
+        if row.answer is None:
+            if ticket.sampler_id is not None:
+                raise Gone("the answer of this request has expired")
+            detail = "the answer of this request has expired; what it did is done, so do not send it again"
+            return _failed({"detail": detail, "category": "user"})
+        model = None if ticket.sampler_id is not None else tinker.model_of_job(session, row.job_id)
+    return _result(row, model, ticket)
+
+
+def _made(session: Session, caller: Caller, model_id: str) -> Result:
+    model = tinker.get(session, TinkerModel, caller.project, model_id)
+    job = None if model.job_id is None else jobs.find(session, model.job_id, light=True)
+    loaded = job is not None and job.from_checkpoint_id is not None
+    return _json({"model_id": model.id, "type": "load_weights" if loaded else "create_model"})
+
+
+def _operation(session: Session, caller: Caller, ticket: Ticket) -> Operation:
+    """Raises NotFound, and Gone for a sample of this project's that has expired."""
+    assert ticket.operation_id is not None
+    sampler = None
+    if ticket.sampler_id is not None:
+        sampler = tinker.get(session, TinkerSampler, caller.project, ticket.sampler_id)
+    try:
+        row = operations.get(session, caller.project, ticket.operation_id)
+    except NotFound:
+        if sampler is None:
+            raise
+        raise Gone("the answer of this request has expired") from None
+    if (row.lane or None) != ticket.sampler_id:
+        raise NotFound(f"no request {str(ticket)[:80]!r} in this project")
+    return row
+
+
+def _standing(job: Job | None) -> tuple[str, str | None]:
+    """What the client shows while it waits."""
+    if job is None or job.status in HELD:
+        return "active", None
+    if job.status == Status.PAUSED and job.status_reason != IDLE:
+        resume = f"it goes on after `ratchet resume {job.id}`"
+        return "paused_capacity", f"{job.id} is paused ({job.status_reason}); {resume}"
+    return "paused_capacity", f"{job.id} is {job.status}: it waits for a worker"
+
+
+# ---------------------------------------------------------------- results
+
+
+def _result(row: Operation, model: TinkerModel | None, ticket: Ticket) -> Result:
+    assert row.answer is not None
+    head, tensors = unpack(row.answer)
+    match row.kind:
+        case "sample":
+            return Result(answers.sample(head, tensors, ticket.last_n), PROTOBUF)
+        case "forward" | "forward_backward":
+            return Result(answers.forward_backward(head, tensors, list(ticket.runs)), PROTOBUF)
+        case "optim_step":
+            return _json({"metrics": {name: float(value) for name, value in head["metrics"].items() if value is not None}})
+        case "load_checkpoint":
+            return _json({"model_id": model.id if model else None, "type": "load_weights"})
+        case "save_checkpoint":
+            assert model is not None
+            return _json(_saved(head["name"], head.get("purpose", "training"), model))
+        case _:
+            return _json(head)
+
+
+def _saved(name: str, purpose: str, model: TinkerModel) -> dict[str, Any]:
+    if name.startswith(paths.SAMPLER):
+        sampler_id = sampler_id_of(model.session_id, int(name.removeprefix(paths.SAMPLER)))
+        return {"sampling_session_id": sampler_id, "type": "save_weights_for_sampler"}
+    path = paths.path_of(model.id, purpose, name)
+    return {"path": str(path), "type": SAVED_BY[path.kind]}
+
+
+def _failed(error: dict[str, Any]) -> Result:
+    detail = error["detail"] + (f" ({error['hint']})" if error.get("hint") else "")
+    return _json({"error": detail, "category": error.get("category", "server"), "code": error.get("code")})
+
+
+def _json(value: dict[str, Any]) -> Result:
+    return Result(json.dumps(value).encode())

@@ -1,0 +1,233 @@
+"""The log of a session's operations, on both databases: appended once, answered once, forgotten when nobody needs it."""
+
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+
+from service.doorbell import Doorbell
+from service.errors import Busy, Conflict, InvalidRequest, LeaseLost
+from service.ids import new_id
+from service.jobs import lease as leases
+from service.jobs import lifecycle
+from service.jobs.lease import CheckpointRow, Lease
+from service.jobs.reconciler import reconcile
+from service.sessions.sessions import resolve_session, sampler_of
+from service.settings import Settings
+from service.spec.session import SessionSpec
+from service.store import checkpoints, jobs, operations
+from service.store.operations import Answered, Asked
+from service.store.session import Store
+from service.store.tables import Job, Operation
+
+LORA = {"source": "tiny", "adapter": {"kind": "lora", "rank": 4}}
+
+
+class Session:
+    """A session in the store, and what its owner and its worker do with it."""
+
+    def __init__(self, store: Store, doorbell: Doorbell, settings: Settings) -> None:
+        self.store, self.doorbell, self.settings = store, doorbell, settings
+        spec = SessionSpec.model_validate({"model": LORA})
+        resolved = resolve_session(store, settings, "default", spec)
+        self.id = lifecycle.create_job(store, doorbell, project="default", sent={}, resolved=resolved).id
+
+    def append(self, *asked: Asked) -> list[str]:
+        rows = lifecycle.append_operations(self.store, self.doorbell, self.settings, "default", self.id, asked)
+        return [row.id for row in rows]
+
+    def claim(self, owner: str = "w1") -> Lease:
+        claimed = leases.claim(self.store, self.settings, owner, {"any"})
+        assert claimed is not None
+        assert claimed[1].id == self.id
+        return claimed[0]
+
+    def answer(self, lease: Lease, *answered: Answered) -> None:
+        leases.answer_operations(self.store, self.settings, lease, answered)
+
+    def row(self, seq: int) -> Operation:
+        with self.store.begin(readonly=True) as session:
+            (row,) = operations.since(session, self.id, seq, limit=1)
+            return row
+
+    def job(self) -> Job:
+        with self.store.begin(readonly=True) as session:
+            job = jobs.find(session, self.id)
+            assert job is not None
+            return job
+
+
+@pytest.fixture
+def session(store: Store, doorbell: Doorbell, settings: Settings) -> Session:
+    return Session(store, doorbell, settings)
+
+
+def step(seq: int, request: bytes = b"step", lane: str = "") -> Asked:
+    return Asked("optim_step", seq, request, lane=lane)
+
+
+def snapshot(step_: int, name: str | None = None, purpose: checkpoints.Purpose = "training") -> CheckpointRow:
+    id_ = new_id("ckpt")
+    path = f"checkpoints/{id_}"
+    return CheckpointRow(id_, step_, "lora", LORA, path, 1, "0" * 64, {}, True, False, name=name, purpose=purpose)
+
+
+def test_a_race_of_repeats_logs_one(session: Session) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        ids = [id_ for (id_,) in pool.map(lambda _: session.append(step(1)), range(16))]
+    assert len(set(ids)) == 1
+    with pytest.raises(InvalidRequest, match="seq 1"):
+        session.append(step(1, b"another"))
+
+
+def test_ready_is_the_next_in_line_and_a_gap_waits(session: Session, store: Store) -> None:
+    session.append(step(2))
+    with store.begin(readonly=True) as sql:
+        assert operations.ready(sql, {session.id: 0}) == []
+    session.append(step(1))
+    with store.begin(readonly=True) as sql:
+        assert [row.seq for row in operations.ready(sql, {session.id: 0})] == [1]
+        assert [row.seq for row in operations.ready(sql, {session.id: 1})] == [2]
+        assert operations.ready(sql, {session.id: 2}) == []
+
+
+def test_loose_lanes_have_no_order(session: Session, store: Store) -> None:
+    first, second = session.append(step(7, lane="a"), step(3, lane="b"))
+    session.append(step(1))
+    with store.begin(readonly=True) as sql:
+        assert {row.id for row in operations.loose(sql, [session.id])} == {first, second}
+        assert [row.id for row in operations.loose(sql, [session.id], known=[first])] == [second]
+
+
+def test_only_the_lease_s_holder_answers_and_only_once(session: Session, store: Store) -> None:
+    (id_,) = session.append(step(1))
+    lease = session.claim()
+    session.answer(lease, Answered(id_, b"first"))
+    session.answer(lease, Answered(id_, b"second"))
+    with store.begin(readonly=True) as sql:
+        row = operations.get(sql, "default", id_)
+        assert (row.status, row.answer, row.attempt) == ("done", b"first", 1)
+    leases.worker_lost(store, session.doorbell, "w1")
+    (other,) = session.append(step(2))
+    with pytest.raises(LeaseLost):
+        session.answer(lease, Answered(other, b"a zombie's"))
+    assert session.row(2).status == "waiting"
+
+
+def test_snapshot_forgets_what_no_replay_needs(session: Session) -> None:
+    session.append(*(step(seq) for seq in range(1, 5)))
+    lease = session.claim()
+    leases.commit_snapshot(session.store, session.settings, lease, snapshot(2), replay_from=3)
+    assert [session.row(seq).request for seq in range(1, 5)] == [None, None, b"step", b"step"]
+    session.append(step(1))  # a repeat is recognised without its request
+
+
+def test_named_checkpoints_stay_and_snapshots_go(session: Session, store: Store) -> None:
+    lease = session.claim()
+    rows = [snapshot(1), snapshot(2, name="mine"), snapshot(3), snapshot(4)]
+    removed = [leases.commit_snapshot(store, session.settings, lease, row, replay_from=1, keep_last=1) for row in rows]
+    assert removed == [[], [], [rows[0].path], [rows[2].path]]
+    assert session.job().checkpoint_id == rows[3].id
+    better = snapshot(5, name="mine")
+    gone = leases.commit_snapshot(store, session.settings, lease, better, overwrite=True, replay_from=1)
+    assert gone == [rows[1].path]
+    with store.begin(readonly=True) as sql:
+        found = checkpoints.named(sql, session.id, "training", "mine")
+        assert found is not None
+        assert found.id == better.id
+        assert checkpoints.named(sql, session.id, "sampler", "mine") is None
+
+
+def test_version_to_sample_from_is_no_place_to_go_on_from(session: Session, store: Store) -> None:
+    lease = session.claim()
+    leases.commit_snapshot(store, session.settings, lease, snapshot(1, "v1", "sampler"), replay_from=None)
+    assert session.job().checkpoint_id is None
+    with store.begin(readonly=True) as sql:
+        assert checkpoints.of_job(sql, session.id) == []
+
+
+def test_rest_and_an_operation_at_the_same_moment(session: Session, store: Store, settings: Settings) -> None:
+    """Whichever comes first, no operation is left waiting in a session that rests."""
+    for round_ in range(1, 9):
+        lease = session.claim()
+        with ThreadPoolExecutor(2) as pool:
+            resting = pool.submit(leases.rest, store, lease, round_ - 1)
+            pool.submit(session.append, step(round_)).result()
+            resting.result()
+        assert session.job().status == "queued"
+        session.answer(session.claim(), Answered(session.row(round_).id, b"done"))
+        leases.worker_lost(store, session.doorbell, "w1")
+        with store.begin() as sql:  # as a checkpoint would: attempts without one are counted
+            job = jobs.find(sql, session.id, lock=True)
+            assert job is not None
+            job.crashes = 0
+
+
+def test_reconciler_wakes_a_session_that_rests_with_work(session: Session, store: Store, settings: Settings) -> None:
+    leases.rest(store, session.claim(), 0)
+    with store.begin() as sql:  # as if the process had died between two lines
+        operations.append(sql, session.id, step(1), store.now())
+    report = reconcile(store, settings, session.doorbell, store.now())
+    assert report.queued == [session.id]
+    assert session.job().status == "queued"
+
+
+def test_too_much_is_refused_and_nothing_of_it_is_logged(session: Session, settings: Settings) -> None:
+    session.settings = settings.model_copy(update={"max_waiting_operations": 2})
+    session.append(step(1), step(2))
+    with pytest.raises(Busy, match="2 waiting operations"):
+        session.append(step(3))
+    session.append(step(1))  # a repeat needs no room
+    assert session.job().status == "queued"
+
+
+def test_answers_expire_and_seqs_stay_used(session: Session, store: Store, settings: Settings) -> None:
+    ordered, loose = session.append(step(1), step(1, lane="a"))
+    lease = session.claim()
+    session.answer(lease, Answered(ordered, b"x"), Answered(loose, b"y"))
+    reconcile(store, settings, session.doorbell, store.now() + timedelta(seconds=settings.operation_answer_ttl_s - 5))
+    with store.begin(readonly=True) as sql:
+        assert operations.get(sql, "default", ordered).answer == b"x"
+    later = store.now() + timedelta(seconds=settings.operation_answer_ttl_s + 5)
+    with store.begin() as sql:
+        assert operations.expire(sql, later) == 2
+        assert operations.get(sql, "default", ordered).answer is None
+        assert operations.finished(sql, [ordered, loose]) == {ordered, loose}
+    with pytest.raises(InvalidRequest):
+        session.append(step(1, b"another"))
+
+
+def test_the_end_fails_what_waits(session: Session, store: Store) -> None:
+    session.append(step(1))
+    lifecycle.cancel(store, session.doorbell, "default", session.id)
+    row = session.row(1)
+    assert (row.status, row.error and row.error["code"]) == ("failed", "session_over")
+    with pytest.raises(Conflict, match="has ended"):
+        session.append(step(2))
+
+
+def test_process_takes_further_sessions_of_its_base(store: Store, doorbell: Doorbell, settings: Settings) -> None:
+    first, second = Session(store, doorbell, settings), Session(store, doorbell, settings)
+    first.claim()
+    key = first.job().base_key
+    assert key is not None
+    assert not leases.others_wait(store, {"any"}, key)
+    taken = leases.claim_beside(store, settings, "w1", {"any"}, key, 8)
+    assert [job.id for _, job in taken] == [second.id]
+    assert leases.claim_beside(store, settings, "w1", {"any"}, key, 8) == []
+
+
+def test_one_sampler_a_base_and_project(store: Store, doorbell: Doorbell, settings: Settings) -> None:
+    ids = [sampler_of(store, doorbell, settings, project, LORA).id for project in ("a", "a", "b")]
+    assert ids[0] == ids[1] != ids[2]
+    with store.begin(readonly=True) as sql:
+        job = jobs.find(sql, ids[0])
+        assert job is not None
+        assert job.kind == "sampler"
+        assert job.base_key == Session(store, doorbell, settings).job().base_key
+
+
+def test_data_dir_is_untouched_by_the_log(settings: Settings, session: Session) -> None:
+    session.append(step(1))
+    assert not Path(settings.blobs_dir).exists() or not any(Path(settings.blobs_dir).iterdir())

@@ -1,0 +1,38 @@
+"""An answer's text while it grows, and the text of its tokens alone."""
+
+from random import Random
+
+import pytest
+from policy_chats import text_of, tokenizer
+
+from workers.policy.text import Unfolding
+
+WHOLE = "Grüße, 世界! 👍🏽 ok"
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_parts_are_whole_characters_and_make_the_text(load, seed: int) -> None:
+    text = text_of(load, tokenizer())
+    tokens, random = tokenizer()(WHOLE)["input_ids"], Random(seed)
+    unfolding, told, count = Unfolding(text), "", 0
+    while count < len(tokens):
+        count = min(len(tokens), count + random.randint(1, 4))
+        assert unfolding.length == len(told)
+        told += unfolding.part(tokens[:count])
+        assert WHOLE.startswith(told)
+    assert told == WHOLE
+
+
+def test_bytes_of_no_character_are_told_once_one_follows(load) -> None:
+    text = text_of(load, tokenizer())
+    broken = tokenizer()("é")["input_ids"][:1]
+    unfolding = Unfolding(text)
+    assert unfolding.part(broken * 3) == ""
+    tokens = [*broken * 3, *tokenizer()("ab")["input_ids"]]
+    assert unfolding.part(tokens) == text.decode(tokens)
+
+
+def test_pieces_have_the_text_of_each_token(load) -> None:
+    tokens = tokenizer()(" a<|im_end|>")["input_ids"]
+    pieces = text_of(load, tokenizer()).pieces(tokens)
+    assert [pieces[token] for token in tokens] == [" ", "a", "<|im_end|>"]

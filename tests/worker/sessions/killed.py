@@ -1,0 +1,105 @@
+"""Workers that are killed at chosen points: `python killed.py SETTINGS POINT...`, one attempt for each point, in a row.
+
+A point is `WHERE:N`: the process kills itself with SIGKILL at the Nth time that it comes there; `none` runs until all rest.
+This process does what a worker's parent does for a dead child. It is itself without a thread, so that it can fork.
+"""
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from service.doorbell import Doorbell
+from service.jobs import lease as leases
+from service.settings import Settings
+from service.store.session import open_store
+from workers.policy.learner import Learner
+from workers.sessions import host as module
+from workers.sessions.host import Host
+from workers.sessions.session import Session
+from workers.tenure.keeper import Keeper
+from workers.tenure.session import SessionTenure
+
+
+def dies(owner: Any, name: str, number: int, *, after: bool = False) -> None:
+    """The process dies at this call of a method, before or after it."""
+    plain: Callable[..., Any] = getattr(owner, name)
+    calls = 0
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == number and not after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = plain(*args, **kwargs)
+        if calls == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    setattr(owner, name, counting)
+
+
+def dies_inside_backward(number: int) -> None:
+    """The gradient is there, and nobody knows of it yet."""
+    dies(Learner, "_add", number, after=True)
+
+
+POINTS: dict[str, Callable[[int], None]] = {
+    "before_answer": lambda number: dies(SessionTenure, "answer", number),
+    "after_answer": lambda number: dies(SessionTenure, "answer", number, after=True),
+    "inside_backward": dies_inside_backward,
+    "after_step": lambda number: dies(Learner, "step", number, after=True),
+    "while_saving": lambda number: dies(Learner, "save", number, after=True),
+    "after_saving": lambda number: dies(SessionTenure, "save_session", number, after=True),
+    "replaying": lambda number: dies(Session, "_again", number, after=True),
+    "in_operation": lambda number: dies(Session, "_do", number),
+}
+
+
+def replays_nothing(self: Session) -> None:
+    """A wrong build: it believes that the snapshot holds everything."""
+    rows = self._since(self.saved.replay_from)
+    self.place.seq = max([self.place.seq, *(row.seq for row in rows if row.status != "waiting")])
+
+
+def attempt(settings: Settings, point: str, owner: str) -> None:
+    where, _, number = point.partition(":")
+    if where == "wrong":
+        Session._replay = replays_nothing
+    elif where != "none":
+        POINTS[where](int(number))
+    module.LOOK_S = 0.02
+    store, doorbell = open_store(settings), Doorbell(settings)
+    with Keeper(store, settings, doorbell) as keeper:
+        while (claimed := leases.claim(store, settings, owner, {"any"})) is not None:
+            Host(keeper, owner).run(*claimed)
+
+
+def main() -> None:
+    settings = Settings.model_validate(json.loads(sys.argv[1]))
+    ended: list[int] = []
+    for number, point in enumerate(sys.argv[2:]):
+        owner = f"w{number}"
+        child = os.fork()
+        if child == 0:
+            try:
+                attempt(settings, point, owner)
+            except BaseException:
+                import traceback
+
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        ended.append(status)
+        store, doorbell = open_store(settings), Doorbell(settings)
+        leases.worker_lost(store, doorbell, owner)
+        store.close()
+        doorbell.close()
+    print(json.dumps(ended))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""A worker that dies at any point: no gradient is lost, none is counted twice, the weights are the same to the bit."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from session_operations import FULL, LORA, forward_backward, loop, row, train_step
+
+SQLITE = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+KILLED = -signal.SIGKILL
+DROPOUT = {**LORA, "adapter": {"kind": "lora", "rank": 4, "alpha": 8, "dropout": 0.2}}
+
+
+def run_killed(rig: Any, *points: str) -> list[int]:
+    """How each attempt ended: KILLED, or 0."""
+    settings = {
+        "environment": "development",
+        "data_dir": str(rig.settings.data_dir),
+        "database_url": rig.settings.sql_url,
+        "redis_url": rig.settings.redis_url.get_secret_value(),
+        "device": "cpu",
+        "session_idle_s": 0.05,
+    }
+    script = Path(__file__).parent / "killed.py"
+    root = Path(__file__).parents[3]
+    environment = {**os.environ, "PYTHONPATH": str(root), "RATCHET_STRICT_METRICS": "true"}
+    argv = [sys.executable, str(script), json.dumps(settings), *points]
+    done = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=110)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [os.waitstatus_to_exitcode(status) for status in json.loads(done.stdout.splitlines()[-1])]
+
+
+def work_of_a_session() -> list[dict[str, Any]]:
+    return [*loop(2), train_step(), *loop(2, first=2), forward_backward(row(20, 21, 22))]
+
+
+def finish(rig: Any, *jobs: str) -> None:
+    """The gradient that was still open is used."""
+    for job in jobs:
+        rig.send(job, {"kind": "optim_step", "optimizer": {"learning_rate": 1e-2}})
+    rig.work()
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+POINTS = ["before_answer:2", "after_answer:2", "inside_backward:2", "after_step:2", "replaying:1", "after_answer:3", "none"]
+
+
+@pytest.mark.parametrize("model", [LORA, FULL, DROPOUT], ids=["lora", "full", "dropout"])
+def test_killed_again_and_again_the_weights_are_the_same(rig: Any, model: dict[str, Any]) -> None:
+    limits = {"max_attempts": 50}
+    disturbed = rig.session(model, limits=limits, checkpoints={"every_steps": 3})
+    rig.send(disturbed, *work_of_a_session())
+    ended = run_killed(rig, *POINTS)
+    assert ended == [KILLED] * (len(POINTS) - 1) + [0]
+    quiet = rig.session(model, checkpoints={"every_steps": 3})
+    rig.send(quiet, *work_of_a_session())
+    finish(rig, disturbed, quiet)
+    assert rig.job(disturbed).step == rig.job(quiet).step == 9
+    assert same(rig.weights(disturbed), rig.weights(quiet))
+    for seq in range(1, len(work_of_a_session()) + 2):
+        assert rig.answer(disturbed, seq) == rig.answer(quiet, seq), seq
+
+
+@SQLITE
+@pytest.mark.parametrize("point", ["while_saving:1", "after_saving:1"])
+def test_killed_around_a_snapshot(rig: Any, point: str) -> None:
+    """A gradient that no step has taken yet outlives the snapshot."""
+    operations = [*loop(2), forward_backward(row(20, 21, 22)), {"kind": "save_checkpoint", "name": "now"}]
+    disturbed, quiet = rig.session(), None
+    rig.send(disturbed, *operations)
+    assert run_killed(rig, point, "none") == [KILLED, 0]
+    quiet = rig.session()
+    rig.send(quiet, *operations)
+    finish(rig, disturbed, quiet)
+    assert same(rig.weights(disturbed), rig.weights(quiet))
+    saved = rig.answer(disturbed, 8)["checkpoint_id"]
+    assert same(rig.weights(disturbed, saved), rig.weights(quiet, rig.answer(quiet, 8)["checkpoint_id"]))
+
+
+@SQLITE
+def test_a_build_that_replays_nothing_is_caught(rig: Any) -> None:
+    """The negative control of the tests above."""
+    disturbed = rig.session()
+    rig.send(disturbed, *work_of_a_session())
+    assert run_killed(rig, "after_answer:4", "wrong") == [KILLED, 0]
+    quiet = rig.session()
+    rig.send(quiet, *work_of_a_session())
+    finish(rig, disturbed, quiet)
+    assert not same(rig.weights(disturbed), rig.weights(quiet))
+
+
+@SQLITE
+def test_an_operation_that_kills_its_worker_fails_and_not_the_session(rig: Any) -> None:
+    """Each attempt dies in the first operation that it runs (the third in order), until that one is given up."""
+    job = rig.session()
+    rig.send(job, *loop(2))
+    ended = run_killed(rig, "in_operation:3", "in_operation:1", "none")
+    assert ended == [KILLED, KILLED, 0]
+    assert rig.error(job, 3) == {
+        "code": "operation_lost",
+        "detail": "the worker died each time it ran this operation; nothing of it was kept",
+        "category": "server",
+        "hint": "send less at once: it may not fit the worker's memory",
+    }
+    assert [rig.operation(job, seq).status for seq in (1, 2, 4, 5, 6)] == ["done"] * 5
+    assert (rig.job(job).status, rig.job(job).crashes) == ("paused", 0)
+
+
+@SQLITE
+def test_an_operation_that_ran_beside_is_not_blamed(rig: Any) -> None:
+    """The worker dies twice between operations: nobody's operation is given up."""
+    job = rig.session()
+    rig.send(job, *loop(2))
+    assert run_killed(rig, "after_answer:2", "after_answer:1", "none") == [KILLED, KILLED, 0]
+    assert [rig.operation(job, seq).status for seq in range(1, 7)] == ["done"] * 6
+
+
+@SQLITE
+def test_a_broken_snapshot_without_its_log_fails_the_session(rig: Any) -> None:
+    job = rig.session(checkpoints={"every_steps": 1, "keep_last": 3})
+    rig.send(job, *loop(2))
+    rig.work()
+    newest = rig.checkpoints(job)[0]
+    next(rig.store.blobs.path(newest.path).rglob("optimizer.safetensors")).write_bytes(b"torn")
+    rig.send(job, *loop(1, first=2))
+    rig.work()
+    failed = rig.job(job)
+    assert (failed.status, failed.error["code"]) == ("failed", "checkpoint_broken")
+    assert rig.error(job, 7)["code"] == "session_over"
+
+
+@SQLITE
+def test_a_snapshot_that_is_torn_is_replaced_by_the_log(rig: Any) -> None:
+    """Before its transaction there is no snapshot: the one before it and the log are enough."""
+    job, quiet = rig.session(), rig.session()
+    for one in (job, quiet):
+        rig.send(one, *loop(3))
+    rig.work()
+    assert same(rig.weights(job), rig.weights(quiet))

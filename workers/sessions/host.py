@@ -1,0 +1,368 @@
+"""One process for many: it holds a base, and works for every session and sampler whose work shares it.
+
+It runs one operation of the ordered lanes at a time, chosen fairly, and samples in slices in between. It is woken by signals,
+and looks once a second anyway. Who has nothing to do for long is saved and leaves; if other work waits for this process, all
+leave after a while.
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from time import monotonic, sleep
+
+from sqlalchemy.exc import InterfaceError, OperationalError
+
+from service.errors import JobFailed, LeaseLost
+from service.jobs import lease as leases
+from service.jobs import moves
+from service.jobs.lease import Lease
+from service.spec.session import SamplerSpec, SessionSpec
+from service.states import Phase, Wish
+from service.store import operations
+from service.store.operations import Answered
+from service.store.tables import Job, Operation
+from workers.identity import has_gpu, resource_classes
+from workers.policy.base import Base
+from workers.sessions.errors import LOST, told
+from workers.sessions.requests import refused
+from workers.sessions.sampling import Finished, Sampling
+from workers.sessions.session import Session
+from workers.sessions.turns import FairTurns
+from workers.tenure.failures import failure_of
+from workers.tenure.keeper import Keeper
+from workers.tenure.outcome import Failed, Outcome, Paused, obeyed
+from workers.tenure.resume import start_checkpoint
+from workers.tenure.session import SessionTenure
+
+log = logging.getLogger(__name__)
+
+LOOK_S = 1.0  # between two looks at the store without a signal
+HURRIED_IDLE_S = 2.0  # how long a guest may be idle where other work waits
+SLICE_S, LONG_SLICE_S = 0.05, 0.25  # of sampling: while operations in order wait, and while none does
+PART_S = 0.05  # between two parts of an answer that is told while it grows
+FIND_S = 0.02  # between two looks for operations to sample, while there is other work
+ROOM = 256  # rows in the engine; more are let in, fairly, as others end
+AT_ONCE = 64  # guests that join together
+
+
+class Guest:
+    """A session or sampler in this process. `session` is None for samplers, which only sample."""
+
+    def __init__(self, tenure: SessionTenure, spec: SessionSpec | SamplerSpec) -> None:
+        self.tenure, self.spec = tenure, spec
+        self.id, self.project = tenure.job.id, tenure.job.project
+        self.session: Session | None = None
+        self.following: Operation | None = None  # the next one in order, if it is known
+        self.loose: dict[str, Operation] = {}  # of unordered lanes, that are not in the engine yet
+        self.sampled = set[str]()  # ids of those that are
+        self.busy_at = monotonic()
+
+    @property
+    def done(self) -> int:
+        return 0 if self.session is None else self.session.place.seq
+
+    @property
+    def step(self) -> int:
+        return self.tenure.job.step if self.session is None else self.session.place.step
+
+    @property
+    def is_busy(self) -> bool:
+        return self.following is not None or bool(self.loose) or bool(self.sampled)
+
+    def snapshot(self) -> None:
+        if self.session is not None:
+            self.session.snapshot()
+
+
+class Host:
+    """Made for the first job that was claimed. `owner` is this worker's id."""
+
+    def __init__(self, keeper: Keeper, owner: str) -> None:
+        self.store, self.settings, self.doorbell = keeper.store, keeper.settings, keeper.doorbell
+        self._keeper, self._owner = keeper, owner
+        self._guests: dict[str, Guest] = {}
+        self._turns, self._sampling_turns = FairTurns(), FairTurns()
+        self._base: Base | None = None
+        self._sampling: Sampling | None = None
+        self._base_key: str | None = None
+        self._classes = resource_classes(self.settings)
+        self._looked_at = self._found_loose_at = 0.0
+        self._others_since: float | None = None  # since when other work waits for this process
+
+    def run(self, lease: Lease, job: Job) -> None:
+        """Work until nobody is left."""
+        self._base_key = job.base_key
+        self._join(lease, job)
+        while self._guests:
+            try:
+                self._turn()
+            except (OperationalError, InterfaceError):  # the leases say how long that may last
+                log.warning("the store does not answer; trying again", exc_info=True)
+                sleep(LOOK_S)
+
+    @property
+    def _heard(self) -> set[str]:
+        """Whose signals are listened for: the guests', and the base's."""
+        return {*self._guests, *([] if self._base_key is None else [self._base_key])}
+
+    def _turn(self) -> None:
+        self._attend()
+        worked = self._work()
+        sampled = self._sample(SLICE_S if worked else LONG_SLICE_S)
+        if monotonic() - self._looked_at >= LOOK_S:
+            self._looked_at = monotonic()
+            self._look()
+        if not worked and not sampled and self._guests:
+            if self.doorbell.hear(self._heard, LOOK_S, what={"operation", "guest"}) == "guest":
+                self._looked_at = 0.0
+            self._found_loose_at = 0.0
+
+    # ---------------------------------------------------------------- coming
+
+    def _join(self, lease: Lease, job: Job) -> None:
+        """A claimed job becomes a guest. If it cannot be loaded, it fails alone."""
+        tenure = SessionTenure(self._keeper, lease, job)
+        tenure.__enter__()
+        log.info("%s %s: attempt %d starts", job.kind, job.id, lease.attempt)
+        spec = SamplerSpec if job.kind == "sampler" else SessionSpec
+        guest = Guest(tenure, spec.model_validate(job.spec))
+        self._guests[job.id] = guest
+        self.doorbell.hear(self._heard, 0.0)  # from now on no signal is missed
+        with self._alone(guest, joins=True):
+            self.store.blobs.discard_before(job.id, lease.attempt)
+            if isinstance(guest.spec, SessionSpec):
+                guest.session = Session(tenure, guest.spec, lambda weights: self._base_at(guest, weights))
+                guest.session.open()
+                if guest.session.ended:
+                    self._forget(guest)
+            else:
+                start = guest.spec.model.from_checkpoint
+                base = self._base_at(guest, None if start is None else start_checkpoint(self.store, job, start.id))
+                tenure.loaded({"source": base.source, "device": str(base.device)}, Phase.SAMPLING)
+        guest.busy_at = monotonic()
+
+    def _base_at(self, guest: Guest, weights: Path | None) -> Base:
+        """The base that all share, loaded for the first of them; or one of its own for a session that trains all weights."""
+        model, device = guest.spec.model, "cuda" if has_gpu(self.settings) else "cpu"
+        if self._base is not None and self._base_key is not None:
+            return self._base
+        base = Base.load(model, device=device, threads=self.settings.torch_threads, checkpoint=weights)
+        if self._base_key is not None:
+            self._base, self._sampling = base, Sampling(base, self.store, self._base_key)
+        return base
+
+    # ---------------------------------------------------------------- staying, and leaving
+
+    def _attend(self) -> None:
+        """Obey wishes, and let those go whose time or budget is spent."""
+        for guest in list(self._guests.values()):
+            with self._alone(guest):
+                wish = guest.tenure.check()
+                if wish is not None:
+                    self._leave(guest, obeyed(wish), save=wish is not Wish.CANCEL)
+                elif guest.tenure.budget_spent:
+                    self._leave(guest, Paused("budget_spent"))
+
+    def _look(self) -> None:
+        """What need not be looked at all the time."""
+        self._find_following()  # nobody leaves who has work
+        self._find_loose()
+        others = leases.others_wait(self.store, self._classes, self._base_key)
+        self._others_since = None if not others else self._others_since or monotonic()
+        gives_way = others and monotonic() - (self._others_since or 0.0) >= self.settings.session_slice_s
+        idle_s = min(HURRIED_IDLE_S, self.settings.session_idle_s) if others else self.settings.session_idle_s
+        for guest in list(self._guests.values()):
+            with self._alone(guest):
+                self._in_time(guest)
+                if gives_way:
+                    guest.snapshot()
+                    guest.tenure.give_way()
+                    self._forget(guest)
+                elif not guest.is_busy and monotonic() - guest.busy_at >= idle_s:
+                    guest.snapshot()
+                    guest.tenure.rest(guest.done)
+                    self._forget(guest)
+        self._forget_withdrawn()
+        if self._base_key is not None and self._guests and not gives_way:
+            for lease, job in leases.claim_beside(
+                self.store, self.settings, self._owner, self._classes, self._base_key, AT_ONCE
+            ):
+                self._join(lease, job)
+
+    def _in_time(self, guest: Guest) -> None:
+        """If no time is left, save and raise JobFailed."""
+        job, run_s, allowed_s = guest.tenure.job, guest.tenure.run_s, guest.spec.limits.max_runtime_s
+        if job.deadline_at is not None and guest.tenure.now > job.deadline_at:
+            guest.snapshot()
+            failed = moves.deadline(job)
+            raise JobFailed(failed.code, failed.detail)
+        if run_s > allowed_s:
+            guest.snapshot()
+            detail = f"it was in the hands of a worker for {run_s:.0f} s, allowed are {allowed_s:.0f} s (limits.max_runtime_s)"
+            raise JobFailed("max_runtime", detail)
+
+    def _leave(self, guest: Guest, outcome: Outcome, *, save: bool = True) -> None:
+        if save:
+            guest.snapshot()
+        guest.tenure.settle(outcome)
+        self._forget(guest)
+
+    def _forget(self, guest: Guest) -> None:
+        """Nothing of it stays in this process."""
+        if self._guests.pop(guest.id, None) is None:
+            return
+        if self._sampling is not None:
+            self._sampling.leave(guest.id)
+        if guest.session is not None:
+            guest.session.close()
+        guest.tenure.__exit__(None, None, None)
+
+    @contextmanager
+    def _alone(self, guest: Guest, *, joins: bool = False) -> Iterator[None]:
+        """What happens inside concerns this guest only. If its lease is lost it is forgotten; if its work fails, it fails."""
+        try:
+            yield
+        except LeaseLost as lost:
+            log.warning(
+                "%s %s: attempt %d is over, %s", guest.tenure.job.kind, guest.id, guest.tenure.lease.attempt, lost.detail
+            )
+            self._forget(guest)
+        except Exception as error:
+            if isinstance(error, OperationalError | InterfaceError) and not joins:
+                raise
+            failure = failure_of(error)
+            log.warning("%s %s failed: %s", guest.tenure.job.kind, guest.id, failure.detail, exc_info=True)
+            with self._alone_at_the_end(guest):
+                guest.tenure.settle(Failed(failure, guest.step))
+
+    @contextmanager
+    def _alone_at_the_end(self, guest: Guest) -> Iterator[None]:
+        try:
+            yield
+        except LeaseLost as lost:
+            log.warning("%s could not be settled, %s", guest.id, lost.detail)
+        finally:
+            self._forget(guest)
+
+    # ---------------------------------------------------------------- operations in order
+
+    def _work(self) -> bool:
+        """Run the operation whose turn it is. False if none waits."""
+        self._find_following()
+        waiting = {guest.id: guest.project for guest in self._guests.values() if guest.following is not None}
+        if not waiting:
+            return False
+        guest = self._guests[self._turns.next(waiting)]
+        row, session = guest.following, guest.session
+        assert row is not None and session is not None
+        with self._alone(guest):
+            session.do(row)
+            guest.following = None
+            self._turns.spend(guest.project, guest.id, row.cost)
+            guest.busy_at = monotonic()
+            if session.ended:
+                self._forget(guest)
+        return True
+
+    def _find_following(self) -> None:
+        unknown = {g.id: g.done for g in self._guests.values() if g.session is not None and g.following is None}
+        if unknown:
+            with self.store.begin(readonly=True) as session:
+                for row in operations.ready(session, unknown):
+                    self._guests[row.job_id].following = row
+
+    # ---------------------------------------------------------------- sampling
+
+    def _sample(self, slice_s: float) -> bool:
+        """Sample for a while. False if there is nothing to sample."""
+        if monotonic() - self._found_loose_at >= FIND_S:
+            self._find_loose()
+        until, told_at = monotonic() + slice_s, monotonic()
+        while self._admit() and self._sampling is not None:
+            self._answer(self._sampling.step())
+            if monotonic() >= told_at + PART_S:
+                self._tell_parts()
+                told_at = monotonic()
+            if monotonic() >= until:
+                self._tell_parts()
+                return True
+        return False
+
+    def _tell_parts(self) -> None:
+        assert self._sampling is not None
+        for lane, parts in self._sampling.parts():
+            self.doorbell.tell(lane, parts)
+
+    def _forget_withdrawn(self) -> None:
+        """Operations that wait no more, though nobody here answered them: their callers went away."""
+        known = {row_id for guest in self._guests.values() for row_id in (*guest.loose, *guest.sampled)}
+        if not known or self._sampling is None:
+            return
+        with self.store.begin(readonly=True) as session:
+            gone = operations.finished(session, known)
+        self._sampling.withdraw(gone)
+        for guest in self._guests.values():
+            guest.sampled -= gone
+            for row_id in gone & guest.loose.keys():
+                del guest.loose[row_id]
+
+    def _find_loose(self) -> None:
+        self._found_loose_at = monotonic()
+        known = [row_id for guest in self._guests.values() for row_id in (*guest.loose, *guest.sampled)]
+        with self.store.begin(readonly=True) as session:
+            found = operations.loose(session, list(self._guests), known=known)
+        for row in found:
+            self._guests[row.job_id].loose[row.id] = row
+
+    def _admit(self) -> bool:
+        """Let operations into the engine, as far as there is room. False if there is nothing in it."""
+        while waiting := {guest.id: guest.project for guest in self._guests.values() if guest.loose}:
+            if self._sampling is not None and self._sampling.pending >= ROOM:
+                break
+            guest = self._guests[self._sampling_turns.next(waiting)]
+            row = guest.loose.pop(next(iter(guest.loose)))
+            self._sampling_turns.spend(guest.project, guest.id, row.cost)
+            with self._alone(guest):
+                self._add(guest, row)
+        return self._sampling is not None and self._sampling.pending > 0
+
+    def _add(self, guest: Guest, row: Operation) -> None:
+        guest.busy_at, job = monotonic(), guest.tenure.job
+        if job.crashes:
+            if row.attempt is not None and job.crashes >= guest.spec.limits.max_attempts - 1:
+                guest.tenure.answer([Answered(row.id, error=LOST)])
+                return
+            with self.store.begin() as session:
+                operations.at_work(session, row.id, attempt=guest.tenure.lease.attempt)
+        try:
+            if self._sampling is None:
+                raise refused(
+                    "no_base",
+                    "this session trains all weights, so that no other version can be sampled beside it",
+                    hint="sample in order (with a seq), or a saved checkpoint",
+                )
+            self._sampling.add(guest.id, guest.project, guest.spec.seed, row)
+            guest.sampled.add(row.id)
+        except (OperationalError, InterfaceError):
+            guest.loose[row.id] = row
+            raise
+        except Exception as error:
+            guest.tenure.answer([Answered(row.id, error=told(error))])
+
+    def _answer(self, finished: list[Finished]) -> None:
+        """Store the answers, in one transaction for each guest."""
+        for guest in [self._guests[owner] for owner in dict.fromkeys(one.owner for one in finished)]:
+            answered = list[Answered]()
+            for one in finished:
+                if one.owner != guest.id:
+                    continue
+                guest.sampled.discard(one.row.id)
+                if isinstance(one.result, Exception):
+                    answered.append(Answered(one.row.id, error=told(one.result)))
+                else:
+                    guest.tenure.meter.sampled(one.result.sampled)
+                    answered.append(Answered(one.row.id, one.result.answer))
+            guest.busy_at = monotonic()
+            with self._alone(guest):
+                guest.tenure.answer(answered)

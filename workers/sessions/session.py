@@ -1,0 +1,354 @@
+"""One session in this process: its learner, where it stands in its log of operations, and how it comes back after a crash.
+
+The log is the write-ahead log, a checkpoint with the optimizer's state is the snapshot. Whatever happens to the process, the
+next one loads the newest whole snapshot and runs the operations behind it again, so that the weights are the same to the bit
+(on a CPU); those that were answered keep their answers.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import orjson
+from sqlalchemy.exc import InterfaceError, OperationalError
+
+from service.errors import InvalidRequest, JobFailed, LeaseLost, NotFound
+from service.ids import new_id
+from service.sessions.codec import pack
+from service.spec.session import SessionSpec
+from service.spec.training import OptimizerSpec
+from service.states import Phase
+from service.store import checkpoints, operations
+from service.store.operations import ORDERED, Answered
+from service.store.tables import Operation
+from workers.loops import known_metrics
+from workers.policy.base import Base
+from workers.policy.checkpoint import CheckpointBroken
+from workers.policy.errors import PolicyFailed
+from workers.policy.learner import Learner, Start
+from workers.policy.load import adapter_of
+from workers.policy.reference import open_reference
+from workers.sessions.errors import LOST, told
+from workers.sessions.requests import Request, refused
+from workers.sessions.sampling import sample, seed_of
+from workers.sessions.training import MUTATING, STEPS, TRAINING, Done, Trainer
+from workers.tenure.outcome import Succeeded
+from workers.tenure.resume import newest_checkpoint, start_checkpoint, verified
+from workers.tenure.session import Named, SessionTenure
+from workers.tenure.tenure import Contents
+
+log = logging.getLogger(__name__)
+
+FILE = "session.json"
+REPLAYED_AT_ONCE = 16  # operations read together
+
+
+@dataclass
+class Place:
+    """Where a session stands in its log."""
+
+    seq: int = 0  # the last operation of the ordered lane that has run
+    gradient_from: int | None = None  # the first one whose gradient no optimizer step has taken yet
+    step: int = 0  # optimizer steps, over the whole session
+
+    @property
+    def replay_from(self) -> int:
+        """Where a replay begins, if the weights are those of now."""
+        return self.seq + 1 if self.gradient_from is None else self.gradient_from
+
+    def save(self, folder: Path) -> None:
+        (folder / FILE).write_bytes(orjson.dumps({**asdict(self), "replay_from": self.replay_from}))
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        saved = orjson.loads((folder / FILE).read_bytes())
+        return cls(saved["seq"], saved["gradient_from"], saved["step"])
+
+
+class Session:
+    """A session while this process holds its lease.
+
+    `load_base` loads a base at a checkpoint's weights (None: the source's). Of LoRA the base is loaded once and may be shared;
+    all weights are trained on one that is the session's own.
+    """
+
+    def __init__(self, tenure: SessionTenure, spec: SessionSpec, load_base: Callable[[Path | None], Base]) -> None:
+        self.tenure, self.spec, self._load_base = tenure, spec, load_base
+        self.place, self.saved = Place(), Place()
+        self.ended = False
+        self._changed = False  # the weights, since the newest snapshot
+        self._suspect = tenure.job.crashes > 0  # an operation may have killed its worker
+        self._loads, self._trainer = 0, None
+
+    # ---------------------------------------------------------------- loading, and doing again
+
+    def open(self) -> None:
+        """Load the newest snapshot, or the start, and do again what came after it. Raises JobFailed."""
+        self._load()
+        self.tenure.loaded(self.trainer.learner.facts, Phase.UPDATING)
+        self._after_a_crash()
+        if self._ended_before():
+            self.end()
+
+    def _load(self) -> None:
+        snapshot = newest_checkpoint(self.tenure.store, self.tenure.job)
+        self.saved = Place() if snapshot is None else Place.load(snapshot)
+        self.place = Place(self.saved.seq, self.saved.gradient_from, self.saved.step)
+        self.close()
+        self._trainer, self._changed = (
+            self._trained_from(self._start() if snapshot is None else Start(snapshot, snapshot)),
+            False,
+        )
+        self._replay()
+
+    def _after_a_crash(self) -> None:
+        """Refuse an operation that was at work each time the worker died, so that the session can go on without it."""
+        if not self._suspect:
+            return
+        following = self._since(self.place.seq + 1)[:1]
+        if not following or following[0].seq != self.place.seq + 1:
+            self.snapshot(anyway=True)  # it was none of ours
+        elif following[0].attempt is not None and self.tenure.job.crashes >= self.spec.limits.max_attempts - 1:
+            self._answer(following[0], Answered(following[0].id, error=LOST))
+            self.snapshot(anyway=True)
+
+    def _ended_before(self) -> bool:
+        """Whether the session has run its last operation, but its worker died before it could say so."""
+        with self.tenure.store.begin(readonly=True) as session:
+            last = operations.at(session, self.tenure.job.id, ORDERED, self.place.seq)
+        return last is not None and last.kind == "finish" and last.status == "done"
+
+    def _start(self) -> Start:
+        start = self.spec.model.from_checkpoint
+        folder = self._start_folder()
+        return Start(folder, folder if start is not None and start.load == "weights+optimizer" else None)
+
+    def _start_folder(self) -> Path | None:
+        start = self.spec.model.from_checkpoint
+        return None if start is None else start_checkpoint(self.tenure.store, self.tenure.job, start.id)
+
+    def _trained_from(self, start: Start) -> Trainer:
+        """A new learner beside the one that there is, if any."""
+        self._loads += 1
+        learner = Learner(
+            self._load_base(start.weights),
+            adapter_of(self.spec.model),
+            name=f"{self.tenure.job.id}-{self._loads}",
+            optimizer=OptimizerSpec(),  # each operation brings its own settings
+            steps=1,
+            seed=self.spec.seed,
+            start=start,
+        )
+        return Trainer(
+            learner,
+            self.spec.seed,
+            open_reference=lambda: open_reference(learner, self.spec.model, self._start_folder()),
+            beat=self._beat,
+        )
+
+    def _beat(self) -> None:
+        self.tenure.check()
+
+    @property
+    def trainer(self) -> Trainer:
+        assert self._trainer is not None
+        return self._trainer
+
+    def _replay(self) -> None:
+        """Run what the weights do not hold yet of the operations that were answered."""
+        at, snapshot = self.saved.replay_from, self.saved.seq
+        while rows := self._since(at):
+            for row in rows:
+                if row.seq != at or row.status == "waiting":  # a gap, or what is still to be done
+                    return
+                if row.status == "done" and (row.seq > snapshot or row.kind == "forward_backward"):
+                    self._again(row)
+                self.place.seq, at = max(self.place.seq, row.seq), at + 1
+
+    def _since(self, seq: int) -> list[Operation]:
+        with self.tenure.store.begin(readonly=True) as session:
+            return operations.since(session, self.tenure.job.id, seq, limit=REPLAYED_AT_ONCE)
+
+    def _again(self, row: Operation) -> None:
+        if row.kind not in MUTATING:
+            return
+        if row.request is None:
+            raise JobFailed(
+                "checkpoint_broken",
+                f"operation {row.seq} has to run again, but its request is gone: the session's newest checkpoint is broken",
+            )
+        self.tenure.check()
+        self._run(Request.read(row.request), row)
+
+    # ---------------------------------------------------------------- operations
+
+    def do(self, row: Operation) -> None:
+        """Run the next operation and store its answer. Its client's errors are answered; others leave the session as it was."""
+        assert row.request is not None
+        with self.tenure.working():
+            try:
+                if self._suspect:
+                    self._mark(row)
+                self._do(Request.read(row.request), row)
+            except (LeaseLost, OperationalError, InterfaceError):  # the lease is lost, or the store is away
+                raise
+            except Exception as error:
+                self._answer(row, Answered(row.id, error=self._error(row, error)))
+            if self._suspect and not self.ended:  # it was not this one
+                self.snapshot(anyway=True)
+
+    def _mark(self, row: Operation) -> None:
+        """Note that the operation is at work, in case that it kills this process."""
+        with self.tenure.store.begin() as session:
+            operations.at_work(session, row.id, attempt=self.tenure.lease.attempt)
+
+    def _do(self, request: Request, row: Operation) -> None:
+        if row.kind in TRAINING:
+            done = self._run(request, row)
+            self.tenure.meter.trained(done.trained)
+            known_metrics.check(done.metrics, "session", strict=self.tenure.settings.strict_metrics)
+            self._answer(row, Answered(row.id, done.answer), done.metrics)
+            if self.place.step - self.saved.step >= self.spec.checkpoints.every_steps:
+                self.snapshot()
+        else:
+            OTHERS[row.kind](self, request, row)
+
+    def _run(self, request: Request, row: Operation) -> Done:
+        learner = self.trainer.learner
+        before = learner.updates
+        done = TRAINING[row.kind](self.trainer, request, row.seq)
+        self.place.step += learner.updates - before
+        if row.kind in STEPS:
+            self.place.gradient_from, self._changed = None, True
+        elif row.kind in MUTATING and self.place.gradient_from is None:
+            self.place.gradient_from = row.seq
+        return done
+
+    def _answer(self, row: Operation, answered: Answered, metrics: dict[str, float] | None = None) -> None:
+        self.place.seq = row.seq
+        self.tenure.answer([answered], step=self.place.step, metrics=metrics)
+
+    def _error(self, row: Operation, error: Exception) -> dict[str, Any]:
+        """What its client reads. After a failure in the middle of an operation that trains, everything is as before it."""
+        if not isinstance(error, InvalidRequest):
+            log.warning("operation %d (%s) of %s failed", row.seq, row.kind, self.tenure.job.id, exc_info=error)
+            if row.kind in MUTATING:
+                self._load()
+        return told(error)
+
+    # ---------------------------------------------------------------- checkpoints
+
+    def snapshot(self, *, anyway: bool = False) -> None:
+        """Save, if the weights have changed since the last time. A gradient that no step has taken is computed again."""
+        if self._changed or anyway:
+            self._save(Named(), new_id("ckpt"))
+
+    def _save(self, named: Named, checkpoint_id: str, answered: Answered | None = None, *, final: bool = False) -> None:
+        learner, place = self.trainer.learner, Place(self.place.seq, self.place.gradient_from, self.place.step)
+        training = named.purpose == "training"
+
+        def write(folder: Path) -> None:
+            learner.save(folder, optimizer=training)
+            if training:
+                place.save(folder)
+
+        self.tenure.save_session(
+            Contents(place.step, learner.kind, write, {}),
+            named,
+            replay_from=place.replay_from if training else None,
+            keep_last=self.spec.checkpoints.keep_last if named.name is None else None,
+            answered=answered,
+            row_id=checkpoint_id,
+            final=final,
+        )
+        if training:
+            self.saved, self._changed, self._suspect = place, False, False
+
+    def save_checkpoint(self, request: Request, row: Operation) -> None:
+        head = request.head
+        with self.tenure.store.begin(readonly=True) as session:
+            there = checkpoints.named(session, self.tenure.job.id, head["purpose"], head["name"])
+        if there is not None and not head["overwrite"]:
+            raise refused(
+                "name_taken",
+                f"there is a checkpoint {head['name']!r} already ({there.id})",
+                "/name",
+                hint="use another name, or overwrite: true",
+            )
+        named = Named(head["name"], head["purpose"], head["ttl_s"], head["overwrite"], head["metadata"] or None)
+        checkpoint_id = new_id("ckpt")
+        facts = {
+            "checkpoint_id": checkpoint_id,
+            "name": head["name"],
+            "purpose": head["purpose"],
+            "step": self.place.step,
+        }
+        self.place.seq = row.seq
+        self._save(named, checkpoint_id, Answered(row.id, pack(facts, {})))
+
+    def load_checkpoint(self, request: Request, row: Operation) -> None:
+        """The weights of a checkpoint of this project. Gradients that were not used yet are dropped."""
+        checkpoint_id, with_optimizer = request.head["checkpoint"], request.head["optimizer"]
+        folder = self._checkpoint(checkpoint_id, with_optimizer=with_optimizer)
+        try:
+            loaded = self._trained_from(Start(folder, folder if with_optimizer else None))
+        except PolicyFailed as error:
+            raise refused(error.code, error.failure.detail, "/checkpoint", hint=error.failure.hint) from error
+        self.trainer.unload()
+        self._trainer = loaded
+        self.place.gradient_from, self.place.seq = None, row.seq
+        self._save(Named(), new_id("ckpt"), Answered(row.id, pack({"checkpoint_id": checkpoint_id}, {})))
+
+    def _checkpoint(self, checkpoint_id: str, *, with_optimizer: bool) -> Path:
+        store = self.tenure.store
+        try:
+            with store.begin(readonly=True) as session:
+                found = checkpoints.get(session, self.tenure.job.project, checkpoint_id)
+            if with_optimizer and not found.has_optimizer:
+                raise refused(
+                    "no_optimizer_state",
+                    f"{checkpoint_id} was saved to sample from, without the optimizer's state",
+                    "/optimizer",
+                    hint="optimizer: false starts the optimizer anew",
+                )
+            return verified(store, found)
+        except NotFound as error:
+            raise refused("checkpoint_not_found", error.detail, "/checkpoint") from error
+        except CheckpointBroken as error:
+            raise refused("checkpoint_broken", str(error), "/checkpoint") from error
+
+    def finish(self, request: Request, row: Operation) -> None:
+        """The last operation: what comes after it is not run any more."""
+        checkpoint_id = new_id("ckpt")
+        self.place.seq = row.seq
+        self._save(Named(), checkpoint_id, Answered(row.id, pack({"checkpoint_id": checkpoint_id}, {})), final=True)
+        self.end()
+
+    def sample(self, request: Request, row: Operation) -> None:
+        """Answers of the weights as they are now."""
+        if request.head["checkpoint"] is not None:
+            detail = "a sample in order is of the session's own weights: checkpoint must be null"
+            raise refused("invalid_request", detail, "/checkpoint")
+        done = sample(self.trainer.learner, request, seed_of(request, self.spec.seed, row))
+        self.tenure.meter.sampled(done.sampled)
+        self._answer(row, Answered(row.id, done.answer))
+
+    def close(self) -> None:
+        """Nothing of it stays on the base."""
+        if self._trainer is not None:
+            self._trainer.unload()
+            self._trainer = None
+
+    def end(self) -> None:
+        self.tenure.settle(Succeeded({"ended": "finished", "steps": self.place.step}, "finished"))
+        self.ended = True
+
+
+OTHERS: dict[str, Callable[[Session, Request, Operation], None]] = {
+    "sample": Session.sample,
+    "save_checkpoint": Session.save_checkpoint,
+    "load_checkpoint": Session.load_checkpoint,
+    "finish": Session.finish,
+}

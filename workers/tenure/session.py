@@ -1,0 +1,118 @@
+"""The tenure of a session or sampler: beside others in one process, with operations in place of steps."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+from service.jobs import lease as leases
+from service.jobs.lease import Answered
+from service.spec.work import WorkLimits
+from service.states import Phase, Status
+from service.store.checkpoints import Purpose
+from service.store.tables import Job
+from workers.tenure.keeper import Keeper
+from workers.tenure.tenure import Contents, Lease, Tenure
+
+
+@dataclass(frozen=True)
+class Named:
+    """What a checkpoint's owner says about it."""
+
+    name: str | None = None
+    purpose: Purpose = "training"
+    ttl_s: float | None = None
+    overwrite: bool = False
+    user_metadata: dict[str, Any] | None = None
+
+
+class SessionTenure(Tenure):
+    """The log's tail has only the lines of its own operations, see `working`. All guests of a process have one patience: a
+    process that hangs hangs for all of them."""
+
+    def __init__(self, keeper: Keeper, lease: Lease, job: Job) -> None:
+        super().__init__(keeper, lease, job, stall_timeout_s=WorkLimits().stall_timeout_s)
+
+    def __enter__(self) -> Self:
+        self._keeper.hold(self._hold)
+        return self
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """What is logged inside belongs to this session."""
+        with self._tail:
+            yield
+
+    @property
+    def lost(self) -> bool:
+        return self._hold.lost is not None
+
+    def loaded(self, facts: Mapping[str, Any], phase: Phase) -> None:
+        """The work can begin. What an earlier attempt wrote stays: answers that were given are kept."""
+        self._hold.patiently(lambda: leases.set_resolved(self.store, self.lease, dict(facts)))
+        self.check(phase)
+
+    def answer(
+        self, answered: Sequence[Answered], *, step: int | None = None, metrics: Mapping[str, float | None] | None = None
+    ) -> None:
+        """Store what came of some operations, in one transaction, and set `budget_spent`."""
+        spent = self.meter.take()
+        self.budget_spent = self._hold.patiently(
+            lambda: leases.answer_operations(
+                self.store, self.settings, self.lease, answered, step=step, metrics_=metrics, spent=spent
+            )
+        )
+        self._tell_followers()
+
+    def save_session(
+        self,
+        contents: Contents,
+        named: Named,
+        *,
+        replay_from: int | None,
+        keep_last: int | None,
+        answered: Answered | None = None,
+        row_id: str | None = None,
+        final: bool = False,
+    ) -> str:
+        """Write a checkpoint, and with it, in one transaction, everything that it makes needless. Returns its id."""
+        self.check()
+        self.meter.enter(Phase.SAVING)
+        row = self._write(contents, final=final, checkpoint_id=row_id)
+        row = replace(
+            row,
+            name=named.name,
+            purpose=named.purpose,
+            ttl_s=named.ttl_s,
+            user_metadata=named.user_metadata,
+            has_optimizer=named.purpose == "training",
+        )
+        spent = self.meter.take()
+        removed = self._hold.patiently(
+            lambda: leases.commit_snapshot(
+                self.store,
+                self.settings,
+                self.lease,
+                row,
+                replay_from=replay_from,
+                answered=answered,
+                overwrite=named.overwrite,
+                keep_last=keep_last,
+                spent=spent,
+            )
+        )
+        self.meter.enter(self.phase)
+        for path in removed:
+            self.store.blobs.delete(path)
+        self._tell_followers()
+        return row.id
+
+    def rest(self, done: int) -> None:
+        """The session was idle: it leaves this process until an operation comes. `done`: the last one in order that ran."""
+        if self._end(lambda spent: leases.rest(self.store, self.lease, done, spent=spent)) is Status.QUEUED:
+            self.doorbell.ring(self.job.id, self.job.resource_class)
+
+    def give_way(self) -> None:
+        """Back to the queue, behind the work that waits for this process."""
+        self._end(lambda spent: leases.release(self.store, self.lease, "gave_way", spent=spent))
+        self.doorbell.ring(self.job.id, self.job.resource_class)
