@@ -18,6 +18,7 @@ from service.edge.pages import PageQuery
 from service.edge.problems import BODY, responses
 from service.edge.shares import Share
 from service.edge.tails import POLL_S
+from service.errors import Conflict
 from service.jobs import lifecycle
 from service.jobs.fork import forked_spec
 from service.jobs.lifecycle import CANCEL_GRACE_S
@@ -27,7 +28,7 @@ from service.spec.model import CheckpointRef
 from service.spec.section import Section
 from service.spec.work import Budget
 from service.states import FINAL, Status
-from service.store import jobs
+from service.store import jobs, operations
 from service.store.tables import Job
 from service.validation import below, parse
 
@@ -129,6 +130,12 @@ def fork_job(
     request = parse(ForkRequest, document.data)
     with context.store.begin(readonly=True) as session:
         parent = jobs.get(session, caller.project, job_id)
+    if parent.kind in operations.KINDS:
+        raise Conflict(
+            f"{job_id} is a {parent.kind}; only jobs of kind rl and supervised can be forked",
+            code="not_forkable",
+            hint="start another session (POST /v1/sessions) or a job with one of its checkpoints as model.from_checkpoint",
+        )
     start = request.from_checkpoint
     start = start.model_dump(mode="json") if isinstance(start, CheckpointRef) else start
     with once(

@@ -9,7 +9,7 @@ from sqlalchemy.orm import Session
 from service.api.usage import UsageTotals
 from service.edge.pages import Page
 from service.states import Phase, Status, allowed_actions
-from service.store import usage
+from service.store import operations, usage
 from service.store.tables import Job
 
 DERIVED = frozenset({"usage", "object", "metadata", "allowed_actions", "links"})  # not columns of the same name
@@ -84,7 +84,8 @@ class JobSummary(BaseModel):
     @classmethod
     def _columns(cls, job: Job) -> dict[str, Any]:
         columns = {name: getattr(job, name) for name in cls.model_fields if name not in DERIVED}
-        allowed = allowed_actions(Status(job.status))
+        forks = job.kind not in operations.KINDS
+        allowed = [action for action in allowed_actions(Status(job.status)) if forks or action != "fork"]
         return {**columns, "metadata": job.user_metadata, "allowed_actions": allowed, "links": Links.of(job.id)}
 
 

@@ -11,7 +11,7 @@ from service.settings import Settings
 from service.spec.model import CheckpointRef, ModelSpec
 from service.spec.session import MOST_STEPS, SamplerSpec, SessionSpec, base_key, sampler_key
 from service.spec.storable import not_storable
-from service.store import jobs
+from service.store import jobs, operations
 from service.store.session import Store
 from service.store.tables import Job
 from service.validation import invalid
@@ -73,6 +73,6 @@ def get(store: Store, project: str, job_id: str) -> Job:
     """A session or sampler of this project. Raises NotFound."""
     with store.begin(readonly=True) as session:
         job = jobs.find(session, job_id)
-        if job is None or job.project != project or (job.base_key is None and job.kind not in ("session", "sampler")):
+        if job is None or job.project != project or job.kind not in operations.KINDS:
             raise NotFound(f"no session {job_id} in this project")
         return job

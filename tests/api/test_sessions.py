@@ -73,6 +73,15 @@ def test_session_is_a_job(api: Any, client: httpx.Client) -> None:
     assert (late.status_code, late.json()["code"]) == (409, "session_over")
 
 
+def test_a_session_is_not_forked_and_the_answer_says_what_to_do(client: httpx.Client) -> None:
+    made = start(client)
+    assert "fork" not in made["allowed_actions"] and "cancel" in made["allowed_actions"]
+    answer = client.post(f"/v1/jobs/{made['id']}/fork")
+    assert (answer.status_code, answer.json()["code"]) == (409, "not_forkable")
+    assert "model.from_checkpoint" in answer.json()["hint"]
+    assert len(client.get("/v1/jobs").json()["data"]) == 1
+
+
 def test_a_session_is_made_once(client: httpx.Client) -> None:
     headers = {"Idempotency-Key": "once"}
     first, second = (client.post("/v1/sessions", json={"model": LORA}, headers=headers).json() for _ in range(2))
