@@ -148,7 +148,7 @@ def fork_job(
             return _create(context, caller, sent, turn, parent_id=parent.id)
 
 
-def _create(context: Context, caller: Caller, sent: dict[str, Any], turn: Once, *, parent_id: str | None = None) -> JobView:
+def _create(context: Context, caller: Caller, sent: dict[str, Any], turn: Once, *, parent_id: str | None = None) -> Response:
     resolved = resolve_and_read(context.store, context.settings, caller.project, parse(JobSpec, sent))
     job = lifecycle.create_job(
         context.store,
@@ -158,9 +158,9 @@ def _create(context: Context, caller: Caller, sent: dict[str, Any], turn: Once, 
         resolved=resolved,
         parent_id=parent_id,
         key_id=caller.key_id,
-        also=lambda session, job: turn.complete(session, JobView.read(session, job)),
+        also=lambda session, job: turn.complete(session, JobView.new(job)),
     )
-    return _view(context, job)
+    return Response(JobView.new(job).model_dump_json(), 201, media_type="application/json")
 
 
 def _view(context: Context, job: Job) -> JobView:

@@ -133,7 +133,7 @@ def create_session(
         if turn.replay is not None:
             return turn.replay
         resolved = sessions.resolve_session(
-            context.store, context.settings, caller.project, parse(TypeAdapter(SessionSpec), document.data)
+            context.store, context.settings, caller.project, parse(SessionSpec, document.data)
         )
         job = lifecycle.create_job(
             context.store,
@@ -142,10 +142,9 @@ def create_session(
             sent=document.data,
             resolved=resolved,
             key_id=caller.key_id,
-            also=lambda session, job: turn.complete(session, JobView.read(session, job)),
+            also=lambda session, job: turn.complete(session, JobView.new(job)),
         )
-        with context.store.begin(readonly=True) as session:
-            return JobView.read(session, job)
+        return Response(JobView.new(job).model_dump_json(), 201, media_type="application/json")
 
 
 @router.get("")

@@ -109,5 +109,11 @@ class JobView(JobSummary):
         return cls(**cls._columns(job), usage=UsageTotals.of(usage.of_job(session, job.id)))
 
 
+    @classmethod
+    def new(cls, job: Job) -> Self:
+        """A job in the transaction that creates it: it has spent nothing."""
+        return cls(**cls._columns(job), usage=UsageTotals.of(usage.NO_TOTALS))
+
+
 class JobPage(Page[JobSummary]):
     pass

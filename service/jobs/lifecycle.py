@@ -84,11 +84,8 @@ def create_job(
         if parent_id is not None:  # before its checkpoints: in the order in which a delete takes them
             jobs.hold(session, project, parent_id)
         _hold_inputs(session, job)
-        session.add(job)
-        session.flush()
         created = ("created", {"kind": job.kind, "name": job.name, "parent_id": parent_id, "status": job.status})
-        events.append_all(session, job.id, [created, ("queued", {"resource_class": job.resource_class})], now=now)
-        session.refresh(job)
+        events.begin(session, job, [created, ("queued", {"resource_class": job.resource_class})], now=now)
         if also is not None:
             also(session, job)
     _ring(store, doorbell, job)

@@ -8,7 +8,6 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request, Response
 from fastapi.sse import EventSourceResponse, format_sse_event
-from pydantic import TypeAdapter
 from starlette.concurrency import run_in_threadpool
 
 from service.edge.auth import Caller, CallerDep, ShareDep
@@ -103,7 +102,7 @@ async def _answer(
     key: str | None,
     kind: type[CompletionRequest] | type[ChatRequest],
 ) -> Response:
-    asked: CompletionRequest | ChatRequest = await run_in_threadpool(parse, TypeAdapter(kind), document.data)
+    asked: CompletionRequest | ChatRequest = await run_in_threadpool(parse, kind, document.data)
     route, lane = f"POST {request.url.path}", f"openai/{request.scope['request_id']}"
     parts = held.enter_context(context.signals.parts(lane))  # before the worker can tell any
     prompt = "/messages" if kind is ChatRequest else "/prompt"

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import select, update
+from sqlalchemy import insert, select, update
 from sqlalchemy.orm import Session
 
 from service.errors import NotFound
@@ -26,12 +26,24 @@ def append_all(
     last = session.scalar(taken.returning(Job.last_event), execution_options={"synchronize_session": False})
     if last is None:
         raise NotFound(f"no job {job_id}")
-    first = last - len(events) + 1
-    session.add_all(
-        Event(job_id=job_id, seq=first + i, type=type_, data=data, created_at=now) for i, (type_, data) in enumerate(events)
-    )
-    session.flush()
+    _write(session, job_id, last - len(events) + 1, events, now)
     return last
+
+
+def begin(session: Session, job: Job, events: Sequence[tuple[str, dict[str, Any]]], *, now: datetime) -> None:
+    """Add a new job together with its first events."""
+    job.last_event = len(events)
+    session.add(job)
+    session.flush()
+    _write(session, job.id, 1, events, now)
+
+
+def _write(session: Session, job_id: str, first: int, events: Sequence[tuple[str, dict[str, Any]]], now: datetime) -> None:
+    rows = [
+        {"job_id": job_id, "seq": first + i, "type": type_, "data": data, "created_at": now}
+        for i, (type_, data) in enumerate(events)
+    ]
+    session.execute(insert(Event.__table__), rows)
 
 
 def after(session: Session, job_id: str, seq: int, limit: int = 1000) -> list[Event]:

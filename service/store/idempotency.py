@@ -5,7 +5,7 @@ from datetime import datetime, timedelta
 from math import ceil
 from typing import Any
 
-from sqlalchemy import ColumnElement, and_, delete, select, update
+from sqlalchemy import and_, bindparam, delete, select, update
 from sqlalchemy.orm import Session
 
 from service.errors import InFlight, InvalidRequest
@@ -53,18 +53,11 @@ def begin(
 
 def _begin(session: Session, claim: Claim, body_sha256: str) -> Claim | StoredAnswer | None:
     """One try. None if the key was taken but has just been freed, because its request failed."""
-    fresh = insert(session, IdempotencyKey).values(
-        project=claim.project,
-        route=claim.route,
-        key=claim.key,
-        body_sha256=body_sha256,
-        status=None,
-        answer=None,
-        created_at=claim.taken_at,
-    )
-    if _count(session, fresh.on_conflict_do_nothing()) == 1:
+    fresh = _count(insert(session, IdempotencyKey).on_conflict_do_nothing())
+    row = {"project": claim.project, "route": claim.route, "key": claim.key, "body_sha256": body_sha256}
+    if session.execute(fresh, {**row, "status": None, "answer": None, "created_at": claim.taken_at}).all():
         return claim
-    entry = session.scalars(select(IdempotencyKey).where(_is(claim)).execution_options(populate_existing=True)).one_or_none()
+    entry = session.scalars(_FIND, _place(claim), execution_options={"populate_existing": True}).one_or_none()
     if entry is None:
         return None
     if entry.body_sha256 != body_sha256:
@@ -74,10 +67,9 @@ def _begin(session: Session, claim: Claim, body_sha256: str) -> Claim | StoredAn
         )
     if entry.status is not None:
         return StoredAnswer(entry.status, entry.answer or {})
-    stale = and_(_is(claim), IdempotencyKey.status.is_(None), IdempotencyKey.created_at == entry.created_at)
-    taken_over = update(IdempotencyKey).where(stale).values(created_at=claim.taken_at)
     age = claim.taken_at - entry.created_at
-    if age > ABANDONED_AFTER and _count(session, taken_over) == 1:
+    stale = {**_place(claim), "of_moment": entry.created_at, "created_at": claim.taken_at}
+    if age > ABANDONED_AFTER and session.execute(_TAKE_OVER, stale).all():
         return claim
     raise _in_flight(claim, age)
 
@@ -99,30 +91,41 @@ def complete(session: Session, claim: Claim, status: int, answer: dict[str, Any]
 
     Raises InFlight if another request has taken over the claim; that request then gives the answer.
     """
-    mine = update(IdempotencyKey).where(_is_mine(claim)).values(status=status, answer=answer)
-    if _count(session, mine) != 1:
+    if not session.execute(_COMPLETE, {**_mine(claim), "status": status, "answer": answer}).all():
         raise InFlight(f"another request with Idempotency-Key {claim.key!r} took over; try again in a moment")
 
 
 def abandon(session: Session, claim: Claim) -> None:
     """Free the key: the request failed and changed nothing."""
-    session.execute(delete(IdempotencyKey).where(_is_mine(claim)))
+    session.execute(_ABANDON, _mine(claim))
 
 
 def expire(session: Session, now: datetime) -> int:
     """Delete entries older than a day. Returns how many."""
-    return _count(session, delete(IdempotencyKey).where(IdempotencyKey.created_at < now - KEPT_FOR))
+    return len(session.execute(_count(delete(IdempotencyKey).where(IdempotencyKey.created_at < now - KEPT_FOR))).all())
 
 
-def _is(claim: Claim) -> ColumnElement[bool]:
-    return and_(IdempotencyKey.project == claim.project, IdempotencyKey.route == claim.route, IdempotencyKey.key == claim.key)
+def _place(claim: Claim) -> dict[str, Any]:
+    return {"of_project": claim.project, "of_route": claim.route, "of_key": claim.key}
 
 
-def _is_mine(claim: Claim) -> ColumnElement[bool]:
-    return and_(_is(claim), IdempotencyKey.status.is_(None), IdempotencyKey.created_at == claim.taken_at)
+def _mine(claim: Claim) -> dict[str, Any]:
+    return {**_place(claim), "of_moment": claim.taken_at}
 
 
-def _count(session: Session, statement: Any) -> int:
-    """The number of changed rows. It uses RETURNING, because drivers do not report the count for every kind of INSERT."""
-    touched = statement.returning(IdempotencyKey.key)
-    return len(session.execute(touched, execution_options={"synchronize_session": False}).all())
+def _count(statement: Any) -> Any:
+    """With a result row for each changed row, because drivers do not report the count for every kind of INSERT."""
+    return statement.returning(IdempotencyKey.key).execution_options(synchronize_session=False)
+
+
+# Built once: to build such a statement takes longer than to run it.
+_IS = and_(
+    IdempotencyKey.project == bindparam("of_project"),
+    IdempotencyKey.route == bindparam("of_route"),
+    IdempotencyKey.key == bindparam("of_key"),
+)
+_IS_MINE = and_(_IS, IdempotencyKey.status.is_(None), IdempotencyKey.created_at == bindparam("of_moment"))
+_FIND = select(IdempotencyKey).where(_IS)
+_TAKE_OVER = _count(update(IdempotencyKey).where(_IS_MINE).values(created_at=bindparam("created_at")))
+_COMPLETE = _count(update(IdempotencyKey).where(_IS_MINE).values(status=bindparam("status"), answer=bindparam("answer")))
+_ABANDON = delete(IdempotencyKey).where(_IS_MINE).execution_options(synchronize_session=False)

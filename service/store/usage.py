@@ -152,6 +152,9 @@ class Totals:
         return sum(self.phase_s.values())
 
 
+NO_TOTALS = Totals(None, 0, 0, 0, dict.fromkeys(Phase, 0.0), 0, 0, 0.0)  # of a job that no worker has taken yet
+
+
 def of_job(session: Session, job_id: str) -> Totals:
     return _totals(session.execute(_OF_JOB, {"job_id": job_id}))[0]
 

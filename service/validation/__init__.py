@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
 from typing import Any, TypeVar, overload
 
 from pydantic import TypeAdapter, ValidationError
@@ -44,13 +45,19 @@ def parse(model: Any, raw: Any, pointer: str = "") -> Any:
 
     `pointer` is the place of `raw` in the caller's document.
     """
-    adapter: TypeAdapter[Any] = model if isinstance(model, TypeAdapter) else TypeAdapter(model)
+    adapter: TypeAdapter[Any] = model if isinstance(model, TypeAdapter) else _adapter(model)
     try:
         return adapter.validate_python(raw)
     except ValidationError as error:
         details = error.errors(include_url=False)
         errors = field_errors(adapter._type, details[:MAX_DETAILS], pointer)
     raise invalid(errors, beside=len(details[MAX_DETAILS:]))
+
+
+@cache
+def _adapter(model: Any) -> TypeAdapter[Any]:
+    """Made once for each model: to make one takes longer than to use it."""
+    return TypeAdapter(model)
 
 
 def field_errors(annotation: Any, details: Iterable[ErrorDetails], pointer: str = "") -> list[FieldError]:
