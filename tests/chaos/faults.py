@@ -16,6 +16,7 @@ import pytest
 from sqlalchemy import select
 
 from chaos import points
+from chaos.loops import session_spec
 from chaos.oracle import Standing, examine, left_behind
 from chaos.rig import Rig, is_alive, rl_spec, sqlite_locked, wait_until
 from chaos.servers import OwnPostgres, own_postgres_server
@@ -24,6 +25,7 @@ from service.store.tables import Dataset
 
 SPEC = rl_spec(24)
 SHORT_SPEC = rl_spec(4)
+LOOP = session_spec(12)
 LONG = rl_spec(160, checkpoints={"every_steps": 5}, eval={"every_steps": 40, "temperature": 1.0})
 # As in production: what is away for 20 s does not outlast a lease.
 LASTING = {"lease_ttl_s": 60.0, "lease_self_stop_s": 45.0, "lease_renew_s": 10.0}
@@ -99,14 +101,14 @@ def kill_child_at(rig: Rig, point: str, spec: dict[str, Any] = SPEC) -> Outcome:
     return Outcome(rig.went_on_after(job_id, at), {job_id: spec})
 
 
-def kill_parent(rig: Rig) -> Outcome:
+def kill_parent(rig: Rig, spec: dict[str, Any] = SPEC) -> Outcome:
     """The kernel ends its child with it; the other worker takes over when the lease has ended."""
-    job_id, holder = _on_one_of_two(rig, SPEC)
+    job_id, holder = _on_one_of_two(rig, spec)
     child, at = rig.child_of(job_id), time.time()
     holder.kill()
     wait_until(lambda: not is_alive(child), 5, "the child to die with its parent")
     rig.finished(job_id)
-    return Outcome(rig.went_on_after(job_id, at), {job_id: SPEC})
+    return Outcome(rig.went_on_after(job_id, at), {job_id: spec})
 
 
 def _on_one_of_two(rig: Rig, spec: dict[str, Any], step: int = 5) -> tuple[str, Any]:
@@ -133,18 +135,104 @@ def zombie(rig: Rig, point: str, at_pass: int, spec: dict[str, Any] = LONG) -> O
     return Outcome(rig.went_on_after(job_id, at), {job_id: spec})
 
 
+# ---------------------------------------------------------------- sessions: the client's loop is in the middle of it all
+
+# As PASSES, for a session of LOOP: in the middle.
+SESSION_PASSES = {"while sampling": 25, "mid update": 13, "inside a transaction": 9, "before fsync": 12}
+SESSION_PASSES |= dict.fromkeys(("before an answer", "after an answer"), 17)
+SESSION_PASSES |= dict.fromkeys(("while writing", "between rename and row", "between row and delete"), 2)
+
+
+def kill_child_of_session(rig: Rig, point: str, spec: dict[str, Any] = LOOP) -> Outcome:
+    rig.start_api()
+    rig.start_worker()
+    order = rig.arm(point, at_pass=SESSION_PASSES.get(point, 1))
+    session_id = rig.submit(spec)
+    at = rig.struck(order)
+    rig.finished(session_id)
+    return Outcome(rig.went_on_after(session_id, at), {session_id: spec})
+
+
+def with_api(rig: Rig, fault: Callable[..., Outcome], **options: Any) -> Outcome:
+    """A fault of a job, brought to a session."""
+    rig.start_api()
+    return fault(rig, **options)
+
+
+def kill_api_of_session(rig: Rig, away_s: float, spec: dict[str, Any] = LOOP) -> Outcome:
+    """The client waits for an answer, or sends an operation, when the API dies; another comes back at the same address."""
+    rig.start_worker()
+    api = rig.start_api()
+    session_id = rig.submit(spec)
+    rig.reached(session_id, 7)
+    api.kill()
+    time.sleep(away_s)
+    rig.start_api()
+    at = time.time()
+    rig.finished(session_id)
+    return Outcome(rig.went_on_after(session_id, at), {session_id: spec})
+
+
+def kill_api_after_an_append(rig: Rig, spec: dict[str, Any] = LOOP) -> Outcome:
+    """The operation is logged, and its client does not know; it sends it again."""
+    rig.start_worker()
+    rig.start_api()
+    session_id = rig.submit(spec)
+    rig.reached(session_id, 4)
+    order = rig.arm(points.APPEND_POINT, at_pass=2)
+    at = rig.struck(order)
+    rig.start_api()
+    rig.finished(session_id)
+    return Outcome(rig.went_on_after(session_id, at), {session_id: spec})
+
+
+def break_under_session(rig: Rig, break_: Callable[[Rig], None], spec: dict[str, Any] = LOOP) -> Outcome:
+    rig.start_worker()
+    rig.start_api()
+    session_id = rig.submit(spec)
+    rig.reached(session_id, 7)
+    break_(rig)
+    at = time.time()
+    rig.finished(session_id)
+    return Outcome(rig.went_on_after(session_id, at), {session_id: spec})
+
+
+def redis_gone(rig: Rig) -> None:
+    rig.redis.kill()
+    time.sleep(5)
+    rig.redis.start()
+
+
+def postgres_restarted(rig: Rig) -> None:
+    assert rig.postgres is not None
+    rig.postgres.stop_at_once()
+    time.sleep(1)
+    rig.postgres.start()
+
+
+def others_killed(rig: Rig) -> None:
+    """Every process at once, as when a machine loses its power; then all come back."""
+    for process in list(rig.started):
+        process.signal(signal.SIGKILL)
+    rig.redis.kill()
+    time.sleep(1)
+    rig.redis.start()
+    rig.start_worker()
+    rig.start_api()
+
+
 # ---------------------------------------------------------------- a worker is stopped
 
 
-def drain(rig: Rig) -> Outcome:
-    job_id, holder = _on_one_of_two(rig, LONG)
+def drain(rig: Rig, spec: dict[str, Any] = LONG) -> Outcome:
+    job_id, holder = _on_one_of_two(rig, spec)
     at = time.time()
     holder.signal(signal.SIGTERM)
     wait_until(lambda: not holder.alive, rig.settings.drain_grace_s, "the drained worker to end")
     job = rig.finished(job_id)
     problems = [] if job.crashes == 0 else ["4: a drain counted as a crash"]
     left = next(event.created_at.timestamp() for event in rig.events(job_id) if event.data.get("reason") == "drained")
-    return Outcome(rig.went_on_after(job_id, max(at, left)), {job_id: LONG}, problems)
+    return Outcome(rig.went_on_after(job_id, max(at, left)), {job_id: spec}, problems)
 
 
 def drain_killed_before_the_ring(rig: Rig) -> Outcome:
@@ -459,6 +547,28 @@ FAULTS = [
         60,
         postgres=True,
     ),
+    *(
+        Fault(f"session: kill -9 of the child: {point}", partial(kill_child_of_session, point=point), 30)
+        for point in points.SESSION_POINTS
+    ),
+    Fault("session: kill -9 of the parent", partial(with_api, fault=kill_parent, spec=LOOP), 30),
+    Fault(
+        "session: zombie: SIGSTOP mid update beyond its lease",
+        partial(with_api, fault=zombie, point="mid update", at_pass=13, spec=LOOP),
+        30,
+    ),
+    Fault(
+        "session: zombie: SIGSTOP before an answer",
+        partial(with_api, fault=zombie, point="before an answer", at_pass=17, spec=LOOP),
+        30,
+    ),
+    Fault("session: SIGTERM: another worker goes on", partial(with_api, fault=drain, spec=LOOP), 15),
+    Fault("session: kill -9 of Redis, away for 5 s", partial(break_under_session, break_=redis_gone), 30),
+    Fault("session: FLUSHALL", partial(break_under_session, break_=lambda rig: rig.redis.flush()), 30),
+    Fault("session: kill -9 of the API, away for 5 s", partial(kill_api_of_session, away_s=5), 30),
+    Fault("session: kill -9 of the API between commit and answer", kill_api_after_an_append, 30),
+    Fault("session: PostgreSQL restarted", partial(break_under_session, break_=postgres_restarted), 30, LASTING, postgres=True),
+    Fault("session: kill -9 of everything at once", partial(break_under_session, break_=others_killed), 60),
     Fault("SIGTERM: another worker goes on", drain, 15),
     Fault("SIGTERM, and kill -9 between release and ring", drain_killed_before_the_ring, 30),
     Fault("SIGTERM every 3 s", drain_every_few_seconds, 30),

@@ -1,7 +1,8 @@
 """The oracle: six questions about a job that went through a fault, asked of the store and the disk. No answer is good news.
 
 1  The final weights and the optimizer's state are those of an undisturbed run, bit for bit.
-2  Every step, metric point, sample and evaluation stands exactly once, with the value that the undisturbed run measured.
+2  Every step, metric point, sample and evaluation stands exactly once, with the value that the undisturbed run measured; every
+   operation of a session has one answer, that of the undisturbed one, and its client was told this answer.
 3  The event log is numbered without a gap and walks a legal path; an attempt goes on where the last checkpoint was.
 4  The job ended (whoever waits for that has a bound).
 5  No row was changed under an attempt that did not hold the job.
@@ -20,12 +21,14 @@ from sqlalchemy import select, text
 from torch import Tensor
 
 from chaos import stale
+from chaos.loops import without_ids
 from chaos.rig import FINAL, Rig, of_sessions
 from service.ids import utcnow
 from service.jobs.reconciler import sweep
+from service.sessions.codec import as_json
 from service.states import Status, is_legal
 from service.store import checkpoints
-from service.store.tables import Checkpoint, Dataset, Event, Job, Metric, Rollout
+from service.store.tables import Checkpoint, Dataset, Event, Job, Metric, Operation, Rollout
 
 ORPHANS_VANISH_WITHIN_S = 10.0
 
@@ -39,6 +42,8 @@ class Standing:
     rollouts: dict[tuple[str, int, int], Any]
     result: dict[str, Any] | None
     evaluations: dict[int, Any]
+    operations: dict[int, Any]  # of a session: kind and answer by their numbers
+    told: dict[int, Any]  # what its client learnt
 
 
 def standing(rig: Rig, job_id: str) -> Standing:
@@ -46,12 +51,15 @@ def standing(rig: Rig, job_id: str) -> Standing:
     with rig.store.begin(readonly=True) as session:
         metrics = list(session.scalars(select(Metric).where(Metric.job_id == job_id)))
         rollouts = list(session.scalars(select(Rollout).where(Rollout.job_id == job_id)))
+        asked = list(session.scalars(select(Operation).where(Operation.job_id == job_id)))
     return Standing(
         weights=_weights(rig, job),
         metrics={(one.name, one.step): one.value for one in metrics if not one.name.startswith("perf/")},
         rollouts={(one.split, one.step, one.group_index): (one.prompt, one.samples) for one in rollouts},
         result=job.result,
         evaluations={one.data["step"]: one.data["metrics"] for one in rig.events(job_id) if one.type == "evaluation"},
+        operations={one.seq: (one.kind, without_ids(one.answer and as_json(one.answer)), one.error) for one in asked},
+        told=rig.loops[job_id].told if job_id in rig.loops else {},
     )
 
 
@@ -66,6 +74,8 @@ def _weights(rig: Rig, job: Job) -> dict[str, Tensor]:
 def examine(rig: Rig, job_id: str, undisturbed: Standing, *, may_fall_back: bool = False) -> list[str]:
     """What is wrong with this job: points 1 to 5. `may_fall_back`: a checkpoint was broken, the one before is used."""
     job, events = rig.job(job_id), rig.events(job_id)
+    if job_id in rig.loops and (error := rig.loops[job_id].error) is not None:
+        return [f"2: the client was told {error!r}", *_log(job, events, may_fall_back=may_fall_back)]
     problems = _log(job, events, may_fall_back=may_fall_back) + _attempts(rig, job, events)
     if job.status != "succeeded":
         return [f"4: the job is {job.status} ({job.status_reason}) at step {job.step}: {job.error}", *problems]
@@ -83,7 +93,7 @@ def _same_weights(found: Standing, undisturbed: Standing) -> list[str]:
 def _once(found: Standing, undisturbed: Standing) -> list[str]:
     """A primary key keeps a point from standing twice; so what can go wrong is a missing, a further or another one."""
     problems: list[str] = []
-    for what in ("metrics", "rollouts", "evaluations"):
+    for what in ("metrics", "rollouts", "evaluations", "operations", "told"):
         ours, theirs = getattr(found, what), getattr(undisturbed, what)
         if missing := theirs.keys() - ours.keys():
             problems.append(f"2: {len(missing)} {what} are missing, for example {min(missing)}")
@@ -100,7 +110,7 @@ def _log(job: Job, events: list[Event], *, may_fall_back: bool) -> list[str]:
     if [event.seq for event in events] != list(range(1, job.last_event + 1)):
         return [f"3: the numbers of the events are not 1 to {job.last_event}"]
     problems: list[str] = []
-    status, attempt, saved, at = "queued", 0, 0, None
+    status, attempt, saved, at, last = "queued", 0, 0, None, 0
     for event in events:
         data, where = event.data, f"event {event.seq}"
         if event.type == "status_changed":
@@ -112,17 +122,25 @@ def _log(job: Job, events: list[Event], *, may_fall_back: bool) -> list[str]:
                 if data["attempt"] != attempt:
                     problems.append(f"3: {where} claims attempt {data['attempt']} after {attempt - 1}")
         elif event.type == "step":
-            expected = {saved + 1} if at is None else {at + 1}
-            if at is None and saved == 0:
-                expected |= {0}  # the evaluation before the first step
-            if data["step"] not in expected and not (may_fall_back and at is None and data["step"] <= saved):
-                problems.append(f"3: {where} is step {data['step']} after {at}, the last checkpoint was of step {saved}")
-            at = data["step"]
+            if job.kind == "session":  # its log is done again in silence
+                new = data["step"] > last
+            else:
+                new = data["step"] in _next_steps(at, saved) or (may_fall_back and at is None and data["step"] <= saved)
+            if not new:
+                problems.append(f"3: {where} is step {data['step']} after {last}, the last checkpoint was of step {saved}")
+            at = last = data["step"]
         elif event.type == "checkpoint_saved":
             saved = data["step"]
     if status != job.status:
         problems.append(f"3: the log ends with {status}, the job is {job.status}")
     return problems
+
+
+def _next_steps(at: int | None, saved: int) -> set[int]:
+    """What a job may tell after step `at` of this attempt; None: it comes from its checkpoint."""
+    if at is not None:
+        return {at + 1}
+    return {saved + 1} if saved else {0, 1}  # 0: the evaluation before the first step
 
 
 def _attempts(rig: Rig, job: Job, events: list[Event]) -> list[str]:
@@ -147,6 +165,8 @@ def _attempts(rig: Rig, job: Job, events: list[Event]) -> list[str]:
                 if last_told.get(step) != said
             ]
         final = session.get(Checkpoint, job.checkpoint_id) if job.checkpoint_id else None
+    if job.kind == "session" and final is not None and final.is_final:  # who died after it saved leaves nothing to save
+        return problems
     if final is None or final.attempt != job.attempt or not final.is_final:
         problems.append(f"5: the final checkpoint is not of the last attempt, {job.attempt}")
     return problems

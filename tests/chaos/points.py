@@ -17,6 +17,7 @@ from typing import Any
 FOLDER = "RATCHET_CHAOS_POINTS"
 RINGS = "rings"  # a file in the folder: how many messages each ring sends; 0 drops it
 FENCING = "RATCHET_CHAOS_FENCING"  # `off`: a worker does not ask whether it still holds its job
+REPLAY = "RATCHET_CHAOS_REPLAY"  # `off`: a session believes that its snapshot holds everything
 DIGESTS = "RATCHET_CHAOS_DIGESTS"  # `off`: checkpoints are not compared with their manifests
 
 # In the order in which a job comes by.
@@ -36,8 +37,22 @@ WORKER_POINTS = (
     "before the end",
     "after the end",
 )
+# In the order in which a session comes by.
+SESSION_POINTS = (
+    "while sampling",
+    "mid update",
+    "before an answer",
+    "inside a transaction",
+    "after an answer",
+    "while writing",
+    "before fsync",
+    "between rename and row",
+    "between row and delete",
+    "before the end",
+)
 DRAIN_POINT = "between release and ring"
-API_POINTS = ("between commit and ring", "between file and row")
+APPEND_POINT = "between append and answer"
+API_POINTS = ("between commit and ring", "between file and row", APPEND_POINT)
 
 _passes: Counter[str] = Counter()
 
@@ -135,6 +150,8 @@ def install_in_worker() -> None:
     _around(blobs.Blobs, "_rename", before="after fsync", after="between rename and row")
     _around(lease, "commit_checkpoint", after="between row and ring")
     _around(lease, "retain", after="between row and delete")
+    _around(lease, "answer_operations", before="before an answer", after="after an answer", false_is_done=True)
+    _around(lease, "commit_snapshot", after="between row and delete")
     _around(lease, "succeed", before="before the end", after="after the end")
     _around(lease, "release", after=DRAIN_POINT)
     inner = lease.claim
@@ -148,6 +165,8 @@ def install_in_worker() -> None:
     lease.claim = claim
     if os.environ.get(FENCING) == "off":
         _switch_fencing_off()
+    if os.environ.get(REPLAY) == "off":
+        _switch_replay_off()
     if os.environ.get(DIGESTS) == "off":
         workers.tenure.resume.verify = lambda folder, manifest_sha256=None: None
     callers = (workers.runner, keeper, tenure)
@@ -168,6 +187,17 @@ def _switch_fencing_off() -> None:
 
     lease._holding = holding
     lease.renew_all = lambda store, settings, held: dict.fromkeys(held)  # nor does it learn from its renewals
+
+
+def _switch_replay_off() -> None:
+    """What a session would be without its log: it goes on from its snapshot as if nothing had been done since."""
+    from workers.sessions.session import Session
+
+    def replays_nothing(self: Session) -> None:
+        rows = self._since(self.saved.replay_from)
+        self.place.seq = max([self.place.seq, *(row.seq for row in rows if row.status != "waiting")])
+
+    Session._replay = replays_nothing
 
 
 def install_rings() -> None:
@@ -193,4 +223,5 @@ def install_in_api() -> None:
     from service.jobs import datasets, lifecycle
 
     _around(lifecycle, "_ring", before="between commit and ring")
+    _around(lifecycle, "append_operations", after=APPEND_POINT)
     _around(datasets, "_insert", before="between file and row")

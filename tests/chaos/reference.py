@@ -47,4 +47,5 @@ class References:
             rig = new_rig(self._zygote, folder, redis, template=self._template, **times)
             self._rig = self._stack.enter_context(rig)
             self._rig.start_worker()
+            self._rig.start_api()
         return self._rig

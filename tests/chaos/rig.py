@@ -22,6 +22,7 @@ from sqlalchemy import select
 
 import job_specs
 from chaos import points, stale
+from chaos.loops import Loop
 from chaos.servers import OwnPostgres, OwnRedis
 from job_specs import reversing
 from service.doorbell import Doorbell
@@ -155,6 +156,7 @@ class Rig:
     settings: Settings
     postgres: OwnPostgres | None = None
     started: list[Process] = field(default_factory=list)
+    loops: dict[str, Loop] = field(default_factory=dict)  # by the id of the session
 
     def __post_init__(self) -> None:
         self.orders = self.folder / "points"
@@ -187,10 +189,11 @@ class Rig:
         return self._start(["celery", "-A", "chaos.app", "worker", "--without-gossip", "--without-mingle"], **env)
 
     def start_api(self, **env: str) -> Process:
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
-        self.api_url = f"http://127.0.0.1:{port}"
-        api = self._start(["chaos.api"], RATCHET_PORT=str(port), **env)
+        """At one address always: a client that lost it finds it again."""
+        if not self.api_url:
+            with socket.create_server(("127.0.0.1", 0)) as free:
+                self.api_url = f"http://127.0.0.1:{free.getsockname()[1]}"
+        api = self._start(["chaos.api"], RATCHET_PORT=self.api_url.rpartition(":")[2], **env)
         with httpx.Client(base_url=self.api_url, timeout=2) as client:
 
             def answers() -> bool:
@@ -237,6 +240,12 @@ class Rig:
     # ------------------------------------------------------------ jobs
 
     def submit(self, spec: dict[str, Any]) -> str:
+        """A job of this spec. A session needs an API, and its client begins at once."""
+        if spec["kind"] == "session":
+            loop = Loop(self.api_url, KEY, spec)
+            self.loops[loop.id] = loop
+            loop.start()
+            return loop.id
         resolved = resolve(self.store, self.settings, "default", parse(JobSpec, spec))
         bell: Any = _Rings(self.doorbell, self._messages)
         return create_job(self.store, bell, project="default", sent=spec, resolved=resolved).id
@@ -259,7 +268,10 @@ class Rig:
         return self.until(job_id, lambda job: job.status == "running" and job.step >= step, within_s)
 
     def finished(self, job_id: str, within_s: float = 300) -> Job:
-        return self.until(job_id, lambda job: job.status in FINAL, within_s)
+        job = self.until(job_id, lambda job: job.status in FINAL, within_s)
+        if job_id in self.loops:
+            self.loops[job_id].join(within_s)
+        return job
 
     def events(self, job_id: str) -> list[Event]:
         with self.store.begin(readonly=True) as session:

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from chaos.faults import LONG, Fault, bring, broken_checkpoint, zombie
+from chaos.faults import LONG, LOOP, Fault, bring, broken_checkpoint, kill_child_of_session, zombie
 from chaos.oracle import examine, left_behind
-from chaos.points import DIGESTS, FENCING
+from chaos.points import DIGESTS, FENCING, REPLAY
 from chaos.rig import Rig
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(900)]
@@ -28,6 +28,12 @@ def test_without_fencing_a_zombie_does_damage(rigs: Callable[..., Rig], undistur
     fault = Fault("", partial(zombie, point="mid update", at_pass=13), 30, environment={FENCING: "off"})
     problems = bring(fault, rigs, undisturbed).problems
     assert {problem[0] for problem in problems} >= {"3", "5"}, problems
+
+
+def test_without_its_log_a_session_loses_what_it_did_since_its_snapshot(rigs: Callable[..., Rig], undisturbed: Any) -> None:
+    fault = Fault("", partial(kill_child_of_session, point="after an answer", spec=LOOP), 30, environment={REPLAY: "off"})
+    problems = bring(fault, rigs, undisturbed).problems
+    assert {problem[0] for problem in problems} >= {"1", "2"}, problems
 
 
 def test_without_digests_a_torn_checkpoint_is_believed(rigs: Callable[..., Rig], undisturbed: Any) -> None:
