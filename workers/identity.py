@@ -1,9 +1,18 @@
 """Who this worker is and what it runs on, found out without loading torch."""
 
+import os
+import socket
+from typing import Any
+
 from service.devices import shows_gpu
 from service.settings import Settings
 
 WORKER_ID = "RATCHET_WORKER_ID"  # the parent's name, inherited by its child: the owner of leases
+
+
+def this_process() -> dict[str, Any]:
+    """Where a job's work is done, for whoever operates the machine."""
+    return {"host": socket.gethostname(), "pid": os.getpid()}
 
 
 def has_gpu(settings: Settings) -> bool:

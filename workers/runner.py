@@ -2,7 +2,6 @@
 
 import logging
 import os
-import socket
 from functools import cache
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from service.store import datasets, operations
 from service.store.session import Store, open_store
 from service.store.tables import Job
 from service.validation import parse
-from workers.identity import WORKER_ID, has_gpu, resource_classes
+from workers.identity import WORKER_ID, has_gpu, resource_classes, this_process
 from workers.loops.attempt import Attempt
 from workers.loops.managed import drive
 from workers.loops.progress import Progress
@@ -122,8 +121,7 @@ def _load(tenure: Tenure, spec: RLSpec | SupervisedSpec) -> Attempt:
     resume_from = newest_checkpoint(store, job)
     policy, reference = _learner(tenure, spec, start_from, resume_from)
     progress = Progress() if resume_from is None else Progress.load(resume_from)
-    process = {"host": socket.gethostname(), "pid": os.getpid()}
-    tenure.begin(progress.step, {**policy.facts, "process": process}, saved=resume_from is not None)
+    tenure.begin(progress.step, {**policy.facts, "process": this_process()}, saved=resume_from is not None)
     for warning in policy.facts.get("warnings", ()):
         log.warning("job %s: %s", job.id, warning)
     log.info("job %s: loaded at step %d on %s", job.id, progress.step, policy.facts["device"])

@@ -23,6 +23,7 @@ from service.states import Phase
 from service.store import checkpoints, operations
 from service.store.operations import ORDERED, Answered
 from service.store.tables import Operation
+from workers.identity import this_process
 from workers.loops import known_metrics
 from workers.policy.base import Base
 from workers.policy.checkpoint import CheckpointBroken
@@ -87,10 +88,11 @@ class Session:
     def open(self) -> None:
         """Load the newest snapshot, or the start, and do again what came after it. Raises JobFailed."""
         self._load()
-        self.tenure.loaded(self.trainer.learner.facts, Phase.UPDATING)
-        self._after_a_crash()
+        self.tenure.loaded({**self.trainer.learner.facts, "process": this_process()}, Phase.UPDATING)
         if self._ended_before():
             self.end()
+        else:
+            self._after_a_crash()
 
     def _load(self) -> None:
         snapshot = newest_checkpoint(self.tenure.store, self.tenure.job)

@@ -53,6 +53,7 @@ POINTS: dict[str, Callable[[int], None]] = {
     "after_step": lambda number: dies(Learner, "step", number, after=True),
     "while_saving": lambda number: dies(Learner, "save", number, after=True),
     "after_saving": lambda number: dies(SessionTenure, "save_session", number, after=True),
+    "before_settling": lambda number: dies(SessionTenure, "settle", number),
     "replaying": lambda number: dies(Session, "_again", number, after=True),
     "in_operation": lambda number: dies(Session, "_do", number),
 }

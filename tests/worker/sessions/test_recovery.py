@@ -87,6 +87,16 @@ def test_killed_around_a_snapshot(rig: Any, point: str) -> None:
 
 
 @SQLITE
+def test_killed_after_its_last_operation_it_ends_with_the_checkpoint_that_its_client_was_told(rig: Any) -> None:
+    job = rig.session()
+    rig.send(job, *loop(1), {"kind": "finish"})
+    assert run_killed(rig, "before_settling:1", "none") == [KILLED, 0]
+    told = rig.answer(job, 4)["checkpoint_id"]
+    assert (rig.job(job).status, rig.job(job).checkpoint_id) == ("succeeded", told)
+    assert [(one.id, one.is_final) for one in rig.checkpoints(job)] == [(told, True)]
+
+
+@SQLITE
 def test_a_build_that_replays_nothing_is_caught(rig: Any) -> None:
     """The negative control of the tests above."""
     disturbed = rig.session()
