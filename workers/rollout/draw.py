@@ -48,7 +48,8 @@ def draw(logits_N_V: Tensor, how: SamplingParams, points_N: Tensor) -> tuple[Ten
 def likeliest(logits_N_V: Tensor, how: SamplingParams, count: int) -> list[TopLogProbs]:
     """The `count` likeliest tokens of each row with their log-probs in the same distribution as `draw`'s."""
     logits, ids = (logits_N_V.float(), None) if how.temperature == 0 else _shaped(logits_N_V, how)
-    values, places = logits.log_softmax(-1).topk(min(count, logits.shape[-1]), dim=-1)
+    values, places = logits.topk(min(count, logits.shape[-1]), dim=-1)
+    values = values - logits.logsumexp(-1, keepdim=True)
     tokens = places if ids is None else ids.gather(-1, places)
     pairs = zip(tokens.tolist(), values.tolist(), strict=True)
     return [[(t, v) for t, v in zip(*row, strict=True) if v > float("-inf")] for row in pairs]

@@ -392,11 +392,12 @@ class LocalEngine(Engine):
         chosen: list[Tensor] = []
         top: list[list[TopLogProbs]] = [[] for _ in groups]
         for part in range(0, length, places):
-            log_probs = self._logits(states[:, part : part + places]).float().log_softmax(-1)
-            chosen.append(log_probs.gather(-1, targets[:, part : part + places].unsqueeze(-1)).squeeze(-1))
+            logits = self._logits(states[:, part : part + places]).float()
+            whole = logits.logsumexp(-1, keepdim=True)
+            chosen.append((logits.gather(-1, targets[:, part : part + places].unsqueeze(-1)) - whole).squeeze(-1))
             if most:
-                best = log_probs.topk(min(most, log_probs.shape[-1]), dim=-1)
-                for mine, values, tokens in zip(top, best.values.tolist(), best.indices.tolist(), strict=True):
+                best = logits.topk(min(most, logits.shape[-1]), dim=-1)
+                for mine, values, tokens in zip(top, (best.values - whole).tolist(), best.indices.tolist(), strict=True):
                     mine += [list(zip(t, v, strict=True)) for t, v in zip(tokens, values, strict=True)]
         for group, values, best in zip(groups, torch.cat(chosen, dim=1).tolist(), top, strict=True):
             for row in group:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from workers.policy.score.chosen import chosen
 from workers.policy.score.layout import Padded
 
 # logits [N, V] and the targets of each row -> tensors [N, ...]
@@ -48,8 +49,9 @@ class Scorer:
         """The likeliest tokens at these flat positions, the likeliest first, and their log-probs: both [N, count]."""
 
         def top(logits_N_V: Tensor, _: Tensor) -> tuple[Tensor, ...]:
-            values, ids = logits_N_V.float().log_softmax(-1).topk(count, dim=-1)
-            return ids, values
+            logits = logits_N_V.float()
+            values, ids = logits.topk(count, dim=-1)
+            return ids, values - logits.logsumexp(-1, keepdim=True)
 
         ids, values = self._at(input_ids_B_L, positions_N, positions_N, top)
         return ids, values
@@ -90,20 +92,18 @@ class Scorer:
 
 def _log_probs(logits_N_V: Tensor, targets_N: Tensor) -> Tensor:
     """Of one target [N] or several [N, K] a row; all are gathered from the same logits."""
-    log_probs_N_V = logits_N_V.float().log_softmax(-1)
-    return log_probs_N_V.gather(-1, targets_N.view(len(targets_N), -1)).view(targets_N.shape)
+    return chosen(logits_N_V.float(), targets_N.view(len(targets_N), -1))[0].view(targets_N.shape)
 
 
 def _log_probs_and_entropy(logits_N_V: Tensor, targets_N: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     logits = logits_N_V.float()
     if temperature != 1:
         logits = logits / temperature
-    log_probs_N_V = logits.log_softmax(-1)
-    chosen = log_probs_N_V.gather(-1, targets_N.unsqueeze(-1)).squeeze(-1)
+    log_probs_N_1, whole_N_1 = chosen(logits, targets_N.unsqueeze(-1))
     with torch.no_grad():
         # entr(0) is 0: a token that cannot be drawn adds no entropy.
-        entropy = torch.special.entr(log_probs_N_V.detach().exp()).sum(-1)
-    return chosen, entropy
+        entropy = torch.special.entr((logits.detach() - whole_N_1).exp_()).sum(-1)
+    return log_probs_N_1.squeeze(-1), entropy
 
 
 @torch.no_grad()

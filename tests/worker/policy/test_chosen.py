@@ -1,0 +1,46 @@
+"""Log-probs of chosen tokens against float64, where torch's log_softmax is off; their gradient against finite differences."""
+
+import pytest
+import torch
+
+from workers.policy.score.chosen import chosen
+
+
+@pytest.fixture
+def steep() -> torch.Tensor:
+    """[16, 49152]: logits of a large vocabulary in which the likelihood of a token falls with the square of its rank."""
+    torch.manual_seed(0)
+    zipf = -2 * torch.arange(1, 49_153).log()
+    return torch.stack([zipf[torch.randperm(len(zipf))] for _ in range(16)])
+
+
+def test_over_a_large_vocabulary_they_are_exact(steep: torch.Tensor) -> None:
+    likely = steep.topk(8, dim=-1).indices
+    true = steep.double().log_softmax(-1).gather(-1, likely)
+    log_probs, whole = chosen(steep, likely)
+    assert (log_probs - true).abs().max() < 1e-6
+    assert (whole - steep.double().logsumexp(-1, keepdim=True)).abs().max() < 1e-6
+    assert (steep.log_softmax(-1).gather(-1, likely)[:, 0] - true[:, 0]).mean() > 4e-6  # why it is not used
+
+
+def test_a_row_is_the_same_to_the_bit_whatever_stands_beside_it(steep: torch.Tensor) -> None:
+    """With one thread; several share the sum of a single row among them."""
+    likely, threads = steep.topk(2, dim=-1).indices, torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        together, _ = chosen(steep, likely)
+        assert all(torch.equal(chosen(steep[i : i + 1], likely[i : i + 1])[0][0], together[i]) for i in range(len(steep)))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_the_gradient_is_that_of_log_softmax() -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(5, 7, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(0, 7, (5, 3))
+    targets[0] = 2  # the same token asked for three times
+    assert torch.autograd.gradcheck(lambda x: chosen(x, targets)[0], (logits,))
+    given = torch.randn(5, 3, dtype=torch.float64)
+    (ours,) = torch.autograd.grad(chosen(logits, targets)[0], logits, given)
+    (theirs,) = torch.autograd.grad(logits.log_softmax(-1).gather(-1, targets), logits, given)
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-15)
