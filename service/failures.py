@@ -101,6 +101,30 @@ CODES: Mapping[str, Code] = MappingProxyType(
             "give the service another address, or let the operator allow its network in RATCHET_GRADER_NETWORKS; then resume",
             pauses=True,
         ),
+        "rollout_unavailable": Code(
+            "infra",
+            "the vLLM server did not answer, or answered with errors, for rollout.engine.wait_s",
+            "see that it runs and that the worker reaches it; the job is tried again by itself",
+            retryable=True,
+        ),
+        "rollout_refused": Code(
+            "user",
+            "the vLLM server refuses a request, its key or the adapter",
+            "start it with what the message asks for (docs/rollout-engines.md), then resume the job",
+            pauses=True,
+        ),
+        "rollout_mismatch": Code(
+            "user",
+            "the vLLM server does not sample what the trainer trains: another model, tokenizer, length or kind of log-probs",
+            "start it as docs/rollout-engines.md says, with the same base; then resume the job",
+            pauses=True,
+        ),
+        "rollout_address_refused": Code(
+            "user",
+            "the vLLM server's name is not found, or it has an address that this service does not reach",
+            "give it another address, or let the operator allow its network in RATCHET_ROLLOUT_NETWORKS; then resume",
+            pauses=True,
+        ),
         "sample_not_graded": Code(
             "user",
             "a sample could not be graded, and reward.on_error is fail",

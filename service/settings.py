@@ -107,6 +107,21 @@ class Settings(BaseSettings):
         NoDecode,
         Field(description="networks, with commas between, that http graders may reach beside public addresses"),
     ] = ()
+    rollout_networks: Annotated[
+        tuple[IPv4Network | IPv6Network, ...],
+        NoDecode,
+        Field(description="networks, with commas between, in which vLLM servers may stand beside public addresses"),
+    ] = ()
+    rollout_keys: Annotated[
+        dict[str, SecretStr],
+        Field(description="JSON object: a vLLM server's root URL -> its API key, which is sent to that server alone"),
+    ] = Field(default_factory=dict)
+    rollout_adapters_dir: Annotated[
+        Path | None, Field(description="the folder, shared with vLLM servers, into which workers write adapters for them")
+    ] = None
+    rollout_adapters_seen_as: Annotated[
+        str | None, Field(description="the path of that folder on the vLLM servers; default: the same")
+    ] = None
     torch_threads: Annotated[int, Field(ge=1, description="CPU threads of one worker; small models are fastest with one")] = 1
     device: Annotated[Literal["auto", "cpu", "cuda"], Field(description="where a worker trains")] = "auto"
     strict_metrics: Annotated[
@@ -117,7 +132,7 @@ class Settings(BaseSettings):
     ] = "auto"
     log_level: Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR"], Field(description="of our own loggers")] = "INFO"
 
-    @field_validator("grader_networks", mode="before")
+    @field_validator("grader_networks", "rollout_networks", mode="before")
     @classmethod
     def networks_stand_between_commas(cls, value: object) -> object:
         return [part for part in value.replace(",", " ").split() if part] if isinstance(value, str) else value
@@ -130,6 +145,11 @@ class Settings(BaseSettings):
                 f"got {self.lease_renew_s}, {self.lease_self_stop_s}, {self.lease_ttl_s}"
             )
         return self
+
+    @field_validator("rollout_keys", mode="after")
+    @classmethod
+    def servers_without_a_slash_at_the_end(cls, value: dict[str, SecretStr]) -> dict[str, SecretStr]:
+        return {url.rstrip("/"): key for url, key in value.items()}
 
     @property
     def takes_any_model_folder(self) -> bool:

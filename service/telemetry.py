@@ -51,7 +51,7 @@ class Scrubber:
 
 def _secrets_of(settings: Settings) -> set[str]:
     """The secrets' values, except short and well-known words, which also occur in harmless text."""
-    secrets = [*settings.grader_secrets.values(), settings.bootstrap_key]
+    secrets = [*settings.grader_secrets.values(), *settings.rollout_keys.values(), settings.bootstrap_key]
     texts = {secret.get_secret_value() for secret in secrets if isinstance(secret, SecretStr)}
     for url in (settings.sql_url, settings.redis_url.get_secret_value()):
         with suppress(ValueError):  # not a URL: connecting to it will report that

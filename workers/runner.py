@@ -2,6 +2,7 @@
 
 import logging
 import os
+from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from service.rewards.rewards import Rewards
 from service.settings import get_settings
 from service.spec.job import JobSpec, RLSpec, SupervisedSpec
 from service.spec.tensors import OF_A_JOB, uses
+from service.spec.training import VllmEngine
 from service.spec.work import WorkLimits
 from service.states import Phase
 from service.store import datasets, operations
@@ -24,6 +26,7 @@ from workers.identity import WORKER_ID, has_gpu, resource_classes, this_process
 from workers.loops.attempt import Attempt
 from workers.loops.managed import drive
 from workers.loops.progress import Progress
+from workers.loops.served import Served
 from workers.policy.base import Base
 from workers.policy.learner import Learner, Start
 from workers.policy.load import adapter_of
@@ -32,7 +35,7 @@ from workers.policy.reference import open_reference
 from workers.sessions.host import Host
 from workers.tenure.failures import failure_of
 from workers.tenure.keeper import Keeper
-from workers.tenure.outcome import Failed
+from workers.tenure.outcome import Failed, Interrupted, obeyed
 from workers.tenure.resume import newest_checkpoint, start_checkpoint
 from workers.tenure.tenure import Tenure
 
@@ -75,17 +78,17 @@ def run(keeper: Keeper, lease: Lease, job: Job) -> None:
 def _managed(tenure: Tenure) -> None:
     """Load, run and settle a managed job, that is, a job whose loop Ratchet runs."""
     attempt: Attempt | None = None
-    try:
-        # Parsed again: an older version may have stored a spec that this version refuses with InvalidRequest.
-        attempt = _load(tenure, parse(JobSpec, tenure.job.spec))
-        tenure.settle(drive(attempt))
-    except LeaseLost:
-        raise
-    except Exception as error:
-        tenure.settle(_failed(tenure, attempt, error))
-    finally:
-        if attempt is not None and attempt.rewards is not None:
-            attempt.rewards.close()
+    with ExitStack() as closing:
+        try:
+            # Parsed again: an older version may have stored a spec that this version refuses with InvalidRequest.
+            attempt = _load(tenure, parse(JobSpec, tenure.job.spec), closing)
+            tenure.settle(drive(attempt))
+        except LeaseLost:
+            raise
+        except Interrupted as interrupted:
+            tenure.settle(obeyed(interrupted.wish))
+        except Exception as error:
+            tenure.settle(_failed(tenure, attempt, error))
 
 
 # For each kind of job, the function that runs it from its claim to its end.
@@ -106,8 +109,10 @@ def _failed(tenure: Tenure, attempt: Attempt | None, error: Exception) -> Failed
     return Failed(failure, attempt.progress.step, attempt.progress.result("failed"))
 
 
-def _load(tenure: Tenure, spec: RLSpec | SupervisedSpec) -> Attempt:
-    """Load data, graders and the model, at the job's newest good checkpoint, or at its start if it has none."""
+def _load(tenure: Tenure, spec: RLSpec | SupervisedSpec, closing: ExitStack) -> Attempt:
+    """Load data, graders and the model, at the job's newest good checkpoint, or at its start if it has none.
+
+    What is to be closed after the attempt is given to `closing`."""
     store, settings, job = tenure.store, tenure.settings, tenure.job
     tenure.check(Phase.LOADING)
     store.blobs.discard_before(job.id, tenure.lease.attempt)
@@ -115,11 +120,14 @@ def _load(tenure: Tenure, spec: RLSpec | SupervisedSpec) -> Attempt:
     rewards = None
     if spec.reward is not None:
         secrets, networks = settings.grader_secrets, settings.grader_networks
-        rewards = Rewards(spec.reward, job_id=job.id, secrets=secrets, networks=networks)
+        rewards = closing.enter_context(Rewards(spec.reward, job_id=job.id, secrets=secrets, networks=networks))
     start = spec.model.from_checkpoint
     start_from = None if start is None else start_checkpoint(store, job, start.id)
     resume_from = newest_checkpoint(store, job)
     policy, reference = _learner(tenure, spec, start_from, resume_from)
+    if isinstance(spec, RLSpec) and isinstance(spec.rollout.engine, VllmEngine):
+        served = closing.enter_context(Served(tenure, spec.rollout.engine, policy))
+        policy.facts["rollout"] = served.connect(spec.rollout)
     progress = Progress() if resume_from is None else Progress.load(resume_from)
     tenure.begin(progress.step, {**policy.facts, "process": this_process()}, saved=resume_from is not None)
     for warning in policy.facts.get("warnings", ()):

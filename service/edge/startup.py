@@ -26,6 +26,7 @@ def check_secrets(settings: Settings) -> None:
     if settings.environment != "production":
         return
     secrets = {f"RATCHET_GRADER_SECRETS[{name}]": secret.get_secret_value() for name, secret in settings.grader_secrets.items()}
+    secrets |= {f"RATCHET_ROLLOUT_KEYS[{url}]": key.get_secret_value() for url, key in settings.rollout_keys.items()}
     for name, url in (("RATCHET_DATABASE_URL", settings.sql_url), ("RATCHET_REDIS_URL", settings.redis_url.get_secret_value())):
         password = make_url(url).password if "://" in url else None
         if password is not None:  # no password is allowed: for sockets and closed networks, as the operator decides

@@ -17,6 +17,7 @@ from service.jobs.gym import check_task
 from service.jobs.reference_checks import Formula, check_references
 from service.jobs.resolve_model import resolve_model, tokenizer_folder
 from service.jobs.resolve_reward import check_metrics, check_reward
+from service.jobs.resolve_rollout import check_rollout, rollout_warnings
 from service.jobs.row_checks import check_rows, overlong_rows
 from service.settings import Settings
 from service.spec.data import DatasetSource, InlineSource, ReasoningGymSource, SplitSource, TrainSource
@@ -66,6 +67,7 @@ def resolve(store: Store, settings: Settings, project: str, spec: RLSpec | Super
     data = _open(spec, paths, errors)
     errors += check_reward(spec, settings)
     errors += check_metrics(spec)
+    errors += check_rollout(spec, settings)
     errors += _check_context(spec, context)
     formulas: list[Formula] = []
     if data is not None:
@@ -259,6 +261,7 @@ def _warnings(spec: RLSpec | SupervisedSpec, estimates: dict[str, Any]) -> list[
         )
     if isinstance(spec, RLSpec):
         warnings += spec.objective.warnings(updates_per_rollout=spec.update.minibatches * spec.update.epochs)
+        warnings += rollout_warnings(spec)
         if spec.model.dtype == "bfloat16" or (spec.model.dtype == "auto" and spec.resources.class_ == "gpu"):
             rounding = spec.objective.rounding_in_bfloat16(spec.rollout.max_completion_tokens)
             warnings += [] if rounding is None else [rounding]

@@ -97,6 +97,7 @@ def embedded_settings(data_dir: Path, port: int, folder: Path) -> Settings:
     os.environ.setdefault("RATCHET_ANY_MODEL_FOLDER", "true")  # the user who starts it owns the folders
     if (host := literal(Settings().host)) is not None and host.is_loopback:  # only users of this machine can send requests
         os.environ.setdefault("RATCHET_GRADER_NETWORKS", "127.0.0.0/8, ::1/128")
+        os.environ.setdefault("RATCHET_ROLLOUT_NETWORKS", "127.0.0.0/8, ::1/128")
     os.environ.update(
         RATCHET_DATA_DIR=str(data_dir),
         RATCHET_PORT=str(port),

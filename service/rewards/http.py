@@ -5,9 +5,7 @@ import hashlib
 import hmac
 import json
 import random
-import socket
 from collections.abc import Mapping, Sequence
-from ipaddress import ip_address
 from time import time
 from typing import Any
 
@@ -15,8 +13,8 @@ import httpx
 
 from service.errors import JobFailed
 from service.jobs.resolve_reward import ADDRESS_REFUSED, NAME_REFUSED
+from service.outgoing import AddressNotAllowed, Checked, NameNotAllowed, checked
 from service.rewards.samples import Grader, GraderContext, NotGraded, Outcome, Sample
-from service.spec.addresses import Address, host_of, literal, may_reach
 from service.spec.reward import HttpGrader
 
 AT_ONCE = 8  # batches in flight
@@ -111,8 +109,9 @@ class HttpRewards(Grader):
             headers["Ratchet-Signature"] = sign(self._secret.get_secret_value(), body, int(time()))
         try:
             async with asyncio.timeout(self._spec.timeout_s):
-                url, host, extensions = await self._address(attempt)
-                sent = client.stream("POST", url, content=body, headers={**headers, "Host": host}, extensions=extensions)
+                to = await self._address(attempt)
+                headers["Host"] = to.host
+                sent = client.stream("POST", to.url, content=body, headers=headers, extensions=to.extensions)
                 async with sent as response:
                     answer = await _read(response)
         except TimeoutError:
@@ -126,22 +125,15 @@ class HttpRewards(Grader):
             raise self._down(f"{status}{_shown(answer)}; only 200 is taken, and only 429 and 5xx are tried again")
         return answer
 
-    async def _address(self, attempt: int) -> tuple[httpx.URL, str, dict[str, Any]]:
-        """The URL with an address in place of its host, the Host header and, for TLS, the name for the certificate.
-
-        The host is looked up once and the address used is the one that was checked: a second look-up could give another. Each
-        further attempt takes the next address."""
+    async def _address(self, attempt: int) -> Checked:
         try:
-            host_name, url = host_of(self._spec.url), httpx.URL(self._spec.url)
+            return await checked(self._spec.url, self._context.networks, attempt)
         except ValueError as error:
             raise self._down(str(error)) from None
-        written = literal(host_name)
-        addresses = await _look_up(host_name, url) if written is None else [written]
-        if not all(may_reach(address, self._context.networks) for address in addresses):
-            raise NameRefused(NAME_REFUSED) if written is None else self._refused(ADDRESS_REFUSED)
-        address = addresses[attempt % len(addresses)]
-        host = f"[{address}]" if address.version == 6 else str(address)
-        return url.copy_with(host=host), url.netloc.decode("ascii"), {"sni_hostname": url.raw_host.decode("ascii")}
+        except NameNotAllowed:
+            raise NameRefused(NAME_REFUSED) from None
+        except AddressNotAllowed:
+            raise self._refused(ADDRESS_REFUSED) from None
 
     def _body(self, samples: Sequence[Sample]) -> tuple[bytes, str]:
         """The request and its id, which is a hash, so that the same samples always have the same id."""
@@ -184,16 +176,6 @@ class HttpRewards(Grader):
     @property
     def _named(self) -> str:
         return f"the reward service of grader {self._context.name!r} at {_without_query(self._spec.url)}"
-
-
-async def _look_up(name: str, url: httpx.URL) -> list[Address]:
-    """Every address of the URL's host, in the resolver's order."""
-    port = url.port or (443 if url.scheme == "https" else 80)
-    try:
-        addresses = await asyncio.get_running_loop().getaddrinfo(name, port, type=socket.SOCK_STREAM)
-    except (OSError, UnicodeError):
-        raise NameRefused(NAME_REFUSED) from None
-    return [ip_address(str(entry[4][0]).partition("%")[0]) for entry in addresses]
 
 
 def read_rewards(answer: bytes, expected: int) -> list[Outcome]:

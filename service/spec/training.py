@@ -1,17 +1,58 @@
 """How answers are sampled, and how they become optimizer steps."""
 
+import re
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
+from service.spec.addresses import host_of
 from service.spec.section import MOST, MOST_COUNTED, Section
 
 COLDEST = 1e-6  # temperature: logits are divided by it
 
 
+class VllmEngine(Section):
+    """An external vLLM server samples the answers; the job's LoRA adapter is loaded there anew for each version of its weights
+    (docs/rollout-engines.md)."""
+
+    kind: Literal["vllm"]
+    url: Annotated[
+        str,
+        Field(
+            pattern=r"^https?://[^\s?#]+$", max_length=2048, description="the server's root, for example http://10.1.0.5:8000"
+        ),
+    ]
+    served_model: Annotated[
+        str, Field(min_length=1, max_length=512, description="the base's name there (vLLM's --served-model-name)")
+    ]
+    timeout_s: Annotated[float, Field(gt=0, le=3600, description="time limit of one request in seconds, answer included")] = (
+        600.0
+    )
+    wait_s: Annotated[
+        float,
+        Field(ge=0, le=86_400, description="how long a request that fails is tried again, while the server is away or busy"),
+    ] = 300.0
+    at_once: Annotated[int, Field(ge=1, le=1024, description="requests in flight")] = 64
+
+    @field_validator("url")
+    @classmethod
+    def is_a_root(cls, value: str) -> str:
+        host_of(value)
+        if "@" in re.split(r"/", value, maxsplit=3)[2]:
+            raise ValueError(
+                "a URL with a user name or password would be shown with the spec; the operator sets the server's key "
+                "(RATCHET_ROLLOUT_KEYS)"
+            )
+        return value.rstrip("/")
+
+
 class RolloutSpec(Section):
     """How answers are sampled."""
 
+    engine: Annotated[
+        Literal["local"] | VllmEngine,
+        Field(description="what samples: local, the worker itself; or an external vLLM server, for a LoRA adapter"),
+    ] = "local"
     prompts_per_step: Annotated[int, Field(ge=1, le=4096, description="prompts in one step")] = 32
     group_size: Annotated[int, Field(ge=1, le=1024, description="answers to each prompt")] = 8
     max_prompt_tokens: Annotated[

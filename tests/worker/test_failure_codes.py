@@ -1,11 +1,15 @@
 """Each failure code can happen, and nothing fails with a code that the registry and the docs do not know."""
 
 import ast
+import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from ipaddress import ip_network
 from pathlib import Path
+from threading import Thread
 from types import SimpleNamespace
 from typing import Any
 
@@ -32,7 +36,7 @@ from service.settings import Settings
 from service.spec.job import JobSpec, RLSpec, SupervisedSpec
 from service.spec.model import ModelSpec
 from service.spec.reward import RewardSpec
-from service.spec.training import OptimizerSpec
+from service.spec.training import OptimizerSpec, VllmEngine
 from service.store import events
 from service.store.checkpoints import CheckpointRow
 from service.validation import parse
@@ -47,6 +51,7 @@ from workers.policy.base import Base
 from workers.policy.errors import PolicyFailed, Subject
 from workers.policy.learner import Learner
 from workers.policy.load import adapter_of
+from workers.rollout.vllm_server import Server
 from workers.tenure.failures import POINTERS, failure_of
 from workers.tenure.keeper import Hold, Keeper
 from workers.tenure.log_tail import LINES, LogTail
@@ -233,6 +238,30 @@ def _graded_by(url: str) -> None:
         graders.grade([Sample("2+2=", "4", 1, False, {})])
 
 
+def _asked(url: str, *networks: str) -> None:
+    spec = VllmEngine.model_validate({"kind": "vllm", "url": url, "served_model": "m", "wait_s": 0})
+    server = Server(spec, networks=[ip_network(one) for one in networks], key=None)
+    try:
+        server.run(server.models())
+    finally:
+        server.close()
+
+
+def _answered(status: int, answer: Any) -> None:
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(json.dumps(answer).encode())
+
+        def log_request(self, code: Any = "-", size: Any = "-") -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as listening:
+        Thread(target=listening.handle_request, daemon=True).start()
+        _asked(f"http://127.0.0.1:{listening.server_port}", "127.0.0.0/8")
+
+
 def _without_signal(what: str) -> None:
     spec = parse(JobSpec, rl_spec(limits={"max_steps": 9, "on_no_signal": what, "no_signal_steps": 1}))
     progress = Progress()
@@ -245,6 +274,10 @@ PRODUCERS["no_signal"] = lambda _: _without_signal("fail")
 PRODUCERS["no_signal_paused"] = lambda _: _without_signal("pause")
 PRODUCERS["grader_unhealthy"] = lambda _: _ungraded()
 PRODUCERS["grader_address_refused"] = lambda _: _graded_by("http://10.0.0.1/judge")
+PRODUCERS["rollout_unavailable"] = lambda world: _asked("http://127.0.0.1:1", "127.0.0.0/8")
+PRODUCERS["rollout_address_refused"] = lambda world: _asked("http://127.0.0.1:1")
+PRODUCERS["rollout_refused"] = lambda world: _answered(401, {"error": "Unauthorized"})
+PRODUCERS["rollout_mismatch"] = lambda world: _answered(200, {"data": "none"})
 PRODUCERS["sample_not_graded"] = lambda _: _ungraded(on_error="fail")
 PRODUCERS["grader_unavailable"] = lambda _: Sandbox("no_such_scorer", {}, "/reward/graders/0").ask_all([("1",)])
 

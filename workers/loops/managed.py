@@ -23,7 +23,7 @@ from workers.loops.evaluation import evaluate
 from workers.loops.implausible import implausible
 from workers.loops.measure import measure
 from workers.loops.no_signal import given_up, no_signal
-from workers.tenure.outcome import Outcome, Paused, Succeeded, obeyed
+from workers.tenure.outcome import Interrupted, Outcome, Paused, Succeeded, obeyed
 from workers.tenure.tenure import Contents
 
 log = logging.getLogger(__name__)
@@ -35,6 +35,13 @@ def drive(attempt: Attempt) -> Outcome:
     """Run until max_steps, target_reached or no_improvement, or until a wish or a spent budget ends the job sooner.
 
     Progress has then been saved, except after a cancel that does not ask for it."""
+    try:
+        return _driven(attempt)
+    except Interrupted as interrupted:
+        return obeyed(interrupted.wish)
+
+
+def _driven(attempt: Attempt) -> Outcome:
     spec, progress = attempt.spec, attempt.progress
     while not measure(attempt):
         if (interrupted := _interrupted(attempt)) is not None:
@@ -106,6 +113,12 @@ def _saving(attempt: Attempt, result: StepResult | None = None) -> Iterator[None
     try:
         yield
     except (LeaseLost, OperationalError, InterfaceError):  # the lease is lost, or the database is away
+        raise
+    except Interrupted as interrupted:  # while answers were sampled elsewhere: no weights have changed
+        if result is not None:
+            _commit(attempt, result)
+        if interrupted.wish is not Wish.CANCEL:
+            _save(attempt)
         raise
     except Exception as error:
         phase = attempt.tenure.phase

@@ -183,6 +183,11 @@ class Learner(Policy):
         }
         (folder / TRAINER).write_bytes(orjson.dumps(trainer, option=orjson.OPT_INDENT_2))
 
+    def save_adapter(self, folder: Path) -> None:
+        """Write the adapter alone, as a plain peft folder."""
+        assert self.adapter is not None
+        self.base.adapters.save(self.adapter, folder)
+
     def _weights(self, adapter: Lora | Full, folder: Path | None) -> dict[str, nn.Parameter]:
         """The weights to train, by their names on the disk."""
         if self.adapter is None or isinstance(adapter, Full):

@@ -15,7 +15,7 @@ from torch import Tensor
 from workers.policy.base import Base
 from workers.policy.nudge import nudged
 from workers.policy.score.layout import Items, Sequence, batches_of, microbatches, pad, response_mask
-from workers.rollout.engine import Completion, Request, SamplingParams
+from workers.rollout.engine import Completion, Engine, Request, SamplingParams
 from workers.seeds import derive
 
 
@@ -33,6 +33,7 @@ class Policy:
 
     def __init__(self, base: Base, adapter: str | None = None) -> None:
         self.base, self.adapter, self.text = base, adapter, base.text
+        self.engine: Engine = base.engine  # what samples; another one may stand in its place
 
     def sample(
         self,
@@ -58,7 +59,7 @@ class Policy:
             for row, prompt in enumerate(prompts)
             for place in range(group_size)
         ]
-        answers = self.base.engine.run(requests)
+        answers = self.engine.run(requests)
         if failed := next((answer.error for answer in answers if answer.error is not None), None):
             raise failed
         return [answers[start : start + group_size] for start in range(0, len(answers), group_size)]

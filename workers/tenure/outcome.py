@@ -41,6 +41,14 @@ class Failed:
     result: dict[str, Any] | None = None
 
 
+class Interrupted(Exception):
+    """Raised inside of work that waits for something outside, when there is a wish: `Interrupted(wish)`."""
+
+    @property
+    def wish(self) -> Wish:
+        return Wish(self.args[0])
+
+
 Outcome = Succeeded | Paused | Cancelled | Drained | Failed
 
 

@@ -1,0 +1,78 @@
+"""Checks of rollout.engine: what an external vLLM server can serve (docs/rollout-engines.md), and where it may stand."""
+
+from collections.abc import Iterator
+
+from service.errors import FieldError
+from service.settings import Settings
+from service.spec.addresses import host_of, literal, may_reach
+from service.spec.job import RLSpec, SupervisedSpec
+from service.spec.model import Lora
+from service.spec.training import VllmEngine
+
+# Of vLLM 0.33: SamplingParams takes temperatures up to 2 and raises those below 0.01 to it; LoRAConfig's largest max_lora_rank.
+COLDEST, HOTTEST, LARGEST_RANK = 0.01, 2.0, 512
+ADDRESS_REFUSED = "the host is no public address; the operator can allow its network (RATCHET_ROLLOUT_NETWORKS=10.1.0.0/16)"
+NAME_REFUSED = (
+    "its host is not found, or has an address that is not public; the operator can allow a network "
+    "(RATCHET_ROLLOUT_NETWORKS=10.1.0.0/16)"
+)
+
+
+def check_rollout(spec: RLSpec | SupervisedSpec, settings: Settings) -> list[FieldError]:
+    """Errors for a rollout.engine that this service, or any vLLM server, cannot offer to this job."""
+    if not isinstance(spec, RLSpec) or not isinstance(engine := spec.rollout.engine, VllmEngine):
+        return []
+    return [*_of_the_server(engine, settings), *_of_the_adapter(spec), *_of_temperatures(spec)]
+
+
+def _of_the_server(engine: VllmEngine, settings: Settings) -> Iterator[FieldError]:
+    address = literal(host_of(engine.url))  # a name is looked up by who connects, and then only
+    if address is not None and not may_reach(address, settings.rollout_networks):
+        yield FieldError("/rollout/engine/url", ADDRESS_REFUSED, "address_refused")
+    if settings.rollout_adapters_dir is None:
+        detail = (
+            "the operator has set no folder that workers and vLLM servers share (RATCHET_ROLLOUT_ADAPTERS_DIR), "
+            "so only the engine local is offered here"
+        )
+        yield FieldError("/rollout/engine", detail, "no_adapters_dir")
+
+
+def _of_the_adapter(spec: RLSpec) -> Iterator[FieldError]:
+    pointer, adapter = "/model/adapter", spec.model.adapter
+    if adapter is None:  # the model was refused already
+        return
+    if not isinstance(adapter, Lora):
+        detail = "rollout.engine vllm needs a LoRA adapter, which the server loads anew at each step: {kind: lora}, got full"
+        yield FieldError(f"{pointer}/kind", detail, "not_served", adapter.kind, ["lora"])
+        return
+    if adapter.rank > LARGEST_RANK:
+        detail = f"vLLM serves ranks of at most {LARGEST_RANK}, got {adapter.rank}"
+        yield FieldError(f"{pointer}/rank", detail, "not_served", adapter.rank)
+    if adapter.target_parameters is not None:
+        detail = "rollout.engine vllm takes adapters on linear layers alone (target_modules); leave target_parameters out"
+        yield FieldError(f"{pointer}/target_parameters", detail, "not_served")
+
+
+def _of_temperatures(spec: RLSpec) -> Iterator[FieldError]:
+    asked = {"/rollout/temperature": spec.rollout.temperature}
+    if spec.data.eval is not None and spec.eval.temperature > 0:
+        asked["/eval/temperature"] = spec.eval.temperature
+    for pointer, temperature in asked.items():
+        if not COLDEST <= temperature <= HOTTEST:
+            greedy = "0 (greedy), or " if pointer.startswith("/eval") else ""
+            detail = f"vLLM samples at temperatures of {greedy}{COLDEST:g} to {HOTTEST:g}, got {temperature:g}"
+            yield FieldError(pointer, detail, "not_served", temperature)
+
+
+def rollout_warnings(spec: RLSpec) -> list[str]:
+    """What is advised where another program samples than the one that trains."""
+    corrected = spec.objective.correct.weighs or spec.objective.anchor == "rollout"
+    if not isinstance(spec.rollout.engine, VllmEngine) or corrected:
+        return []
+    return [
+        (
+            "rollout.engine is vllm and objective.correct is none: sampler and trainer differ by rounding about each token, "
+            "which biases the gradient; advised is objective.correct {level: token, action: truncate, cap: 2}; "
+            "rollout/approx_kl_k3 and rollout/effective_samples show how far they differ"
+        )
+    ]
