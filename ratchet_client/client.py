@@ -12,10 +12,11 @@ from ratchet_client.resources.models import Models
 from ratchet_client.resources.progress import Progress
 from ratchet_client.resources.sessions import Sessions
 from ratchet_client.resources.spending import Spending
+from ratchet_client.resources.webhooks import Webhooks
 from ratchet_client.transport import Transport
 
 
-class Ratchet(Progress, Sessions, LossRequests, Checkpoints, Datasets, Models, Keys, Spending):
+class Ratchet(Progress, Sessions, LossRequests, Checkpoints, Datasets, Models, Keys, Webhooks, Spending):
     """A connection to one Ratchet. Safe to share between threads; use it as a context manager, or `close()` it.
 
     Without arguments it uses RATCHET_URL and RATCHET_API_KEY, else the local stack that `ratchet up` started. A refusal of the

@@ -239,6 +239,41 @@ class NewKey(Key):
     key: str  # the text itself, shown this once
 
 
+class Webhook(TypedDict):
+    id: str
+    object: Literal["webhook"]
+    url: str
+    description: str
+    events: list[str]
+    enabled: bool
+    disabled_at: str | None
+    disabled_reason: str | None
+    failing_since: str | None
+    previous_secret_until: str | None
+    created_at: str
+
+
+class NewWebhook(Webhook):
+    secret: str  # whsec_..., shown this once
+
+
+class Delivery(TypedDict):
+    id: str  # the header webhook-id
+    object: Literal["webhook.delivery"]
+    webhook_id: str
+    type: str
+    job_id: str | None
+    status: Literal["waiting", "delivered", "failed"]
+    attempts: int
+    response_status: int | None
+    error: str | None
+    next_try_at: str | None
+    last_tried_at: str | None
+    created_at: str
+    delivered_at: str | None
+    body: NotRequired[str]  # not in lists
+
+
 class Losses(TypedDict):
     """One entry per item: index, status "ok" with loss, metrics and what its `return` named, or "error" with error."""
 

@@ -10,6 +10,7 @@ from starlette.concurrency import run_in_threadpool
 
 from service.api import (
     advice,
+    attempts,
     cards,
     checkpoints,
     datasets,
@@ -21,13 +22,17 @@ from service.api import (
     losses,
     metrics,
     models,
+    operators,
+    overview,
     prometheus,
     reference,
     rollouts,
     schema,
     sessions,
     usage,
+    webhooks,
 )
+from service.dashboard import pages
 from service.doorbell import Doorbell, Signals
 from service.edge import faces, problems
 from service.edge.answers import Answers
@@ -41,7 +46,7 @@ from service.edge.startup import check_secrets, ensure_bootstrap_key
 from service.edge.tails import Tails
 from service.jobs.reconciler import Reconciler
 from service.memory import keep_freed_memory
-from service.openai import face, routes
+from service.openai import face, files, fine_tuning, routes
 from service.relay import line
 from service.relay.queue import RequestQueue
 from service.settings import Settings, get_settings
@@ -49,6 +54,7 @@ from service.store.session import open_store
 from service.telemetry import configure_logging, warn_of_unknown_variables
 from service.tinker.face import FACE as TINKER
 from service.tinker.routes import ROUTERS as TINKER_ROUTERS
+from service.webhooks.courier import Courier
 
 # In the order in which a path is looked for: first those whose callers wait for milliseconds.
 RESOURCES = (
@@ -58,7 +64,9 @@ RESOURCES = (
     jobs,
     events,
     metrics,
+    overview,
     advice,
+    attempts,
     rollouts,
     checkpoints,
     cards,
@@ -66,6 +74,8 @@ RESOURCES = (
     models,
     keys,
     usage,
+    operators,
+    webhooks,
 )
 
 SWITCH_S = 0.001  # a thread that computes lets others run after so long; with Python's 5 ms some of them make a wait of seconds
@@ -96,6 +106,9 @@ def create_app(settings: Settings | None = None) -> FastAPI:
             reconciler = Reconciler(store, settings, doorbell)
             reconciler.start()
             open_parts.push_async_callback(run_in_threadpool, reconciler.stop)
+            courier = Courier(store, settings)
+            courier.start()
+            open_parts.push_async_callback(run_in_threadpool, courier.stop)
             app.state.context = context = Context(
                 settings,
                 store,
@@ -129,9 +142,11 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         app.include_router(resource.router, responses=problems.responses(*problems.COMMON))
     for router in TINKER_ROUTERS:
         app.include_router(router)
-    app.include_router(routes.router)
+    for openai in (routes, files, fine_tuning):
+        app.include_router(openai.router)
     app.include_router(health.router)
     app.include_router(prometheus.router)
     app.include_router(reference.router)
+    app.include_router(pages.router)
     schema.complete(app)
     return app

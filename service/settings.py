@@ -122,6 +122,14 @@ class Settings(BaseSettings):
     rollout_adapters_seen_as: Annotated[
         str | None, Field(description="the path of that folder on the vLLM servers; default: the same")
     ] = None
+    webhook_networks: Annotated[
+        tuple[IPv4Network | IPv6Network, ...],
+        NoDecode,
+        Field(description="networks, with commas between, that webhooks may reach beside public addresses"),
+    ] = ()
+    webhook_disable_after_s: Annotated[
+        float, Field(gt=0, description="a webhook that has only failed for so long is disabled")
+    ] = 5 * 86_400.0
     torch_threads: Annotated[int, Field(ge=1, description="CPU threads of one worker; small models are fastest with one")] = 1
     device: Annotated[Literal["auto", "cpu", "cuda"], Field(description="where a worker trains")] = "auto"
     strict_metrics: Annotated[
@@ -132,7 +140,7 @@ class Settings(BaseSettings):
     ] = "auto"
     log_level: Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR"], Field(description="of our own loggers")] = "INFO"
 
-    @field_validator("grader_networks", "rollout_networks", mode="before")
+    @field_validator("grader_networks", "rollout_networks", "webhook_networks", mode="before")
     @classmethod
     def networks_stand_between_commas(cls, value: object) -> object:
         return [part for part in value.replace(",", " ").split() if part] if isinstance(value, str) else value

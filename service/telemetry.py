@@ -22,10 +22,14 @@ log = logging.getLogger(__name__)
 
 RINGS = Counter("ratchet_rings_total", "Rings of the doorbell", ["heard"])
 RECONCILED = Counter("ratchet_reconciled_total", "Jobs that the reconciler settled or rang for", ["move"])
+WEBHOOKS = Counter("ratchet_webhook_attempts_total", "Attempts to deliver to webhooks", ["outcome"])
+for outcome in ("delivered", "retried", "failed"):
+    WEBHOOKS.labels(outcome)
 
 STRUCK = "***"
 _PATTERNS = (
     (re.compile(r"tml-[A-Za-z0-9_-]{8,}"), f"tml-{STRUCK}"),
+    (re.compile(r"whsec_[A-Za-z0-9+/=]{8,}"), f"whsec_{STRUCK}"),
     (
         re.compile(r"(?i)(authorization|x-api-key)(['\"]?\s*[:=]\s*['\"]?)((?:bearer|basic|token)\s+)?[^\s,'\"]+"),
         rf"\1\2\3{STRUCK}",

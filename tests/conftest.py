@@ -24,7 +24,7 @@ from service.store.session import Store, make_engine, open_store, upgrade
 from service.store.tables import Base
 
 # Their assertions, too, say what they compared.
-pytest.register_assert_rewrite("library_losses", "loss_batches", "loss_orders", "losses_over_http")
+pytest.register_assert_rewrite("library_losses", "loss_batches", "loss_orders", "losses_over_http", "webhook_receiver")
 
 POSTGRES_URL = os.environ.get("RATCHET_TEST_POSTGRES_URL", "postgresql+psycopg://postgres@127.0.0.1:5432/test")
 REDIS_URL = os.environ.get("RATCHET_TEST_REDIS_URL", "redis://127.0.0.1:6379/0")

@@ -41,13 +41,13 @@ def text_of(load, tokens: PreTrainedTokenizerFast) -> Text:
     return Text(tokens, model)
 
 
-def chat_model(folder: Path) -> str:
+def chat_model(folder: Path, **config: float) -> str:
     """A plain transformers folder: a small Llama with random weights, that tokenizer and a chat template."""
     tokens = tokenizer()
-    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = AutoConfig.for_model("llama", vocab_size=len(tokens), max_position_embeddings=128, **shape)
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, **config}
+    shaped = AutoConfig.for_model("llama", vocab_size=len(tokens), max_position_embeddings=128, **shape)
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+        AutoModelForCausalLM.from_config(shaped).save_pretrained(folder)
     tokens.save_pretrained(str(folder))
     return str(folder)

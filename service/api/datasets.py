@@ -1,45 +1,28 @@
 """Datasets: uploaded as JSONL, listed, looked into, deleted."""
 
-from collections.abc import AsyncIterator
-from dataclasses import dataclass
 from datetime import datetime
 from hashlib import sha256
-from tempfile import TemporaryFile
-from typing import IO, Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from fastapi import APIRouter, Depends, Query, Request, Response
+from fastapi import APIRouter, Query, Response
 from pydantic import BaseModel, ConfigDict, Field
-from starlette.concurrency import run_in_threadpool
-from starlette.datastructures import UploadFile
 
-from service.edge.auth import CallerDep, ShareDep
-from service.edge.bodies import TurnDep, limited, media_type
+from service.edge.auth import CallerDep
+from service.edge.bodies import TurnDep
 from service.edge.context import ContextDep
 from service.edge.idempotency import IdempotencyKeyDep, once
 from service.edge.pages import Page, PageQuery
 from service.edge.problems import BODY, files_missing, responses
-from service.errors import Malformed, UnsupportedMedia
+from service.edge.uploads import MULTIPART, UploadDep
 from service.ids import utcnow
 from service.jobs.data import JsonlRows
-from service.jobs.datasets import STORE, ingest
+from service.jobs.datasets import ingest
 from service.store import datasets
-from service.store.blobs import room_on
 from service.store.tables import Dataset
 from service.validation import below, parse
 
 router = APIRouter(prefix="/v1/datasets", tags=["datasets"])
 
-MULTIPART = "multipart/form-data"
-JSONL_TYPES = (
-    "application/jsonl",
-    "application/x-ndjson",
-    "application/x-jsonlines",
-    "application/ndjson",
-    "application/octet-stream",
-)
-MAX_MULTIPART_BYTES = 64 * 2**20  # a form is spooled to the system's temporary folder first
-MAX_FIELDS = 10
-CHUNK_BYTES = 2**20
 MAX_PAGE_BYTES = 4 * 2**20
 
 
@@ -96,68 +79,6 @@ class RowsQuery(BaseModel):
     limit: Annotated[int, Field(ge=1, le=1000, description="how many at most")] = 20
 
 
-@dataclass(frozen=True)
-class Upload:
-    """The whole body, in an unnamed file on the disk that is removed with this request."""
-
-    file: IO[bytes]
-    sha256: str
-    name: str | None
-
-
-async def _upload(request: Request, caller: CallerDep, share: ShareDep, context: ContextDep) -> AsyncIterator[Upload]:
-    """Received without holding a thread, however slowly it comes; read only for those who showed a key."""
-    limit, kind = context.settings.max_dataset_bytes, media_type(request)
-    if kind not in (*JSONL_TYPES, MULTIPART):
-        raise UnsupportedMedia(
-            f"a dataset's Content-Type is {', '.join(JSONL_TYPES[:2])} or {MULTIPART}, got {kind or 'none'}",
-            hint="with curl: -H 'Content-Type: application/jsonl' --data-binary @rows.jsonl",
-        )
-    root = context.store.blobs.root
-    with room_on(STORE):
-        await run_in_threadpool(root.mkdir, parents=True, exist_ok=True)
-    with room_on(STORE), TemporaryFile(dir=root) as file:
-        if kind == MULTIPART:
-            limit = min(limit, MAX_MULTIPART_BYTES)
-            form_of = limited(request, limit, "a form (send a longer file as the body itself)", share).form
-            with room_on("the disk with the service's temporary files (send the rows as the body itself, not as a form)"):
-                form = await form_of(max_files=1, max_fields=MAX_FIELDS)
-            try:
-                part = form.get("file")
-                if not isinstance(part, UploadFile):
-                    raise Malformed("the form has no field `file` with a file in it", code="missing_file")
-                digest = await _spool(_chunks_of(part), file)
-                yield Upload(file, digest, part.filename)
-            finally:
-                await form.close()
-        else:
-            digest = await _spool(limited(request, limit, "a dataset", share).stream(), file)
-            yield Upload(file, digest, None)
-
-
-async def _chunks_of(part: UploadFile) -> AsyncIterator[bytes]:
-    while chunk := await part.read(CHUNK_BYTES):
-        yield chunk
-
-
-async def _spool(chunks: AsyncIterator[bytes], file: IO[bytes]) -> str:
-    """Write to the file in a thread, in pieces large enough to be worth it. Returns the sha256."""
-    digest, waiting = sha256(), bytearray()
-
-    def flush() -> None:
-        digest.update(waiting)
-        file.write(waiting)
-        waiting.clear()
-
-    async for chunk in chunks:
-        waiting += chunk
-        if len(waiting) >= CHUNK_BYTES:
-            await run_in_threadpool(flush)
-    await run_in_threadpool(flush)
-    file.seek(0)
-    return digest.hexdigest()
-
-
 BODY_SCHEMA = {
     "requestBody": {
         "required": True,
@@ -181,7 +102,7 @@ def create_dataset(
     caller: CallerDep,
     query: Annotated[UploadQuery, Query()],
     idempotency_key: IdempotencyKeyDep,
-    upload: Annotated[Upload, Depends(_upload, scope="function")],
+    upload: UploadDep,
     turn_to_check: TurnDep,
 ) -> Any:
     """Upload rows as JSONL, one object per line. Every line is checked; errors give the line's number."""

@@ -10,6 +10,7 @@ from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from fastapi.responses import JSONResponse
 from fastapi.sse import EventSourceResponse, format_sse_event
 from pydantic import BaseModel, ConfigDict, Field
+from sqlalchemy import Row
 from starlette.concurrency import run_in_threadpool
 
 from service.edge.auth import Caller, CallerDep
@@ -41,18 +42,18 @@ class EventView(BaseModel):
     created_at: datetime
 
     @classmethod
-    def of(cls, event: Event) -> Self:
+    def of(cls, event: Event | Row[Any]) -> Self:
         return cls.model_validate(event, from_attributes=True)
 
 
 class EventPage(BaseModel):
-    """Events, oldest first: the cursor is the last `seq`."""
+    """Events: the cursor is the last `seq`."""
 
     object: Literal["list"] = "list"
     data: list[EventView]
     has_more: bool
     first_id: int | None
-    last_id: Annotated[int | None, Field(description="pass it as `after` to get the next page")]
+    last_id: Annotated[int | None, Field(description="pass it as `after` (newest first: `before`) to get the next page")]
 
 
 class EventsQuery(BaseModel):
@@ -60,6 +61,13 @@ class EventsQuery(BaseModel):
 
     after: Annotated[int, Field(ge=0, le=MAX_SEQ, description="only events with a greater `seq`")] = 0
     limit: Annotated[int, Field(ge=1, le=1000, description="how many at most; a stream has no limit")] = 100
+    order: Annotated[
+        Literal["oldest_first", "newest_first"], Field(description="of a list; newest first it ends before `before`")
+    ] = "oldest_first"
+    before: Annotated[int | None, Field(ge=1, le=MAX_SEQ, description="newest first: only events with a smaller `seq`")] = None
+    without: Annotated[
+        list[Literal["step", "phase_changed"]], Field(description="newest first: types to leave out; repeatable")
+    ] = Field(default_factory=list)
 
 
 def _last_event_id(
@@ -109,7 +117,10 @@ async def list_events(
         after = query.after if last_event_id is None else last_event_id
         stream = _stream(context, caller, job_id, after)
         return EventSourceResponse(stream, headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
-    rows = await run_in_threadpool(_read, context, caller, job_id, query.after, query.limit + 1)
+    if query.order == "newest_first":
+        rows = await run_in_threadpool(_read_back, context, caller, job_id, query)
+    else:
+        rows = await run_in_threadpool(_read, context, caller, job_id, query.after, query.limit + 1)
     data, more = rows[: query.limit], len(rows) > query.limit
     seqs = [event.seq for event in data]
     page = EventPage(data=data, has_more=more, first_id=seqs[0] if seqs else None, last_id=seqs[-1] if seqs else None)
@@ -124,9 +135,16 @@ def _read(context: Context, caller: Caller, job_id: str, after: int, limit: int)
     return [EventView.of(row) for row in rows]
 
 
+def _read_back(context: Context, caller: Caller, job_id: str, query: EventsQuery) -> list[EventView]:
+    with context.store.begin(readonly=True) as session:
+        jobs.standing(session, caller.project, job_id)
+        rows = events.before(session, job_id, query.before, query.limit + 1, query.without)
+    return [EventView.of(row) for row in rows]
+
+
 def _look(context: Context, project: str, job_id: str, after: int | None, key_ids: frozenset[str]) -> Look:
     """New events, read once for all who follow the job with these keys, in one short transaction."""
-    with context.store.begin(readonly=True) as session:
+    with context.store.look() as session:
         in_force = keys.in_force(session, key_ids, utcnow())
         status, last = jobs.standing(session, project, job_id)  # before the events: a final status comes with its event
         rows = [] if after is None or last <= after else events.after(session, job_id, after, BATCH)

@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 from fastapi import APIRouter, Query, Response
 from pydantic import BaseModel, ConfigDict, Field
 
-from service.edge.auth import ADMIN_PROJECT, AdminDep, Caller
+from service.edge.auth import ADMIN_PROJECT, AdminDep, Caller, CallerDep
 from service.edge.bodies import DocumentDep, documented
 from service.edge.context import ContextDep
 from service.edge.idempotency import IdempotencyKeyDep, once
@@ -139,6 +139,13 @@ def list_keys(context: ContextDep, caller: AdminDep, query: Annotated[KeysQuery,
     with context.store.begin(readonly=True) as session:
         rows = keys.page(session, project)
     return KeyPage.of([KeyView.of(row) for row in rows], [row.id for row in rows])
+
+
+@router.get("/self")
+def read_own_key(context: ContextDep, caller: CallerDep) -> KeyView:
+    """The key that asks: its project, and what it may do."""
+    with context.store.begin(readonly=True) as session:
+        return KeyView.of(keys.get(session, caller.project, caller.key_id))
 
 
 @router.delete("/{key_id}", status_code=204, response_class=Response, responses=responses(403, 404, 409))

@@ -1,4 +1,4 @@
-"""The curves of a job, column by column."""
+"""The curves of a job, column by column; and which there are."""
 
 from typing import Annotated, Literal, Self
 
@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from service.edge.auth import CallerDep
 from service.edge.context import ContextDep
 from service.edge.problems import responses
+from service.metric_names import find
 from service.store import jobs, metrics
 
 router = APIRouter(prefix="/v1/jobs/{job_id}/metrics", tags=["jobs"])
@@ -34,6 +35,21 @@ class MetricsView(BaseModel):
     series: dict[str, SeriesView]
 
 
+class MetricNameView(BaseModel):
+    """A curve that the job has. What is known of it: docs/metrics.md."""
+
+    name: str
+    unit: Annotated[str, Field(description="1 is a plain number")]
+    means: str
+    better: Literal["up", "down", "neither"]
+    drawn: Annotated[bool, Field(description="`ratchet metrics` draws it unless others are named")]
+
+
+class MetricNames(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[MetricNameView]
+
+
 class MetricsQuery(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
@@ -56,3 +72,19 @@ def read_metrics(context: ContextDep, caller: CallerDep, job_id: str, query: Ann
         curves = metrics.series(session, job_id, query.name, **query.model_dump(exclude={"name"}))
     view = MetricsView(job_id=job_id, series={name: SeriesView.of(series) for name, series in curves.items()})
     return Response(view.model_dump_json(exclude_none=True), media_type="application/json")
+
+
+@router.get("/names", responses=responses(404))
+def list_metric_names(context: ContextDep, caller: CallerDep, job_id: str) -> MetricNames:
+    """The curves that the job has so far, by name."""
+    with context.store.begin(readonly=True) as session:
+        jobs.standing(session, caller.project, job_id)
+        names = metrics.names(session, job_id)
+    return MetricNames(data=[_described(name) for name in names])
+
+
+def _described(name: str) -> MetricNameView:
+    known = find(name)
+    if known is None:
+        return MetricNameView(name=name, unit="1", means="", better="neither", drawn=False)
+    return MetricNameView(name=name, unit=known.unit, means=known.means, better=known.better, drawn=known.drawn)

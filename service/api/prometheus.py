@@ -17,7 +17,7 @@ from service.doorbell import CLASSES
 from service.edge.context import ContextDep
 from service.failures import CODES
 from service.states import Phase, Status
-from service.store import clock, jobs, usage, workers
+from service.store import clock, jobs, usage, webhooks, workers
 
 router = APIRouter(tags=["health"])
 
@@ -58,6 +58,8 @@ def _gauges(session: Session, now: datetime) -> Iterator[Metric]:
     help_ = "How long the job of a class has waited that may start now and waits longest"
     yield _gauge("ratchet_queue_oldest_wait_seconds", help_, "resource_class", waits)
     yield GaugeMetricFamily("ratchet_workers_alive", "Workers that were seen within the last minute", value=len(living))
+    help_ = "Deliveries that wait to be sent, or to be sent again"
+    yield GaugeMetricFamily("ratchet_webhook_deliveries_waiting", help_, value=webhooks.count_waiting(session))
     told = {worker.id: worker.memory or {} for worker in living}
     for key, (name, help_) in MEMORY.items():
         yield _gauge(name, help_, "worker", {id_: memory[key] for id_, memory in told.items() if key in memory})

@@ -27,7 +27,10 @@ class RolloutView(BaseModel):
     group_index: int
     prompt: str
     reference: Annotated[str | None, Field(description="the right answer, where the data has one")]
-    samples: Annotated[list[dict[str, Any]], Field(description="each answer with its reward, advantage and graders' scores")]
+    samples: Annotated[
+        list[dict[str, Any]],
+        Field(description="each answer with its reward, scores, advantage; by_token: docs/dashboard.md"),
+    ]
     created_at: datetime
 
     @classmethod

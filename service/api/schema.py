@@ -13,11 +13,13 @@ from service.api.jobs import CancelRequest, ForkRequest, PauseRequest, ResumeReq
 from service.api.keys import KeyRequest
 from service.api.loss_views import LossResults, LossTicket
 from service.api.usage import BudgetRequest
+from service.api.webhooks import RotateRequest, WebhookChange, WebhookRequest
 from service.edge.problems import Problem
 from service.losses.request import LossRequest
 from service.openai.answers import ChatAnswer, CompletionAnswer
 from service.openai.face import FACES, OpenAIErrors
 from service.openai.requests import ChatRequest, CompletionRequest
+from service.openai.tuning import FineTuningRequest
 from service.sessions.body import OperationRequest
 from service.spec.job import JobSpec
 from service.spec.session import SessionSpec
@@ -33,11 +35,15 @@ SENT = {
     "DeleteRequest": DeleteRequest,
     "CancelRequest": CancelRequest,
     "KeyRequest": KeyRequest,
+    "WebhookRequest": WebhookRequest,
+    "WebhookChange": WebhookChange,
+    "RotateRequest": RotateRequest,
     "LossRequest": LossRequest,
     "SessionSpec": SessionSpec,
     "OperationRequest": OperationRequest,
     "CompletionRequest": CompletionRequest,
     "ChatRequest": ChatRequest,
+    "FineTuningRequest": FineTuningRequest,
 }
 ANSWERED = {
     "Problem": Problem,
@@ -72,7 +78,8 @@ def complete(app: FastAPI) -> None:
             for face in FACES:  # FastAPI adds it where a route has parameters; it is a 400 there
                 for path in document["paths"]:
                     if path.startswith(face.prefix):
-                        document["paths"][path]["post"]["responses"].pop("422", None)
+                        for operation in document["paths"][path].values():
+                            operation["responses"].pop("422", None)
             document["components"]["schemas"] = dict(sorted(schemas.items()))
             app.openapi_schema = document
         return app.openapi_schema

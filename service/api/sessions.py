@@ -132,9 +132,7 @@ def create_session(
     with once(context.store, caller, idempotency_key, route="POST /v1/sessions", body_sha256=document.sha256) as turn:
         if turn.replay is not None:
             return turn.replay
-        resolved = sessions.resolve_session(
-            context.store, context.settings, caller.project, parse(SessionSpec, document.data)
-        )
+        resolved = sessions.resolve_session(context.store, context.settings, caller.project, parse(SessionSpec, document.data))
         job = lifecycle.create_job(
             context.store,
             context.doorbell,

@@ -68,15 +68,15 @@ def _sums(totals: Totals) -> dict[str, Any]:
 
 
 class UsageGroup(UsageTotals):
-    """Sums of one day, job or key."""
+    """Sums of one day, job, key or project."""
 
-    group: Annotated[str | None, Field(description="YYYY-MM-DD, job_... or key_...; null: no key is known")]
+    group: Annotated[str | None, Field(description="YYYY-MM-DD, job_..., key_... or a project; null: no key is known")]
 
 
 class UsageView(BaseModel):
     object: Literal["usage"] = "usage"
-    project: str
-    group_by: Literal["day", "job", "key"]
+    project: Annotated[str | None, Field(description="null: all of them, grouped by project")]
+    group_by: Literal["day", "job", "key", "project"]
     total: UsageTotals
     data: list[UsageGroup]
 
@@ -88,7 +88,9 @@ class UsageQuery(BaseModel):
     to: Annotated[Day | None, Field(description="the last day (UTC)")] = None
     job_id: Annotated[str | None, Field(max_length=40, description="only this job, also one that was deleted")] = None
     key_id: Annotated[str | None, Field(max_length=40, description="only jobs that were submitted with this key")] = None
-    group_by: Literal["day", "job", "key"] = "day"
+    group_by: Annotated[
+        Literal["day", "job", "key", "project"], Field(description=f"project: all of them, for keys of `{ADMIN_PROJECT}`")
+    ] = "day"
     project: Annotated[Project | None, Field(description=f"another project, for keys of `{ADMIN_PROJECT}`")] = None
 
 
@@ -121,6 +123,10 @@ class BudgetQuery(BaseModel):
 def read_usage(context: ContextDep, caller: CallerDep, query: Annotated[UsageQuery, Query()]) -> UsageView:
     """What the project spent: as of the last commit of each running job."""
     project = caller.managed(query.project, NOT_OURS)
+    if query.group_by == "project":
+        if caller.project != ADMIN_PROJECT:
+            raise Forbidden(f"this key belongs to project {caller.project}; {NOT_OURS}", hint=f"use a key of `{ADMIN_PROJECT}`")
+        project = query.project
     filters: dict[str, Any] = {
         "first_day": None if query.from_ is None else query.from_.isoformat(),
         "last_day": None if query.to is None else query.to.isoformat(),

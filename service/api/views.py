@@ -79,10 +79,10 @@ class JobSummary(BaseModel):
 
     @classmethod
     def of(cls, job: Job) -> Self:
-        return cls(**cls._columns(job))
+        return cls(**cls.columns(job))
 
     @classmethod
-    def _columns(cls, job: Job) -> dict[str, Any]:
+    def columns(cls, job: Job) -> dict[str, Any]:
         columns = {name: getattr(job, name) for name in cls.model_fields if name not in DERIVED}
         forks = job.kind not in operations.KINDS
         allowed = [action for action in allowed_actions(Status(job.status)) if forks or action != "fork"]
@@ -106,13 +106,12 @@ class JobView(JobSummary):
     @classmethod
     def read(cls, session: Session, job: Job) -> Self:
         """The job, with its data from other tables."""
-        return cls(**cls._columns(job), usage=UsageTotals.of(usage.of_job(session, job.id)))
-
+        return cls(**cls.columns(job), usage=UsageTotals.of(usage.of_job(session, job.id)))
 
     @classmethod
     def new(cls, job: Job) -> Self:
         """A job in the transaction that creates it: it has spent nothing."""
-        return cls(**cls._columns(job), usage=UsageTotals.of(usage.NO_TOTALS))
+        return cls(**cls.columns(job), usage=UsageTotals.of(usage.NO_TOTALS))
 
 
 class JobPage(Page[JobSummary]):

@@ -221,6 +221,7 @@ def embedded_stack(folder: Path) -> Iterator[None]:
         # An older `url` was left behind by a stack that was killed.
         wait_until(lambda: url.exists() and url.stat().st_mtime_ns >= opened_ns, stack, log)
         say(f"ready after {time.monotonic() - started:.0f} s at {url.read_text().strip()}")
+        say(f"watch it there in a browser, too; sign in with what this prints: cat {folder / 'key'}\n")
         yield
     finally:
         leave(stack)

@@ -9,7 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from ratchet_client import RatchetApiError, RatchetConnectionError, RatchetError, RatchetNotFound
-from service.cli import advice, compare, curves, exits, helps, jobs, resources, sample, sessions, spending, stack
+from service.cli import advice, compare, curves, exits, helps, jobs, resources, sample, sessions, spending, stack, webhooks
 from service.cli.ascii import adapt_streams
 from service.cli.connection import Target
 from service.cli.output import complain, print_error_json, print_problem, say
@@ -101,5 +101,5 @@ def options(
     context.obj = Target(url, data_dir)
 
 
-for module in (stack, jobs, sessions, curves, advice, compare, resources, sample, spending):
+for module in (stack, jobs, sessions, curves, advice, compare, resources, sample, spending, webhooks):
     module.register(app)

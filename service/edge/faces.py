@@ -32,7 +32,8 @@ class Face:
     statuses: Mapping[int, int] = field(default_factory=dict)  # other statuses than the native face's, by those
 
 
-# Only /docs is a page, and it sets its own Content-Security-Policy. No-store: caches must not keep a caller's private data.
+# Only /docs and the dashboard are pages, with a Content-Security-Policy of their own. No-store: caches must not keep a
+# caller's private data.
 NATIVE = Face(
     prefix="",
     headers={

@@ -98,6 +98,7 @@ def embedded_settings(data_dir: Path, port: int, folder: Path) -> Settings:
     if (host := literal(Settings().host)) is not None and host.is_loopback:  # only users of this machine can send requests
         os.environ.setdefault("RATCHET_GRADER_NETWORKS", "127.0.0.0/8, ::1/128")
         os.environ.setdefault("RATCHET_ROLLOUT_NETWORKS", "127.0.0.0/8, ::1/128")
+        os.environ.setdefault("RATCHET_WEBHOOK_NETWORKS", "127.0.0.0/8, ::1/128")
     os.environ.update(
         RATCHET_DATA_DIR=str(data_dir),
         RATCHET_PORT=str(port),

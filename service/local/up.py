@@ -65,7 +65,11 @@ def up(data_dir: Path, port: int, say: Say) -> None:
             children.append(loss_worker)
         stack.enter_context(url_file(data_dir / "url", url))
         if not stop.asked:
-            say(f"Ratchet is ready at {url}\n  data and logs in {data_dir}; the key is in {data_dir / 'key'}; stop with Ctrl-C")
+            say(
+                f"Ratchet is ready at {url}\n"
+                f"  the dashboard is there: sign in with what this prints: cat {data_dir / 'key'}\n"
+                f"  data and logs in {data_dir}; stop with Ctrl-C"
+            )
         while not stop.asked:
             _look(api, children)
             time.sleep(LOOK_EVERY_S)

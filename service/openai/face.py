@@ -39,5 +39,6 @@ def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 FACES = tuple(
-    Face(prefix, NATIVE.headers, shaped, JSON, {UNPROCESSABLE: BAD_REQUEST}) for prefix in ("/v1/completions", "/v1/chat")
+    Face(prefix, NATIVE.headers, shaped, JSON, {UNPROCESSABLE: BAD_REQUEST})
+    for prefix in ("/v1/completions", "/v1/chat", "/v1/files", "/v1/fine_tuning")
 )

@@ -1,14 +1,14 @@
 """The event log of a job, numbered 1, 2, 3 ... without gaps. Numbers come from the job's row, which serialises writers."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import insert, select, update
+from sqlalchemy import Connection, Table, bindparam, insert, select, update
 from sqlalchemy.orm import Session
 
 from service.errors import NotFound
-from service.store import clock
+from service.store import clock, webhooks
 from service.store.tables import Event, Job
 
 
@@ -20,13 +20,16 @@ def append(session: Session, job_id: str, type_: str, data: dict[str, Any], *, n
 def append_all(
     session: Session, job_id: str, events: Sequence[tuple[str, dict[str, Any]]], *, now: datetime | None = None
 ) -> int:
-    """Write events in order. Returns the number of the last one. Raises NotFound (no job)."""
+    """Write events in order, and what webhooks hear of them. Returns the number of the last one. Raises NotFound (no job)."""
     now = now or clock.now(session)
     taken = update(Job).where(Job.id == job_id).values(last_event=Job.last_event + len(events), updated_at=now)
-    last = session.scalar(taken.returning(Job.last_event), execution_options={"synchronize_session": False})
-    if last is None:
+    row = session.execute(
+        taken.returning(Job.last_event, Job.project), execution_options={"synchronize_session": False}
+    ).one_or_none()
+    if row is None:
         raise NotFound(f"no job {job_id}")
-    _write(session, job_id, last - len(events) + 1, events, now)
+    last, project = row
+    _write(session, job_id, project, last - len(events) + 1, events, now)
     return last
 
 
@@ -35,18 +38,43 @@ def begin(session: Session, job: Job, events: Sequence[tuple[str, dict[str, Any]
     job.last_event = len(events)
     session.add(job)
     session.flush()
-    _write(session, job.id, 1, events, now)
+    _write(session, job.id, job.project, 1, events, now)
 
 
-def _write(session: Session, job_id: str, first: int, events: Sequence[tuple[str, dict[str, Any]]], now: datetime) -> None:
+def _write(
+    session: Session, job_id: str, project: str, first: int, events: Sequence[tuple[str, dict[str, Any]]], now: datetime
+) -> None:
+    """The events, and what webhooks hear of them."""
     rows = [
         {"job_id": job_id, "seq": first + i, "type": type_, "data": data, "created_at": now}
         for i, (type_, data) in enumerate(events)
     ]
-    session.execute(insert(Event.__table__), rows)
+    session.execute(_WRITE, rows)
+    webhooks.tell(session, project, job_id, first, events, now)
 
 
-def after(session: Session, job_id: str, seq: int, limit: int = 1000) -> list[Event]:
-    """The events that follow number `seq`, oldest first."""
-    query = select(Event).where(Event.job_id == job_id, Event.seq > seq)
-    return list(session.scalars(query.order_by(Event.seq).limit(limit)))
+def before(session: Session, job_id: str, seq: int | None, limit: int, without: Collection[str] = ()) -> list[Event]:
+    """The events before number `seq` (None: the newest), newest first; types in `without` are left out."""
+    query = select(Event).where(Event.job_id == job_id)
+    if seq is not None:
+        query = query.where(Event.seq < seq)
+    if without:
+        query = query.where(Event.type.not_in(list(without)))
+    return list(session.scalars(query.order_by(Event.seq.desc()).limit(limit)))
+
+
+def after(session: Session | Connection, job_id: str, seq: int, limit: int = 1000) -> Sequence[Any]:
+    """The events that follow number `seq`, oldest first: rows with the columns of Event."""
+    return session.execute(_AFTER, {"job_id": job_id, "seq": seq, "limit": limit}).all()
+
+
+_EVENTS = Event.__table__
+assert isinstance(_EVENTS, Table)
+_WRITE = insert(_EVENTS)
+# Built once: every event is read with it, as soon as it is written, for those who follow the job.
+_AFTER = (
+    select(*_EVENTS.columns)
+    .where(Event.job_id == bindparam("job_id"), Event.seq > bindparam("seq"))
+    .order_by(Event.seq)
+    .limit(bindparam("limit"))
+)

@@ -5,7 +5,21 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import ColumnElement, Text, and_, bindparam, case, delete, func, or_, select, tuple_, type_coerce, update
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Text,
+    and_,
+    bindparam,
+    case,
+    delete,
+    func,
+    or_,
+    select,
+    tuple_,
+    type_coerce,
+    update,
+)
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import Session, defer
 
@@ -45,12 +59,15 @@ def hold(session: Session, project: str, job_id: str) -> None:
         raise NotFound(f"no job {job_id} in this project")
 
 
-def standing(session: Session, project: str, job_id: str) -> tuple[str, int]:
+def standing(session: Session | Connection, project: str, job_id: str) -> tuple[str, int]:
     """Status and number of the newest event, without loading the spec, which may be long. Raises NotFound."""
-    row = session.execute(select(Job.status, Job.last_event).where(Job.id == job_id, Job.project == project)).first()
+    row = session.execute(_STANDING, {"job_id": job_id, "project": project}).first()
     if row is None:
         raise NotFound(f"no job {job_id} in this project")
     return row.status, row.last_event
+
+
+_STANDING = select(Job.status, Job.last_event).where(Job.id == bindparam("job_id"), Job.project == bindparam("project"))
 
 
 def page(
@@ -61,14 +78,20 @@ def page(
     kind: str | None = None,
     tag: str | None = None,
     name: str | None = None,
+    ids: Collection[str] = (),
     after: str | None = None,
     limit: int = 20,
+    light: bool = False,
 ) -> tuple[list[Job], bool]:
     """Jobs of the project, newest first, without their specs. `status`: any of these; `name`: a part of it, case ignored.
 
-    Returns the rows and whether there are more.
+    `light`: also without what their workers resolved. Returns the rows and whether there are more.
     """
     query = select(Job).where(Job.project == project).options(defer(Job.spec), defer(Job.spec_sent))
+    if light:
+        query = query.options(defer(Job.resolved))
+    if ids:
+        query = query.where(Job.id.in_(list(ids)))
     if status:
         query = query.where(Job.status.in_(list(status)))
     if kind is not None:
@@ -219,6 +242,15 @@ def owners(session: Session) -> dict[str, Worker | None]:
     """Workers that hold jobs now, by id, each as it last reported; None for one that is not in the table (any more)."""
     query = select(Job.lease_owner).where(Job.status.in_(HELD), Job.lease_owner.is_not(None)).distinct()
     return {owner: session.get(Worker, owner) for owner in session.scalars(query) if owner is not None}
+
+
+def held_by(session: Session, project: str) -> dict[str, list[str]]:
+    """The project's jobs under a lease, by the worker that holds them."""
+    query = select(Job.lease_owner, Job.id).where(Job.project == project, Job.status.in_(HELD)).order_by(Job.id)
+    held: dict[str, list[str]] = {}
+    for owner, job_id in session.execute(query):
+        held.setdefault(owner or "", []).append(job_id)
+    return held
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,12 @@ def create(
     return key, text
 
 
+def names(session: Session, key_ids: Collection[str]) -> dict[str, str]:
+    """What these keys are called, revoked ones too."""
+    rows = session.execute(select(ApiKey.id, ApiKey.name).where(ApiKey.id.in_(list(key_ids))))
+    return {row.id: row.name for row in rows}
+
+
 @dataclass(frozen=True)
 class Known:
     """What every request needs to know about its key: plain values, not an object of the session."""
@@ -91,14 +97,17 @@ def find(session: Session, text: str) -> Known | None:
     return known(session.connection(), text)
 
 
-def in_force(session: Session, key_ids: Collection[str], now: datetime) -> set[str]:
+def in_force(session: Session | Connection, key_ids: Collection[str], now: datetime) -> set[str]:
     """Those of these keys that are neither revoked nor expired."""
-    return set(session.scalars(select(ApiKey.id).where(ApiKey.id.in_(key_ids), _lasts(now))))
+    return set(session.scalars(_IN_FORCE, {"key_ids": list(key_ids), "now": now}))
 
 
-def _lasts(now: datetime) -> ColumnElement[bool]:
+def _lasts(now: Any) -> ColumnElement[bool]:
     lasts: Any = or_(ApiKey.expires_at.is_(None), ApiKey.expires_at > now)
     return ApiKey.revoked_at.is_(None) & lasts
+
+
+_IN_FORCE = select(ApiKey.id).where(ApiKey.id.in_(bindparam("key_ids", expanding=True)), _lasts(bindparam("now")))
 
 
 def ensure(session: Session, *, project: str, name: str, text: str) -> None:
@@ -111,6 +120,14 @@ def touch(session: Session, key_id: str, now: datetime) -> None:
     """Note that the key was used, at most once a minute."""
     stale = or_(ApiKey.last_used_at.is_(None), ApiKey.last_used_at < now - TOUCH_EVERY)
     session.execute(update(ApiKey).where(ApiKey.id == key_id, stale).values(last_used_at=now))
+
+
+def get(session: Session, project: str, key_id: str) -> ApiKey:
+    """A key of this project. Raises NotFound."""
+    key = session.get(ApiKey, key_id)
+    if key is None or key.project != project:
+        raise NotFound(f"no key {key_id} in this project")
+    return key
 
 
 def page(session: Session, project: str) -> list[ApiKey]:

@@ -12,6 +12,8 @@ from sqlalchemy.orm import Session
 from service.store.dialect import upsert
 from service.store.tables import Metric
 
+FEW = 1000  # points
+
 
 @dataclass
 class Series:
@@ -69,8 +71,11 @@ def series(
     Both step bounds are inclusive. A curve of more than `points` points is cut into that many stretches of equal width. Each
     stretch gives its last step, mean, min and max, so that no spike is lost. `newest`: only the last so many points.
     """
+    wanted = list(wanted) or names(session, job_id)
+    if newest is None and (curves := _few(session, job_id, wanted, from_step, to_step, points)) is not None:
+        return curves
     curves = {}
-    for name in wanted or names(session, job_id):
+    for name in wanted:
         where = [Metric.job_id == job_id, Metric.name == name, Metric.step >= from_step]
         if to_step is not None:
             where.append(Metric.step <= to_step)
@@ -80,6 +85,43 @@ def series(
         together = None if points is None else _put_together(session, where, points)
         curves[name] = together or _as_it_is(session, where)
     return curves
+
+
+def sampled(session: Session, job_id: str, name: str, *, last: int, points: int) -> Series:
+    """The values at `points` steps at most, evenly spaced from 1 to `last`: as many seeks, however long the curve is."""
+    count = min(points, last)
+    steps = {1 + i * (last - 1) // max(1, count - 1) for i in range(count)}
+    where = (Metric.job_id == job_id, Metric.name == name, Metric.step.in_(sorted(steps)))
+    return Series(*_columns(session.execute(select(Metric.step, Metric.value).where(*where).order_by(Metric.step)).all(), 2))
+
+
+def seconds_per_step(session: Session, job_id: str, name: str, attempt: int, after: int) -> float | None:
+    """By the clock, with all that goes on between two steps: of this attempt's steps that follow `after`. None: too few."""
+    ends = select(func.min(Metric.created_at), func.max(Metric.created_at), func.count())
+    where = (Metric.job_id == job_id, Metric.name == name, Metric.step > after, Metric.attempt == attempt)
+    first, last, count = session.execute(ends.where(*where)).one()
+    return None if count < 2 else (last - first).total_seconds() / (count - 1)
+
+
+def _few(
+    session: Session, job_id: str, wanted: Sequence[str], from_step: int, to_step: int | None, points: int | None
+) -> dict[str, Series] | None:
+    """The curves by one query, if they have FEW points together and none needs to be put together; else None.
+
+    Whoever follows a job asks again and again for the newest points of many curves.
+    """
+    where = [Metric.job_id == job_id, Metric.name.in_(wanted), Metric.step >= from_step]
+    if to_step is not None:
+        where.append(Metric.step <= to_step)
+    query = select(Metric.name, Metric.step, Metric.value).where(*where).order_by(Metric.name, Metric.step)
+    rows = session.execute(query.limit(FEW + 1)).all()
+    if len(rows) > FEW:
+        return None
+    curves = {name: Series() for name in wanted}
+    for name, step, value in rows:
+        curves[name].step.append(step)
+        curves[name].value.append(value)
+    return None if any(points is not None and len(curve.step) > points for curve in curves.values()) else curves
 
 
 def _as_it_is(session: Session, where: list[ColumnElement[bool]]) -> Series:

@@ -423,3 +423,53 @@ class TinkerSampler(Base):
     context: Mapped[int | None]  # the model's, in tokens, if it is known without loading it
     model_path: Mapped[str | None]
     created_at: Mapped[datetime]
+
+
+class Webhook(Base):
+    """Where a project wants to be told of events, by Standard Webhooks. The secret is stored as it is, for it signs."""
+
+    __tablename__ = "webhooks"
+    __table_args__ = (Index("ix_webhooks_project_created", "project", "created_at", "id"),)
+
+    id: Mapped[str] = mapped_column(Id, primary_key=True)
+    project: Mapped[str] = mapped_column(String(64))
+    url: Mapped[str]
+    description: Mapped[str]
+    events: Mapped[list[str]]  # the types that it gets
+    secret: Mapped[str]
+    previous_secret: Mapped[str | None]  # signs beside the new one until `previous_until`
+    previous_until: Mapped[datetime | None]
+    created_at: Mapped[datetime]
+    failing_since: Mapped[datetime | None]  # the first failed attempt after the last that succeeded
+    disabled_at: Mapped[datetime | None]
+    disabled_reason: Mapped[str | None]
+
+
+class WebhookDelivery(Base):
+    """One event for one webhook: the outbox. Written in the event's transaction; its id is the `webhook-id` of each attempt.
+
+    Whoever sends it claims it first: `attempts` grows by one, and `next_try_at` moves to when the claim ends. The result is
+    written only while `attempts` is still the same.
+    """
+
+    __tablename__ = "webhook_deliveries"
+    __table_args__ = (
+        Index("ix_webhook_deliveries_due", "status", "next_try_at"),
+        Index("ix_webhook_deliveries_webhook_created", "webhook_id", "created_at", "id"),
+    )
+
+    id: Mapped[str] = mapped_column(Id, primary_key=True)
+    webhook_id: Mapped[str] = mapped_column(ForeignKey("webhooks.id", ondelete="CASCADE"))
+    project: Mapped[str] = mapped_column(String(64))
+    type: Mapped[str] = mapped_column(String(48))
+    job_id: Mapped[str | None] = mapped_column(Id)
+    body: Mapped[str]  # JSON, as it is signed and sent
+    status: Mapped[str] = mapped_column(String(16))  # waiting | delivered | failed
+    attempts: Mapped[int]
+    last_attempt: Mapped[int]  # the attempt after which it is given up
+    next_try_at: Mapped[datetime]
+    last_tried_at: Mapped[datetime | None]
+    response_status: Mapped[int | None]  # of the last attempt; null: there was no answer
+    error: Mapped[str | None]  # of the last attempt
+    created_at: Mapped[datetime] = mapped_column(index=True)
+    delivered_at: Mapped[datetime | None]

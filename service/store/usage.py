@@ -5,7 +5,7 @@ it. What an attempt spent since its last checkpoint is `unsaved`. A checkpoint m
 one, it is wasted, because the next attempt starts from the last checkpoint and does the work again.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Literal
@@ -118,8 +118,8 @@ def revoke(session: Session, job: Job, step: int) -> None:
 
 # ---------------------------------------------------------------- reading
 
-GroupBy = Literal["day", "job", "key"]
-GROUPS: Mapping[str, Any] = {"day": Usage.day, "job": Usage.job_id, "key": Usage.key_id}
+GroupBy = Literal["day", "job", "key", "project"]
+GROUPS: Mapping[str, Any] = {"day": Usage.day, "job": Usage.job_id, "key": Usage.key_id, "project": Usage.project}
 # The number of attempts: one may have rows for several days, and number 0 is not an attempt.
 ATTEMPTS = func.count(func.distinct(Usage.job_id + ":" + cast(func.nullif(Usage.attempt, 0), Usage.job_id.type)))
 SUMS = (*TOKENS, *SECONDS, *(f"wasted_{name}" for name in AMOUNTS))
@@ -159,9 +159,44 @@ def of_job(session: Session, job_id: str) -> Totals:
     return _totals(session.execute(_OF_JOB, {"job_id": job_id}))[0]
 
 
+def of_jobs(session: Session, job_ids: Collection[str]) -> dict[str, tuple[int, float]]:
+    """Tokens and seconds of a worker that each of these jobs has spent."""
+    tokens = sum((func.sum(getattr(Usage, name)) for name in TOKENS[1:]), func.sum(getattr(Usage, TOKENS[0])))
+    seconds = sum((func.sum(getattr(Usage, name)) for name in SECONDS[1:]), func.sum(getattr(Usage, SECONDS[0])))
+    rows = session.execute(select(Usage.job_id, tokens, seconds).where(Usage.job_id.in_(list(job_ids))).group_by(Usage.job_id))
+    return {job_id: (int(tokens), float(seconds)) for job_id, tokens, seconds in rows}
+
+
+@dataclass(frozen=True)
+class AttemptSums:
+    """What one attempt spent, over all its days."""
+
+    attempt: int
+    steps: int
+    sampled_tokens: int
+    trained_tokens: int
+    phase_s: dict[str, float]
+    queued_s: float
+    wasted_s: float
+    failure: str | None
+
+
+def attempts(session: Session, job_id: str) -> list[AttemptSums]:
+    names = ("steps", *TOKENS, "queued_s", "wasted_s", *SECONDS)
+    sums = (func.sum(getattr(Usage, name)) for name in names)
+    query = select(Usage.attempt, func.max(Usage.failure), *sums).where(Usage.job_id == job_id).group_by(Usage.attempt)
+    rows = []
+    found: Any = session.execute(query.order_by(Usage.attempt))
+    for attempt, failure, *values in found:
+        of = dict(zip(names, values, strict=True))
+        phase_s = {phase.value: round(float(of.pop(f"{phase}_s")), 3) for phase in Phase}
+        rows.append(AttemptSums(attempt, phase_s=phase_s, failure=failure, **of))
+    return rows
+
+
 def report(
     session: Session,
-    project: str,
+    project: str | None,
     *,
     group_by: GroupBy | None = None,
     first_day: str | None = None,
@@ -169,8 +204,9 @@ def report(
     job_id: str | None = None,
     key_id: str | None = None,
 ) -> list[Totals]:
-    """Sums of a project: one for each group with rows; without `group_by` one in all. Days (YYYY-MM-DD, UTC) are inclusive."""
-    where: list[ColumnElement[bool]] = [Usage.project == project]
+    """Sums of a project (None: of all): one for each group with rows; without `group_by` one in all. Days (YYYY-MM-DD, UTC)
+    are inclusive."""
+    where: list[ColumnElement[bool]] = [] if project is None else [Usage.project == project]
     if first_day is not None:
         where.append(Usage.day >= first_day)
     if last_day is not None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy.exc import OperationalError
 
-from service.api import datasets as api_datasets
+from service.edge import uploads
 from service.jobs import datasets as ingesting
 from service.jobs import lifecycle
 from service.store.blobs import Blobs
@@ -44,7 +44,7 @@ def upload(api, client):
 def test_an_upload_that_does_not_fit(client, upload, monkeypatch, where, number):
     with monkeypatch.context() as patch:
         if where == "while it comes":
-            patch.setattr(api_datasets, "_spool", full(number))
+            patch.setattr(uploads, "_spool", full(number))
         elif where == "while it is checked":
             patch.setattr(ingesting._Checked, "_write", full(number))
         elif where == "at the rename":
@@ -64,7 +64,7 @@ def test_an_upload_that_does_not_fit(client, upload, monkeypatch, where, number)
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux only")
 def test_a_real_disk_that_takes_no_byte(client, monkeypatch):
-    monkeypatch.setattr(api_datasets, "TemporaryFile", lambda **_: os.fdopen(os.open("/dev/full", os.O_RDWR), "r+b", 0))
+    monkeypatch.setattr(uploads, "TemporaryFile", lambda **_: os.fdopen(os.open("/dev/full", os.O_RDWR), "r+b", 0))
     answer = client.post("/v1/datasets", content=ROWS, headers=JSONL)
     assert (answer.status_code, answer.json()["code"]) == (507, "disk_full")
 

@@ -43,6 +43,11 @@ def test_another_project_s_usage_is_for_administrators(api, client, other):
     assert other.get("/v1/budget", params={"project": project}).status_code == 403
     with api.client("default") as admin:
         assert admin.get("/v1/usage", params={"project": project}).json()["project"] == project
+        by_project = admin.get("/v1/usage", params={"group_by": "project"}).json()
+        assert by_project["project"] is None and by_project["total"]["tokens"] == sum(
+            one["tokens"] for one in by_project["data"]
+        )
+    assert client.get("/v1/usage", params={"group_by": "project"}).status_code == 403
     assert client.get("/v1/usage", params={"from": "yesterday"}).status_code == 422
     assert client.get("/v1/usage", params={"group_by": "month"}).status_code == 422
 

@@ -631,3 +631,22 @@ def test_checkpoints_are_pinned_pruned_and_traced(api: str, cli: Cli, job_id: st
     assert cli("checkpoints", "unpin", second).code == 0 and cli("checkpoints", "delete", second).code == 0
     traced = cli("checkpoints", "lineage", third)
     assert third in traced.out and "base: tiny" in traced.out
+
+
+# ---------------------------------------------------------------- webhooks
+
+
+def test_webhooks_are_made_shown_and_changed(api: str, cli: Cli) -> None:
+    made = cli("webhooks", "create", "https://example.com/x", "--event", "job.failed", "--json").json
+    assert made["secret"].startswith("whsec_") and made["events"] == ["job.failed"]
+    assert cli("webhooks", "create", "https://example.com/y").out.startswith("whsec_")
+    assert "https://example.com/x" in cli("webhooks").out
+    assert "disabled: its owner disabled it" in cli("webhooks", "update", made["id"], "--disable").out
+    assert cli("webhooks", "update", made["id"], "--enable").out.endswith("enabled\n")
+    assert cli("webhooks", "rotate", made["id"]).out.startswith("whsec_")
+    tested = cli("webhooks", "test", made["id"]).out.split()[0]
+    assert tested in cli("webhooks", "deliveries", made["id"]).out
+    assert cli("webhooks", "redeliver", made["id"], tested).code == 0
+    assert cli("webhooks", "show", made["id"], "--json").json["id"] == made["id"]
+    assert cli("webhooks", "delete", made["id"]).code == 0
+    assert cli("webhooks", "show", made["id"]).code == 1

@@ -1,9 +1,10 @@
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from threading import Thread
+from typing import Any
 
 import pytest
 
@@ -17,13 +18,13 @@ from service.settings import Settings
 from service.states import Status, is_legal
 from service.store import events, jobs
 from service.store.session import Store
-from service.store.tables import Event, Job
+from service.store.tables import Job
 
 NewJob = Callable[..., Job]
 ATTEMPTS = 10
 
 
-def log_of(store: Store, job: Job) -> list[Event]:
+def log_of(store: Store, job: Job) -> Sequence[Any]:
     with store.begin(readonly=True) as session:
         return events.after(session, job.id, 0)
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 import os
 import signal
 import socket
@@ -11,6 +12,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from statistics import fmean
 from threading import Thread
 from types import SimpleNamespace
 from typing import Any
@@ -79,9 +81,25 @@ def test_a_job_trains_and_leaves_metrics_rollouts_events_and_checkpoints(stack: 
     groups = rows(stack, select(Rollout).where(Rollout.job_id == job.id, Rollout.split == "train", Rollout.step == 5))
     assert len(groups) == 4 and all(len(group.samples) == 4 for group in groups)
     assert {"text", "tokens", "finish_reason", "reward", "scores"} <= set(groups[0].samples[0])
+    assert_told_by_token(stack, job, [sample for group in groups for sample in group.samples])
     kept = rows(stack, select(Checkpoint).where(Checkpoint.job_id == job.id, Checkpoint.deleted_at.is_(None)))
     assert sorted(row.step for row in kept) == [4, 6]
     assert_log_is_whole(stack, job)
+
+
+def assert_told_by_token(stack: Any, job: Job, samples: list[dict[str, Any]]) -> None:
+    """What is kept of single tokens is what the step's metrics were made of; all groups of the step are kept."""
+    told = [sample["by_token"] for sample in samples]
+    for sample, tokens in zip(samples, told, strict=True):
+        assert {len(column) for column in tokens.values()} == {sample["tokens"]}
+        assert "".join(tokens["text"]).replace("<unk>", "").startswith(sample["text"])
+        moved = [new - old for new, old in zip(tokens["log_probs"], tokens["old_log_probs"], strict=True)]
+        assert tokens["ratio"] == pytest.approx([math.exp(fmean(moved))] * len(moved), rel=1e-3)  # gspo's: of the sequence
+    points = {one.name: one.value for one in rows(stack, select(Metric).where(Metric.job_id == job.id, Metric.step == 5))}
+    assert fmean(abs(sample["advantage"]) for sample in samples) == pytest.approx(points["advantage/abs_mean"], rel=1e-3)
+    clipped = [name for tokens in told for name in tokens["clipped"]]
+    for name in ("low", "high"):
+        assert clipped.count(name) / len(clipped) == pytest.approx(points[f"policy/clip_fraction_{name}"])
 
 
 @pytest.mark.parametrize("kind", ["rl", "supervised"])

@@ -18,6 +18,7 @@ from workers.loops import noise, update
 from workers.loops.attempt import Attempt, StepResult
 from workers.loops.nonfinite import Suspects, count_skipped, step_skipped
 from workers.loops.sampling import Group, draw_of, reward_errors, reward_metrics, rollout_rows, sample_and_grade
+from workers.loops.seen import Seen
 from workers.loops.update import Answers, Experience, How, minibatches, pad
 from workers.objectives.advantage import without_spread
 from workers.objectives.objective import Objective
@@ -45,7 +46,10 @@ def step(attempt: Attempt, step: int) -> StepResult:
         rounding, events = noise.noise(attempt, objective, experience.sequences, experience.old_log_probs, step)
         metrics |= rounding
     numbers = [rows.number(i) for i in indices]
-    updated, skipped = learn(attempt, objective, experience, step, numbers)
+    logged = step % spec.log_rollouts.every_steps == 0 or step in (1, spec.limits.max_steps)
+    shown = groups[: spec.log_rollouts.groups] if logged else []
+    seen = Seen(len(shown) * spec.rollout.group_size)
+    updated, skipped = learn(attempt, objective, experience, step, numbers, seen.look if shown else None)
     metrics |= updated
     events += skipped
     ended = perf_counter()
@@ -60,9 +64,8 @@ def step(attempt: Attempt, step: int) -> StepResult:
         "perf/update_tokens_per_s": trained / (ended - updating),
         STEP_S: ended - started,
     }
-    logged = step % spec.log_rollouts.every_steps == 0 or step in (1, spec.limits.max_steps)
-    shown = groups[: spec.log_rollouts.groups] if logged else []
-    return StepResult(metrics, rollout_rows(attempt, shown, "train", step), events + reward_errors(groups, step))
+    told = seen.told(experience, [completion for group in shown for completion in group.completions], attempt.policy.text)
+    return StepResult(metrics, rollout_rows(attempt, shown, "train", step, told), events + reward_errors(groups, step))
 
 
 def gather(attempt: Attempt, objective: Objective, groups: Sequence[Group]) -> tuple[Experience, dict[str, float]]:
@@ -111,7 +114,12 @@ def rewards_of(spec: RLSpec, groups: Sequence[Group]) -> tuple[Tensor, Tensor | 
 
 
 def learn(
-    attempt: Attempt, objective: Objective, experience: Experience, step: int, numbers: Sequence[int]
+    attempt: Attempt,
+    objective: Objective,
+    experience: Experience,
+    step: int,
+    numbers: Sequence[int],
+    look: update.Look | None = None,
 ) -> tuple[dict[str, float], list[EventRow]]:
     """`minibatches x epochs` optimizer steps on one rollout; metrics are over all of them.
 
@@ -131,4 +139,4 @@ def learn(
 
     parts = minibatches(len(experience.sequences), spec.update.minibatches, spec.update.epochs, spec.seed, step)
     how = How(spec.rollout.temperature, spec.update.microbatch_tokens, spec.rollout.max_completion_tokens, spec.seed, step)
-    return update.update(attempt.policy, objective, experience, parts, how, after), events
+    return update.update(attempt.policy, objective, experience, parts, how, after, look), events

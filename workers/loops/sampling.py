@@ -146,8 +146,11 @@ def reward_errors(groups: Sequence[Group], step: int) -> list[EventRow]:
     return [("reward_errors", data)] if failed else []
 
 
-def rollout_rows(attempt: Attempt, groups: Sequence[Group], split: str, step: int) -> list[RolloutRow]:
-    """The groups as rows of the store."""
+def rollout_rows(
+    attempt: Attempt, groups: Sequence[Group], split: str, step: int, told: Iterable[dict[str, Any]] = ()
+) -> list[RolloutRow]:
+    """The groups as rows of the store. `told`: of each of their answers in turn, what else is kept of it."""
+    more = iter(told)
     return [
         RolloutRow(
             split=split,
@@ -163,6 +166,7 @@ def rollout_rows(attempt: Attempt, groups: Sequence[Group], split: str, step: in
                     "reward": reward,
                     "scores": graded.scores,
                     **({"errors": graded.errors} if graded.errors else {}),
+                    **next(more, {}),
                 }
                 for completion, graded, reward in zip(group.completions, group.graded, group.rewards, strict=True)
             ],

@@ -20,6 +20,7 @@ from workers.loops.nonfinite import Suspects
 from workers.objectives.metrics import Metrics
 from workers.objectives.objective import Objective
 from workers.objectives.objective import OptimizerStep as Prepared
+from workers.objectives.outputs import LossOutputs
 from workers.policy.learner import Learner
 from workers.policy.optimizer import StepSettings
 from workers.policy.policy import Policy
@@ -110,17 +111,26 @@ class How:
 
 # Called after each optimizer step with its number, its rows, what it did, and what may have made it skip.
 After = Callable[[int, list[int], dict[str, float | bool], Suspects], None]
+# Called for each micro-batch: the places of its rows in the experience, their log-probs [B, T], what the loss made of them.
+Look = Callable[[list[int], Tensor, LossOutputs], None]
 
 
 def update(
-    policy: Learner, objective: Objective, experience: Experience, parts: Sequence[list[int]], how: How, after: After
+    policy: Learner,
+    objective: Objective,
+    experience: Experience,
+    parts: Sequence[list[int]],
+    how: How,
+    after: After,
+    look: Look | None = None,
 ) -> dict[str, float]:
     """One optimizer step for the rows of each part. The metrics are over all of them."""
     measured, norms, rate, skipped = Metrics(), list[float](), 0.0, 0
     for number, chosen in enumerate(parts):
         suspects = Suspects()
         prepared = prepare(objective, experience, chosen, how, number)
-        measured += prepared.metrics + accumulate(policy, objective, experience, chosen, prepared, how, suspects)[1]
+        accumulated = accumulate(policy, objective, experience, chosen, prepared, how, suspects, look)[1]
+        measured += prepared.metrics + accumulated
         outcome = policy.step(how.settings)
         rate, skipped = outcome["learning_rate"], skipped + bool(outcome["skipped"])
         norms.append(outcome["grad_norm"])
@@ -163,6 +173,7 @@ def accumulate(
     prepared: Prepared,
     how: How,
     suspects: Suspects,
+    look: Look | None = None,
 ) -> tuple[float, Metrics]:
     """Add the gradient of the loss of these rows. Returns the loss (nan if it is not finite), and what was measured."""
     measured = Metrics()
@@ -171,6 +182,8 @@ def accumulate(
         nonlocal measured
         value, outputs = objective.loss(log_probs, prepared.rows(index))
         measured += outputs.metrics
+        if look is not None:
+            look([chosen[place] for place in index.tolist()], log_probs, outputs)
         return suspects.watch(value, log_probs, index)
 
     total = policy.accumulate(

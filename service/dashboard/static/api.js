@@ -1,0 +1,141 @@
+// The HTTP API, asked with the key that was typed in. The key is kept in this tab's session and sent as a header only.
+
+const KEPT = "ratchet.key";
+const RECONNECT_MS = [500, 1000, 2000, 5000, 10000];
+
+export const session = {
+  key: sessionStorage.getItem(KEPT),
+  self: null, // what GET /v1/keys/self says
+  keep(key) {
+    this.key = key;
+    sessionStorage.setItem(KEPT, key);
+  },
+  forget() {
+    this.key = this.self = null;
+    sessionStorage.removeItem(KEPT);
+  },
+  may(scope) {
+    return this.self?.scopes.includes(scope) ?? false;
+  },
+};
+
+/** An answer that says what is wrong. */
+export class Problem extends Error {
+  constructor(status, body) {
+    super(body?.detail ?? body?.error?.message ?? `the server answered ${status}`);
+    this.status = status;
+    this.code = body?.code ?? body?.error?.code;
+    const places = (body?.errors ?? []).map((one) => `${one.pointer ?? ""} ${one.detail ?? ""}`.trim());
+    this.more = [...places, body?.hint].filter((one) => one && !this.message.includes(one));
+  }
+}
+
+function address(path, parameters) {
+  const url = new URL(path.replace(/^\//, ""), document.baseURI);
+  for (const [name, value] of Object.entries(parameters ?? {})) {
+    for (const one of Array.isArray(value) ? value : [value]) {
+      if (one !== null && one !== undefined && one !== "") url.searchParams.append(name, one);
+    }
+  }
+  return url;
+}
+
+/** fetch with the key; raises Problem. A key that is not known any more ends the session. */
+export async function request(method, path, {parameters, body, headers, signal, key} = {}) {
+  const sent = {Authorization: `Bearer ${key ?? session.key}`, ...headers};
+  if (body !== undefined) sent["Content-Type"] = "application/json";
+  if (method === "POST") sent["Idempotency-Key"] = random();
+  const answer = await fetch(address(path, parameters), {
+    method, headers: sent, body: body === undefined ? undefined : JSON.stringify(body), signal, cache: "no-store", credentials: "omit",
+  });
+  if (answer.ok) return answer;
+  let said = null;
+  try {
+    said = await answer.json();
+  } catch { /* an answer of a proxy */ }
+  if (answer.status === 401 && key === undefined) dispatchEvent(new Event("signed-out"));
+  throw new Problem(answer.status, said);
+}
+
+export async function get(path, parameters, signal) {
+  return (await request("GET", path, {parameters, signal})).json();
+}
+
+export async function send(method, path, body, signal) {
+  const answer = await request(method, path, {body, signal});
+  return answer.status === 204 ? null : answer.json();
+}
+
+function random() {
+  return Array.from(crypto.getRandomValues(new Uint8Array(16)), (byte) => byte.toString(16).padStart(2, "0")).join("");
+}
+
+/** The server-sent events of an answer, as {id, event, data}. */
+export async function* events(answer) {
+  const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = "";
+  for (;;) {
+    const {done, value} = await reader.read();
+    if (done) return;
+    rest += value.replaceAll("\r", "");
+    const parts = rest.split("\n\n");
+    rest = parts.pop();
+    for (const part of parts) {
+      const found = {id: null, event: "message", data: ""};
+      for (const line of part.split("\n")) {
+        const at = line.indexOf(":");
+        if (at > 0) found[line.slice(0, at)] = (line[at + 1] === " " ? line.slice(at + 2) : line.slice(at + 1));
+      }
+      if (found.data) yield found;
+    }
+  }
+}
+
+/** Follow the events of a job after number `last`, until it has ended or the signal says so; broken connections are made again
+ *  from the last event that came. `tell` gets each event, `state` "live", "away" or "ended". */
+export async function follow(jobId, last, {tell, state, signal}) {
+  let tries = 0;
+  while (!signal.aborted) {
+    try {
+      const headers = {Accept: "text/event-stream", "Last-Event-ID": String(last)};
+      const answer = await request("GET", `/v1/jobs/${jobId}/events`, {headers, signal});
+      state("live");
+      for await (const {id, data} of events(answer)) {
+        tries = 0;
+        if (id !== null) last = Number(id);
+        tell(JSON.parse(data));
+      }
+      const {data: [job]} = await get("/v1/jobs:overview", {id: jobId, curves: "none"}, signal);
+      if (!job || (["succeeded", "failed", "cancelled"].includes(job.status) && job.last_event <= last)) return state("ended");
+    } catch (error) {
+      if (signal.aborted) return;
+      if (error instanceof Problem && error.status < 500 && error.status !== 429) throw error;
+    }
+    state("away");
+    await wait(RECONNECT_MS[Math.min(tries++, RECONNECT_MS.length - 1)], signal);
+  }
+}
+
+/** Sleep, at most until the signal. */
+export function wait(milliseconds, signal) {
+  return new Promise((resolve) => {
+    const timer = setTimeout(resolve, milliseconds);
+    signal?.addEventListener("abort", () => {
+      clearTimeout(timer);
+      resolve();
+    }, {once: true});
+  });
+}
+
+/** Do something now and again every so often while the page is looked at. Faults of one round wait for the next. */
+export async function poll(work, milliseconds, signal) {
+  while (!signal.aborted) {
+    try {
+      if (!document.hidden) await work();
+    } catch (error) {
+      if (signal.aborted) return;
+      if (error instanceof Problem && [401, 403, 404].includes(error.status)) throw error;
+    }
+    await wait(milliseconds, signal);
+  }
+}

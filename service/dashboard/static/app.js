@@ -1,0 +1,174 @@
+// The frame: signing in, the pages and their addresses, the theme, the keyboard.
+
+import {get, request, session} from "./api.js";
+import {explain, failed, show} from "./dialog.js";
+import {field, h, put, replace, row, table} from "./dom.js";
+import * as compare from "./compare.js";
+import * as job from "./job.js";
+import * as jobs from "./jobs.js";
+import * as keys from "./keys.js";
+import * as playground from "./playground.js";
+import * as usage from "./usage.js";
+import * as workers from "./workers.js";
+
+const PAGES = {jobs, compare, playground, workers, usage, keys};
+const NAMES = [["jobs", "Jobs", "j"], ["playground", "Playground", "p"], ["workers", "Workers", "w"], ["usage", "Usage", "u"], ["keys", "Keys", "k"]];
+const SHORTCUTS = [
+  ["?", "these shortcuts"],
+  ["/", "search"],
+  ["g then j, p, w, u, k", "go to jobs, playground, workers, usage, keys"],
+  ["j and k", "the next and the last job of the list"],
+  ["Enter", "open it"],
+  ["x", "choose it for a comparison"],
+  ["c", "compare what is chosen"],
+  ["n and b", "the next page of the list, and back"],
+  ["1 to 7", "the tabs of a job"],
+  ["[ and ]", "samples of the step before, and after"],
+  ["P, R, X, F", "pause, resume, cancel, fork this job (it asks first)"],
+  ["t", "light or dark"],
+  ["Esc", "close what asks"],
+];
+
+const root = document.querySelector("#app");
+let shown = null; // {keys, leave}
+
+// ---------------------------------------------------------------- theme
+
+function theme() {
+  return localStorage.getItem("ratchet.theme") ?? (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
+}
+
+function toggleTheme() {
+  localStorage.setItem("ratchet.theme", theme() === "dark" ? "light" : "dark");
+  document.documentElement.dataset.theme = theme();
+  dispatchEvent(new Event("theme"));
+}
+
+document.documentElement.dataset.theme = theme();
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
+  document.documentElement.dataset.theme = theme();
+  dispatchEvent(new Event("theme"));
+});
+
+// ---------------------------------------------------------------- signing in
+
+function signIn() {
+  leave();
+  document.title = "Sign in · Ratchet";
+  const key = h("input", {type: "password", autocomplete: "off", spellcheck: "false", required: true, placeholder: "tml-…"});
+  const wrong = h("div", {class: "wrong", role: "alert"});
+  const button = h("button", {type: "submit", class: "main"}, "Sign in");
+  const form = h("form", {
+    class: "signin",
+    onsubmit: async (event) => {
+      event.preventDefault();
+      button.disabled = true;
+      wrong.replaceChildren();
+      try {
+        const text = key.value.trim();
+        session.self = await (await request("GET", "/v1/keys/self", {key: text})).json();
+        session.keep(text);
+        frame();
+      } catch (error) {
+        put(wrong, explain(error));
+        button.disabled = false;
+        key.focus();
+      }
+    },
+  },
+  h("h1", null, "Ratchet"), field("API key", key, "It stays in this tab and is forgotten when the tab is closed."), wrong, button,
+  h("details", null, h("summary", null, "Where is my key?"),
+    h("p", null, "On the machine where ", h("code", null, "ratchet up"), " runs:"), h("pre", null, h("code", null, "cat .ratchet/key")),
+    h("p", null, "Elsewhere, somebody with a key of scope admin makes you one:"),
+    h("pre", null, h("code", null, "ratchet keys create me --scope write"))));
+  replace(root, h("main", null, form), h("div", {id: "said", role: "status"}));
+  key.focus();
+}
+
+function signOut() {
+  session.forget();
+  signIn();
+}
+
+addEventListener("signed-out", signOut);
+
+// ---------------------------------------------------------------- pages
+
+let main = null;
+
+function frame() {
+  main = h("main", {id: "main", tabindex: "-1"});
+  replace(root,
+    h("a", {class: "skip", href: "#main", onclick: (event) => { event.preventDefault(); main.focus(); }}, "To the content"),
+    h("header", null, h("a", {href: "#/jobs", class: "logo"}, "Ratchet"),
+      h("nav", {"aria-label": "Pages"}, NAMES.map(([name, text]) => h("a", {href: `#/${name}`, "data-page": name}, text))),
+      h("div", {class: "who"}, h("span", {title: "project and name of your key"}, `${session.self.project} · ${session.self.name}`),
+        h("button", {type: "button", onclick: toggleTheme, "aria-label": "Light or dark", title: "light or dark (t)"}, "◐"),
+        h("button", {type: "button", onclick: help, "aria-label": "Keyboard shortcuts", title: "keyboard shortcuts (?)"}, "?"),
+        h("button", {type: "button", onclick: signOut}, "Sign out"))),
+    main, h("div", {id: "said", role: "status"}));
+  open();
+}
+
+function leave() {
+  shown?.stop.abort();
+  shown = null;
+}
+
+function open() {
+  if (!session.self) return;
+  leave();
+  const [path, query] = (location.hash.slice(1) || "/jobs").split("?");
+  const [name, ...rest] = path.split("/").filter(Boolean).map(decodeURIComponent);
+  const page = name === "jobs" && rest.length ? job : PAGES[name] ?? jobs;
+  const stop = new AbortController();
+  shown = {stop, keys: {}, name};
+  for (const link of root.querySelectorAll("nav a")) {
+    if (link.dataset.page === (name ?? "jobs")) link.setAttribute("aria-current", "page");
+    else link.removeAttribute("aria-current");
+  }
+  const context = {rest, query: new URLSearchParams(query), signal: stop.signal, keys: shown.keys, title: (text) => { document.title = `${text} · Ratchet`; }};
+  context.fail = (error) => {
+    if (!stop.signal.aborted && error.name !== "AbortError") main.prepend(failed(error));
+  };
+  const content = page.open(context);
+  replace(main, content);
+}
+
+addEventListener("hashchange", open);
+
+// ---------------------------------------------------------------- the keyboard
+
+function help() {
+  show("Keyboard", table("Keyboard shortcuts", ["key", "does"], SHORTCUTS.map(([key, does]) => row(h("kbd", null, key), does))));
+}
+
+let went = 0; // when g was pressed
+
+addEventListener("keydown", (event) => {
+  const typing = event.target.closest?.("input, textarea, select, dialog");
+  if (typing || event.ctrlKey || event.metaKey || event.altKey || !session.self) return;
+  const page = Date.now() - went < 1500 && NAMES.find(([, , key]) => key === event.key);
+  went = event.key === "g" ? Date.now() : 0;
+  if (page) location.hash = `#/${page[0]}`;
+  else if (event.key === "?") help();
+  else if (event.key === "t") toggleTheme();
+  else if (shown?.keys[event.key]) shown.keys[event.key](event);
+  else return;
+  event.preventDefault();
+});
+
+// ---------------------------------------------------------------- begin
+
+if (session.key === null) signIn();
+else {
+  try {
+    session.self = await get("/v1/keys/self");
+    frame();
+  } catch (error) {
+    if (session.key !== null) { // not a key that is refused: the server is away
+      signIn();
+      root.querySelector(".wrong").append(...explain(error));
+    }
+  }
+}

@@ -1,0 +1,81 @@
+// Elements, without markup from strings: every value becomes text.
+
+const SVG = "http://www.w3.org/2000/svg";
+
+/** h("p", {class: "soft", onclick: f}, "text", child): an element. null and false children and attributes are left out. */
+export function h(tag, attributes, ...children) {
+  return fill(document.createElement(tag), attributes, children);
+}
+
+export function svg(tag, attributes, ...children) {
+  return fill(document.createElementNS(SVG, tag), attributes, children);
+}
+
+function fill(element, attributes, children) {
+  for (const [name, value] of Object.entries(attributes ?? {})) {
+    if (value === null || value === undefined || value === false) continue;
+    if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
+    else if (name === "style") for (const [key, one] of Object.entries(value)) element.style.setProperty(key, one);
+    else if (name === "value") element.value = value;
+    else element.setAttribute(name, value === true ? "" : String(value));
+  }
+  put(element, ...children);
+  return element;
+}
+
+/** Append children; strings and numbers as text. */
+export function put(element, ...children) {
+  for (const child of children.flat(Infinity)) {
+    if (child !== null && child !== undefined && child !== false) {
+      element.append(child instanceof Node ? child : String(child));
+    }
+  }
+}
+
+export function replace(element, ...children) {
+  element.replaceChildren();
+  put(element, ...children);
+}
+
+/** A text that is set only when it differs, so that readers of the screen are not told twice. */
+export function setText(element, text) {
+  if (element.textContent !== text) element.textContent = text;
+}
+
+let made = 0;
+
+/** A field with its label. */
+export function field(label, input, hint) {
+  input.id ||= `field-${++made}`;
+  const about = hint ? h("small", {id: `${input.id}-hint`}, hint) : null;
+  if (about) input.setAttribute("aria-describedby", about.id);
+  return h("div", {class: "field"}, h("label", {for: input.id}, label), input, about);
+}
+
+export function select(options, value, attributes) {
+  const all = options.map((one) => (Array.isArray(one) ? one : [one, one]));
+  const element = h("select", attributes, all.map(([id, text]) => h("option", {value: id}, text)));
+  element.value = value;
+  return element;
+}
+
+export function table(caption, heads, rows) {
+  for (const one of rows) heads.forEach((head, i) => { if (head) one.children[i].dataset.label = head; }); // for narrow screens
+  return h("div", {class: "scrolls", tabindex: "0", role: "region", "aria-label": caption}, h("table", {class: "stacked"},
+    h("caption", {class: "unseen"}, caption),
+    h("thead", null, h("tr", null, heads.map((head) => h("th", {scope: "col"}, head)))),
+    h("tbody", null, rows)));
+}
+
+export function row(...cells) {
+  return h("tr", null, cells.map((cell) => h("td", null, cell)));
+}
+
+/** What to do where there is nothing yet. */
+export function empty(text, ...commands) {
+  return h("div", {class: "empty"}, h("p", null, text), commands.map((one) => h("pre", null, h("code", null, one))));
+}
+
+export function badge(text, kind) {
+  return h("span", {class: `badge ${kind ?? text}`}, text);
+}

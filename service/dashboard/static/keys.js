@@ -1,0 +1,48 @@
+// API keys: listed, made, revoked.
+
+import {get, send, session} from "./api.js";
+import {ask, say, show} from "./dialog.js";
+import {badge, empty, field, h, replace, row, select, table} from "./dom.js";
+import {ago, time} from "./format.js";
+
+const DAY_S = 86_400;
+
+export function open({signal, title, fail}) {
+  title("Keys");
+  if (!session.may("admin")) return [h("h1", null, "Keys"), empty(`Your key has the scopes ${session.self.scopes.join(", ")}. Keys are managed with one of scope admin.`, "ratchet keys create NAME --scope admin")];
+  const place = h("div");
+
+  async function load() {
+    const {data} = await get("/v1/keys", {}, signal);
+    replace(place, table("Keys", ["name", "ends with", "may", "made", "used", "expires", ""], data.map((one) => row(
+      [one.name, " ", one.id === session.self.id ? badge("yours", "plain") : null, h("small", {class: "soft"}, one.id)], `…${one.ends_with}`, one.scopes.at(-1), ago(one.created_at), one.last_used_at ? ago(one.last_used_at) : "never", one.expires_at ? time(one.expires_at) : "never",
+      one.id === session.self.id ? null : h("button", {type: "button", class: "danger", onclick: () => revoke(one)}, "Revoke …")))));
+  }
+
+  async function revoke(one) {
+    const done = await ask({title: "Revoke this key?", text: `${one.name} (…${one.ends_with}) works no more from now on, and its open streams end. That cannot be undone.`, action: "Revoke", danger: true, work: () => send("DELETE", `/v1/keys/${one.id}`)});
+    if (done) {
+      say("It is revoked.");
+      load().catch(fail);
+    }
+  }
+
+  async function create() {
+    const name = h("input", {type: "text", required: true, maxlength: "200"});
+    const scope = select([["read", "read: look at everything"], ["write", "write: everything but keys"], ["admin", "admin: keys, too"]], "write", {});
+    const days = h("input", {type: "number", min: "1", max: "3650", placeholder: "never"});
+    let made = null;
+    const done = await ask({
+      title: "A new key", action: "Make it", fields: [field("Name", name, "whose it is, or what it is for"), field("It may", scope), field("Expires in days", days)],
+      work: async () => { made = await send("POST", "/v1/keys", {name: name.value, scopes: [scope.value], ...(days.value ? {expires_in_s: Number(days.value) * DAY_S} : {})}); },
+    });
+    if (!done) return;
+    const text = h("input", {type: "text", readonly: true, value: made.key, onfocus: (event) => event.target.select()});
+    show("The key, shown this once", field("Copy it now", text, "It is kept nowhere. The server knows only its hash."),
+      navigator.clipboard ? h("button", {type: "button", onclick: () => navigator.clipboard.writeText(text.value).then(() => say("Copied."))}, "Copy") : null);
+    load().catch(fail);
+  }
+
+  load().catch(fail);
+  return [h("div", {class: "head"}, h("h1", null, "Keys"), h("button", {type: "button", class: "main", onclick: create}, "New key …")), place];
+}

@@ -1,0 +1,36 @@
+// What was spent, by key, project, job or day; and the budget.
+
+import {get, session} from "./api.js";
+import {empty, field, h, replace, row, select, table} from "./dom.js";
+import {count, duration, number} from "./format.js";
+
+const OPERATORS = "default"; // the project whose admins see every project
+
+export function open({signal, title, fail}) {
+  title("Usage");
+  const all = session.self.project === OPERATORS;
+  const by = select([["key", "key"], ["job", "job"], ["day", "day"], ...(all ? [["project", "project"]] : [])], "key", {});
+  const project = h("input", {type: "text", value: session.self.project, pattern: "[A-Za-z0-9_.\\-]{1,64}", spellcheck: "false"});
+  const since = h("input", {type: "date"});
+  const place = h("div");
+  const budget = h("div");
+
+  async function load() {
+    const of = all ? project.value.trim() : undefined;
+    const wanted = by.value === "project" ? undefined : of;
+    const [usage, bound, names] = await Promise.all([
+      get("/v1/usage", {group_by: by.value, project: wanted, from: since.value}, signal), get("/v1/budget", {project: of}, signal),
+      by.value === "key" && session.may("admin") ? get("/v1/keys", {project: of}, signal).then(({data}) => Object.fromEntries(data.map((one) => [one.id, one.name]))) : {}]);
+    const most = Math.max(1e-9, ...usage.data.map((one) => one.worker_s));
+    const line = (name, one) => row(name, count(one.tokens), count(one.sampled_tokens), count(one.trained_tokens), [h("meter", {max: String(most), value: String(Math.min(one.worker_s, most)), "aria-hidden": "true"}), " ", duration(one.worker_s)], one.attempts, duration(one.wasted.worker_s));
+    const label = (group) => (group === null ? "not known" : by.value === "job" ? h("a", {href: `#/jobs/${group}`}, group) : names[group] ? `${names[group]} (${group})` : group);
+    replace(place, usage.data.length ? table("Usage", [by.value, "tokens", "sampled", "trained", "worker time", "attempts", "of it wasted"], [...usage.data.map((one) => line(label(one.group), one)), line(h("strong", null, "all"), usage.total)])
+      : empty("Nothing was spent yet.", "ratchet submit examples/copy-digits.yaml", "ratchet usage --by job"));
+    const bounds = [bound.tokens === null ? null : `${number(bound.spent.tokens)} of ${number(bound.tokens)} tokens`, bound.worker_s === null ? null : `${duration(bound.spent.worker_s)} of ${duration(bound.worker_s)} of workers`].filter(Boolean);
+    replace(budget, h("h2", null, `Budget of ${bound.project}`), h("p", null, bounds.length ? `${bounds.join(" · ")}, since ${bound.since}` : "No bound is set."));
+  }
+
+  for (const one of [by, project, since]) one.addEventListener("change", () => load().catch(fail));
+  load().catch(fail);
+  return [h("h1", null, "Usage"), h("div", {class: "filters"}, field("By", by), all ? field("Project", project) : null, field("Since", since)), place, budget];
+}

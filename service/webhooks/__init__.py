@@ -1,0 +1,1 @@
+"""Webhooks by Standard Webhooks: signatures, and the thread that delivers. The outbox is `service.store.webhooks`."""

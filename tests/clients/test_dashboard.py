@@ -1,0 +1,240 @@
+"""The dashboard in a real Chromium, over a real `ratchet up` whose worker trains."""
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from playwright.sync_api import Page, Request, expect, sync_playwright
+
+from job_specs import reversing, rl_spec
+from ratchet_client import Ratchet
+from ratchet_client.discovery import find
+
+CHROMIUM = shutil.which("chromium")
+HOSTILE = "<img src=x onerror=alert(1)>"
+PHONE = {"width": 390, "height": 844}
+
+
+class Line:
+    """A TCP connection to the API that can be cut."""
+
+    def __init__(self, port: int) -> None:
+        self._target, self._open = port, list[socket.socket]()
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}/"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with suppress(OSError):
+            while True:
+                near, _ = self._listener.accept()
+                far = socket.create_connection(("127.0.0.1", self._target))
+                self._open += [near, far]
+                for one, other in ((near, far), (far, near)):
+                    threading.Thread(target=self._copy, args=(one, other), daemon=True).start()
+
+    def _copy(self, one: socket.socket, other: socket.socket) -> None:
+        with suppress(OSError):
+            while data := one.recv(65536):
+                other.sendall(data)
+        for each in (one, other):
+            with suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+
+    def cut(self) -> None:
+        for each in self._open:
+            with suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+        self._open.clear()
+
+    def close(self) -> None:
+        self._listener.close()
+        self.cut()
+
+
+@pytest.fixture(scope="module")
+def stack() -> Iterator[Path]:
+    """The data directory of a `ratchet up` that trains."""
+    with tempfile.TemporaryDirectory(prefix="ratchet-dash-") as folder:
+        data_dir, log = Path(folder) / "data", Path(folder) / "log"
+        up = [sys.executable, "-P", "-m", "service.cli", "up", "--data-dir", str(data_dir), "--port", "0"]
+        with log.open("wb") as out:
+            process = subprocess.Popen(up, stdout=out, stderr=out, env={**os.environ, "RATCHET_SERVES": "training"})
+        try:
+            deadline = time.monotonic() + 60
+            while "is ready at" not in log.read_text():
+                assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+                time.sleep(0.05)
+            yield data_dir
+        finally:
+            process.terminate()
+            try:
+                process.wait(40)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+@pytest.fixture(scope="module")
+def page() -> Iterator[Page]:
+    if CHROMIUM is None:
+        if os.environ.get("CI"):
+            pytest.fail("there is no chromium: apt-get install chromium")
+        pytest.skip("there is no chromium: apt-get install chromium")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page()
+        page.set_default_timeout(15_000)
+        expect.set_options(timeout=15_000)
+        yield page
+        browser.close()
+
+
+def wrongs_of(page: Page) -> list[str]:
+    """What the browser complains about from now on: scripts, the policy, the console. A connection that is cut is no wrong."""
+    wrongs: list[str] = []
+    page.add_init_script("addEventListener('securitypolicyviolation', (e) => console.error('POLICY', e.violatedDirective))")
+    page.on("pageerror", lambda error: wrongs.append(str(error)))
+    page.on("dialog", lambda dialog: wrongs.append(f"a script asked {dialog.message}"))
+    page.on("console", lambda said: wrongs.append(said.text) if said.type == "error" and "net::ERR" not in said.text else None)
+    return wrongs
+
+
+def badge(page: Page) -> Any:
+    return page.locator(".head .badge")
+
+
+def step(page: Page) -> int:
+    found = re.search(r"step (\d+) of", page.locator(".facts").inner_text())
+    return int(found[1]) if found else -1
+
+
+def until(holds: Any, within_s: float = 15) -> None:
+    deadline = time.monotonic() + within_s
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_job_is_watched_and_steered_in_a_browser(stack: Path, page: Page) -> None:
+    url, key = find(data_dir=stack)
+    assert url is not None and key is not None
+    line, wrongs, asked = Line(int(url.rsplit(":", 1)[1])), wrongs_of(page), list[Request]()
+    page.on("request", lambda request: asked.append(request))
+    with Ratchet(url, key) as ratchet:
+        try:
+            sign_in(page, line.url, key)
+            assert [wrong for wrong in wrongs if "401" not in wrong] == []
+            wrongs.clear()
+            train = {**reversing(eval_rows=0)["train"], "rows": [{"q": f"{n:03d}", "a": HOSTILE} for n in range(100)]}
+            job = ratchet.create_job(
+                rl_spec(
+                    name=HOSTILE,
+                    tags=["<b>"],
+                    data={"train": train, "prompt": "rev {q}>", "answer": "{a}"},
+                    reward={"graders": [{"kind": "length", "max_tokens": 2}]},
+                    eval={},
+                    log_rollouts={"every_steps": 2, "groups": 2},
+                    checkpoints={"every_steps": 200},
+                    limits={"max_steps": 100_000, "on_no_signal": "warn"},
+                )
+            )
+            page.reload()  # the key stays in the tab's session
+            page.get_by_role("link", name=HOSTILE).click()
+            watch_live(page, line, asked)
+            look_at_samples(page)
+            pause_resume_fork(page)
+            assert key not in page.content()
+            visit_every_page(page, line.url, job["id"])
+            assert not [one.url for one in asked if key in one.url]
+            assert [wrong for wrong in wrongs if "422" not in wrong] == []  # the fork that was refused
+        finally:
+            line.close()
+            for each in ratchet.list_jobs()["data"]:
+                if "cancel" in each["allowed_actions"]:
+                    ratchet.cancel_job(each["id"])
+
+
+def sign_in(page: Page, url: str, key: str) -> None:
+    page.goto(url)
+    page.get_by_label("API key").fill("tml-wrong")
+    page.get_by_role("button", name="Sign in").click()
+    expect(page.get_by_role("alert")).to_contain_text("not known here")
+    page.get_by_label("API key").fill(key)
+    page.get_by_role("button", name="Sign in").click()
+    expect(page.locator("main")).to_contain_text("ratchet submit")  # there is no job yet
+
+
+def watch_live(page: Page, line: Line, asked: list[Request]) -> None:
+    """Curves come and grow by themselves, and go on when the connection was cut."""
+    expect(page.get_by_role("figure").first).to_be_visible()
+    for title in ("Reward", "Clipped", "Ratio", "Entropy", "Learning rate", "Speed"):
+        expect(page.get_by_role("figure").filter(has=page.get_by_text(title, exact=True))).to_be_visible()
+    drawn = page.get_by_role("img", name=re.compile("^Entropy"))
+    before = (step(page), drawn.get_attribute("aria-label"))
+    until(lambda: step(page) > before[0] and drawn.get_attribute("aria-label") != before[1])
+    streams = [one for one in asked if one.headers.get("accept") == "text/event-stream"]
+    line.cut()
+    at = step(page)
+    until(lambda: step(page) > at + 3)
+    again = [one for one in asked if one.headers.get("accept") == "text/event-stream"][len(streams) :]
+    assert again and int(again[-1].headers["last-event-id"]) > int(streams[-1].headers["last-event-id"])
+    expect(page.get_by_role("status").filter(has_text="live")).to_be_visible()
+
+
+def look_at_samples(page: Page) -> None:
+    page.keyboard.press("2")
+    token = page.locator(".token.up, .token.down").first
+    expect(token).to_have_attribute("title", re.compile(r"ratio .* log p .* → "))
+    assert page.locator(".answer").count() == 4 and "advantage" in page.locator(".answer").first.inner_text()
+    strengths = page.locator(".answer .token").evaluate_all("all => all.map(one => getComputedStyle(one).backgroundColor)")
+    assert len(set(strengths)) > 1, "the tokens are coloured by their ratio"
+    expect(page.locator(".prompt")).to_contain_text(HOSTILE)
+    shown = page.locator("output").inner_text()
+    page.keyboard.press("[")
+    expect(page.locator("output")).not_to_have_text(shown)
+
+
+def confirm(page: Page, action: str) -> None:
+    page.get_by_role("dialog").get_by_role("button", name=action, exact=True).click()
+    expect(page.get_by_role("dialog")).to_have_count(0)
+
+
+def pause_resume_fork(page: Page) -> None:
+    page.keyboard.press("P")
+    confirm(page, "Pause")
+    expect(badge(page)).to_have_text("paused")
+    page.get_by_role("button", name="Resume").click()
+    confirm(page, "Resume")
+    expect(badge(page)).to_have_text("running")
+    page.get_by_role("button", name="Fork …").click()
+    page.get_by_label("Changes of its spec").fill('{"limits": {"max_stepz": 3}}')
+    page.get_by_role("dialog").get_by_role("button", name="Fork").click()
+    expect(page.get_by_role("dialog").get_by_role("alert")).to_contain_text("max_steps")  # what is wrong, and what is near
+    page.get_by_label("Changes of its spec").fill('{"limits": {"max_steps": 3}}')
+    confirm(page, "Fork")
+    expect(page.get_by_role("heading", level=1)).to_have_text(f"{HOSTILE} (fork)")
+
+
+def visit_every_page(page: Page, url: str, job_id: str) -> None:
+    """Nothing is broken, nothing hostile comes alive, and on a phone nothing is wider than the screen."""
+    page.set_viewport_size(PHONE)  # pyright: ignore[reportArgumentType]
+    tabs = ("curves", "samples", "events", "attempts", "checkpoints", "spec", "advice")
+    paths = [*(f"jobs/{job_id}/{tab}" for tab in tabs), "jobs", "playground", "workers", "usage", "keys", "compare"]
+    for path in paths:
+        page.goto(f"{url}#/{path}")
+        page.wait_for_load_state("networkidle") if not path.startswith("jobs/") else page.wait_for_timeout(150)
+        assert page.locator("img, iframe, object").count() == 0
+        assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"], path
+        expect(page.locator("main .wrong")).to_have_count(0)
