@@ -9,6 +9,7 @@ from ratchet_client.resources.datasets import Datasets
 from ratchet_client.resources.keys import Keys
 from ratchet_client.resources.losses import LossRequests
 from ratchet_client.resources.models import Models
+from ratchet_client.resources.operators import Operators
 from ratchet_client.resources.progress import Progress
 from ratchet_client.resources.sessions import Sessions
 from ratchet_client.resources.spending import Spending
@@ -16,7 +17,7 @@ from ratchet_client.resources.webhooks import Webhooks
 from ratchet_client.transport import Transport
 
 
-class Ratchet(Progress, Sessions, LossRequests, Checkpoints, Datasets, Models, Keys, Webhooks, Spending):
+class Ratchet(Progress, Sessions, LossRequests, Checkpoints, Datasets, Models, Keys, Operators, Webhooks, Spending):
     """A connection to one Ratchet. Safe to share between threads; use it as a context manager, or `close()` it.
 
     Without arguments it uses RATCHET_URL and RATCHET_API_KEY, else the local stack that `ratchet up` started. A refusal of the

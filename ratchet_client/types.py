@@ -76,10 +76,35 @@ class UsageGroup(UsageTotals):
     group: str | None
 
 
+class Worker(TypedDict):
+    """A worker as it last reported; without resource classes it answers loss requests."""
+
+    id: str
+    device: str
+    resource_classes: list[str]
+    draining: bool
+    started_at: str
+    last_seen_at: str
+    memory: dict[str, int] | None
+    job_ids: list[str]
+
+
+class Waiting(TypedDict):
+    jobs: int
+    oldest_wait_s: float | None
+
+
+class Queue(TypedDict):
+    """The project's jobs by status, and the jobs of all projects that wait, by class of worker."""
+
+    jobs: dict[str, int]
+    waiting: dict[str, Waiting]
+
+
 class Usage(TypedDict):
     object: Literal["usage"]
-    project: str
-    group_by: Literal["day", "job", "key"]
+    project: str | None  # None: of all projects, grouped by project
+    group_by: Literal["day", "job", "key", "project"]
     total: UsageTotals
     data: list[UsageGroup]
 
@@ -237,6 +262,17 @@ class Key(TypedDict):
 
 class NewKey(Key):
     key: str  # the text itself, shown this once
+
+
+class AuditEntry(TypedDict):
+    id: str
+    object: Literal["audit.entry"]
+    key_id: str
+    action: str  # method and route
+    object_id: str | None
+    status: int
+    request_id: str
+    created_at: str
 
 
 class Webhook(TypedDict):

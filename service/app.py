@@ -11,6 +11,7 @@ from starlette.concurrency import run_in_threadpool
 from service.api import (
     advice,
     attempts,
+    audit,
     cards,
     checkpoints,
     datasets,
@@ -76,6 +77,7 @@ RESOURCES = (
     usage,
     operators,
     webhooks,
+    audit,
 )
 
 SWITCH_S = 0.001  # a thread that computes lets others run after so long; with Python's 5 ms some of them make a wait of seconds

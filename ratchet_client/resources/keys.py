@@ -2,8 +2,8 @@
 
 from collections.abc import Iterable
 
-from ratchet_client.resources.base import Resource, part
-from ratchet_client.types import Key, NewKey, Page, Scope
+from ratchet_client.resources.base import Resource, given, part
+from ratchet_client.types import AuditEntry, Key, NewKey, Page, Scope
 
 
 class Keys(Resource):
@@ -31,3 +31,13 @@ class Keys(Resource):
     def delete_key(self, key_id: str) -> None:
         """Revoke a key; it stops working at once."""
         self._transport.request("DELETE", f"/v1/keys/{part(key_id)}")
+
+    def rotate_key(self, key_id: str, *, grace_s: float | None = None) -> NewKey:
+        """A new key in place of this one, which works for `grace_s` seconds more (default: a day)."""
+        return self._transport.json("POST", f"/v1/keys/{part(key_id)}/rotate", json=given(grace_s=grace_s))
+
+    def audit_log(
+        self, *, key_id: str | None = None, object_id: str | None = None, after: str | None = None, limit: int = 20
+    ) -> Page[AuditEntry]:
+        """Which key changed what, newest first."""
+        return self._get("/v1/audit", given(key_id=key_id, object_id=object_id, after=after, limit=limit))

@@ -11,14 +11,15 @@ class Spending(Resource):
     def usage(
         self,
         *,
-        group_by: Literal["day", "job", "key"] | None = None,
+        group_by: Literal["day", "job", "key", "project"] | None = None,
         first_day: str | date | None = None,
         last_day: str | date | None = None,
         job_id: str | None = None,
         key_id: str | None = None,
         project: str | None = None,
     ) -> Usage:
-        """What the project spent, by day (the default), job or API key. Days are UTC and inclusive."""
+        """What the project spent, by day (the default), job or API key; or every project, with a key of the
+        administrators' project. Days are UTC and inclusive."""
         days = {"from": first_day and str(first_day), "to": last_day and str(last_day)}
         filters = {"group_by": group_by, "job_id": job_id, "key_id": key_id, "project": project}
         return self._get("/v1/usage", {**days, **filters})

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Query, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from service.edge.auth import ADMIN_PROJECT, AdminDep, Caller, CallerDep
-from service.edge.bodies import DocumentDep, documented
+from service.edge.bodies import DocumentDep, OptionalDocumentDep, documented
 from service.edge.context import ContextDep
 from service.edge.idempotency import IdempotencyKeyDep, once
 from service.edge.keyring import KEPT_FOR_S
@@ -57,6 +57,12 @@ class KeyRequest(Section):
         float | None, Field(ge=1, le=MAX_EXPIRES_IN_S, description="seconds until the key expires; default: it never does")
     ] = None
     rate: Annotated[KeyRate | None, Field(description="how often it may ask; default: as the operator has set")] = None
+
+
+class KeyRotation(Section):
+    """How long the key that is replaced goes on working."""
+
+    grace_s: Annotated[float, Field(ge=0, le=30 * 86_400, description="seconds for which both keys work")] = 86_400.0
 
 
 class KeyRateView(BaseModel):
@@ -158,6 +164,30 @@ def revoke_key(context: ContextDep, caller: AdminDep, key_id: str, query: Annota
         keys.revoke(session, project, key_id)
     if not context.doorbell.keys_changed():
         sleep(KEPT_FOR_S)  # until no process has it in its cache
+
+
+@router.post(
+    "/{key_id}/rotate",
+    status_code=201,
+    responses=responses(403, 404, *BODY),
+    openapi_extra=documented("KeyRotation", required=False),
+)
+def rotate_key(
+    context: ContextDep, caller: AdminDep, key_id: str, document: OptionalDocumentDep, query: Annotated[KeysQuery, Query()]
+) -> NewKeyView:
+    """Replace a key by a new one with the same name, scopes and rate. The old one works for `grace_s` more, and then no longer.
+
+    A key may rotate itself. A key that expires is replaced by one that lasts as long as it was made to, but not beyond the key
+    that asks.
+    """
+    project = caller.managed(query.project, NOT_OURS)
+    request = parse(KeyRotation, document.data)
+    with context.store.begin() as session:
+        until = utcnow() + timedelta(seconds=request.grace_s)
+        key, text = keys.rotate(session, project, key_id, until, no_longer_than=caller.expires_at)
+    if not context.doorbell.keys_changed():
+        sleep(KEPT_FOR_S)  # until no process has its old end in its cache
+    return NewKeyView(**KeyView.of(key).model_dump(), key=text)
 
 
 def _expires_at(caller: Caller, request: KeyRequest) -> datetime | None:

@@ -10,7 +10,7 @@ from pydantic import TypeAdapter
 from service.api.checkpoints import DeleteRequest
 from service.api.events import EventView
 from service.api.jobs import CancelRequest, ForkRequest, PauseRequest, ResumeRequest
-from service.api.keys import KeyRequest
+from service.api.keys import KeyRequest, KeyRotation
 from service.api.loss_views import LossResults, LossTicket
 from service.api.usage import BudgetRequest
 from service.api.webhooks import RotateRequest, WebhookChange, WebhookRequest
@@ -35,6 +35,7 @@ SENT = {
     "DeleteRequest": DeleteRequest,
     "CancelRequest": CancelRequest,
     "KeyRequest": KeyRequest,
+    "KeyRotation": KeyRotation,
     "WebhookRequest": WebhookRequest,
     "WebhookChange": WebhookChange,
     "RotateRequest": RotateRequest,

@@ -9,7 +9,24 @@ import typer
 from typer.core import TyperGroup
 
 from ratchet_client import RatchetApiError, RatchetConnectionError, RatchetError, RatchetNotFound
-from service.cli import advice, compare, curves, exits, helps, jobs, resources, sample, sessions, spending, stack, webhooks
+from service.cli import (
+    advice,
+    compare,
+    curves,
+    doctor,
+    exits,
+    export,
+    helps,
+    init,
+    jobs,
+    resources,
+    sample,
+    sessions,
+    spending,
+    stack,
+    webhooks,
+    workers,
+)
 from service.cli.ascii import adapt_streams
 from service.cli.connection import Target
 from service.cli.output import complain, print_error_json, print_problem, say
@@ -101,5 +118,20 @@ def options(
     context.obj = Target(url, data_dir)
 
 
-for module in (stack, jobs, sessions, curves, advice, compare, resources, sample, spending, webhooks):
+for module in (
+    stack,
+    doctor,
+    init,
+    jobs,
+    sessions,
+    curves,
+    export,
+    advice,
+    compare,
+    resources,
+    sample,
+    spending,
+    webhooks,
+    workers,
+):
     module.register(app)

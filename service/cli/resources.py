@@ -35,7 +35,8 @@ def register(app: typer.Typer) -> None:
     )
     group(app, "datasets", list_datasets, upload=upload, show=show_dataset, rows=rows, delete=delete_dataset)
     command(app, models)
-    group(app, "keys", list_keys, create=create_key, revoke=revoke_key)
+    group(app, "keys", list_keys, create=create_key, rotate=rotate_key, revoke=revoke_key)
+    command(app, audit)
 
 
 # ---------------------------------------------------------------- checkpoints
@@ -379,3 +380,41 @@ def revoke_key(context: typer.Context, key_id: Annotated[str, typer.Argument(met
     with connect(context) as ratchet:
         ratchet.delete_key(key_id)
     say(f"{key_id} revoked")
+
+
+def rotate_key(
+    context: typer.Context,
+    key_id: Annotated[str, typer.Argument(metavar="KEY", help="key_...")],
+    grace_s: Annotated[float, typer.Option(min=0, help="seconds for which the old key goes on working")] = 86_400.0,
+) -> None:
+    """Replace an API key by a new one like it; the old one works a while longer."""
+    with connect(context) as ratchet:
+        key = ratchet.rotate_key(key_id, grace_s=grace_s)
+    print(key["key"])
+    complain(f"this is the only time that the key {key['id']} can be read; {clean(key_id)} works for {grace_s:g} s more")
+
+
+def audit(
+    context: typer.Context,
+    key: Annotated[str | None, typer.Option(metavar="KEY", help="only what this key did")] = None,
+    about: Annotated[str | None, typer.Option(metavar="ID", help="only what was done to this job, key, webhook ...")] = None,
+    limit: Limit = 20,
+    after: After = None,
+    as_json: Json = False,
+) -> None:
+    """Show which key changed what, newest first.
+
+    $ ratchet audit --about job_01k...
+    """
+    with connect(context) as ratchet:
+        page = ratchet.audit_log(key_id=key, object_id=about, after=after, limit=limit)
+    if as_json:
+        print_json(page)
+        return
+    rows = [
+        (entry["created_at"][:19], entry["key_id"], entry["action"], entry["object_id"] or "", entry["request_id"])
+        for entry in page["data"]
+    ]
+    print_table(("when (UTC)", "key", "action", "object", "request"), rows, nothing="nothing was changed")
+    if page["has_more"]:
+        complain(f"more: ratchet audit --after {page['last_id']}")

@@ -21,7 +21,7 @@ def register(app: typer.Typer) -> None:
 
 def usage(
     context: typer.Context,
-    by: Annotated[str, typer.Option(help="group by day, job or key")] = "day",
+    by: Annotated[str, typer.Option(help="group by day, job or key; an administrator's key also by project")] = "day",
     first: Annotated[str | None, typer.Option("--from", metavar="YYYY-MM-DD", help="the first day (UTC)")] = None,
     last: Annotated[str | None, typer.Option("--to", metavar="YYYY-MM-DD", help="the last day (UTC)")] = None,
     job: Annotated[str | None, typer.Option(metavar="JOB", help="only this job")] = None,

@@ -12,6 +12,7 @@ from fastapi.security import APIKeyHeader, HTTPAuthorizationCredentials, HTTPBea
 from sqlalchemy.exc import OperationalError
 from starlette.concurrency import run_in_threadpool
 
+from service.edge.audit import CALLER
 from service.edge.context import Context, ContextDep
 from service.edge.rate import RateReply, Turn
 from service.edge.shares import Share
@@ -83,7 +84,8 @@ async def _known(
     if turn is not None:
         request.scope[ANSWER_HEADERS] = turn.headers
         _check_turn(turn)
-    return Caller(key.id, key.project, frozenset(key.scopes), key.expires_at)
+    request.scope[CALLER] = caller = Caller(key.id, key.project, frozenset(key.scopes), key.expires_at)
+    return caller
 
 
 async def _looked_up(context: Context, text: str) -> Known:

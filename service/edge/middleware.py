@@ -7,6 +7,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from service.edge import audit
 from service.edge.auth import ANSWER_HEADERS
 from service.edge.faces import face_of
 from service.edge.limits import refusal
@@ -35,17 +36,21 @@ class Frame:
             return
         scope["request_id"] = request_id = new_id("req")
         started = perf_counter()
-        status = 0
+        status, told = 0, False
 
         async def send_framed(message: Message) -> None:
-            nonlocal status
+            nonlocal status, told
             if message["type"] == "http.response.start":
                 status = message["status"]
                 headers = MutableHeaders(scope=message)
+                told = "Idempotency-Replayed" in headers  # it was told when it was done
                 headers["X-Request-Id"] = request_id
                 headers.update(scope.get(ANSWER_HEADERS, {}))
                 for name, value in face_of(scope).headers.items():
                     headers.setdefault(name, value)
+            elif message["type"] == "http.response.body" and not told and audit.is_told(scope, status):
+                told = True
+                await audit.tell(scope, status, message.get("body", b""))
             await send(message)
             if message["type"] == "http.response.start":
                 _count(scope, status, perf_counter() - started)

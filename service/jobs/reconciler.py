@@ -20,7 +20,7 @@ from service.jobs import moves
 from service.jobs.lease import IDLE
 from service.settings import Settings
 from service.states import FINAL, HELD, Status
-from service.store import checkpoints, datasets, idempotency, jobs, operations, webhooks, workers
+from service.store import audit, checkpoints, datasets, idempotency, jobs, operations, webhooks, workers
 from service.store.blobs import TEMPORARY, Blobs
 from service.store.jobs import Runtime
 from service.store.session import Store
@@ -76,6 +76,7 @@ def reconcile(store: Store, settings: Settings, doorbell: Doorbell, now: datetim
         report.forgotten_keys = idempotency.expire(session, now)
         operations.expire(session, now)
         webhooks.expire(session, now)
+        audit.expire(session, now)
         workers.forget(session, now)
         jobs.shorten_leases(session, now + timedelta(seconds=settings.lease_ttl_s))
     return report

@@ -144,6 +144,34 @@ def revoke(session: Session, project: str, key_id: str) -> None:
         raise NotFound(f"no key {key_id} in this project")
 
 
+def rotate(
+    session: Session, project: str, key_id: str, until: datetime, *, no_longer_than: datetime | None
+) -> tuple[ApiKey, str]:
+    """A new key like this one, which itself ends at `until` at the latest. The new one lasts as long as the old was made to.
+
+    Returns the new key and its text. Raises NotFound; a second rotation makes a second key.
+    """
+    now = utcnow()
+    theirs = select(ApiKey).where(ApiKey.id == key_id, ApiKey.project == project, _lasts(now))
+    old = session.scalar(theirs.with_for_update())
+    if old is None:
+        raise NotFound(f"no key {key_id} in this project")
+    ends = [now + (old.expires_at - old.created_at)] if old.expires_at is not None else []
+    ends += [no_longer_than] if no_longer_than is not None else []
+    key, text = create(
+        session,
+        project=project,
+        name=old.name,
+        scopes=old.scopes,
+        expires_at=min(ends, default=None),
+        requests_per_s=old.requests_per_s,
+        burst=old.burst,
+    )
+    old.expires_at = until if old.expires_at is None else min(old.expires_at, until)
+    session.flush()
+    return key, text
+
+
 def sha256_of(session: Session, key_id: str) -> str | None:
     """The stored hash of a key that is valid: what its holder's URLs are signed with. None otherwise."""
     now = utcnow()

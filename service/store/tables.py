@@ -473,3 +473,19 @@ class WebhookDelivery(Base):
     error: Mapped[str | None]  # of the last attempt
     created_at: Mapped[datetime] = mapped_column(index=True)
     delivered_at: Mapped[datetime | None]
+
+
+class AuditEntry(Base):
+    """A change that a request made: who, what, when. No foreign keys: the log outlives keys and objects."""
+
+    __tablename__ = "audit"
+    __table_args__ = (Index("ix_audit_project_created", "project", "created_at", "id"),)
+
+    id: Mapped[str] = mapped_column(Id, primary_key=True)
+    project: Mapped[str] = mapped_column(String(64))
+    key_id: Mapped[str] = mapped_column(Id)
+    action: Mapped[str] = mapped_column(String(128))  # method and route: POST /v1/jobs/{job_id}/cancel
+    object_id: Mapped[str | None] = mapped_column(String(128))  # of the path, else of what was made
+    status: Mapped[int]
+    request_id: Mapped[str] = mapped_column(Id)
+    created_at: Mapped[datetime] = mapped_column(index=True)

@@ -90,6 +90,8 @@ EXAMPLES = {
     "GET /v1/keys": Example("admin"),
     "POST /v1/keys": Example("admin", ({"json": {"name": "x"}},)),
     "DELETE /v1/keys/{key_id}": Example("admin"),
+    "POST /v1/keys/{key_id}/rotate": Example("admin"),
+    "GET /v1/audit": Example("admin"),
     "GET /v1/files": Example("read"),
     "POST /v1/files": Example("write", ({"files": {"file": ("x.jsonl", b'{"q": "1"}')}, "data": {"purpose": "fine-tune"}},)),
     "GET /v1/files/{file_id}": Example("read"),

@@ -260,3 +260,48 @@ def test_a_key_keeps_what_was_asked_for_it(client):
     assert made["rate"] == {"requests_per_s": 2.5, "burst": 5}
     assert made["expires_at"] is None
     assert client.get("/v1/keys").json()["data"][0] == {name: value for name, value in made.items() if name != "key"}
+
+
+# ---------------------------------------------------------------- rotation
+
+
+def test_a_rotated_key_works_on_for_its_grace_and_its_successor_is_like_it(each_api, monkeypatch):
+    with each_api.client() as client:
+        old = client.post("/v1/keys", json={"name": "x", "scopes": ["write"], "rate": {"requests_per_s": 50}}).json()
+        answer = client.post(f"/v1/keys/{old['id']}/rotate", json={"grace_s": 60})
+        assert answer.status_code == 201, answer.text
+        new = answer.json()
+        alike = ("name", "project", "scopes", "rate")
+        assert [new[name] for name in alike] == [old[name] for name in alike]
+        assert new["key"] != old["key"] and new["expires_at"] is None
+        left = datetime.fromisoformat(
+            {one["id"]: one for one in client.get("/v1/keys").json()["data"]}[old["id"]]["expires_at"]
+        )
+        assert timedelta(seconds=50) < left - utcnow() <= timedelta(seconds=60)
+        for text in (old["key"], new["key"]):
+            with each_api.anonymous(Authorization=f"Bearer {text}") as both:
+                assert both.get("/v1/jobs").status_code == 200
+        monkeypatch.setattr(auth, "utcnow", lambda: utcnow() + timedelta(seconds=61))
+        with each_api.anonymous(Authorization=f"Bearer {old['key']}") as late:
+            assert late.get("/v1/jobs").json()["code"] == "expired_api_key"
+        with each_api.anonymous(Authorization=f"Bearer {new['key']}") as late:
+            assert late.get("/v1/jobs").status_code == 200
+
+
+def test_without_grace_a_rotated_key_ends_at_once_where_it_is_remembered(api, client):
+    old = client.post("/v1/keys", json={"name": "x"}).json()
+    with api.anonymous(**{"X-API-Key": old["key"]}) as laptop:
+        assert laptop.get("/v1/jobs").status_code == 200
+        assert client.post(f"/v1/keys/{old['id']}/rotate", json={"grace_s": 0}).status_code == 201
+        assert laptop.get("/v1/jobs").status_code == 401
+
+
+def test_a_key_that_ends_does_not_live_on_by_rotating(api, client):
+    short = client.post("/v1/keys", json={"name": "x", "expires_in_s": 100}).json()
+    with api.anonymous(**{"X-API-Key": short["key"]}) as holder:
+        itself = holder.post(f"/v1/keys/{short['id']}/rotate").json()
+        assert itself["expires_at"] <= short["expires_at"]
+    renewed = client.post(f"/v1/keys/{short['id']}/rotate").json()  # by one that does not end
+    assert renewed["expires_at"] > short["expires_at"]
+    assert client.post("/v1/keys/key_x/rotate").status_code == 404
+    assert client.post(f"/v1/keys/{short['id']}/rotate", json={"grace_s": -1}).status_code == 422

@@ -460,6 +460,13 @@ def test_models_name_what_a_spec_may_say(api: str, cli: Cli) -> None:
     assert cli("models", "--json").json["data"][0]["id"] == "tiny"
 
 
+def test_workers_and_what_waits_for_them_are_listed(api: str, cli: Cli) -> None:
+    assert "no worker is alive" in cli("workers").out + cli("workers").err
+    told = cli("workers", "--json").json
+    assert told["workers"] == [] and set(told["queue"]["waiting"]) == {"any", "cpu", "gpu"}
+    assert {"group_by", "total"} <= cli("usage", "--by", "project", "--json").json.keys()
+
+
 # ---------------------------------------------------------------- several jobs, and other programs
 
 
@@ -650,3 +657,37 @@ def test_webhooks_are_made_shown_and_changed(api: str, cli: Cli) -> None:
     assert cli("webhooks", "show", made["id"], "--json").json["id"] == made["id"]
     assert cli("webhooks", "delete", made["id"]).code == 0
     assert cli("webhooks", "show", made["id"]).code == 1
+
+
+# ---------------------------------------------------------------- doctor and init
+
+
+def test_doctor_exits_as_what_it_found(cli: Cli, tmp_path: Path) -> None:
+    absent = cli("doctor", "--data-dir", str(tmp_path / "absent"))
+    assert absent.code == 1 and "ERROR    disk" in absent.out and "-> " in absent.out
+    told = cli("doctor", "--data-dir", str(tmp_path / "absent"), "--json")
+    assert told.code == 1 and {"versions", "disk", "database"} <= {one["check"] for one in json.loads(told.out)["data"]}
+
+
+@pytest.mark.parametrize("task", ["exact", "number", "judge", "supervised"])
+def test_init_writes_a_spec_that_is_valid_and_keeps_what_is_there(api: str, cli: Cli, tmp_path: Path, task: str) -> None:
+    path = tmp_path / "job.yaml"
+    assert cli("init", task, "--to", str(path)).code == 0
+    assert path.read_text() == cli("init", task).out
+    shown = cli("validate", str(path))
+    assert shown.code == 0, shown
+    assert len([line for line in path.read_text().splitlines() if "#" in line]) > 8
+    path.write_text("mine")
+    assert cli("init", task, "--to", str(path)).code == 1 and path.read_text() == "mine"
+
+
+# ---------------------------------------------------------------- keys and the audit log
+
+
+def test_a_key_is_rotated_and_the_audit_log_shows_it(api: str, cli: Cli, job_id: str) -> None:
+    key = cli("keys", "create", "laptop", "--json").json["id"]
+    assert cli("keys", "rotate", key, "--grace-s", "60").out.startswith("tml-")
+    told = cli("audit").out
+    assert "POST /v1/keys/{key_id}/rotate" in told and key in told
+    (entry,) = cli("audit", "--about", job_id, "--json").json["data"]
+    assert entry["action"] == "POST /v1/jobs"

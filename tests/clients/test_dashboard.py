@@ -127,6 +127,7 @@ def until(holds: Any, within_s: float = 15) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.timeout(240)
 def test_a_job_is_watched_and_steered_in_a_browser(stack: Path, page: Page) -> None:
     url, key = find(data_dir=stack)
     assert url is not None and key is not None
@@ -178,7 +179,7 @@ def sign_in(page: Page, url: str, key: str) -> None:
 
 def watch_live(page: Page, line: Line, asked: list[Request]) -> None:
     """Curves come and grow by themselves, and go on when the connection was cut."""
-    expect(page.get_by_role("figure").first).to_be_visible()
+    expect(page.get_by_role("figure").first).to_be_visible(timeout=60_000)  # the worker loads its torch
     for title in ("Reward", "Clipped", "Ratio", "Entropy", "Learning rate", "Speed"):
         expect(page.get_by_role("figure").filter(has=page.get_by_text(title, exact=True))).to_be_visible()
     drawn = page.get_by_role("img", name=re.compile("^Entropy"))

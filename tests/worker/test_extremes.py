@@ -80,13 +80,8 @@ NAMES = {
     "class",
 }
 TEXTS = {"reference": "{a}", "pattern": "[0-9]+", "schema": {"type": "integer"}, "metric": "eval/reward/mean"}
-LEFT_OUT = {
-    "HttpGrader",
-    "VllmEngine",
-    "ReasoningGymGrader",
-    "DatasetSource",
-    "ReasoningGymSource",
-}  # what is not of this process
+# What is not of this process.
+LEFT_OUT = {"HttpGrader", "VllmEngine", "ReasoningGymGrader", "DatasetSource", "ReasoningGymSource"}
 
 
 def values(schema: Schema, name: str = "") -> st.SearchStrategy[Any]:

@@ -64,7 +64,8 @@ def step(attempt: Attempt, step: int) -> StepResult:
         "perf/update_tokens_per_s": trained / (ended - updating),
         STEP_S: ended - started,
     }
-    told = seen.told(experience, [completion for group in shown for completion in group.completions], attempt.policy.text)
+    completions = [completion for group in shown for completion in group.completions]
+    told = seen.told(experience, completions, attempt.policy.text) if shown else []
     return StepResult(metrics, rollout_rows(attempt, shown, "train", step, told), events + reward_errors(groups, step))
 
 

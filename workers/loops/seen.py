@@ -13,8 +13,8 @@ from workers.policy.text import Text
 from workers.rollout.engine import Completion
 
 MOST_TOKENS = 512  # of one answer that are kept
-MOST_IN_ALL = 16_384  # of all kept answers of a step together; each then gets the same share
-DIGITS = 5
+MOST_IN_ALL = 8192  # of all kept answers of a step together; each then gets the same share
+DIGITS = 4
 
 
 @dataclass

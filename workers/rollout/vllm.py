@@ -37,8 +37,8 @@ class _Answer(BaseModel):
 
 
 class VllmEngine(Engine):
-    """`adapter` is the one that requests may name; when one is admitted, its weights are put onto the server as one of
-    `adapters`. `vocabulary`: how many tokens the trainer's model knows."""
+    """`adapter` is the one that requests may name; when one is admitted, its weights are put onto the server by `adapters`.
+    `vocabulary`: how many tokens the trainer's model knows."""
 
     def __init__(
         self,

@@ -31,6 +31,12 @@ export function sparkline(curve) {
     h("span", {class: "value"}, number(values.at(-1))));
 }
 
+function range(low, high) {
+  if (low === null) return [0, 1];
+  const room = low === high ? Math.abs(low) / 10 || 1 : (high - low) / 20;
+  return [low - room, high + room];
+}
+
 /** The value at a place, or the last one before it: an evaluation is not measured at every step. */
 function known(values, at) {
   while (at !== null && at >= 0 && (values[at] === null || values[at] === undefined)) at--;
@@ -115,7 +121,7 @@ export class Chart {
     const axis = {stroke: ink, grid: {stroke: grid, width: 1}, ticks: {stroke: grid, width: 1}, font: "12px system-ui, sans-serif"};
     return {
       ...this.size(), series, bands,
-      scales: {x: {time: false}},
+      scales: {x: {time: false}, y: {range: (u, low, high) => range(low, high)}},
       axes: [{...axis, size: 32}, {...axis, size: 62, values: (u, values) => values.map((value) => number(value))}],
       legend: {show: true, live: true},
       cursor: {

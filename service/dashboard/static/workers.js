@@ -14,7 +14,7 @@ export function open({signal, title, fail}) {
     replace(place, alive.data.length ? table("Workers", ["worker", "device", "takes", "memory", "GPU memory", "started", "seen", "your jobs on it"], alive.data.map((one) => row(
       [h("code", null, one.id), " ", one.draining ? badge("draining", "paused") : null], one.device, one.resource_classes.length ? `jobs: ${one.resource_classes.join(", ")}` : "loss requests",
       bytes(one.memory?.process), one.memory?.gpu_total ? `${bytes(one.memory.gpu_used)} of ${bytes(one.memory.gpu_total)}` : "–", ago(one.started_at), ago(one.last_seen_at),
-      one.job_ids.map((id) => h("a", {href: `#/jobs/${id}`, class: "spaced"}, id))))) : empty("No worker was seen within the last minute: jobs wait in the queue. Start one:", "ratchet up", "celery -A workers.app worker"));
+      one.job_ids.map((id) => h("a", {href: `#/jobs/${id}`, class: "spaced"}, id))))) : empty("No worker was seen within the last minute: jobs wait in the queue. Start one:", "ratchet up", "ratchet workers"));
     const classes = Object.entries(waits.waiting).filter(([, one]) => one.jobs);
     replace(queue, h("p", null, classes.length ? classes.map(([name, one]) => `${one.jobs} of class ${name} wait, the oldest for ${duration(one.oldest_wait_s)}`).join(" · ") : "Nothing waits."),
       next.data.length ? table("Your queued jobs, newest first", ["job", "kind", "made", "why"], next.data.map((one) => row(h("a", {href: `#/jobs/${one.id}`}, one.name || one.id), one.kind, ago(one.created_at), one.status_reason ?? "–"))) : null);

@@ -1,0 +1,85 @@
+"""`ratchet export`: a job's metrics into tools of others."""
+
+import time
+from collections import defaultdict
+from typing import Annotated
+
+import typer
+
+from ratchet_client import Ratchet
+from service.cli.connection import connect
+from service.cli.helps import command, text
+from service.cli.jobs import JobId
+from service.cli.output import say
+from service.cli.sinks import Sink, open_sink
+
+WINDOW = 5000  # steps in one request; far below what would be thinned out
+EVERY_S = 1.0  # while following: between two requests
+
+
+def register(app: typer.Typer) -> None:
+    inner = typer.Typer(help=text("Write what a job did into tools of others."), rich_markup_mode=None)
+    command(inner, export_metrics, "metrics")
+    app.add_typer(inner, name="export")
+
+
+def export_metrics(
+    context: typer.Context,
+    job_id: JobId,
+    to: Annotated[str, typer.Option(metavar="SINK:WHERE", help="tensorboard:FOLDER or mlflow:TRACKING_URI")],
+    follow: Annotated[bool, typer.Option("--follow", help="go on until the job has ended")] = False,
+) -> None:
+    """Write a job's curves to TensorBoard or MLflow.
+
+    $ ratchet export metrics job_01k... --to tensorboard:runs --follow
+    $ ratchet export metrics job_01k... --to mlflow:sqlite:///mlflow.db
+
+    What is there already is not written again: the command may be repeated, and goes on where an interrupted one was.
+    """
+    with connect(context) as ratchet:
+        job = ratchet.get_job(job_id)
+        sink = open_sink(to, {"id": job["id"], "kind": job["kind"], "name": job["name"]})
+        try:
+            exporting = Exporting(ratchet, job_id, sink)
+            exporting.go_on()
+            if follow:
+                exporting.follow()
+        finally:
+            sink.close()
+    say(f"{exporting.points} points of {job_id} written to {to.partition(':')[0]}")
+
+
+class Exporting:
+    """Copies the points that the sink lacks. A resumed job repeats steps; those that are there stay as they are."""
+
+    def __init__(self, ratchet: Ratchet, job_id: str, sink: Sink) -> None:
+        self._ratchet, self._job_id, self._sink = ratchet, job_id, sink
+        self._last = sink.last()
+        self._from = 0  # before this step everything was copied
+        self.points = 0
+
+    def follow(self) -> None:
+        """Copy each step soon after its commit, until the job has ended."""
+        looked_at = 0.0
+        for event in self._ratchet.follow(self._job_id):
+            if event["type"] in ("step", "evaluation") and time.monotonic() - looked_at > EVERY_S:
+                self.go_on()
+                looked_at = time.monotonic()
+        self.go_on()
+
+    def go_on(self) -> None:
+        """Copy what there is now. Metrics of the newest step are asked for again: an evaluation may add some."""
+        newest = self._ratchet.get_job(self._job_id)["step"]
+        for first in range(self._from, newest + 1, WINDOW):
+            last = min(first + WINDOW - 1, newest)
+            series = self._ratchet.metrics(self._job_id, from_step=first, to_step=last, points=2 * WINDOW)["series"]
+            steps: dict[int, dict[str, float | None]] = defaultdict(dict)
+            for name, curve in series.items():
+                for step, value in zip(curve["step"], curve["value"], strict=True):
+                    if step > self._last.get(name, -1):
+                        steps[step][name] = value
+            for step in sorted(steps):
+                self._sink.write(step, steps[step])
+                self._last |= dict.fromkeys(steps[step], step)
+                self.points += len(steps[step])
+        self._from = newest

@@ -1,0 +1,94 @@
+"""The audit log: what was changed, by which key, and nothing else."""
+
+from datetime import timedelta
+
+import pytest
+from sqlalchemy import update
+
+from service.api.examples import LOSS_REQUEST, SESSION_SPEC, TRAIN_STEP
+from service.edge import audit as edge
+from service.store import audit
+from service.store.tables import AuditEntry
+
+
+def entries(client, **params):
+    page = client.get("/v1/audit", params={"limit": 100, **params}).json()
+    return [(one["action"], one["object_id"], one["key_id"], one["status"]) for one in page["data"]]
+
+
+def test_changes_are_told_with_who_what_and_when(each_api, spec):
+    with each_api.client() as client:
+        own = client.get("/v1/keys").json()["data"][0]["id"]
+        made = client.post("/v1/jobs", json=spec())
+        job = made.json()["id"]
+        cancelled = client.post(f"/v1/jobs/{job}/cancel")
+        client.delete(f"/v1/jobs/{job}")
+        hook = client.post("/v1/webhooks", json={"url": "https://example.com"}).json()["id"]
+        key = client.post("/v1/keys", json={"name": "x"}).json()["id"]
+        client.delete(f"/v1/keys/{key}")
+        assert entries(client) == [
+            ("DELETE /v1/keys/{key_id}", key, own, 204),
+            ("POST /v1/keys", key, own, 201),
+            ("POST /v1/webhooks", hook, own, 201),
+            ("DELETE /v1/jobs/{job_id}", job, own, 204),
+            ("POST /v1/jobs/{job_id}/cancel", job, own, 200),
+            ("POST /v1/jobs", job, own, 201),
+        ]
+        of_job = client.get("/v1/audit", params={"object_id": job}).json()["data"]
+        assert [one["request_id"] for one in of_job[1:]] == [one.headers["X-Request-Id"] for one in (cancelled, made)]
+        assert entries(client, key_id="key_x") == []
+        page = client.get("/v1/audit", params={"limit": 2}).json()
+        assert page["has_more"] and len(entries(client, after=page["last_id"])) == 4
+
+
+def test_what_changed_nothing_and_work_are_not_told(client, submit, spec):
+    client.post("/v1/jobs", json={"kind": "rl"})
+    client.get("/v1/jobs")
+    client.post("/v1/jobs:validate", json=spec())
+    client.post("/v1/losses", json=LOSS_REQUEST)
+    client.post("/v1/jobs/job_x/cancel")
+    assert entries(client) == []
+    session = client.post("/v1/sessions", json=SESSION_SPEC).json()["id"]
+    client.post(f"/v1/sessions/{session}/operations", json=TRAIN_STEP)
+    assert [entry[:2] for entry in entries(client)] == [("POST /v1/sessions", session)]
+
+
+def test_a_replayed_answer_is_told_once(client, spec):
+    for _ in range(2):
+        client.post("/v1/jobs", json=spec(), headers={"Idempotency-Key": "one"})
+    assert len(entries(client)) == 1
+
+
+def test_projects_see_their_own(api, client, other, submit):
+    job = submit()
+    assert entries(other) == []
+    project = client.get("/v1/keys").json()["data"][0]["project"]
+    assert other.get("/v1/audit", params={"project": project}).status_code == 403
+    with api.client("default") as admin:
+        assert entries(admin, project=project)[0][:2] == ("POST /v1/jobs", job["id"])
+
+
+def test_every_route_that_changes_something_is_told_or_named_as_work(api):
+    """A negative control of WORK: each of its routes is there."""
+    paths = api.app.openapi()["paths"]
+    assert set(paths) >= edge.WORK and all("post" in paths[path] for path in edge.WORK)
+
+
+def test_an_answer_comes_though_the_log_cannot_be_written(client, spec, monkeypatch, caplog):
+    def broken(*_):
+        raise OSError("the disk")
+
+    monkeypatch.setattr(edge, "_write", broken)
+    assert client.post("/v1/jobs", json=spec()).status_code == 201
+    assert "the audit log lacks this" in caplog.text
+
+
+@pytest.mark.parametrize("age_days", [399, 401])
+def test_old_entries_are_forgotten(each_api, spec, age_days):
+    with each_api.client() as client:
+        client.post("/v1/jobs", json=spec())
+        now = each_api.store.now()
+        with each_api.store.begin() as session:
+            session.execute(update(AuditEntry).values(created_at=now - timedelta(days=age_days)))
+            audit.expire(session, now)
+        assert len(entries(client)) == (1 if age_days < 400 else 0)
