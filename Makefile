@@ -10,7 +10,7 @@ DUMMY_SECRETS := POSTGRES_PASSWORD=dummy REDIS_PASSWORD=dummy RATCHET_BOOTSTRAP_
 COMPOSE = $$($(BIN)/python -c 'import compose; print(compose.__path__[0] + "/docker-compose")' 2>/dev/null || echo docker compose)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test fuzz chaos soak check stack-test fmt openapi reference clean machine
+.PHONY: bench help demo test fuzz chaos soak check stack-test fmt openapi reference clean machine
 
 help: ## what there is
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -26,6 +26,10 @@ chaos: $(VENV)/.for-developing ## break everything that can break, and look whet
 
 soak: $(VENV)/.for-developing ## random kills over everything (KILLS=1000 SEED=1 MINUTES=30)
 	cd tests && ../$(BIN)/python -m chaos.soak --kills $(or $(KILLS),1000) --seed $(or $(SEED),1) --minutes $(or $(MINUTES),30)
+
+bench: $(VENV)/.for-developing ## measure what docs/performance.md holds (MODEL=models/smollm2, the folder of SmolLM2)
+	$(BIN)/python bench/demo_rollout.py --steps 8
+	$(BIN)/python bench/shared_prompt.py --model $(or $(MODEL),models/smollm2) --prompts 256
 
 fuzz: $(VENV)/.for-developing ## schemathesis over the whole API for ten minutes (FUZZ_S=600), and over the losses until 12,000 cases
 	RATCHET_TEST_FUZZ_S=$(or $(FUZZ_S),600) $(BIN)/python -m pytest tests/api/test_fuzz.py

@@ -24,6 +24,7 @@ LOSS, LOSS_SUM, POLICY_LOSS, EVAL_LOSS = "loss", "loss/sum", "policy/loss", "eva
 CLIP_LOW, CLIP_HIGH = "policy/clip_fraction_low", "policy/clip_fraction_high"
 POLICY_KL_K3, REF_KL_K3 = "policy/approx_kl_k3", "kl/ref_k3"
 NOISE_LOG_RATIO, NOISE_POOLED = "policy/noise_log_ratio", "policy/noise_pooled_log_ratio"
+RESCORE_DIFFERENCE = "rollout/rescore_difference"
 OVERLONG_SKIPPED, OVERLONG_TRUNCATED = "data/overlong_skipped", "data/overlong_truncated"
 TOKENS_SAMPLED, TOKENS_TRAINED, STEP_S = "tokens/sampled", "tokens/trained", "perf/step_s"
 
@@ -147,6 +148,13 @@ SECTIONS: Mapping[str, tuple[Metric, ...]] = MappingProxyType(
         "Sampler and trainer": (
             *_kl("rollout/approx_kl", "KL(sampler ‖ trainer): how far they disagree about the same weights", "neither"),
             Metric(
+                RESCORE_DIFFERENCE,
+                "nats",
+                "greatest difference of a token's log-prob between sampler and trainer (rollout.rescore: auto)",
+                "down",
+                RL,
+            ),
+            Metric(
                 "rollout/effective_samples",
                 "share",
                 "(Σw)² / (n Σw²) of n tokens' w = p_old / p_rollout; 1: they agree",
@@ -226,6 +234,12 @@ looks at something, such as a reference or a correction, is there when that is.
 - **better**: whether more (up) or less (down) is better as such; what only tells where a run is says neither.
 - **shown**: live ones are in the events `step`; drawn ones are the curves of `ratchet metrics JOB`, unless others are named.
 - **of**: the kinds of job that write it; `losses` are loss requests.
+
+Jobs and sessions leave answers that cannot move the policy out of an update: masked ones and, if the objective has no KL in
+the loss, those whose advantage is 0, such as all of a group whose rewards are equal. `batch/tokens` and `batch/sequences`
+count them;
+`policy/ratio_*`, `policy/clip_fraction_*`, `policy/approx_kl*` and `kl/ref*` are of the others.
+With rollout.rescore: auto, `rollout/*` is of the answers that were scored again to prove that the others need not be.
 """
 
 

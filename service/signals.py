@@ -33,6 +33,11 @@ class Sign:
     stops: bool = True  # whether limits.on_no_signal may pause or fail the job for it: nothing is learnt
 
 
+def _is_one(ratio: float | None) -> bool:
+    """To rounding: the sampler's log-probs are not the trainer's to the bit."""
+    return ratio is not None and abs(ratio - 1) <= 1e-5
+
+
 SIGNS: Mapping[str, Sign] = {
     "no_spread": Sign(
         FLAT,
@@ -61,7 +66,7 @@ SIGNS: Mapping[str, Sign] = {
     ),
     "ratio_is_one": Sign(
         MOST_RATIO,
-        lambda values, updates: updates > 1 and values.get(LEAST_RATIO) == 1.0 and values.get(MOST_RATIO) == 1.0,
+        lambda values, updates: updates > 1 and all(_is_one(values.get(name)) for name in (LEAST_RATIO, MOST_RATIO)),
         "no token's probability changes between the updates of a step",
         "raise optimizer.learning_rate; in bfloat16 small updates of the weights round to nothing: use model.dtype float32",
     ),

@@ -80,6 +80,14 @@ class RolloutSpec(Section):
         list[Annotated[str, Field(min_length=1)]],
         Field(max_length=16, description="texts that end an answer; the text stays in the answer"),
     ] = Field(default_factory=list)
+    rescore: Annotated[
+        Literal["auto", "always"],
+        Field(
+            description="old log_probs of the answers · auto: those of the sampler, while a sample of answers that is scored "
+            "again at each step agrees to 1e-4 nats; only in float32, without top_p, top_k and objectives that compare sampler "
+            "and trainer · always: all answers are scored again"
+        ),
+    ] = "auto"
     mask_truncated: Annotated[
         bool,
         Field(description="ignore answers that max_completion_tokens cut off (the same as objective.select.truncated)"),
@@ -88,7 +96,7 @@ class RolloutSpec(Section):
 
 MicrobatchTokens = Annotated[
     Annotated[int, Field(ge=1, le=MOST_COUNTED)] | Literal["auto"],
-    Field(description="the most tokens, with padding, in one forward pass; it changes the memory needed, not the result"),
+    Field(description="the most tokens in one forward pass, padding included; it changes the memory needed, not the result"),
 ]
 
 

@@ -27,6 +27,7 @@ class Progress:
     stale: int = 0  # evaluations since the best
     implausible: list[str] = field(default_factory=list)  # metrics that were beyond belief at the last step
     signs: dict[str, int] = field(default_factory=dict)  # that nothing is learnt: how many steps in a row each was shown
+    rescores: bool = False  # the sampler's log_probs were once not those of the trainer (rollout.rescore: auto)
     noise_told: bool = False  # the warning that rounding exceeds the objective's clips was given
     leaders: dict[str, list[float]] = field(default_factory=dict)  # by mode and metric: the values that are kept as the best
 

@@ -1,10 +1,11 @@
 """Reinforcement learning: sample groups, grade them, compute advantages, update several times on one rollout.
 
-`old` is the policy that sampled. The trainer recomputes its log_probs before the first update, so the ratio is 1 there
-and moves with each of the `minibatches x epochs` optimizer steps that follow.
+`old` is the policy that sampled. Its log_probs are the sampler's or recomputed by the trainer before the first update (see
+`rescore.py`), so the ratio is 1 there and moves with each of the `minibatches x epochs` optimizer steps that follow.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from time import perf_counter
 
 import torch
@@ -14,7 +15,7 @@ from service.jobs.data import prompt_indices
 from service.metric_names import STEP_S, TOKENS_SAMPLED, TOKENS_TRAINED
 from service.spec.job import RLSpec
 from service.states import Phase
-from workers.loops import noise, update
+from workers.loops import noise, rescore, update
 from workers.loops.attempt import Attempt, StepResult
 from workers.loops.nonfinite import Suspects, count_skipped, step_skipped
 from workers.loops.sampling import Group, draw_of, reward_errors, reward_metrics, rollout_rows, sample_and_grade
@@ -36,15 +37,18 @@ def step(attempt: Attempt, step: int) -> StepResult:
     rows = attempt.data.train
     indices = prompt_indices(len(rows), step, spec.rollout.prompts_per_step, spec.seed, spec.data.train.shuffle)
     groups = sample_and_grade(
-        attempt, [rows[i] for i in indices], [rows.number(i) for i in indices], draw_of(attempt, purpose="rollout")
+        attempt,
+        [rows[i] for i in indices],
+        [rows.number(i) for i in indices],
+        replace(draw_of(attempt, purpose="rollout"), entropies=rescore.may_be_left_out(attempt)),
     )
     updating = perf_counter()
     attempt.tenure.check(Phase.UPDATING)
-    experience, metrics = gather(attempt, objective, groups)
-    events = list[EventRow]()
+    experience, metrics, events = gather(attempt, objective, groups, step)
     if noise.is_due(attempt, step):
-        rounding, events = noise.noise(attempt, objective, experience.sequences, experience.old_log_probs, step)
+        rounding, warnings = noise.noise(attempt, objective, experience.sequences, experience.old_log_probs, step)
         metrics |= rounding
+        events += warnings
     numbers = [rows.number(i) for i in indices]
     logged = step % spec.log_rollouts.every_steps == 0 or step in (1, spec.limits.max_steps)
     shown = groups[: spec.log_rollouts.groups] if logged else []
@@ -69,7 +73,9 @@ def step(attempt: Attempt, step: int) -> StepResult:
     return StepResult(metrics, rollout_rows(attempt, shown, "train", step, told), events + reward_errors(groups, step))
 
 
-def gather(attempt: Attempt, objective: Objective, groups: Sequence[Group]) -> tuple[Experience, dict[str, float]]:
+def gather(
+    attempt: Attempt, objective: Objective, groups: Sequence[Group], step: int
+) -> tuple[Experience, dict[str, float], list[EventRow]]:
     """Score the sampled answers under the policy (and the reference), and turn rewards into advantages."""
     spec = attempt.spec
     assert isinstance(spec, RLSpec)
@@ -78,6 +84,7 @@ def gather(attempt: Attempt, objective: Objective, groups: Sequence[Group]) -> t
     valid = torch.tensor([reward is not None for group in groups for reward in group.rewards])
     rewards, weights = rewards_of(spec, groups)
     group_ids = torch.arange(len(groups)).repeat_interleave(spec.rollout.group_size)
+    old, proof, events = rescore.sampled(attempt, sequences, completions, step)
     answers = Answers(
         sequences,
         rewards,
@@ -85,7 +92,7 @@ def gather(attempt: Attempt, objective: Objective, groups: Sequence[Group]) -> t
         valid,
         truncated=torch.tensor([completion.finish_reason == "length" for completion in completions]),
         reward_weights=weights,
-        rollout_log_probs=pad([completion.log_probs for completion in completions]),
+        rollout_log_probs=pad([completion.log_probs for completion in completions]) if old is None else None,
     )
     experience, metrics = update.gather(
         attempt.policy,
@@ -94,10 +101,11 @@ def gather(attempt: Attempt, objective: Objective, groups: Sequence[Group]) -> t
         answers,
         temperature=spec.rollout.temperature,
         mask_truncated=spec.rollout.mask_truncated,
+        old=old,
     )
     flat = without_spread(rewards, group_ids, valid).view(len(groups), -1)[:, 0]
     metrics["reward/zero_variance_fraction"] = float(flat.double().mean())
-    return experience, metrics
+    return experience, metrics | proof, events
 
 
 def rewards_of(spec: RLSpec, groups: Sequence[Group]) -> tuple[Tensor, Tensor | None]:

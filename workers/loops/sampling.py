@@ -43,6 +43,7 @@ class Draw:
     top_p: float = 1.0
     top_k: int = 0
     stop: tuple[str, ...] = ()
+    entropies: bool = False
 
 
 def draw_of(attempt: Attempt, *, purpose: str, temperature: float | None = None) -> Draw:
@@ -73,6 +74,7 @@ def sample_and_grade(attempt: Attempt, rows: Sequence[dict[str, Any]], numbers: 
         top_k=draw.top_k,
         stop=draw.stop,
         seed=derive(attempt.spec.seed, attempt.progress.step, draw.purpose),
+        entropies=draw.entropies,
     )
     attempt.tenure.meter.sampled(sum(len(answer.tokens) for group in answers for answer in group))
     attempt.tenure.check(Phase.GRADING)

@@ -40,7 +40,7 @@ def step(attempt: Attempt, step: int) -> StepResult:
 
     loss = attempt.policy.accumulate(
         [example.sequence for example in batch], mean_nll, microbatch_tokens=spec.update.microbatch_tokens
-    ).loss
+    )
     update = attempt.policy.step()
     count_skipped(attempt.progress, bool(update["skipped"]), step)
     if update["skipped"]:

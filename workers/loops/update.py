@@ -23,7 +23,7 @@ from workers.objectives.objective import OptimizerStep as Prepared
 from workers.objectives.outputs import LossOutputs
 from workers.policy.learner import Learner
 from workers.policy.optimizer import StepSettings
-from workers.policy.policy import Policy
+from workers.policy.policy import Policy, Scores
 from workers.policy.score.layout import Sequence as TokenSequence
 from workers.seeds import derive
 
@@ -64,10 +64,12 @@ def gather(
     *,
     temperature: float,
     mask_truncated: bool = False,
+    old: Scores | None = None,
 ) -> tuple[Experience, dict[str, float]]:
-    """Score the answers under the policy (and the reference), and turn rewards into advantages."""
+    """Score the answers under the policy (and the reference), and turn rewards into advantages. `old`: the policy's own scores,
+    if they are already known."""
     sequences, a = answers.sequences, answers
-    old = policy.score(sequences, temperature=temperature)
+    old = old or policy.score(sequences, temperature=temperature)
     old_log_probs, device = old.log_probs, old.log_probs.device
     answered = old.mask if a.response_mask is None else old.mask & a.response_mask.to(device)
     metrics = {"policy/entropy": float(old.entropy[answered].mean())}
@@ -175,8 +177,13 @@ def accumulate(
     suspects: Suspects,
     look: Look | None = None,
 ) -> tuple[float, Metrics]:
-    """Add the gradient of the loss of these rows. Returns the loss (nan if it is not finite), and what was measured."""
+    """Add the gradient of the loss of these rows. Returns the loss (nan if it is not finite), and what was measured.
+
+    Rows that cannot move the policy do not go through the model. If no row can, one does: its gradient is 0, and that is
+    not the same as none to an optimizer with moments."""
     measured = Metrics()
+    sequences = [experience.sequences[i] for i in chosen]
+    teaching = objective.teaching(prepared.tensors).nonzero().squeeze(1).tolist()
 
     def loss(log_probs: Tensor, index: Tensor) -> Tensor:
         nonlocal measured
@@ -187,11 +194,12 @@ def accumulate(
         return suspects.watch(value, log_probs, index)
 
     total = policy.accumulate(
-        [experience.sequences[i] for i in chosen],
+        sequences,
         loss,
+        rows=teaching or [min(range(len(sequences)), key=lambda row: sum(map(len, sequences[row])))],
         temperature=how.temperature,
         microbatch_tokens=how.microbatch_tokens,
-    ).loss
+    )
     return total, measured
 
 

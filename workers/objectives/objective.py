@@ -35,7 +35,7 @@ from workers.objectives.outputs import LossOutputs
 from workers.objectives.ratio import RATIOS, AnswerTokens, segments
 from workers.objectives.reductions import Reductions
 from workers.objectives.step import Moved, OptimizerStep, Rows, needed
-from workers.objectives.surrogate import PICKS, SURROGATES, Terms
+from workers.objectives.surrogate import PICKS, SURROGATES, UNSCALED, Terms
 from workers.objectives.tensors import by_column
 
 
@@ -172,6 +172,8 @@ class Objective:
         )
         advantages = self._of_counted(advantages, dtype, counted, counts_B)
         metrics.add("sum", "batch/masked_rows", lengths_B == 0)
+        metrics.add("sum", "batch/tokens", counts_B)
+        metrics.add("sum", "batch/sequences", counts_B > 0)
         rows = Rows(
             mask=answers,
             lengths=lengths_B.clamp(min=1),
@@ -233,6 +235,14 @@ class Objective:
         measured.fraction("correction/fraction_truncated", result.truncated)
         measured.fraction("correction/fraction_masked", result.masked)
         return result.weights
+
+    @torch.no_grad()
+    def teaching(self, rows: Rows) -> Tensor:
+        """[B] bool: the rows whose loss depends on the policy. That of the others is 0, and its gradient too, whatever the
+        policy says: no token of them counts, or all terms are multiples of advantages that are 0."""
+        if self.kl_in_loss or self.surrogate_kind in UNSCALED:
+            return rows.counts > 0
+        return (by_column(rows.advantages) != 0).any(dim=1)
 
     # ------------------------------------------------------------ once a micro-batch
 

@@ -78,8 +78,6 @@ class LossOutputs:
         measured = Reductions(self.weights, moved.dtype, counts_B=rows.counts, lengths_B=rows.lengths)
         metrics = measured.metrics
         metrics.add("sum", "policy/loss", self.loss_B)
-        metrics.add("sum", "batch/tokens", measured.tokens_B)
-        metrics.add("sum", "batch/sequences", measured.counted_B)
         metrics.add("sum", "batch/nonfinite_rows", self.nonfinite_rows)
         measured.mean("policy/ratio_mean", self._ratio)
         measured.extremes("policy/ratio", self._ratio)

@@ -169,6 +169,8 @@ SURROGATES: dict[str, Callable[..., TokenLoss]] = {
     "kl_cov": kl_cov,
     "none": none,
 }
+# Those with a term that is no multiple of the advantage: a token that has none still moves the policy.
+UNSCALED = frozenset({"dro", "kl_cov"})
 
 
 def _pick_drawn(

@@ -18,6 +18,7 @@ import peft
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from service.spec.model import Full, Lora
 from service.spec.training import OptimizerSpec
@@ -25,7 +26,8 @@ from workers.policy.base import Base
 from workers.policy.load import MODEL, model_folder
 from workers.policy.optimizer import Optimizer, StepSettings
 from workers.policy.policy import Policy
-from workers.policy.score.layout import Items, Sequence, batches_of, microbatches, pad, response_mask
+from workers.policy.score.layout import Items, Sequence, batches_of
+from workers.policy.score.log_probs import log_probs_alone
 from workers.seeds import derive
 
 TRAINER = "trainer.json"
@@ -43,14 +45,6 @@ class Start:
     weights: Path | None = None  # None: a new adapter, or the source's weights
     optimizer: Path | None = None  # to continue exactly: moments, masters, and the count of steps
     new_schedule: bool = False  # take only moments and masters, restart the learning rate's schedule (a fork)
-
-
-@dataclass(frozen=True)
-class Accumulated:
-    """The result of one call of `accumulate`."""
-
-    loss: float  # summed over micro-batches; nan if one of them was not finite
-    entropy: Tensor  # [B, T] float32, without gradient, 0 where masked
 
 
 class Learner(Policy):
@@ -97,28 +91,30 @@ class Learner(Policy):
         sequences: list[Sequence],
         loss: Loss,
         *,
+        rows: Iterable[int] | None = None,
         temperature: float = 1.0,
         microbatch_tokens: int | Literal["auto"] = "auto",
-    ) -> Accumulated:
-        """Add the gradient of the loss.
+    ) -> float:
+        """Add the gradient of the loss. Returns the loss, nan if it is not finite.
 
         `loss` gets the log_probs [b, T] of some rows and the rows' indices [b] in `sequences`, and returns these rows' share
         of the loss. T is the longest answer of all `sequences`. The sum of the shares must not depend on how the list is
-        split, so compute weights from the whole list.
+        split, so compute weights from the whole list. `rows`: only these go through the model, because the loss of the others
+        is 0; default: all.
         """
         base = self.base
-        mask = response_mask(sequences, base.device)
-        entropy = torch.zeros(mask.shape, device=base.device)
+        most = base.microbatch_tokens if microbatch_tokens == "auto" else microbatch_tokens
+        wanted = list(range(len(sequences)) if rows is None else rows)
 
         def shares() -> Iterator[Tensor]:
-            for rows in microbatches(sequences, base.microbatch_tokens if microbatch_tokens == "auto" else microbatch_tokens):
-                batch = pad([sequences[row] for row in rows], base.text.pad_id, base.device)
-                indices = torch.tensor(rows, device=base.device)
-                chosen, entropy[indices[batch.rows_N], batch.steps_N] = base.scorer(batch, temperature)
-                log_probs = chosen.new_zeros(len(rows), mask.shape[1]).index_put((batch.rows_N, batch.steps_N), chosen)
-                yield loss(log_probs, indices)
+            some, share = [sequences[row] for row in wanted], not self._dropouts  # with dropout each row has its own draws
+            width = max((len(completion) for _, completion in sequences), default=0)
+            of = log_probs_alone(temperature)
+            for part, (found,) in base.scorer.each(some, most, of, pad_id=base.text.pad_id, share=share):
+                log_probs = pad(found, (0, width - found.shape[1]))
+                yield loss(log_probs, torch.tensor([wanted[place] for place in part], device=base.device))
 
-        return Accumulated(self._add(shares()), entropy)
+        return self._add(shares())
 
     def accumulate_targets(self, items: Items, loss: TargetLoss) -> tuple[float, Tensor]:
         """Add the gradient of a loss over the items' targets. Returns the loss (nan if it is not finite), and the log-probs

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from workers.policy.base import Base
 from workers.policy.nudge import nudged
-from workers.policy.score.layout import Items, Sequence, batches_of, microbatches, pad, response_mask
+from workers.policy.score.layout import Items, Sequence, batches_of, response_mask
+from workers.policy.score.log_probs import both
 from workers.rollout.engine import Completion, Engine, Request, SamplingParams
 from workers.seeds import derive
 
@@ -46,6 +47,7 @@ class Policy:
         top_k: int = 0,
         stop: Iterable[str] = (),
         seed: int,
+        entropies: bool = False,
     ) -> list[list[Completion]]:
         """`group_size` answers to each prompt. The same arguments give the same answers; temperature 0 is greedy.
 
@@ -55,7 +57,7 @@ class Policy:
         stop = tuple(stop)
         how = SamplingParams(max_tokens, temperature, top_p, top_k, stop, tuple(self.text.stop_ids(stop)))
         requests = [
-            Request(prompt, how, derive(seed, row * group_size + place, "answer"), self.adapter)
+            Request(prompt, how, derive(seed, row * group_size + place, "answer"), self.adapter, entropies=entropies)
             for row, prompt in enumerate(prompts)
             for place in range(group_size)
         ]
@@ -73,10 +75,9 @@ class Policy:
         mask = response_mask(sequences, base.device)
         log_probs, entropy = torch.zeros((2, *mask.shape), device=base.device)
         with base.adapters.only(self.adapter), nudged(base.model) if nudge else nullcontext():
-            for rows in microbatches(sequences, base.microbatch_tokens):
-                batch = pad([sequences[row] for row in rows], base.text.pad_id, base.device)
-                place = torch.tensor(rows, device=base.device)[batch.rows_N], batch.steps_N
-                log_probs[place], entropy[place] = base.scorer(batch, temperature)
+            parts = base.scorer.each(sequences, base.microbatch_tokens, both(temperature), pad_id=base.text.pad_id)
+            for rows, found in parts:
+                log_probs[rows], entropy[rows] = found
         return Scores(log_probs, entropy, mask)
 
     @torch.no_grad()

@@ -55,6 +55,12 @@ def likeliest(logits_N_V: Tensor, how: SamplingParams, count: int) -> list[TopLo
     return [[(t, v) for t, v in zip(*row, strict=True) if v > float("-inf")] for row in pairs]
 
 
+def entropies(logits_N_V: Tensor, how: SamplingParams) -> Tensor:
+    """[N] float32, of the same distributions as `draw`'s log-probs."""
+    logits = logits_N_V.float() if how.temperature == 0 else _shaped(logits_N_V, how)[0]
+    return torch.special.entr(logits.softmax(-1)).sum(-1)
+
+
 def _shaped(logits_N_V: Tensor, how: SamplingParams) -> tuple[Tensor, Tensor | None]:
     """The logits in float32 after temperature, top_k and top_p, and the tokens they belong to; None: in the tokens' order."""
     logits = logits_N_V.float()

@@ -36,6 +36,7 @@ class Request:
     prompt_log_probs: bool = False
     top_prompt_log_probs: int = 0  # how many tokens at each place of the prompt
     top_log_probs: int = 0  # how many tokens at each place of the answer
+    entropies: bool = False  # of the distribution at each place of the answer
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class Completion:
     prompt_log_probs: list[float | None] | None = None  # None at the first place: nothing stands before it
     top_prompt_log_probs: list[TopLogProbs | None] | None = None
     top_log_probs: list[TopLogProbs] | None = None
+    entropies: list[float] | None = None  # of the distribution that was sampled from
     error: JobFailed | None = None  # why there is no answer (non_finite_logits); tokens and text are then empty
 
 

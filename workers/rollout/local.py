@@ -21,7 +21,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from service.errors import JobFailed
 from workers.rollout.cache import Slots, windows
-from workers.rollout.draw import draw, key_of, likeliest, uniforms
+from workers.rollout.draw import draw, entropies, key_of, likeliest, uniforms
 from workers.rollout.engine import Completion, Engine, Request, TopLogProbs
 
 CPU_CACHE_BYTES = 2 * 2**30  # of keys and values; a constant, so that the same call always makes the same batches
@@ -64,6 +64,7 @@ class _Row:
     tokens: list[int] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
     top: list[TopLogProbs] = field(default_factory=list)
+    entropies: list[float] = field(default_factory=list)
     prompt_log_probs: list[float | None] = field(default_factory=list)
     top_prompt_log_probs: list[TopLogProbs | None] = field(default_factory=list)
     ended: bool = False  # by its last token
@@ -90,6 +91,7 @@ class _Row:
             self.prompt_log_probs if asked.prompt_log_probs else None,
             self.top_prompt_log_probs if asked.top_prompt_log_probs else None,
             self.top if asked.top_log_probs else None,
+            self.entropies if asked.entropies else None,
         )
 
 
@@ -451,6 +453,7 @@ class LocalEngine(Engine):
                 row.log_probs.append(log_prob)
                 row.ended = token in row.ends or not isfinite(log_prob)
             self._draw_top(mine, own)
+            self._note_entropies(mine, own)
 
     def _draw_top(self, rows: list[_Row], logits: Tensor) -> None:
         """Note the likeliest tokens for the rows that ask for them."""
@@ -460,6 +463,13 @@ class LocalEngine(Engine):
             top = likeliest(logits[torch.tensor(asking, device=self._device)], rows[0].request.how, most)
             for place, pairs in zip(asking, top, strict=True):
                 rows[place].top.append(pairs[: rows[place].request.top_log_probs])
+
+    def _note_entropies(self, rows: list[_Row], logits: Tensor) -> None:
+        asking = [place for place, row in enumerate(rows) if row.request.entropies]
+        if asking:
+            own = logits if len(asking) == len(rows) else logits[torch.tensor(asking, device=self._device)]
+            for place, value in zip(asking, entropies(own, rows[0].request.how).tolist(), strict=True):
+                rows[place].entropies.append(value)
 
     def _at_stop(self, rows: list[_Row]) -> set[int]:
         """The tickets of the rows that hold a stop text. Only their ends are decoded: what stands before was looked at in

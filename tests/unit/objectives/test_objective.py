@@ -145,7 +145,7 @@ def test_what_is_left_out_of_the_loss_is_in_no_count_and_its_advantage_may_be_an
     loss, outputs = objective.loss(log_probs, step.rows())
     (gradient,) = torch.autograd.grad(loss, log_probs)
     assert gradient.isfinite().all() and (gradient[2] == 0).all()
-    measured = outputs.metrics.finish()
+    measured = (step.metrics + outputs.metrics).finish()
     assert (measured["batch/tokens"], measured["batch/sequences"]) == (7, 3)
     moved = (batch["old_log_probs"] - log_probs.detach())[selected]
     assert measured["policy/approx_kl"] == pytest.approx(float(moved.mean()))

@@ -184,7 +184,7 @@ def load(
     )
 
 
-@pytest.fixture(name="load")
+@pytest.fixture(name="load", scope="session")
 def load_fixture() -> Callable[..., Learner]:
     return load
 
@@ -204,7 +204,7 @@ def learn(policy: Learner, step: int, **kwargs: Any) -> float:
     tokens = sum(len(sequence.completion) for sequence in sequences)
     loss = policy.accumulate(sequences, lambda log_probs, rows: -log_probs.sum() / tokens, **kwargs)
     policy.step()
-    return loss.loss
+    return loss
 
 
 def some_sequences(count: int, *, seed: int = 0) -> list[Sequence]:

@@ -72,7 +72,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_forgotten(bad, dtype, load
     policy, untouched = load(ModelSpec(source="tiny", dtype=dtype)), load(ModelSpec(source="tiny", dtype=dtype))
     learn(policy, 0)
     before = weights(policy)
-    loss = policy.accumulate(some_sequences(3), lambda log_probs, rows: log_probs.sum() * bad).loss
+    loss = policy.accumulate(some_sequences(3), lambda log_probs, rows: log_probs.sum() * bad)
     assert not math.isfinite(loss)
     assert policy.step()["skipped"] is True
     assert all(torch.equal(value, before[name]) for name, value in weights(policy).items())
@@ -87,7 +87,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_forgotten(bad, dtype, load
 def test_a_loss_that_is_not_finite_is_skipped_though_its_gradient_is(load, some_sequences, weights):
     policy = load()
     before = weights(policy)
-    loss = policy.accumulate(some_sequences(3), lambda log_probs, rows: log_probs.sum() + float("inf")).loss
+    loss = policy.accumulate(some_sequences(3), lambda log_probs, rows: log_probs.sum() + float("inf"))
     assert math.isnan(loss)
     assert policy.step()["skipped"] is True
     assert all(torch.equal(value, before[name]) for name, value in weights(policy).items())
@@ -97,7 +97,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_though_its_loss_is(load, some_
     policy = load()
     before = weights(policy)
     # The root's slope at 0 is infinite.
-    loss = policy.accumulate(some_sequences(3), lambda log_probs, rows: (log_probs - log_probs.detach()).sum().sqrt()).loss
+    loss = policy.accumulate(some_sequences(3), lambda log_probs, rows: (log_probs - log_probs.detach()).sum().sqrt())
     assert loss == 0.0
     facts = policy.step()
     assert facts["skipped"] is True and not math.isfinite(facts["grad_norm"])

@@ -64,8 +64,8 @@ def test_dropout_is_drawn_anew_for_each_step_and_off_when_scoring(load, learn, s
     sequences = some_sequences(5)
     losses = []
     for _ in range(3):
-        losses.append(policy.accumulate(sequences, lambda log_probs, rows: log_probs.sum()).loss)
-        losses.append(policy.accumulate(sequences, lambda log_probs, rows: log_probs.sum()).loss)
+        losses.append(policy.accumulate(sequences, lambda log_probs, rows: log_probs.sum()))
+        losses.append(policy.accumulate(sequences, lambda log_probs, rows: log_probs.sum()))
         policy.step()
     assert len(set(losses)) == 6
     assert torch.equal(policy.score(sequences).log_probs, policy.score(sequences).log_probs)

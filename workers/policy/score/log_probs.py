@@ -6,16 +6,17 @@ models the whole forward runs, and logits are kept from the first position that 
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from workers.policy.score.chosen import chosen
-from workers.policy.score.layout import Padded
+from workers.policy.score.layout import Padded, Sequence, microbatches, pad
+from workers.policy.score.packed import BY_BATCH, hidden_states, pack, packed_batches
 
 # logits [N, V] and the targets of each row -> tensors [N, ...]
 OfLogits = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
@@ -30,19 +31,39 @@ class Scorer:
         self._model = model
         self._keeps = "logits_to_keep" in inspect.signature(type(model).forward).parameters
         self.head_on_answers_only = _head_is_all_that_follows(model)
+        self.packs = self.head_on_answers_only and _packs(model)
 
     def __call__(self, batch: Padded, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """log_probs and entropies, both [N] float32, one per answer token; the entropies have no gradient."""
-
-        def both(logits_N_V: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
-            return _log_probs_and_entropy(logits_N_V, targets_N, temperature)
-
-        log_probs, entropy = self._at(batch.input_ids_B_L, batch.positions_N, batch.targets_N, both)
+        log_probs, entropy = self._at(batch.input_ids_B_L, batch.positions_N, batch.targets_N, both(temperature))
         return log_probs, entropy
+
+    def each(
+        self, sequences: list[Sequence], tokens: int, of: OfLogits, *, pad_id: int, share: bool = True
+    ) -> Iterator[tuple[list[int], list[Tensor]]]:
+        """Micro-batch after micro-batch of at most `tokens` tokens: its rows in `sequences`, and what `of` makes of the logits
+        of their answers, each [b, T], 0 beyond an answer's end; T is the longest answer of all.
+
+        share  prompts and answers that rows have in common may be computed once, if the model allows it and it is worth it
+        """
+        width, device = max((len(sequence.completion) for sequence in sequences), default=0), self._model.device
+        packed = packed_batches(sequences, tokens) if share and self.packs else None
+        for rows in microbatches(sequences, tokens) if packed is None else packed:
+            chosen = [sequences[row] for row in rows]
+            if packed is None:
+                batch = pad(chosen, pad_id, device)
+                found = self._at(batch.input_ids_B_L, batch.positions_N, batch.targets_N, of)
+                yield rows, [_spread(each, (batch.rows_N, batch.steps_N), (len(rows), width)) for each in found]
+            else:
+                tree = pack(chosen, device)
+                hidden = hidden_states(self._model, tree).index_select(0, tree.positions_M)
+                found = self._from_hidden(hidden, tree.targets_M, of)
+                of_answers = [_spread(each, (tree.answers_M, tree.steps_M), (tree.answers, width)) for each in found]
+                yield rows, [each.index_select(0, tree.of_row_B) for each in of_answers]
 
     def log_probs(self, input_ids_B_L: Tensor, positions_N: Tensor, targets_N: Tensor) -> Tensor:
         """The log-probs of `targets_N` [N] or [N, K] at these flat positions, float32 in the same shape."""
-        return self._at(input_ids_B_L, positions_N, targets_N, lambda logits, targets: (_log_probs(logits, targets),))[0]
+        return self._at(input_ids_B_L, positions_N, targets_N, log_probs_alone())[0]
 
     @torch.no_grad()
     def likeliest(self, input_ids_B_L: Tensor, positions_N: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -90,20 +111,39 @@ class Scorer:
         return tuple(map(torch.cat, zip(*parts, strict=True)))
 
 
-def _log_probs(logits_N_V: Tensor, targets_N: Tensor) -> Tensor:
+def log_probs_alone(temperature: float = 1.0) -> OfLogits:
+    """The targets' log-probs."""
+    return lambda logits_N_V, targets_N: (_log_probs(logits_N_V, targets_N, temperature),)
+
+
+def both(temperature: float = 1.0) -> OfLogits:
+    """The targets' log-probs, and the entropies, without a gradient."""
+    return lambda logits_N_V, targets_N: _log_probs_and_entropy(logits_N_V, targets_N, temperature)
+
+
+def _spread(values: Tensor, places: tuple[Tensor, Tensor], shape: tuple[int, int]) -> Tensor:
+    return values.new_zeros(shape).index_put(places, values)
+
+
+def _log_probs(logits_N_V: Tensor, targets_N: Tensor, temperature: float) -> Tensor:
     """Of one target [N] or several [N, K] a row; all are gathered from the same logits."""
-    return chosen(logits_N_V.float(), targets_N.view(len(targets_N), -1))[0].view(targets_N.shape)
+    targets_N_K = targets_N if targets_N.dim() == 2 else targets_N.unsqueeze(-1)
+    return chosen(_tempered(logits_N_V, temperature), targets_N_K)[0].view(targets_N.shape)
 
 
 def _log_probs_and_entropy(logits_N_V: Tensor, targets_N: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    logits = logits_N_V.float()
-    if temperature != 1:
-        logits = logits / temperature
+    logits = _tempered(logits_N_V, temperature)
     log_probs_N_1, whole_N_1 = chosen(logits, targets_N.unsqueeze(-1))
     with torch.no_grad():
         # entr(0) is 0: a token that cannot be drawn adds no entropy.
         entropy = torch.special.entr((logits.detach() - whole_N_1).exp_()).sum(-1)
     return log_probs_N_1.squeeze(-1), entropy
+
+
+def _tempered(logits_N_V: Tensor, temperature: float) -> Tensor:
+    """In float32 or better."""
+    logits = logits_N_V.to(torch.promote_types(logits_N_V.dtype, torch.float32))
+    return logits if temperature == 1 else logits / temperature
 
 
 @torch.no_grad()
@@ -120,3 +160,33 @@ def _head_is_all_that_follows(model: PreTrainedModel) -> bool:
         return False
     theirs = model(input_ids=ids, use_cache=False).logits
     return ours.shape == theirs.shape and torch.equal(ours.float(), theirs.float())
+
+
+# A shared prompt of three tokens with two answers, and another pair with longer parts.
+TRIAL = Sequence([1, 2, 3], [4, 5, 6, 7]), Sequence([1, 2, 3], [5]), Sequence([6, 1, 4, 2, 7], [3, 1, 2]), Sequence([2], [3, 4])
+# The root mean square of the difference of hidden states, as a share of their own. Rounding gives 1e-6 in float32.
+OFF = {torch.float32: 1e-4, torch.float64: 1e-8}
+OFF_IN_HALF = 0.02
+
+
+@torch.no_grad()
+def _packs(model: PreTrainedModel) -> bool:
+    """Whether the backbone gives the same for packed sequences as for padded ones."""
+    if any(kind in BY_BATCH for module in model.modules() for kind in _rope_types(module)):
+        return False
+    vocabulary = model.config.get_text_config().vocab_size
+    trial = [Sequence(*([token % vocabulary for token in part] for part in sequence)) for sequence in TRIAL]
+    padded, packed = pad(trial, 0, model.device), pack(trial, model.device)
+    try:
+        ours = hidden_states(model, packed).index_select(0, packed.positions_M)
+        theirs = model.base_model(input_ids=padded.input_ids_B_L, use_cache=False).last_hidden_state
+    except (AttributeError, TypeError, ValueError, LookupError, RuntimeError):
+        return False
+    theirs = theirs.flatten(0, 1).index_select(0, padded.positions_N)
+    off = (ours - theirs).double().square().mean().sqrt() / theirs.double().square().mean().sqrt()
+    return float(off) <= OFF.get(model.dtype, OFF_IN_HALF)  # false for NaN, too
+
+
+def _rope_types(module: nn.Module) -> list[str]:
+    kind = getattr(module, "rope_type", ())
+    return list(kind.values()) if isinstance(kind, dict) else [kind] if isinstance(kind, str) else []
