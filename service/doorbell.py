@@ -32,6 +32,7 @@ LOSSES_QUEUE = "losses"
 PARTS = "ratchet:parts:"  # channels of answers that are told while they grow, one a lane
 KEYS_EDITION = "ratchet:keys:edition"  # changes with each revocation of an API key
 CLASSES = ("any", "cpu", "gpu")
+TO_WORKERS = frozenset({b"operation", b"wish", b"guest"})  # signals that say nothing to followers
 TIMEOUT_S = 1.0  # for a connection, and for an answer
 HUSH_S = 10.0  # no signals for this long after one timed out: a frozen Redis must not cost a second per signal
 POLL_S = 1.0  # how long a listener sleeps while Redis is down
@@ -327,7 +328,7 @@ class Signals:
                 if channel.startswith(PARTS):
                     if (parts := self._parts.get(channel.removeprefix(PARTS))) is not None:
                         parts.take(json.loads(message["data"]))
-                else:
+                elif message["data"] not in TO_WORKERS:
                     self._wake(channel.removeprefix(channel_name("")))
 
     def _wake(self, job_id: str) -> None:

@@ -79,8 +79,8 @@ class ScriptedWorker:
                 elif wish in (Wish.CANCEL, Wish.SAVE_AND_CANCEL):
                     leases.cancelled(self._store, lease)
                     del self._held[lease.job_id]
-        with self._store.begin(readonly=True) as session:
-            rows = operations.ready(session, ordered) + operations.loose(session, list(self._held))
+        with self._store.look() as connection:
+            rows = operations.ready(connection, ordered) + operations.loose(connection, list(self._held))
         for row in rows:
             time.sleep(self.pause_s)
             try:
@@ -92,7 +92,7 @@ class ScriptedWorker:
 
     def _answer(self, row: Operation) -> None:
         lease, job = self._held[row.job_id]
-        head, tensors = unpack(row.request or b"")
+        head, tensors = unpack(row.request)
         if row.lane == operations.ORDERED:
             self.ran.append((row.kind, row.seq))
             self._done[row.job_id] = row.seq

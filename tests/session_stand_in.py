@@ -92,10 +92,9 @@ def working(store: Store, settings: Settings, doorbell: Doorbell) -> Iterator[li
         while not over.wait(0.005):
             while (claimed := leases.claim(store, settings, "stand-in", ["any", "cpu"])) is not None:
                 held[claimed[1].id], done[claimed[1].id] = claimed[0], 0
-            with store.begin(readonly=True) as session:
-                rows = operations.ready(session, done)
+            with store.look() as connection:
+                rows = operations.ready(connection, done)
             for row in rows:
-                assert row.request is not None
                 ran.append((row.seq, row.kind))
                 done[row.job_id] = row.seq
                 tensors = unpack(row.request)[1]

@@ -1,9 +1,9 @@
 """Routes of training sessions: made here, steered by their operations. As jobs they are followed, paused and ended under
 /v1/jobs."""
 
+from collections.abc import Mapping
 from contextlib import AbstractAsyncContextManager, nullcontext
 from datetime import datetime
-from functools import partial
 from typing import Annotated, Any, Literal, Self
 
 from fastapi import APIRouter, Query, Request, Response
@@ -30,7 +30,7 @@ from service.sessions.codec import as_json
 from service.sessions.tensors import asked_of_tensors
 from service.spec.session import SessionSpec
 from service.store import jobs, operations
-from service.store.operations import Asked
+from service.store.operations import Asked, Outcome
 from service.store.tables import Operation
 from service.validation import below, parse
 
@@ -39,6 +39,7 @@ router = APIRouter(prefix="/v1/sessions", tags=["sessions"])
 JSON, TENSORS = "application/json", "application/vnd.safetensors"
 SMALL_BYTES = 2**16
 ONE = TypeAdapter(OperationBody)
+Found = Mapping[str, Outcome]  # by id
 
 
 class OperationError(BaseModel):
@@ -71,7 +72,7 @@ class OperationView(BaseModel):
     expires_at: Annotated[datetime | None, Field(description="until then the result can be fetched")]
 
     @classmethod
-    def of(cls, row: Operation, result: dict[str, Any] | None = None) -> Self:
+    def of(cls, row: Operation | Outcome, result: dict[str, Any] | None = None) -> Self:
         names = cls.model_fields.keys() - {"object", "session_id", "result"}
         return cls(**{name: getattr(row, name) for name in names}, session_id=row.job_id, result=result)
 
@@ -86,6 +87,10 @@ class OperationViews(BaseModel):
 class OperationPage(Page[OperationView]):
     next_seq: Annotated[int, Field(description="the seq that the session's next operation has")]
     waiting: Annotated[int, Field(description="how many operations wait in the session")]
+
+
+class SessionsQuery(JobsQuery):
+    kind: Literal["session", "sampler"] = "session"  # pyright: ignore[reportIncompatibleVariableOverride]
 
 
 class OperationsQuery(BaseModel):
@@ -146,10 +151,10 @@ def create_session(
 
 
 @router.get("")
-def list_sessions(context: ContextDep, caller: CallerDep, query: Annotated[JobsQuery, Query()]) -> JobPage:
-    """Sessions without their specs, newest first."""
+def list_sessions(context: ContextDep, caller: CallerDep, query: Annotated[SessionsQuery, Query()]) -> JobPage:
+    """Sessions, or samplers, without their specs, newest first."""
     with context.store.begin(readonly=True) as session, below("/query"):
-        rows, has_more = jobs.page(session, caller.project, **query.model_dump(exclude={"kind"}), kind="session")
+        rows, has_more = jobs.page(session, caller.project, **query.model_dump())
     return JobPage.of([JobSummary.of(row) for row in rows], [row.id for row in rows], has_more)
 
 
@@ -182,22 +187,15 @@ async def append_operations(
         raise UnsupportedMedia(f"the body's Content-Type is {sent_as}; taken are {JSON} and {TENSORS}")
     answer_as = accepted(request, (sent_as, TENSORS if sent_as == JSON else JSON))
     raw = await limited(request, context.settings.max_loss_body_bytes, "an operation").body()
-    read = partial(_asked, raw, sent_as)
-    async with _turn(context, caller, raw):
-        many, wanted = read() if len(raw) <= 1024 else await run_in_threadpool(read)
-    append = partial(
-        lifecycle.append_operations, context.store, context.doorbell, context.settings, caller.project, session_id, wanted
-    )
-    rows = await run_in_threadpool(append)
     seconds = wait_s(request)
-    waited = await _wait(context, caller, share, session_id, [row.id for row in rows], seconds)
+    async with _turn(context, caller, raw):
+        many, ids = await run_in_threadpool(_log, context, caller, session_id, raw, sent_as)
+    found = await _wait(context, caller, share, session_id, ids, seconds)
     if many:
-        views = [await _view(context, caller, row.id) for row in rows]
-        done = all(view.status != "waiting" for view in views)
-        response = Response(OperationViews(data=views).model_dump_json(), 200 if done else 202, media_type=JSON)
+        response = await run_in_threadpool(_several, context, caller, ids, found)
     else:
-        response = await _response(context, caller, rows[0].id, answer_as)
-    if waited:
+        response = await run_in_threadpool(_one, context, caller, ids[0], answer_as, found)
+    if seconds > 0:
         response.headers["Preference-Applied"] = "wait"
     return response
 
@@ -232,9 +230,8 @@ async def read_operation(
     """An operation by its id or its seq. With `Prefer: wait=S` the answer comes when it is done."""
     answer_as = accepted(request, (JSON, TENSORS))
     operation_id = await run_in_threadpool(_id_of, context, caller, session_id, operation)
-    seconds = wait_s(request)
-    await _wait(context, caller, share, session_id, [operation_id], seconds)
-    return await _response(context, caller, operation_id, answer_as)
+    found = await _wait(context, caller, share, session_id, [operation_id], wait_s(request))
+    return await run_in_threadpool(_one, context, caller, operation_id, answer_as, found)
 
 
 def _asked(raw: bytes, sent_as: str) -> tuple[bool, list[Asked]]:
@@ -245,6 +242,13 @@ def _asked(raw: bytes, sent_as: str) -> tuple[bool, list[Asked]]:
     if isinstance(sent, dict) and "operations" in sent:
         return True, [asked(body) for body in parse(TypeAdapter(Operations), sent).operations]
     return False, [asked(parse(ONE, sent))]
+
+
+def _log(context: Context, caller: Caller, session_id: str, raw: bytes, sent_as: str) -> tuple[bool, list[str]]:
+    """Whether several were sent, and their ids once they are logged."""
+    many, wanted = _asked(raw, sent_as)
+    rows = lifecycle.append_operations(context.store, context.doorbell, context.settings, caller.project, session_id, wanted)
+    return many, [row.id for row in rows]
 
 
 def _id_of(context: Context, caller: Caller, session_id: str, operation: str) -> str:
@@ -263,39 +267,44 @@ def _turn(context: Context, caller: Caller, raw: bytes) -> AbstractAsyncContextM
     return context.conversions.turn(caller.key_id) if len(raw) > SMALL_BYTES else nullcontext()
 
 
-async def _wait(context: Context, caller: Caller, share: Share, session_id: str, ids: list[str], seconds: float) -> bool:
-    """Wait until all of them are answered, for at most `seconds`. Returns whether it was asked to wait."""
+async def _wait(context: Context, caller: Caller, share: Share, session_id: str, ids: list[str], seconds: float) -> Found:
+    """Wait until all of them are answered, for at most `seconds`. Returns those that are."""
     if seconds <= 0:
-        return False
+        return {}
     with context.open_answers.hold(caller.key_id):
         async with share.resting():
-            for operation_id in ids:  # they are answered in their order
-                if context.stopping.is_set() or not await context.answers.wait(session_id, operation_id, seconds):
-                    break
-    return True
+            return {} if context.stopping.is_set() else await context.answers.wait(session_id, ids, seconds)
 
 
-async def _view(context: Context, caller: Caller, operation_id: str) -> OperationView:
-    def read() -> OperationView:
-        with context.store.begin(readonly=True) as session:
-            row = operations.get(session, caller.project, operation_id)
-        return OperationView.of(row, None if row.answer is None else as_json(row.answer))
+def _row(context: Context, caller: Caller, operation_id: str, found: Found) -> Operation | Outcome:
+    """The operation, read now unless it was `found`."""
+    if operation_id in found:
+        return found[operation_id]
+    with context.store.begin(readonly=True) as session:
+        return operations.get(session, caller.project, operation_id)
 
-    return await run_in_threadpool(read)
+
+def _view(row: Operation | Outcome) -> OperationView:
+    return OperationView.of(row, None if row.answer is None else as_json(row.answer))
 
 
-async def _response(context: Context, caller: Caller, operation_id: str, answer_as: str) -> Response:
+def _several(context: Context, caller: Caller, ids: list[str], found: Found) -> Response:
+    views = [_view(_row(context, caller, id_, found)) for id_ in ids]
+    done = all(view.status != "waiting" for view in views)
+    return Response(OperationViews(data=views).model_dump_json(), 200 if done else 202, media_type=JSON)
+
+
+def _one(context: Context, caller: Caller, operation_id: str, answer_as: str, found: Found) -> Response:
+    row = _row(context, caller, operation_id, found)
     if answer_as == TENSORS:
-        return await run_in_threadpool(_tensors, context, caller, operation_id)
-    view = await _view(context, caller, operation_id)
+        return _tensors(row)
+    view = _view(row)
     headers = {"Location": f"/v1/sessions/{view.session_id}/operations/{view.id}"}
     return Response(view.model_dump_json(), 202 if view.status == "waiting" else 200, headers, JSON)
 
 
-def _tensors(context: Context, caller: Caller, operation_id: str) -> Response:
+def _tensors(row: Operation | Outcome) -> Response:
     """The answer as it was computed. Raises InvalidRequest or Conflict for a failed operation, and NotFound for one expired."""
-    with context.store.begin(readonly=True) as session:
-        row = operations.get(session, caller.project, operation_id)
     if row.status == "waiting":
         return Response(OperationView.of(row).model_dump_json(), 202, {"Retry-After": "1"}, JSON)
     if row.error is not None:
@@ -303,5 +312,5 @@ def _tensors(context: Context, caller: Caller, operation_id: str) -> Response:
         more = {name: row.error[name] for name in ("hint", "category", "pointer") if row.error.get(name) is not None}
         raise kind(row.error["detail"], code=row.error["code"], **more)
     if row.answer is None:
-        raise NotFound(f"the answer of {operation_id} has expired", code="answer_expired")
+        raise NotFound(f"the answer of {row.id} has expired", code="answer_expired")
     return Response(row.answer, 200, {"X-Operation-Id": row.id}, TENSORS)

@@ -1,4 +1,5 @@
-"""Waiting for answers of operations: however many callers wait in a process, a session that is signalled is read once."""
+"""Waiting for answers of operations: however many callers wait in a process, a session that is signalled is read once, and what
+was read is handed to all of them."""
 
 import asyncio
 from collections.abc import Collection
@@ -8,9 +9,18 @@ from starlette.concurrency import run_in_threadpool
 
 from service.doorbell import Signals
 from service.store import operations
+from service.store.operations import Outcome
 from service.store.session import Store
 
 POLL_S = 2.0  # the delay of an answer whose signal was lost
+
+
+class _Waiter:
+    """A caller who waits for some operations of a session."""
+
+    def __init__(self, ids: Collection[str]) -> None:
+        self.left, self.found = set(ids), dict[str, Outcome]()
+        self.over = asyncio.Event()  # all are there, or nobody looks any more
 
 
 class Answers:
@@ -18,47 +28,48 @@ class Answers:
 
     def __init__(self, signals: Signals, store: Store) -> None:
         self._signals, self._store = signals, store
-        self._waiters: dict[str, dict[str, set[asyncio.Event]]] = {}  # by session, by operation
+        self._waiters: dict[str, set[_Waiter]] = {}  # by session
 
-    async def wait(self, job_id: str, operation_id: str, timeout_s: float) -> bool:
-        """Whether the operation is answered, has failed or is gone, after at most `timeout_s`."""
-        done = asyncio.Event()
-        mine = self._waiters.get(job_id)
+    async def wait(self, job_id: str, ids: Collection[str], timeout_s: float) -> dict[str, Outcome]:
+        """What came of these operations, by id, as soon as none of them waits any more, or after `timeout_s`. Those that still
+        wait, or are gone, are left out."""
+        waiter, mine = _Waiter(ids), self._waiters.get(job_id)
         if mine is None:
-            mine = self._waiters[job_id] = {}
+            mine = self._waiters[job_id] = set()
             asyncio.create_task(self._look(job_id, mine), name=f"answers-{job_id}")  # noqa: RUF006  it ends with its waiters
-        mine.setdefault(operation_id, set()).add(done)
+        mine.add(waiter)
         try:
             with suppress(TimeoutError):
                 async with asyncio.timeout(timeout_s):
-                    return await done.wait()
-            return False
+                    await waiter.over.wait()
+            return waiter.found
         finally:
-            if waiting := mine.get(operation_id):
-                waiting.discard(done)
-                if not waiting:
-                    del mine[operation_id]
+            mine.discard(waiter)
 
-    async def _look(self, job_id: str, mine: dict[str, set[asyncio.Event]]) -> None:
+    async def _look(self, job_id: str, mine: set[_Waiter]) -> None:
         """Read what is answered at each signal, as long as somebody waits."""
         try:
             with self._signals.watch(job_id) as bell:
                 await asyncio.sleep(0)  # until the first waiter stands in the list
                 while mine:
-                    for operation_id in await run_in_threadpool(self._finished, tuple(mine)):
-                        for event in mine.get(operation_id, ()):
-                            event.set()
-                    if any(not event.is_set() for events in mine.values() for event in events):
+                    asked = {id_ for waiter in mine for id_ in waiter.left}
+                    found, gone = await run_in_threadpool(self._read, asked) if asked else ({}, set[str]())
+                    for waiter in mine:
+                        waiter.found |= {id_: found[id_] for id_ in waiter.left & found.keys()}
+                        waiter.left -= found.keys() | gone
+                        if not waiter.left:
+                            waiter.over.set()
+                    if any(waiter.left for waiter in mine):
                         await bell.wait(POLL_S)
                     else:
                         await asyncio.sleep(0)  # the waiters leave
         finally:
             if self._waiters.get(job_id) is mine:
                 del self._waiters[job_id]
-            for events in mine.values():  # the store is away, or the server stops: they look for themselves
-                for event in events:
-                    event.set()
+            for waiter in mine:  # the store is away, or the server stops: they look for themselves
+                waiter.over.set()
 
-    def _finished(self, ids: Collection[str]) -> set[str]:
-        with self._store.begin(readonly=True) as session:
-            return operations.finished(session, ids)
+    def _read(self, ids: Collection[str]) -> tuple[dict[str, Outcome], set[str]]:
+        """Those that no longer wait, and those that are gone."""
+        with self._store.look() as connection:
+            return operations.outcomes(connection, ids)

@@ -43,10 +43,13 @@ class Lease:
 
 
 @contextmanager
-def _holding(store: Store, lease: Lease) -> Iterator[tuple[Session, Job]]:
-    """A transaction in which the job is locked. Raises LeaseLost if the lease no longer holds the job."""
+def _holding(store: Store, lease: Lease, *, small: bool = False) -> Iterator[tuple[Session, Job]]:
+    """A transaction in which the job is locked. Raises LeaseLost if the lease no longer holds the job.
+
+    `small`: for one of many writes, see `jobs.lock`.
+    """
     with store.begin() as session:
-        job = jobs.find(session, lease.job_id, lock=True, light=True)
+        job = jobs.lock(session, lease.job_id) if small else jobs.find(session, lease.job_id, lock=True, light=True)
         # A job that is no longer held has no owner; one that was claimed again has a higher attempt.
         if job is None or job.attempt != lease.attempt or job.lease_owner != lease.owner:
             raise _lost(lease, job)
@@ -212,19 +215,18 @@ def commit_step(
         if again and metrics.written(session, job.id, step, attempt=lease.attempt):
             return usage.is_spent(session, job)
         now, steps = clock.now(session), max(0, step - job.step)  # 0 for an evaluation at the current step
-        job.step = step
-        session.flush()
         metrics.write(session, job.id, step, metrics_, attempt=lease.attempt, now=now)
         rollouts.write(session, job.id, rollouts_, attempt=lease.attempt, now=now)
-        events.append_all(session, job.id, [_step_event(job, metrics_), *events_], now=now)
+        said = [_step_event(step, job.max_steps, metrics_), *events_]
+        events.append_all(session, job.id, said, now=now, step=step)
         usage.add(session, job, spent, now, steps=steps)
         return usage.is_spent(session, job)
 
 
-def _step_event(job: Job, metrics_: Mapping[str, float | None]) -> tuple[str, dict[str, Any]]:
-    """What followers are told of the job's newest step."""
+def _step_event(step: int, max_steps: int, metrics_: Mapping[str, float | None]) -> tuple[str, dict[str, Any]]:
+    """What followers are told of a job's step."""
     headline = {name: value for name, value in finite(metrics_).items() if is_live(name)}
-    return "step", {"step": job.step, "max_steps": job.max_steps, "metrics": headline}
+    return "step", {"step": step, "max_steps": max_steps, "metrics": headline}
 
 
 def finite(values: Mapping[str, float | None]) -> dict[str, float | None]:
@@ -258,34 +260,27 @@ def _put_checkpoint(session: Session, job: Job, lease: Lease, row: CheckpointRow
 
 
 def answer_operations(
-    store: Store,
-    settings: Settings,
-    lease: Lease,
-    answered: Sequence[Answered],
-    *,
-    step: int | None = None,
-    metrics_: Mapping[str, float | None] | None = None,
-    spent: Spent = NOTHING,
+    store: Store, settings: Settings, lease: Lease, answered: Sequence[Answered], *, spent: Spent = NOTHING
 ) -> bool:
-    """Store what came of some operations, in one transaction. An operation that was answered before keeps its answer.
+    """Store what came of some operations, in one transaction, in their order. One that was answered before keeps its answer.
 
-    `step`: the optimizer steps that the session has done; `metrics_`: of that step. Returns True if a budget is now spent.
-    Safe to repeat, except that a repeat of a try that was committed counts `spent` again only if some answer is new.
+    Returns True if a budget is now spent. Safe to repeat, except that a repeat of a try that was committed counts `spent` again
+    only if some answer is new.
     """
-    with _holding(store, lease) as (session, job):
+    with _holding(store, lease, small=True) as (session, job):
         now = clock.now(session)
         expires_at = now + timedelta(seconds=settings.operation_answer_ttl_s)
-        new = [
-            operations.answer(session, job.id, each, attempt=lease.attempt, now=now, expires_at=expires_at) for each in answered
-        ]
-        if step is not None:
-            job.step = step
-        session.flush()
-        if metrics_:
-            metrics.write(session, job.id, job.step, metrics_, attempt=lease.attempt, now=now)
-            if any(new):
-                events.append_all(session, job.id, [_step_event(job, metrics_)], now=now)
-        if any(new) or not answered:
+        step, said, is_new = job.step, list[tuple[str, dict[str, Any]]](), not answered
+        for each in answered:
+            new = operations.answer(session, job.id, each, attempt=lease.attempt, now=now, expires_at=expires_at)
+            step, is_new = step if each.step is None else each.step, is_new or new
+            if each.metrics:
+                metrics.write(session, job.id, step, each.metrics, attempt=lease.attempt, now=now)
+                if new:
+                    said.append(_step_event(step, job.max_steps, each.metrics))
+        if said or step != job.step:
+            events.append_all(session, job.id, said, now=now, step=step)
+        if is_new:
             usage.add(session, job, spent, now)
         return usage.is_spent(session, job)
 
@@ -410,6 +405,21 @@ def succeed(store: Store, lease: Lease, result: dict[str, Any], reason: str, *, 
     def do(session: Session, job: Job, now: datetime) -> Status:
         values = {"result": _with_best(session, job, result), "error": None}
         return moves.end(session, job, Status.SUCCEEDED, reason, now, **values)
+
+    return _end(store, lease, spent, do)
+
+
+def finish(
+    store: Store, settings: Settings, lease: Lease, result: dict[str, Any], answered: Answered, *, spent: Spent = NOTHING
+) -> Status:
+    """The session has succeeded, and in the same transaction its last operation is answered: who reads the answer finds the
+    session ended."""
+
+    def do(session: Session, job: Job, now: datetime) -> Status:
+        expires_at = now + timedelta(seconds=settings.operation_answer_ttl_s)
+        operations.answer(session, job.id, answered, attempt=lease.attempt, now=now, expires_at=expires_at)
+        values = {"result": _with_best(session, job, result), "error": None}
+        return moves.end(session, job, Status.SUCCEEDED, "finished", now, **values)
 
     return _end(store, lease, spent, do)
 

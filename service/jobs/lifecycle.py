@@ -16,7 +16,7 @@ from service.jobs.lease import IDLE
 from service.settings import Settings
 from service.states import ACTIONS, FINAL, HELD, Status, Wish, allowed_actions
 from service.store import checkpoints, clock, datasets, events, jobs, operations, usage
-from service.store.operations import Asked
+from service.store.operations import Asked, Load
 from service.store.session import Store
 from service.store.tables import Job, Operation
 
@@ -125,11 +125,12 @@ def append_operations(
     """
     wakes = False
     with store.begin() as session:
-        job, now = jobs.find(session, job_id, lock=True, light=True), clock.now(session)
+        job, now = jobs.lock(session, job_id), clock.now(session)
         if job is None or job.project != project or job.kind not in operations.KINDS:
             raise NotFound(f"no session {job_id} in this project")
-        there = [operations.at(session, job_id, each.lane, each.seq) for each in asked]
-        fresh = sum(row is None for row in there)
+        before = operations.load(session, job.id)
+        appended = [operations.append(session, job_id, each, now) for each in asked]
+        rows, fresh = [row for row, _ in appended], [row for row, new in appended if new]
         if fresh and job.status in FINAL:
             raise Conflict(
                 f"the {job.kind} {job.id} has ended: {job.status} ({job.status_reason})",
@@ -138,8 +139,7 @@ def append_operations(
                 job_status=job.status,
             )
         if fresh:
-            _has_room(session, settings, job, fresh, sum(len(each.request) for each in asked))
-        rows = [operations.append(session, job_id, each, now)[0] for each in asked]
+            _has_room(settings, job, before, len(fresh), sum(row.size_bytes for row in fresh))
         if fresh and job.status == Status.PAUSED and job.status_reason == IDLE:
             moves.move(session, job, Status.QUEUED, "operation", now, rung_at=now)
             wakes = True
@@ -158,8 +158,7 @@ def withdraw_operation(store: Store, operation_id: str) -> None:
         operations.withdraw(session, operation_id)
 
 
-def _has_room(session: Session, settings: Settings, job: Job, count: int, size_bytes: int) -> None:
-    waiting = operations.load(session, job.id)
+def _has_room(settings: Settings, job: Job, waiting: Load, count: int, size_bytes: int) -> None:
     most, most_bytes = settings.max_waiting_operations, settings.max_waiting_operation_bytes
     if waiting.count + count > most or (waiting.count and waiting.size_bytes + size_bytes > most_bytes):
         raise Busy(

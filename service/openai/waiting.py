@@ -98,7 +98,7 @@ class Waiting:
         self._context, self._caller, self.ticket, self.parts, self._kept = context, caller, ticket, parts, kept
         self._places = {"/prompts": prompt, "/prompt_tokens": prompt, "/checkpoint": "/model"}
         self._found = False  # what came of it
-        self._answered = asyncio.create_task(context.answers.wait(ticket.job_id, ticket.operation_id, WAIT_S))
+        self._answered = asyncio.create_task(context.answers.wait(ticket.job_id, [ticket.operation_id], WAIT_S))
         self._answered.add_done_callback(lambda _: parts.rung.set())
 
     async def __aenter__(self) -> Self:

@@ -4,11 +4,12 @@ from collections.abc import Collection, Sequence
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Connection, Table, bindparam, insert, select, update
+from sqlalchemy import Connection, bindparam, func, insert, select, update
 from sqlalchemy.orm import Session
 
 from service.errors import NotFound
 from service.store import clock, webhooks
+from service.store.dialect import table_of
 from service.store.tables import Event, Job
 
 
@@ -18,14 +19,20 @@ def append(session: Session, job_id: str, type_: str, data: dict[str, Any], *, n
 
 
 def append_all(
-    session: Session, job_id: str, events: Sequence[tuple[str, dict[str, Any]]], *, now: datetime | None = None
+    session: Session,
+    job_id: str,
+    events: Sequence[tuple[str, dict[str, Any]]],
+    *,
+    now: datetime | None = None,
+    step: int | None = None,
 ) -> int:
-    """Write events in order, and what webhooks hear of them. Returns the number of the last one. Raises NotFound (no job)."""
+    """Write events in order, and what webhooks hear of them; with `step` set the job's. Returns the number of the last one.
+
+    Raises NotFound (no job).
+    """
     now = now or clock.now(session)
-    taken = update(Job).where(Job.id == job_id).values(last_event=Job.last_event + len(events), updated_at=now)
-    row = session.execute(
-        taken.returning(Job.last_event, Job.project), execution_options={"synchronize_session": False}
-    ).one_or_none()
+    session.flush()
+    row = session.connection().execute(_TAKE, {"of_job": job_id, "count": len(events), "now": now, "to_step": step}).first()
     if row is None:
         raise NotFound(f"no job {job_id}")
     last, project = row
@@ -49,7 +56,8 @@ def _write(
         {"job_id": job_id, "seq": first + i, "type": type_, "data": data, "created_at": now}
         for i, (type_, data) in enumerate(events)
     ]
-    session.execute(_WRITE, rows)
+    if rows:
+        session.connection().execute(_WRITE, rows)
     webhooks.tell(session, project, job_id, first, events, now)
 
 
@@ -68,12 +76,21 @@ def after(session: Session | Connection, job_id: str, seq: int, limit: int = 100
     return session.execute(_AFTER, {"job_id": job_id, "seq": seq, "limit": limit}).all()
 
 
-_EVENTS = Event.__table__
-assert isinstance(_EVENTS, Table)
-_WRITE = insert(_EVENTS)
-# Built once: every event is read with it, as soon as it is written, for those who follow the job.
+# Built once: to build such statements takes longer than to run them.
+_JOBS = table_of(Job)
+_TAKE = (
+    update(_JOBS)
+    .where(_JOBS.c.id == bindparam("of_job"))
+    .values(
+        last_event=_JOBS.c.last_event + bindparam("count"),
+        updated_at=bindparam("now"),
+        step=func.coalesce(bindparam("to_step", type_=_JOBS.c.step.type), _JOBS.c.step),
+    )
+    .returning(_JOBS.c.last_event, _JOBS.c.project)
+)
+_WRITE = insert(table_of(Event))
 _AFTER = (
-    select(*_EVENTS.columns)
+    select(*table_of(Event).columns)
     .where(Event.job_id == bindparam("job_id"), Event.seq > bindparam("seq"))
     .order_by(Event.seq)
     .limit(bindparam("limit"))

@@ -21,7 +21,7 @@ from sqlalchemy import (
     update,
 )
 from sqlalchemy.dialects.postgresql import JSONB
-from sqlalchemy.orm import Session, defer
+from sqlalchemy.orm import Session, defer, load_only
 
 from service.errors import NotFound
 from service.states import FINAL, HELD, Status
@@ -42,6 +42,11 @@ def find(session: Session, job_id: str, *, lock: bool = False, light: bool = Fal
     return session.scalar(_FIND[lock, light], {"job_id": job_id})
 
 
+def lock(session: Session, job_id: str) -> Job | None:
+    """A job of any project, locked, for one of many small writes: only its state, lease, step and budget are loaded."""
+    return session.scalar(_LOCK, {"job_id": job_id})
+
+
 _ONE = select(Job).where(Job.id == bindparam("job_id")).execution_options(populate_existing=True)
 _LIGHT = _ONE.options(defer(Job.spec), defer(Job.spec_sent))
 _FIND = {  # by `lock` and `light`; built once, because that takes longer than to run them
@@ -50,6 +55,21 @@ _FIND = {  # by `lock` and `light`; built once, because that takes longer than t
     (True, False): _ONE.with_for_update(key_share=True),
     (True, True): _LIGHT.with_for_update(key_share=True),
 }
+_SMALL = (
+    "project",
+    "kind",
+    "status",
+    "status_reason",
+    "attempt",
+    "lease_owner",
+    "step",
+    "max_steps",
+    "key_id",
+    "resource_class",
+)
+_LOCK = _ONE.options(
+    load_only(*(getattr(Job, name) for name in ("id", *_SMALL, "base_key", "budget_tokens", "budget_worker_s"))),
+).with_for_update(key_share=True)
 
 
 def hold(session: Session, project: str, job_id: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from sqlalchemy import ColumnElement, delete, func, select
 from sqlalchemy.orm import Session
 
-from service.store.dialect import upsert
+from service.store.dialect import name_of, replacing
 from service.store.tables import Metric
 
 FEW = 1000  # points
@@ -38,7 +38,11 @@ def write(session: Session, job_id: str, step: int, values: Mapping[str, float |
         }
         for name, value in values.items()
     ]
-    upsert(session, Metric, rows, newest="attempt")
+    if rows:
+        session.connection().execute(_WRITE[name_of(session)], rows)
+
+
+_WRITE = replacing(Metric, newest="attempt")
 
 
 def written(session: Session, job_id: str, step: int, *, attempt: int) -> bool:

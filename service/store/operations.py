@@ -1,17 +1,17 @@
 """Queries over the operations of sessions and samplers: their write-ahead log. Only a lease's holder answers one."""
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import datetime
 from hashlib import sha256
 from typing import Any, Literal
 
-from sqlalchemy import delete, func, select, tuple_, update
+from sqlalchemy import Connection, bindparam, delete, func, or_, select, update
 from sqlalchemy.orm import Session, defer
 
 from service.errors import InvalidRequest, NotFound
 from service.ids import new_id
-from service.store.dialect import insert
+from service.store.dialect import for_both, name_of, table_of
 from service.store.tables import Job, Operation
 
 ORDERED = ""  # the lane in which operations run in the order of seq
@@ -39,6 +39,8 @@ class Answered:
     id: str
     answer: bytes | None = None
     error: dict[str, Any] | None = None
+    step: int | None = None  # the optimizer steps that its session has done by then
+    metrics: Mapping[str, float | None] | None = None  # of that step
 
 
 def append(session: Session, job_id: str, asked: Asked, now: datetime) -> tuple[Operation, bool]:
@@ -47,7 +49,7 @@ def append(session: Session, job_id: str, asked: Asked, now: datetime) -> tuple[
     Raises InvalidRequest `seq_reused` if its seq was used with another body.
     """
     digest = sha256(asked.kind.encode() + b"\0" + asked.request).hexdigest()
-    row = {
+    row: dict[str, Any] = {
         "id": new_id("op"),
         "job_id": job_id,
         "lane": asked.lane,
@@ -60,31 +62,49 @@ def append(session: Session, job_id: str, asked: Asked, now: datetime) -> tuple[
         "status": "waiting",
         "created_at": now,
     }
-    fresh = insert(session, Operation).values(**row).on_conflict_do_nothing(index_elements=["job_id", "lane", "seq"])
-    added = session.scalar(fresh.returning(Operation.id), execution_options={"synchronize_session": False})
+    if session.connection().scalar(_APPEND[name_of(session)], row) is not None:
+        return Operation(**{name: value for name, value in row.items() if name != "request"}), True
     there = at(session, job_id, asked.lane, asked.seq)
     assert there is not None
-    if added is None and there.body_sha256 != digest:
+    if there.body_sha256 != digest:
         raise InvalidRequest(
             f"seq {asked.seq} was used for another operation ({there.kind}, {there.id}); each has a seq of its own",
             code="seq_reused",
         )
-    return there, added is not None
+    return there, False
+
+
+_T = table_of(Operation)
+_APPEND = for_both(
+    lambda insert: insert(_T).on_conflict_do_nothing(index_elements=["job_id", "lane", "seq"]).returning(_T.c.id)
+)
 
 
 def at(session: Session, job_id: str, lane: str, seq: int) -> Operation | None:
     """The operation at this place, without request and answer."""
-    query = select(Operation).where(Operation.job_id == job_id, Operation.lane == lane, Operation.seq == seq)
-    return session.scalar(query.options(*WITHOUT_BYTES).execution_options(populate_existing=True))
+    return session.scalar(_AT, {"in_job": job_id, "in_lane": lane, "at_seq": seq})
 
 
 WITHOUT_BYTES = (defer(Operation.request), defer(Operation.answer))
+_IN_LANE = (Operation.job_id == bindparam("in_job"), Operation.lane == bindparam("in_lane"))
+_AT = (
+    select(Operation)
+    .where(*_IN_LANE, Operation.seq == bindparam("at_seq"))
+    .options(*WITHOUT_BYTES)
+    .execution_options(populate_existing=True)
+)
+_ONE = (
+    select(Operation)
+    .join(Job, Job.id == Operation.job_id)
+    .where(Operation.id == bindparam("one"), Job.project == bindparam("of_project"))
+    .options(defer(Operation.request))
+    .execution_options(populate_existing=True)
+)
 
 
 def get(session: Session, project: str, operation_id: str) -> Operation:
     """An operation of this project, with its answer. Raises NotFound."""
-    query = select(Operation).join(Job, Job.id == Operation.job_id).where(Operation.id == operation_id, Job.project == project)
-    row = session.scalar(query.options(defer(Operation.request)).execution_options(populate_existing=True))
+    row = session.scalar(_ONE, {"one": operation_id, "of_project": project})
     if row is None:
         raise NotFound(f"no operation {operation_id} in this project")
     return row
@@ -99,10 +119,36 @@ def page(
     return rows[:limit], len(rows) > limit
 
 
-def finished(session: Session, ids: Collection[str]) -> set[str]:
+def finished(connection: Connection, ids: Collection[str]) -> set[str]:
     """Which of these no longer wait: answered, failed, or gone."""
-    query = select(Operation.id).where(Operation.id.in_(list(ids)), Operation.status == "waiting")
-    return set(ids) - set(session.scalars(query))
+    return set(ids) - set(connection.scalars(_STILL, {"ids": list(ids)}))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """An operation that no longer waits, and what came of it."""
+
+    id: str
+    job_id: str
+    lane: str
+    seq: int
+    kind: str
+    status: State
+    answer: bytes | None
+    error: dict[str, Any] | None
+    created_at: datetime
+    finished_at: datetime | None
+    expires_at: datetime | None
+
+
+def outcomes(connection: Connection, ids: Collection[str]) -> tuple[dict[str, Outcome], set[str]]:
+    """What came of these operations, by id, as far as they no longer wait; and which of them are gone."""
+    rows = [Outcome(*row) for row in connection.execute(_OUTCOMES, {"ids": list(ids)})]
+    return {row.id: row for row in rows if row.status != "waiting"}, set(ids) - {row.id for row in rows}
+
+
+_OUTCOMES = select(*(_T.c[field.name] for field in fields(Outcome))).where(_T.c.id.in_(bindparam("ids", expanding=True)))
+_STILL = select(_T.c.id).where(_T.c.id.in_(bindparam("ids", expanding=True)), _T.c.status == "waiting")
 
 
 @dataclass(frozen=True)
@@ -114,9 +160,12 @@ class Load:
 
 
 def load(session: Session, job_id: str) -> Load:
-    query = select(func.count(), func.coalesce(func.sum(Operation.size_bytes), 0))
-    count, size = session.execute(query.where(Operation.job_id == job_id, Operation.status == "waiting")).one()
+    count, size = session.connection().execute(_LOAD, {"in_job": job_id}).one()
     return Load(count, int(size))
+
+
+_WAITS = (_T.c.job_id == bindparam("in_job"), _T.c.status == "waiting")
+_LOAD = select(func.count(), func.coalesce(func.sum(_T.c.size_bytes), 0)).where(*_WAITS)
 
 
 def next_seq(session: Session, job_id: str, lane: str = ORDERED) -> int:
@@ -140,29 +189,55 @@ def withdraw(session: Session, operation_id: str) -> None:
 # ---------------------------------------------------------------- for the worker
 
 
-def ready(session: Session, done: Mapping[str, int]) -> list[Operation]:
-    """The waiting operation after seq `done[job_id]` of each session, with its request; none where a gap waits."""
-    if not done:
-        return []
-    places = [(job_id, seq + 1) for job_id, seq in done.items()]
-    query = select(Operation).where(
-        Operation.job_id.in_(list(done)),
-        Operation.lane == ORDERED,
-        Operation.status == "waiting",
-        tuple_(Operation.job_id, Operation.seq).in_(places),
-    )
-    return list(session.scalars(query.execution_options(populate_existing=True)))
+@dataclass(frozen=True)
+class Logged:
+    """An operation that waits, as the worker needs it."""
+
+    id: str
+    job_id: str
+    lane: str
+    seq: int
+    kind: str
+    request: bytes
+    cost: int
+    attempt: int | None  # the attempt that was at it before, see `at_work`
 
 
-def loose(session: Session, job_ids: Collection[str], *, known: Collection[str] = (), limit: int = 256) -> list[Operation]:
+def ready(connection: Connection, done: Mapping[str, int]) -> list[Logged]:
+    """The waiting operations after seq `done[job_id]` of each session, in their order, up to a gap.
+
+    Of each session the first one, and of those behind it at most AHEAD small ones.
+    """
+    found: list[Logged] = []
+    for job_id, seq in done.items():
+        rows = connection.execute(_READY, {"in_job": job_id, "after": seq, "most": seq + AHEAD}).all()
+        found += [Logged(*row) for place, row in enumerate(rows, seq + 1) if row.seq == place]
+    return found
+
+
+AHEAD, SMALL_BYTES = 8, 2**16
+_LOGGED = tuple(_T.c[field.name] for field in fields(Logged))
+_SOON = (_T.c.seq > bindparam("after"), _T.c.seq <= bindparam("most"))
+_READY = (
+    select(*_LOGGED)
+    .where(*_WAITS, _T.c.lane == ORDERED, *_SOON, or_(_T.c.size_bytes <= SMALL_BYTES, _T.c.seq == bindparam("after") + 1))
+    .order_by(_T.c.seq)
+)
+
+
+def loose(connection: Connection, job_ids: Collection[str], *, known: Collection[str] = (), limit: int = 256) -> list[Logged]:
     """Waiting operations of the unordered lanes of these jobs, without those that are `known`; the oldest first."""
-    query = select(Operation).where(
-        Operation.job_id.in_(list(job_ids)), Operation.lane != ORDERED, Operation.status == "waiting"
-    )
-    if known:
-        query = query.where(Operation.id.not_in(list(known)))
-    query = query.order_by(Operation.created_at, Operation.id).limit(limit)
-    return list(session.scalars(query.execution_options(populate_existing=True)))
+    rows = connection.execute(_LOOSE, {"jobs": list(job_ids), "known": list(known), "most": limit})
+    return [Logged(*row) for row in rows]
+
+
+_LOOSE = (
+    select(*_LOGGED)
+    .where(_T.c.job_id.in_(bindparam("jobs", expanding=True)), _T.c.lane != ORDERED, _T.c.status == "waiting")
+    .where(_T.c.id.not_in(bindparam("known", expanding=True)))
+    .order_by(_T.c.created_at, _T.c.id)
+    .limit(bindparam("most"))
+)
 
 
 def since(session: Session, job_id: str, seq: int, *, limit: int = 64) -> list[Operation]:
@@ -180,8 +255,9 @@ def has_waiting(session: Session, job_id: str, done: int) -> bool:
 
 def answer(session: Session, job_id: str, answered: Answered, *, attempt: int, now: datetime, expires_at: datetime) -> bool:
     """Store what came of it. False if it was answered before, by this attempt or an earlier one: the first answer stays."""
-    waiting = (Operation.id == answered.id, Operation.job_id == job_id, Operation.status == "waiting")
     values: dict[str, Any] = {
+        "one": answered.id,
+        "in_job": job_id,
         "status": "done" if answered.error is None else "failed",
         "answer": answered.answer,
         "error": answered.error,
@@ -189,13 +265,21 @@ def answer(session: Session, job_id: str, answered: Answered, *, attempt: int, n
         "finished_at": now,
         "expires_at": expires_at,
     }
-    written = update(Operation).where(*waiting).values(**values).returning(Operation.lane)
-    lane = session.scalar(written, execution_options={"synchronize_session": False})
+    lane = session.connection().scalar(_ANSWER, values)
     if lane is None:
         return False
     if lane != ORDERED:  # nothing replays it
         _forget(session, Operation.id == answered.id)
     return True
+
+
+_ANSWERED = ("status", "answer", "error", "attempt", "finished_at", "expires_at")
+_ANSWER = (
+    update(_T)
+    .where(_T.c.id == bindparam("one"), *_WAITS)
+    .values({name: bindparam(name) for name in _ANSWERED})
+    .returning(_T.c.lane)
+)
 
 
 def at_work(session: Session, operation_id: str, *, attempt: int) -> None:

@@ -9,7 +9,7 @@ from sqlalchemy import delete, select, tuple_
 from sqlalchemy.orm import Session
 
 from service.errors import FieldError, InvalidRequest
-from service.store.dialect import upsert
+from service.store.dialect import name_of, replacing
 from service.store.tables import Rollout
 
 
@@ -27,7 +27,11 @@ class RolloutRow:
 
 def write(session: Session, job_id: str, rows: Sequence[RolloutRow], *, attempt: int, now: datetime) -> None:
     common = {"job_id": job_id, "attempt": attempt, "created_at": now}
-    upsert(session, Rollout, [{**common, **asdict(row)} for row in rows], newest="attempt")
+    if rows:
+        session.connection().execute(_WRITE[name_of(session)], [{**common, **asdict(row)} for row in rows])
+
+
+_WRITE = replacing(Rollout, newest="attempt")
 
 
 def cursor(row: Rollout) -> str:

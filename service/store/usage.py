@@ -5,7 +5,7 @@ it. What an attempt spent since its last checkpoint is `unsaved`. A checkpoint m
 one, it is wasted, because the next attempt starts from the last checkpoint and does the work again.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Literal
@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 
 from service.metric_names import EVAL_TOKENS_SAMPLED, STEP_S, TOKENS_SAMPLED, TOKENS_TRAINED
 from service.states import HELD, Phase
-from service.store.dialect import insert
+from service.store.dialect import for_both, insert, name_of, table_of
 from service.store.tables import Budget, Checkpoint, Job, Metric, Usage
 
 TOKENS = ("sampled_tokens", "trained_tokens")
@@ -67,11 +67,10 @@ def failed(session: Session, job: Job, code: str, now: datetime) -> None:
 
 def _put(session: Session, job: Job, attempt: int, now: datetime, amounts: Mapping[str, float], **values: str) -> None:
     """Add `amounts` to the attempt's row of this day, and set `values` in it."""
-    place = {"job_id": job.id, "attempt": attempt, "day": f"{now:%Y-%m-%d}"}
-    zero = dict.fromkeys((*SUMS, *(f"unsaved_{name}" for name in AMOUNTS)), 0)
-    statement = insert(session, Usage).values(**place, project=job.project, key_id=job.key_id, **{**zero, **amounts}, **values)
-    more = {name: getattr(Usage, name) + statement.excluded[name] for name in amounts}
-    session.execute(statement.on_conflict_do_update(index_elements=list(place), set_={**more, **values}))
+    place = {"job_id": job.id, "attempt": attempt, "day": f"{now:%Y-%m-%d}", "project": job.project, "key_id": job.key_id}
+    session.flush()
+    row = {**place, **dict.fromkeys(_ADDED, 0), "failure": None, **amounts, **values}
+    session.connection().execute(_PUT[name_of(session)], row)
 
 
 def save(session: Session, job: Job) -> None:
@@ -123,6 +122,18 @@ GROUPS: Mapping[str, Any] = {"day": Usage.day, "job": Usage.job_id, "key": Usage
 # The number of attempts: one may have rows for several days, and number 0 is not an attempt.
 ATTEMPTS = func.count(func.distinct(Usage.job_id + ":" + cast(func.nullif(Usage.attempt, 0), Usage.job_id.type)))
 SUMS = (*TOKENS, *SECONDS, *(f"wasted_{name}" for name in AMOUNTS))
+_ADDED = (*SUMS, *(f"unsaved_{name}" for name in AMOUNTS), "steps", "queued_s")
+
+
+def _putting(insert_: Callable[..., Any]) -> Any:
+    table = table_of(Usage)
+    statement = insert_(table)
+    more = {name: table.c[name] + statement.excluded[name] for name in _ADDED}
+    failure = func.coalesce(statement.excluded.failure, table.c.failure)
+    return statement.on_conflict_do_update(index_elements=["job_id", "attempt", "day"], set_={**more, "failure": failure})
+
+
+_PUT = for_both(_putting)
 # Built once: to build such a statement takes longer than to run it.
 _SUMS = tuple(func.coalesce(func.sum(getattr(Usage, name)), 0) for name in SUMS)
 _TOTAL = select(literal(None), ATTEMPTS, *_SUMS)
@@ -254,10 +265,15 @@ def is_spent(session: Session, job: Job) -> bool:
     bounded = job.budget_tokens is not None or job.budget_worker_s is not None
     if bounded and _exceeds(of_job(session, job.id), job.budget_tokens, job.budget_worker_s):
         return True
-    budget = session.get(Budget, job.project)
+    budget = session.connection().execute(_BUDGET, {"of": job.project}).first()
     if budget is None or (budget.tokens is None and budget.worker_s is None):
         return False
     return _exceeds(report(session, job.project, first_day=budget.since)[0], budget.tokens, budget.worker_s)
+
+
+_BUDGET = select(*(table_of(Budget).c[name] for name in ("tokens", "worker_s", "since"))).where(
+    table_of(Budget).c.project == bindparam("of")
+)
 
 
 def _exceeds(totals: Totals, tokens: int | None, worker_s: float | None) -> bool:

@@ -20,6 +20,7 @@ from service.jobs.lease import IDLE
 from service.sessions.codec import unpack
 from service.states import HELD, Status
 from service.store import jobs, operations, tinker
+from service.store.operations import Outcome
 from service.store.tables import Job, Operation, TinkerModel, TinkerSampler
 from service.tinker import answers, compression, paths
 from service.tinker.face import PREFIX
@@ -72,8 +73,8 @@ async def retrieve_future(
         found = await run_in_threadpool(_look, context, caller, ticket)
         if isinstance(found, Waiting) and not context.stopping.is_set():
             async with share.resting():
-                await context.answers.wait(found.job_id, found.operation_id, HOLD_S)
-            found = await run_in_threadpool(_look, context, caller, ticket)
+                done = await context.answers.wait(found.job_id, [found.operation_id], HOLD_S)
+            found = await run_in_threadpool(_look, context, caller, ticket, done.get(found.operation_id))
     except Gone as error:
         return problem(request, error, status=410)
     except OperationalError:
@@ -85,12 +86,13 @@ async def retrieve_future(
     return Response(content, 200, headers, found.media_type)
 
 
-def _look(context: Context, caller: Caller, ticket: Ticket) -> Waiting | Result:
+def _look(context: Context, caller: Caller, ticket: Ticket, done: Outcome | None = None) -> Waiting | Result:
+    """`done`: what came of the ticket's operation, where the caller's right to it was checked before."""
     with context.store.begin(readonly=True) as session:
         if ticket.model_id is not None:
             return _made(session, caller, ticket.model_id)
-        row = _operation(session, caller, ticket)
-        if row.kind == REFUSED:  # it need not wait for its turn to be told
+        row = done or _operation(session, caller, ticket)
+        if isinstance(row, Operation) and row.kind == REFUSED:  # it need not wait for its turn to be told
             error = row.error or unpack(row.request or b"")[0]["error"]
             return _failed(error)
         if row.status == "waiting":
@@ -144,7 +146,7 @@ def _standing(job: Job | None) -> tuple[str, str | None]:
 # ---------------------------------------------------------------- results
 
 
-def _result(row: Operation, model: TinkerModel | None, ticket: Ticket) -> Result:
+def _result(row: Operation | Outcome, model: TinkerModel | None, ticket: Ticket) -> Result:
     assert row.answer is not None
     head, tensors = unpack(row.answer)
     match row.kind:

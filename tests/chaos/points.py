@@ -153,6 +153,7 @@ def install_in_worker() -> None:
     _around(lease, "answer_operations", before="before an answer", after="after an answer", false_is_done=True)
     _around(lease, "commit_snapshot", after="between row and delete")
     _around(lease, "succeed", before="before the end", after="after the end")
+    _around(lease, "finish", before="before the end")
     _around(lease, "release", after=DRAIN_POINT)
     inner = lease.claim
 

@@ -380,10 +380,10 @@ def test_a_session_is_watched_through_its_rest(
         claimed = lease.claim(store, settings, "w", ["any", "cpu"])
         assert claimed is not None
         row = asked(store, session.id, seq)
-        answered = [Answered(row.id, pack({"metrics": {}}, {}))]
+        metrics = {"loss/sum": 0.5 * step, "optimizer/grad_norm": 1.0}
+        answered = [Answered(row.id, pack({"metrics": {}}, {}), step=step, metrics=metrics)]
         for _ in range(2):  # as it is repeated when its answer is lost
-            metrics = {"loss/sum": 0.5 * step, "optimizer/grad_norm": 1.0}
-            lease.answer_operations(store, settings, claimed[0], answered, step=step, metrics_=metrics)
+            lease.answer_operations(store, settings, claimed[0], answered)
         lease.rest(store, claimed[0], seq)
 
     step(1, 1)

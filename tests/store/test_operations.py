@@ -83,19 +83,28 @@ def test_a_race_of_repeats_logs_one(session: Session) -> None:
 
 def test_ready_is_the_next_in_line_and_a_gap_waits(session: Session, store: Store) -> None:
     session.append(step(2))
-    with store.begin(readonly=True) as sql:
+    with store.look() as sql:
         assert operations.ready(sql, {session.id: 0}) == []
-    session.append(step(1))
-    with store.begin(readonly=True) as sql:
-        assert [row.seq for row in operations.ready(sql, {session.id: 0})] == [1]
+    session.append(step(1), step(4))
+    with store.look() as sql:
+        assert [row.seq for row in operations.ready(sql, {session.id: 0})] == [1, 2]
         assert [row.seq for row in operations.ready(sql, {session.id: 1})] == [2]
         assert operations.ready(sql, {session.id: 2}) == []
+
+
+def test_of_what_follows_only_small_requests_are_read_ahead(session: Session, store: Store) -> None:
+    large = b"x" * (operations.SMALL_BYTES + 1)
+    session.append(step(1, large), step(2), step(3, large), *map(step, range(4, 20)))
+    with store.look() as sql:
+        assert [row.seq for row in operations.ready(sql, {session.id: 0})] == [1, 2]
+        assert operations.ready(sql, {session.id: 2})[0].request == large
+        assert len(operations.ready(sql, {session.id: 3})) == operations.AHEAD
 
 
 def test_loose_lanes_have_no_order(session: Session, store: Store) -> None:
     first, second = session.append(step(7, lane="a"), step(3, lane="b"))
     session.append(step(1))
-    with store.begin(readonly=True) as sql:
+    with store.look() as sql:
         assert {row.id for row in operations.loose(sql, [session.id])} == {first, second}
         assert [row.id for row in operations.loose(sql, [session.id], known=[first])] == [second]
 
@@ -193,7 +202,7 @@ def test_answers_expire_and_seqs_stay_used(session: Session, store: Store, setti
     with store.begin() as sql:
         assert operations.expire(sql, later) == 2
         assert operations.get(sql, "default", ordered).answer is None
-        assert operations.finished(sql, [ordered, loose]) == {ordered, loose}
+        assert operations.finished(sql.connection(), [ordered, loose]) == {ordered, loose}
     with pytest.raises(InvalidRequest):
         session.append(step(1, b"another"))
 

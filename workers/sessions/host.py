@@ -6,6 +6,7 @@ leave after a while.
 """
 
 import logging
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,8 +21,8 @@ from service.jobs.lease import Lease
 from service.spec.session import SamplerSpec, SessionSpec
 from service.states import Phase, Wish
 from service.store import operations
-from service.store.operations import Answered
-from service.store.tables import Job, Operation
+from service.store.operations import Answered, Logged
+from service.store.tables import Job
 from workers.identity import has_gpu, resource_classes
 from workers.policy.base import Base
 from workers.sessions.errors import LOST, told
@@ -44,6 +45,8 @@ PART_S = 0.05  # between two parts of an answer that is told while it grows
 FIND_S = 0.02  # between two looks for operations to sample, while there is other work
 ROOM = 256  # rows in the engine; more are let in, fairly, as others end
 AT_ONCE = 64  # guests that join together
+TOGETHER = 2  # operations of a guest in one turn, a gradient and its step: nobody else waits for longer than these
+TOGETHER_S = 0.05  # and only as long as they are small; their answers are stored at once
 
 
 class Guest:
@@ -53,8 +56,8 @@ class Guest:
         self.tenure, self.spec = tenure, spec
         self.id, self.project = tenure.job.id, tenure.job.project
         self.session: Session | None = None
-        self.following: Operation | None = None  # the next one in order, if it is known
-        self.loose: dict[str, Operation] = {}  # of unordered lanes, that are not in the engine yet
+        self.following = deque[Logged]()  # the next ones in order, as far as they are known
+        self.loose: dict[str, Logged] = {}  # of unordered lanes, that are not in the engine yet
         self.sampled = set[str]()  # ids of those that are
         self.busy_at = monotonic()
 
@@ -68,7 +71,7 @@ class Guest:
 
     @property
     def is_busy(self) -> bool:
-        return self.following is not None or bool(self.loose) or bool(self.sampled)
+        return bool(self.following) or bool(self.loose) or bool(self.sampled)
 
     def snapshot(self) -> None:
         if self.session is not None:
@@ -134,8 +137,6 @@ class Host:
             if isinstance(guest.spec, SessionSpec):
                 guest.session = Session(tenure, guest.spec, lambda weights: self._base_at(guest, weights))
                 guest.session.open()
-                if guest.session.ended:
-                    self._forget(guest)
             else:
                 start = guest.spec.model.from_checkpoint
                 base = self._base_at(guest, None if start is None else start_checkpoint(self.store, job, start.id))
@@ -248,29 +249,41 @@ class Host:
     # ---------------------------------------------------------------- operations in order
 
     def _work(self) -> bool:
-        """Run the operation whose turn it is. False if none waits."""
+        """Run the operation whose turn it is, and small ones behind it. False if none waits."""
         self._find_following()
-        waiting = {guest.id: guest.project for guest in self._guests.values() if guest.following is not None}
+        waiting = {guest.id: guest.project for guest in self._guests.values() if guest.following}
         if not waiting:
             return False
         guest = self._guests[self._turns.next(waiting)]
-        row, session = guest.following, guest.session
-        assert row is not None and session is not None
         with self._alone(guest):
+            self._run_next(guest)
+        return True
+
+    def _run_next(self, guest: Guest) -> None:
+        session, began = guest.session, monotonic()
+        assert session is not None
+        for turn in range(1, TOGETHER + 1):
+            row, since = guest.following[0], monotonic()
             session.do(row)
-            guest.following = None
+            guest.following.popleft()
             self._turns.spend(guest.project, guest.id, row.cost)
             guest.busy_at = monotonic()
             if session.ended:
                 self._forget(guest)
-        return True
+                return
+            if turn == TOGETHER or not guest.following:
+                break
+            expected_s = (guest.busy_at - since) * guest.following[0].cost / row.cost
+            if guest.busy_at + expected_s > began + TOGETHER_S:
+                break
+        session.store_answers()
 
     def _find_following(self) -> None:
-        unknown = {g.id: g.done for g in self._guests.values() if g.session is not None and g.following is None}
+        unknown = {g.id: g.done for g in self._guests.values() if g.session is not None and not g.following}
         if unknown:
-            with self.store.begin(readonly=True) as session:
-                for row in operations.ready(session, unknown):
-                    self._guests[row.job_id].following = row
+            with self.store.look() as connection:
+                for row in operations.ready(connection, unknown):
+                    self._guests[row.job_id].following.append(row)
 
     # ---------------------------------------------------------------- sampling
 
@@ -299,8 +312,8 @@ class Host:
         known = {row_id for guest in self._guests.values() for row_id in (*guest.loose, *guest.sampled)}
         if not known or self._sampling is None:
             return
-        with self.store.begin(readonly=True) as session:
-            gone = operations.finished(session, known)
+        with self.store.look() as connection:
+            gone = operations.finished(connection, known)
         self._sampling.withdraw(gone)
         for guest in self._guests.values():
             guest.sampled -= gone
@@ -310,8 +323,8 @@ class Host:
     def _find_loose(self) -> None:
         self._found_loose_at = monotonic()
         known = [row_id for guest in self._guests.values() for row_id in (*guest.loose, *guest.sampled)]
-        with self.store.begin(readonly=True) as session:
-            found = operations.loose(session, list(self._guests), known=known)
+        with self.store.look() as connection:
+            found = operations.loose(connection, list(self._guests), known=known)
         for row in found:
             self._guests[row.job_id].loose[row.id] = row
 
@@ -327,7 +340,7 @@ class Host:
                 self._add(guest, row)
         return self._sampling is not None and self._sampling.pending > 0
 
-    def _add(self, guest: Guest, row: Operation) -> None:
+    def _add(self, guest: Guest, row: Logged) -> None:
         guest.busy_at, job = monotonic(), guest.tenure.job
         if job.crashes:
             if row.attempt is not None and job.crashes >= guest.spec.limits.max_attempts - 1:

@@ -243,7 +243,7 @@ def prompts_of(request: Request, text: Text) -> Prompts:
     """Raises InvalidRequest."""
     head, sent = request.head, request.tensors
     if texts := head.get("texts"):
-        prompts = [text.encode(prompt) for prompt in texts]
+        prompts = [_encoded(row, prompt, text) for row, prompt in enumerate(texts)]
     elif chats := head.get("chats"):
         prompts = [_rendered(chat, text) for chat in chats]
     else:
@@ -272,6 +272,16 @@ def prompts_of(request: Request, text: Text) -> Prompts:
         _tokens(targets.clamp(min=0), "target_tokens", text)
         targets = targets.long()
     return Prompts(prompts, targets)
+
+
+def _encoded(row: int, prompt: str, text: Text) -> list[int]:
+    """The tokens of a text. What the tokenizer does not know is refused: the model would read every such place as the same."""
+    tokens, unknown = text.encode(prompt), text.tokenizer.unk_token_id
+    if unknown is None or unknown not in tokens or str(text.tokenizer.unk_token) in prompt:
+        return tokens
+    strange = [sign for sign in dict.fromkeys(prompt) if unknown in text.encode(sign)][:NAMED_PLACES]
+    named = ", ".join(map(repr, strange)) or "some of its words"
+    raise refused("text_unknown", f"the tokenizer does not know {named} in prompt {row}", "/texts")
 
 
 def _rendered(chat: Mapping[str, Any], text: Text) -> list[int]:

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from service.store.operations import Logged
 from service.store.session import Store
-from service.store.tables import Operation
 from workers.policy.base import Base
 from workers.policy.policy import Policy
 from workers.policy.text import Text, Unfolding
@@ -23,7 +23,7 @@ Part = tuple[int, int, str]  # of an answer: its place, how many characters came
 NOTHING = float("nan")  # the log-prob at a prompt's first place: nothing stands before it
 
 
-def seed_of(request: Request, session_seed: int, row: Operation) -> int:
+def seed_of(request: Request, session_seed: int, row: Logged) -> int:
     """The request's own, else one that belongs to this operation: it draws the same again after a crash."""
     given = request.head["seed"]
     return derive(session_seed, row.seq, f"sample/{row.lane}") if given is None else int(given)
@@ -41,7 +41,7 @@ class _Open:
     """An operation whose answers are not all there yet."""
 
     owner: str
-    row: Operation
+    row: Logged
     request: Request
     prompts: Prompts
     told: dict[str, Tensor]
@@ -54,7 +54,7 @@ class _Open:
 @dataclass(frozen=True)
 class Finished:
     owner: str
-    row: Operation
+    row: Logged
     result: Done | Exception
 
 
@@ -65,9 +65,8 @@ class Sampling:
         self.base, self.versions = base, Versions(base, store, key)
         self._open: list[_Open] = []
 
-    def add(self, owner: str, project: str, session_seed: int, row: Operation) -> None:
+    def add(self, owner: str, project: str, session_seed: int, row: Logged) -> None:
         """Let the operation's requests wait for the engine. Raises InvalidRequest."""
-        assert row.request is not None
         request = Request.read(row.request)
         checkpoint = request.head["checkpoint"]
         prompts = prompts_of(request, self.base.text)

@@ -7,7 +7,7 @@ next one loads the newest whole snapshot and runs the operations behind it again
 
 import logging
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,7 +21,7 @@ from service.spec.session import SessionSpec
 from service.spec.training import OptimizerSpec
 from service.states import Phase
 from service.store import checkpoints, operations
-from service.store.operations import ORDERED, Answered
+from service.store.operations import Answered, Logged
 from service.store.tables import Operation
 from workers.identity import this_process
 from workers.loops import known_metrics
@@ -35,7 +35,6 @@ from workers.sessions.errors import LOST, told
 from workers.sessions.requests import Request, refused
 from workers.sessions.sampling import sample, seed_of
 from workers.sessions.training import MUTATING, STEPS, TRAINING, Done, Trainer
-from workers.tenure.outcome import Succeeded
 from workers.tenure.resume import newest_checkpoint, start_checkpoint, verified
 from workers.tenure.session import Named, SessionTenure
 from workers.tenure.tenure import Contents
@@ -79,6 +78,7 @@ class Session:
         self.tenure, self.spec, self._load_base = tenure, spec, load_base
         self.place, self.saved = Place(), Place()
         self.ended = False
+        self._answers: list[Answered] = []  # of operations that have run, and are not stored yet
         self._changed = False  # the weights, since the newest snapshot
         self._suspect = tenure.job.crashes > 0  # an operation may have killed its worker
         self._loads, self._trainer = 0, None
@@ -89,10 +89,7 @@ class Session:
         """Load the newest snapshot, or the start, and do again what came after it. Raises JobFailed."""
         self._load()
         self.tenure.loaded({**self.trainer.learner.facts, "process": this_process()}, Phase.UPDATING)
-        if self._ended_before():
-            self.end()
-        else:
-            self._after_a_crash()
+        self._after_a_crash()
 
     def _load(self) -> None:
         snapshot = newest_checkpoint(self.tenure.store, self.tenure.job)
@@ -115,12 +112,6 @@ class Session:
         elif following[0].attempt is not None and self.tenure.job.crashes >= self.spec.limits.max_attempts - 1:
             self._answer(following[0], Answered(following[0].id, error=LOST))
             self.snapshot(anyway=True)
-
-    def _ended_before(self) -> bool:
-        """Whether the session has run its last operation, but its worker died before it could say so."""
-        with self.tenure.store.begin(readonly=True) as session:
-            last = operations.at(session, self.tenure.job.id, ORDERED, self.place.seq)
-        return last is not None and last.kind == "finish" and last.status == "done"
 
     def _start(self) -> Start:
         start = self.spec.model.from_checkpoint
@@ -186,9 +177,12 @@ class Session:
 
     # ---------------------------------------------------------------- operations
 
-    def do(self, row: Operation) -> None:
-        """Run the next operation and store its answer. Its client's errors are answered; others leave the session as it was."""
-        assert row.request is not None
+    def do(self, row: Logged) -> None:
+        """Run the next operation. Its client's errors are its answer; others leave the session as it was.
+
+        The answer of an operation that trains waits for `store_answers`, so that several are stored at once; until then a
+        crash undoes the operation, which nobody has heard of.
+        """
         with self.tenure.working():
             try:
                 if self._suspect:
@@ -197,27 +191,35 @@ class Session:
             except (LeaseLost, OperationalError, InterfaceError):  # the lease is lost, or the store is away
                 raise
             except Exception as error:
+                self.store_answers()  # what is loaded again shall have them
                 self._answer(row, Answered(row.id, error=self._error(row, error)))
             if self._suspect and not self.ended:  # it was not this one
                 self.snapshot(anyway=True)
 
-    def _mark(self, row: Operation) -> None:
+    def store_answers(self) -> None:
+        """Whoever waits for them reads them from now on, and a replay does them again."""
+        if self._answers:
+            self.tenure.answer(self._answers)
+            self._answers = []
+
+    def _mark(self, row: Logged) -> None:
         """Note that the operation is at work, in case that it kills this process."""
         with self.tenure.store.begin() as session:
             operations.at_work(session, row.id, attempt=self.tenure.lease.attempt)
 
-    def _do(self, request: Request, row: Operation) -> None:
+    def _do(self, request: Request, row: Logged) -> None:
         if row.kind in TRAINING:
             done = self._run(request, row)
             self.tenure.meter.trained(done.trained)
             known_metrics.check(done.metrics, "session", strict=self.tenure.settings.strict_metrics)
-            self._answer(row, Answered(row.id, done.answer), done.metrics)
+            self.place.seq = row.seq
+            self._answers.append(Answered(row.id, done.answer, step=self.place.step, metrics=done.metrics))
             if self.place.step - self.saved.step >= self.spec.checkpoints.every_steps:
                 self.snapshot()
         else:
             OTHERS[row.kind](self, request, row)
 
-    def _run(self, request: Request, row: Operation) -> Done:
+    def _run(self, request: Request, row: Logged | Operation) -> Done:
         learner = self.trainer.learner
         before = learner.updates
         done = TRAINING[row.kind](self.trainer, request, row.seq)
@@ -228,11 +230,12 @@ class Session:
             self.place.gradient_from = row.seq
         return done
 
-    def _answer(self, row: Operation, answered: Answered, metrics: dict[str, float] | None = None) -> None:
+    def _answer(self, row: Logged | Operation, answered: Answered) -> None:
         self.place.seq = row.seq
-        self.tenure.answer([answered], step=self.place.step, metrics=metrics)
+        self._answers.append(replace(answered, step=self.place.step))
+        self.store_answers()
 
-    def _error(self, row: Operation, error: Exception) -> dict[str, Any]:
+    def _error(self, row: Logged, error: Exception) -> dict[str, Any]:
         """What its client reads. After a failure in the middle of an operation that trains, everything is as before it."""
         if not isinstance(error, InvalidRequest):
             log.warning("operation %d (%s) of %s failed", row.seq, row.kind, self.tenure.job.id, exc_info=error)
@@ -248,6 +251,7 @@ class Session:
             self._save(Named(), new_id("ckpt"))
 
     def _save(self, named: Named, checkpoint_id: str, answered: Answered | None = None, *, final: bool = False) -> None:
+        self.store_answers()
         learner, place = self.trainer.learner, Place(self.place.seq, self.place.gradient_from, self.place.step)
         training = named.purpose == "training"
 
@@ -268,7 +272,7 @@ class Session:
         if training:
             self.saved, self._changed, self._suspect = place, False, False
 
-    def save_checkpoint(self, request: Request, row: Operation) -> None:
+    def save_checkpoint(self, request: Request, row: Logged) -> None:
         head = request.head
         with self.tenure.store.begin(readonly=True) as session:
             there = checkpoints.named(session, self.tenure.job.id, head["purpose"], head["name"])
@@ -290,7 +294,7 @@ class Session:
         self.place.seq = row.seq
         self._save(named, checkpoint_id, Answered(row.id, pack(facts, {})))
 
-    def load_checkpoint(self, request: Request, row: Operation) -> None:
+    def load_checkpoint(self, request: Request, row: Logged) -> None:
         """The weights of a checkpoint of this project. Gradients that were not used yet are dropped."""
         checkpoint_id, with_optimizer = request.head["checkpoint"], request.head["optimizer"]
         folder = self._checkpoint(checkpoint_id, with_optimizer=with_optimizer)
@@ -321,14 +325,15 @@ class Session:
         except CheckpointBroken as error:
             raise refused("checkpoint_broken", str(error), "/checkpoint") from error
 
-    def finish(self, request: Request, row: Operation) -> None:
+    def finish(self, request: Request, row: Logged) -> None:
         """The last operation: what comes after it is not run any more."""
         checkpoint_id = new_id("ckpt")
-        self.place.seq = row.seq
-        self._save(Named(), checkpoint_id, Answered(row.id, pack({"checkpoint_id": checkpoint_id}, {})), final=True)
-        self.end()
+        self._save(Named(), checkpoint_id, final=True)
+        answered = Answered(row.id, pack({"checkpoint_id": checkpoint_id}, {}))
+        self.tenure.finish({"ended": "finished", "steps": self.place.step}, answered)
+        self.place.seq, self.ended = row.seq, True
 
-    def sample(self, request: Request, row: Operation) -> None:
+    def sample(self, request: Request, row: Logged) -> None:
         """Answers of the weights as they are now."""
         if request.head["checkpoint"] is not None:
             detail = "a sample in order is of the session's own weights: checkpoint must be null"
@@ -343,12 +348,8 @@ class Session:
             self._trainer.unload()
             self._trainer = None
 
-    def end(self) -> None:
-        self.tenure.settle(Succeeded({"ended": "finished", "steps": self.place.step}, "finished"))
-        self.ended = True
 
-
-OTHERS: dict[str, Callable[[Session, Request, Operation], None]] = {
+OTHERS: dict[str, Callable[[Session, Request, Logged], None]] = {
     "sample": Session.sample,
     "save_checkpoint": Session.save_checkpoint,
     "load_checkpoint": Session.load_checkpoint,

@@ -52,15 +52,11 @@ class SessionTenure(Tenure):
         self._hold.patiently(lambda: leases.set_resolved(self.store, self.lease, dict(facts)))
         self.check(phase)
 
-    def answer(
-        self, answered: Sequence[Answered], *, step: int | None = None, metrics: Mapping[str, float | None] | None = None
-    ) -> None:
+    def answer(self, answered: Sequence[Answered]) -> None:
         """Store what came of some operations, in one transaction, and set `budget_spent`."""
         spent = self.meter.take()
         self.budget_spent = self._hold.patiently(
-            lambda: leases.answer_operations(
-                self.store, self.settings, self.lease, answered, step=step, metrics_=metrics, spent=spent
-            )
+            lambda: leases.answer_operations(self.store, self.settings, self.lease, answered, spent=spent)
         )
         self._tell_followers()
 
@@ -106,6 +102,10 @@ class SessionTenure(Tenure):
             self.store.blobs.delete(path)
         self._tell_followers()
         return row.id
+
+    def finish(self, result: dict[str, Any], answered: Answered) -> None:
+        """The session's last operation is done, and with it the session."""
+        self._end(lambda spent: leases.finish(self.store, self.settings, self.lease, result, answered, spent=spent))
 
     def rest(self, done: int) -> None:
         """The session was idle: it leaves this process until an operation comes. `done`: the last one in order that ran."""

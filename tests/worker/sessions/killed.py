@@ -1,6 +1,7 @@
 """Workers that are killed at chosen points: `python killed.py SETTINGS POINT...`, one attempt for each point, in a row.
 
 A point is `WHERE:N`: the process kills itself with SIGKILL at the Nth time that it comes there; `none` runs until all rest.
+Each answer is stored by itself, except with `together/WHERE:N`: then those of two that follow each other are.
 This process does what a worker's parent does for a dead child. It is itself without a thread, so that it can fork.
 """
 
@@ -53,7 +54,7 @@ POINTS: dict[str, Callable[[int], None]] = {
     "after_step": lambda number: dies(Learner, "step", number, after=True),
     "while_saving": lambda number: dies(Learner, "save", number, after=True),
     "after_saving": lambda number: dies(SessionTenure, "save_session", number, after=True),
-    "before_settling": lambda number: dies(SessionTenure, "settle", number),
+    "before_settling": lambda number: dies(SessionTenure, "finish", number),
     "replaying": lambda number: dies(Session, "_again", number, after=True),
     "in_operation": lambda number: dies(Session, "_do", number),
 }
@@ -66,7 +67,8 @@ def replays_nothing(self: Session) -> None:
 
 
 def attempt(settings: Settings, point: str, owner: str) -> None:
-    where, _, number = point.partition(":")
+    module.TOGETHER_S = 600.0 if point.startswith("together/") else 0.0
+    where, _, number = point.removeprefix("together/").partition(":")
     if where == "wrong":
         Session._replay = replays_nothing
     elif where != "none":

@@ -119,3 +119,17 @@ def test_what_cannot_be_sampled(rig: Any) -> None:
     ]
     assert rig.answer(sampler, 1, "good")["finish_reasons"] == ["length"] * 4
     assert rig.job(job).status == "queued" or rig.job(job).status_reason == "idle"
+
+
+def test_a_text_with_unknown_characters_is_refused_and_they_are_named(rig: Any) -> None:
+    job = rig.session()
+    rig.send(
+        job,
+        {"kind": "sample", "texts": ["abc", "a\u00e9b"]},
+        {"kind": "sample", "texts": ["abc"], "sampling": {"max_tokens": 1}},
+    )
+    rig.work()
+    error = rig.error(job, 1)
+    assert (error["code"], error["category"]) == ("text_unknown", "user")
+    assert "\u00e9" in error["detail"] and "prompt 1" in error["detail"]
+    assert rig.answer(job, 2)["texts"]

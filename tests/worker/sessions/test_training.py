@@ -323,3 +323,13 @@ def test_a_gap_waits(rig: Any) -> None:
     rig.send(job, forward_backward(row(5, 6)), first=1)
     rig.work()
     assert [rig.operation(job, seq).status for seq in (1, 2)] == ["done", "done"]
+
+
+def test_who_reads_the_answer_of_finish_finds_the_session_ended(rig: Any) -> None:
+    job = rig.session()
+    rig.send(job, *loop(1), {"kind": "finish"})
+    rig.work()
+    ended = rig.job(job)
+    assert (ended.status, ended.status_reason) == ("succeeded", "finished")
+    assert rig.answer(job, 4)["checkpoint_id"] == ended.checkpoint_id
+    assert rig.operation(job, 4).finished_at <= ended.finished_at
