@@ -169,7 +169,7 @@ def by_tinker(training: tinker.TrainingClient, rows: list[Row]) -> Contender:
         data = [
             tinker.types.Datum(
                 model_input=tinker.types.ModelInput.from_ints(row["tokens"]),
-                loss_fn_inputs={"target_tokens": row["target_tokens"], "weights": [1.0] * len(row["tokens"])},
+                loss_fn_inputs={"target_tokens": row["target_tokens"], "weights": [1.0] * len(row["tokens"])},  # pyright: ignore[reportArgumentType]
             )
             for row in rows
         ]

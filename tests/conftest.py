@@ -17,6 +17,7 @@ from pydantic import SecretStr
 from sqlalchemy import create_engine, make_url, text
 from sqlalchemy.exc import OperationalError
 
+from chaos.rig import Zygote
 from chaos.servers import OwnRedis, own_redis_server
 from service.doorbell import Doorbell
 from service.settings import Settings
@@ -156,6 +157,17 @@ def own_redis() -> Iterator[OwnRedis]:
 def new_redis() -> Callable[[], AbstractContextManager[OwnRedis]]:
     """For fixtures of a wider scope that want a server of their own."""
     return own_redis_server
+
+
+# ---------------------------------------------------------------- processes
+
+
+@pytest.fixture(scope="session")
+def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
+    """Starts workers, and what else needs torch, without the seconds in which that is loaded."""
+    zygote = Zygote(tmp_path_factory.mktemp("zygote"))
+    yield zygote
+    zygote.close()
 
 
 # ---------------------------------------------------------------- ours, over them

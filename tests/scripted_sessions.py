@@ -19,7 +19,7 @@ from service.states import Wish
 from service.store import checkpoints, operations
 from service.store.operations import Answered
 from service.store.session import Store
-from service.store.tables import Job, Operation
+from service.store.tables import Job
 
 END = 1
 FILES = {"adapter_model.safetensors": b"weights", "adapter_config.json": b"{}"}
@@ -90,8 +90,9 @@ class ScriptedWorker:
             self._doorbell.signal(row.job_id, "events")
         return bool(rows)
 
-    def _answer(self, row: Operation) -> None:
+    def _answer(self, row: operations.Logged) -> None:
         lease, job = self._held[row.job_id]
+        assert row.request is not None
         head, tensors = unpack(row.request)
         if row.lane == operations.ORDERED:
             self.ran.append((row.kind, row.seq))
@@ -117,7 +118,7 @@ class ScriptedWorker:
     def _give(self, lease: Lease, answered: Answered) -> None:
         leases.answer_operations(self._store, self._settings, lease, [answered])
 
-    def _save(self, lease: Lease, job: Job, row: Operation, head: dict[str, Any]) -> None:
+    def _save(self, lease: Lease, job: Job, row: operations.Logged, head: dict[str, Any]) -> None:
         with self._store.begin(readonly=True) as session:
             there = checkpoints.named(session, job.id, head["purpose"], head["name"])
         if there is not None and not head["overwrite"]:

@@ -1,4 +1,4 @@
-"""Samples answers of a checkpoint in a local folder, for `ratchet sample`: one request on stdin, one answer on stdout.
+"""Samples answers of checkpoints in local folders, for `ratchet sample`: a request a line on stdin, an answer a line on stdout.
 
 {"folder": ..., "model": the model section of a spec, "prompt": text or messages, "count": 2, "max_tokens": 64,
  "temperature": 1.0, "seed": 0, "options": what the chat template gets beside the messages}
@@ -43,12 +43,17 @@ def _open(folder: Path, model: ModelSpec) -> Policy:
     return Policy(base, ADAPTER)
 
 
-def main() -> None:
+def told(request: dict[str, Any]) -> dict[str, Any]:
+    """What stdout is told: an answer, or why there is none."""
     try:
-        told = answer(json.load(sys.stdin))
+        return answer(request)
     except JobFailed as error:
-        told = {"error": {"code": error.code, "detail": error.detail, "hint": error.hint}}
-    json.dump(told, sys.stdout)
+        return {"error": {"code": error.code, "detail": error.detail, "hint": error.hint}}
+
+
+def main() -> None:
+    for line in sys.stdin:
+        print(json.dumps(told(json.loads(line))), flush=True)
 
 
 if __name__ == "__main__":

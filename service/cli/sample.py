@@ -4,8 +4,8 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,6 +19,7 @@ from service.cli.helps import command
 from service.cli.jobs import Json
 from service.cli.output import complain, lines, one_line, print_json, print_table
 
+Ask = Callable[[dict[str, Any]], dict[str, Any]]
 NEEDS = ("torch", "transformers", "peft")
 
 
@@ -78,7 +79,8 @@ def sample(
         "seed": seed,
         "options": options,
     }
-    answers = {name: _ask({**request, **place}) for name, place in _places(context, checkpoints)}
+    with _model_process() as ask:
+        answers = {name: _answers(ask({**request, **place})) for name, place in _places(context, checkpoints)}
     if as_json:
         print_json({"prompt": request["prompt"], "answers": answers})
     elif len(answers) == count == 1:
@@ -141,15 +143,38 @@ def _model_of(folder: Path) -> dict[str, Any]:
     return model
 
 
-def _ask(request: dict[str, Any]) -> list[dict[str, Any]]:
+@contextmanager
+def _model_process() -> Iterator[Ask]:
+    """A process that runs models: torch is loaded once for all checkpoints, and while the first is downloaded."""
     # -P: do not import a `workers` folder in the current directory.
-    command_ = [sys.executable, "-P", "-m", "workers.sample"]
-    done = subprocess.run(command_, input=json.dumps(request), capture_output=True, text=True, check=False)
-    try:
-        told = json.loads(done.stdout)
-    except ValueError:
-        complain(done.stderr.strip()[-2000:])
-        raise RatchetError(f"the process that runs the model ended with status {done.returncode}") from None
+    argv = [sys.executable, "-P", "-m", "workers.sample"]
+    with (
+        tempfile.TemporaryFile() as errors,
+        subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, bufsize=0) as process,
+    ):
+        assert process.stdin is not None and process.stdout is not None
+        requests, told = process.stdin, process.stdout
+
+        def ask(request: dict[str, Any]) -> dict[str, Any]:
+            with suppress(BrokenPipeError):
+                requests.write(json.dumps(request).encode() + b"\n")
+            try:
+                return json.loads(told.readline())
+            except ValueError:
+                requests.close()  # its end, if this was not
+                status = process.wait()
+                errors.seek(0)
+                complain(errors.read().decode(errors="replace").strip()[-2000:])
+                raise RatchetError(f"the process that runs the model ended with status {status}") from None
+
+        try:
+            yield ask
+        except BaseException:
+            process.kill()
+            raise
+
+
+def _answers(told: dict[str, Any]) -> list[dict[str, Any]]:
     if error := told.get("error"):
         raise RatchetError(" ".join(filter(None, (error["detail"], error["hint"] and f"({error['hint']})"))))
     return told["answers"]

@@ -52,8 +52,8 @@ class TensorBoard:
         return self._there
 
     def write(self, step: int, values: Values) -> None:
-        from tensorboard.compat.proto.event_pb2 import Event  # pyright: ignore[reportMissingImports]
-        from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportMissingImports]
+        from tensorboard.compat.proto.event_pb2 import Event  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]
+        from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]
 
         points = [Summary.Value(tag=name, simple_value=nan if value is None else value) for name, value in values.items()]
         self._writer.add_event(Event(wall_time=time.time(), step=step, summary=Summary(value=points)))

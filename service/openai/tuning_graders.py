@@ -66,7 +66,7 @@ class TextSimilarityGrader(_OfText):
     @field_validator("evaluation_metric", mode="before")
     @classmethod
     def ours(cls, value: Any) -> Any:
-        if value not in SIMILARITIES:
+        if not isinstance(value, str) or value not in SIMILARITIES:
             raise ValueError(f"only fuzzy_match is offered; for others {ELSEWHERE}")
         return value
 
@@ -81,6 +81,9 @@ class GraderMessage(Section):
     type: Literal["message"] = "message"
 
 
+Reward = Annotated[float, Field(ge=-1e9, le=1e9)]
+
+
 class ScoreModelGrader(_Grader):
     """A reward service of your own, which gets each answer with its row (docs/graders.md, `http`)."""
 
@@ -91,7 +94,7 @@ class ScoreModelGrader(_Grader):
     ]
     input: Annotated[list[GraderMessage], Field(max_length=1, description=f"[] or one message of {OUTPUT}")]
     range: Annotated[
-        tuple[float, float] | None, Field(strict=False, description="not used: the service's rewards count as they are")
+        tuple[Reward, Reward] | None, Field(strict=False, description="not used: the service's rewards count as they are")
     ] = None
     secret: Annotated[str | None, Field(description="ours: name of an operator's secret that signs the batches")] = None
 

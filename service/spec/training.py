@@ -18,9 +18,7 @@ class VllmEngine(Section):
     kind: Literal["vllm"]
     url: Annotated[
         str,
-        Field(
-            pattern=r"^https?://[^\s?#]+$", max_length=2048, description="the server's root, for example http://10.1.0.5:8000"
-        ),
+        Field(pattern=r"^https?://[^\s?#]+$", max_length=2048, description="the root of the server: scheme, host and port"),
     ]
     served_model: Annotated[
         str, Field(min_length=1, max_length=512, description="the base's name there (vLLM's --served-model-name)")

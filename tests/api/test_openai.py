@@ -188,7 +188,7 @@ def test_too_much_that_waits_is_a_429(api: Any, client: httpx.Client, monkeypatc
     monkeypatch.undo()
     settings = api.settings.model_copy(update={"max_waiting_operations": 1})
     checks = lifecycle._has_room
-    monkeypatch.setattr(lifecycle, "_has_room", lambda session, _, *rest: checks(session, settings, *rest))
+    monkeypatch.setattr(lifecycle, "_has_room", lambda _, *rest: checks(settings, *rest))
     with pytest.raises(httpx.ReadTimeout):
         client.post("/v1/completions", json={"model": "tiny", "prompt": "1"}, timeout=0.5, headers={"Idempotency-Key": "a"})
     full = complete(client)

@@ -1,4 +1,4 @@
-"""One zygote and one undisturbed run of each spec for all tests of a session; a rig of its own for each test."""
+"""One undisturbed run of each spec for all tests of a session; a rig of its own for each test."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
@@ -14,13 +14,6 @@ from chaos.rig import Rig, Zygote, new_rig
 from chaos.servers import own_redis_server
 
 NewRig = Callable[..., Rig]
-
-
-@pytest.fixture(scope="session")
-def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
-    zygote = Zygote(tmp_path_factory.mktemp("zygote"))
-    yield zygote
-    zygote.close()
 
 
 @pytest.fixture(scope="session")

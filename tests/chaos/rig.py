@@ -79,14 +79,51 @@ class Zygote:
         assert json.loads(self._lines.readline() or "{}") == {"ready": True}, (folder / "zygote.log").read_text()
         ours.close()
 
-    def start(self, argv: Sequence[str], env: dict[str, str], log: Path) -> int:
-        print(json.dumps({"argv": list(argv), "env": self.env | env, "log": str(log)}), file=self._lines, flush=True)
+    def start(self, argv: Sequence[str], env: dict[str, str], log: Path, *, beside: bool = False) -> int:
+        order = {"argv": list(argv), "env": self.env | env, "log": str(log), "beside": beside}
+        print(json.dumps(order), file=self._lines, flush=True)
         return json.loads(self._lines.readline())["pid"]
+
+    def child(self, argv: Sequence[str], env: dict[str, str], log: Path) -> "Child":
+        """The same as a child of this process."""
+        return Child(self.start(argv, env, log, beside=True))
 
     def close(self) -> None:
         self._lines.close()
         self._process.kill()
         self._process.wait()
+
+
+class Child:
+    """A child of this process that the zygote made: of subprocess.Popen what tests use."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self.returncode: int | None = None
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
+        return self.returncode
+
+    def wait(self, timeout: float = 120) -> int:
+        deadline = time.monotonic() + timeout
+        while (code := self.poll()) is None:
+            if time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired(f"process {self.pid}", timeout)
+            time.sleep(0.02)
+        return code
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@ has one thread only, and forks a worker's parent when asked. That parent forks, 
 where billiard would start its child as a fresh interpreter, the nursery makes one by clone(CLONE_PARENT). The child is what
 it would have been: a clean process whose parent is the worker's parent, dying with it, with nothing of it inside.
 
-Speaks lines of JSON over a socket that its starter inherits to it: {"argv", "env", "log"} in, {"pid"} out. Ends with it.
+Speaks lines of JSON over a socket that its starter inherits to it: {"argv", "env", "log", "beside"} in, {"pid"} out. Ends with
+it. What is started `beside` is its starter's child, which is to wait for it; else whoever has died is gone at once.
 """
 
 import array
@@ -44,12 +45,12 @@ def main(descriptor: int) -> None:
     orders = socket.socket(fileno=descriptor)
     _die_with_parent()
     _load()
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # who has died is gone at once
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     with orders.makefile("rw") as lines:
         print(json.dumps({"ready": True}), file=lines, flush=True)
         while line := lines.readline():
             order = json.loads(line)
-            pid = os.fork()
+            pid = _clone_beside() if order["beside"] else os.fork()
             if pid == 0:
                 orders.close()
                 _become(order["argv"], order["env"], order["log"])
@@ -91,6 +92,8 @@ def _run(do: Any, argv: list[str]) -> None:
         import traceback
 
         traceback.print_exc()
+    if isinstance(code, str):
+        print(code, file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code if isinstance(code, int) else int(code is not None))

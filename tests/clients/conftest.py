@@ -2,12 +2,14 @@
 
 import io
 import json
+import os
 import shutil
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -19,6 +21,7 @@ from pydantic import SecretStr
 
 import ratchet_client.resources.progress
 import ratchet_client.transport
+from chaos.rig import Zygote
 from service.app import create_app
 from service.cli import app
 from service.doorbell import Doorbell
@@ -159,24 +162,74 @@ def database_url(sqlite_template: Path, tmp_path: Path) -> str:
     return f"sqlite:///{tmp_path / 'ratchet.db'}"
 
 
-@pytest.fixture
-def api(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The service on a free port, found through the environment. Nothing trains."""
-    settings = settings.model_copy(update={"bootstrap_key": SecretStr(KEY)})
+@contextmanager
+def serving(settings: Settings) -> Iterator[str]:
+    """The service on a free port in a thread of this process. Gives its URL."""
     listener = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(create_app(settings), log_config=None, timeout_graceful_shutdown=1))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not server.started:
         assert thread.is_alive() and time.monotonic() < deadline, "the API did not start"
         time.sleep(0.01)
-    url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-    monkeypatch.setenv("RATCHET_URL", url)
-    monkeypatch.setenv("RATCHET_API_KEY", KEY)
-    yield url
+    yield f"http://127.0.0.1:{listener.getsockname()[1]}"
     server.should_exit = True
     thread.join(20)
+
+
+@pytest.fixture
+def api(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The service, found through the environment. Nothing trains."""
+    with serving(settings.model_copy(update={"bootstrap_key": SecretStr(KEY)})) as url:
+        monkeypatch.setenv("RATCHET_URL", url)
+        monkeypatch.setenv("RATCHET_API_KEY", KEY)
+        yield url
+
+
+@dataclass(frozen=True)
+class Whole:
+    """The service in this process, and a worker in another."""
+
+    url: str
+    key: str
+    settings: Settings
+    log: Path
+
+
+@pytest.fixture(scope="session")
+def whole(
+    tmp_path_factory: pytest.TempPathFactory, sqlite_template: Path, new_redis: Any, zygote: Zygote
+) -> Callable[..., AbstractContextManager[Whole]]:
+    """`with whole({"max_body_bytes": 9}, RATCHET_SERVES="losses") as stack:`: settings of the API, variables of the worker."""
+
+    @contextmanager
+    def start(more: Mapping[str, Any] = {}, **environment: str) -> Iterator[Whole]:
+        folder = tmp_path_factory.mktemp("whole")
+        data_dir, log = folder / "data", folder / "worker.log"
+        (data_dir / "models").mkdir(parents=True)
+        shutil.copyfile(sqlite_template, data_dir / "ratchet.db")
+        with new_redis() as redis:
+            url, key = SecretStr(redis.url), SecretStr(KEY)
+            settings = Settings(environment="development", data_dir=data_dir, redis_url=url, bootstrap_key=key, **more)
+            variables = {
+                "RATCHET_ENVIRONMENT": "development",
+                "RATCHET_DATA_DIR": str(data_dir),
+                "RATCHET_REDIS_URL": redis.url,
+                "RATCHET_RECONCILE_EVERY_S": "1",
+                "RATCHET_DEVICE": "cpu",
+            }
+            argv = ["celery", "-A", "workers.app", "worker", "--without-gossip", "--without-mingle"]
+            worker = zygote.child(argv, {**os.environ, **variables, **environment}, log)
+            with serving(settings) as address:
+                yield Whole(address, KEY, settings, log)
+            worker.terminate()
+            try:
+                worker.wait(20)
+            finally:
+                worker.kill()
+
+    return start
 
 
 @dataclass

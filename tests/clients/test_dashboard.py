@@ -1,17 +1,13 @@
-"""The dashboard in a real Chromium, over a real `ratchet up` whose worker trains."""
+"""The dashboard in a real Chromium, over the whole service with a worker that trains."""
 
 import os
 import re
 import shutil
 import socket
-import subprocess
-import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,7 +15,6 @@ from playwright.sync_api import Page, Request, expect, sync_playwright
 
 from job_specs import reversing, rl_spec
 from ratchet_client import Ratchet
-from ratchet_client.discovery import find
 
 CHROMIUM = shutil.which("chromium")
 HOSTILE = "<img src=x onerror=alert(1)>"
@@ -64,26 +59,9 @@ class Line:
 
 
 @pytest.fixture(scope="module")
-def stack() -> Iterator[Path]:
-    """The data directory of a `ratchet up` that trains."""
-    with tempfile.TemporaryDirectory(prefix="ratchet-dash-") as folder:
-        data_dir, log = Path(folder) / "data", Path(folder) / "log"
-        up = [sys.executable, "-P", "-m", "service.cli", "up", "--data-dir", str(data_dir), "--port", "0"]
-        with log.open("wb") as out:
-            process = subprocess.Popen(up, stdout=out, stderr=out, env={**os.environ, "RATCHET_SERVES": "training"})
-        try:
-            deadline = time.monotonic() + 60
-            while "is ready at" not in log.read_text():
-                assert process.poll() is None and time.monotonic() < deadline, log.read_text()
-                time.sleep(0.05)
-            yield data_dir
-        finally:
-            process.terminate()
-            try:
-                process.wait(40)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+def stack(whole: Any) -> Iterator[Any]:
+    with whole(RATCHET_SERVES="training") as running:
+        yield running
 
 
 @pytest.fixture(scope="module")
@@ -128,9 +106,8 @@ def until(holds: Any, within_s: float = 15) -> None:
 
 
 @pytest.mark.timeout(240)
-def test_a_job_is_watched_and_steered_in_a_browser(stack: Path, page: Page) -> None:
-    url, key = find(data_dir=stack)
-    assert url is not None and key is not None
+def test_a_job_is_watched_and_steered_in_a_browser(stack: Any, page: Page) -> None:
+    url, key = stack.url, stack.key
     line, wrongs, asked = Line(int(url.rsplit(":", 1)[1])), wrongs_of(page), list[Request]()
     page.on("request", lambda request: asked.append(request))
     with Ratchet(url, key) as ratchet:

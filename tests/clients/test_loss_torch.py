@@ -3,8 +3,6 @@
 import os
 import subprocess
 import sys
-import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -14,7 +12,6 @@ import torch
 from torch import Tensor
 
 from ratchet_client import Ratchet, RatchetApiError
-from ratchet_client.discovery import find
 from ratchet_client.torch import ratchet_loss, ratchet_losses
 from service.spec.objective import ObjectiveSpec
 from workers.objectives import Objective
@@ -31,32 +28,15 @@ WORKED_EXAMPLE = {
 
 
 @pytest.fixture(scope="module")
-def stack() -> Iterator[Path]:
-    """The data directory of a `ratchet up` that answers losses and trains nothing."""
-    with tempfile.TemporaryDirectory(prefix="ratchet-losses-") as folder:
-        data_dir, log = Path(folder) / "data", Path(folder) / "log"
-        up = [sys.executable, "-P", "-m", "service.cli", "up", "--data-dir", str(data_dir), "--port", "0"]
-        with log.open("wb") as out:
-            process = subprocess.Popen(up, stdout=out, stderr=out, env={**os.environ, "RATCHET_SERVES": "losses"})
-        try:
-            deadline = time.monotonic() + 60
-            while "is ready at" not in log.read_text():
-                assert process.poll() is None and time.monotonic() < deadline, log.read_text()
-                time.sleep(0.05)
-            yield data_dir
-        finally:
-            process.terminate()
-            try:
-                process.wait(30)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+def stack(whole: Any) -> Iterator[Any]:
+    with whole(RATCHET_SERVES="losses") as running:
+        yield running
 
 
 @pytest.fixture(scope="module")
-def ratchet(stack: Path) -> Iterator[Ratchet]:
-    with Ratchet(*find(data_dir=stack)) as ratchet:
-        ratchet.losses([WORKED_EXAMPLE], wait_s=100)  # the worker loads its torch first
+def ratchet(stack: Any) -> Iterator[Ratchet]:
+    with Ratchet(stack.url, stack.key) as ratchet:
+        ratchet.losses([WORKED_EXAMPLE], wait_s=100)
         yield ratchet
 
 
@@ -267,10 +247,9 @@ def test_rows_that_are_not_finite_can_be_left_out(ratchet: Ratchet) -> None:
     )
 
 
-def test_the_example_ends_with_the_weights_of_the_local_objective(stack: Path) -> None:
-    url, key = find(data_dir=stack)
+def test_the_example_ends_with_the_weights_of_the_local_objective(stack: Any) -> None:
     example = Path(__file__).parents[2] / "examples" / "loss_client" / "train.py"
-    environment = {**os.environ, "RATCHET_URL": url, "RATCHET_API_KEY": key, "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "RATCHET_URL": stack.url, "RATCHET_API_KEY": stack.key, "HF_HUB_OFFLINE": "1"}
     argv = [sys.executable, str(example), "--compare", "--steps", "5"]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=110, env=environment)
     assert done.returncode == 0 and "the same, bit for bit" in done.stdout, done.stdout + done.stderr

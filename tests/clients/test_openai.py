@@ -1,7 +1,6 @@
 """OpenAI's own Python package against the service, with a real worker behind it."""
 
 from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,18 +9,16 @@ import pytest
 from openai import OpenAI
 from policy_chats import ASKED, tokenizer
 
-from openai_stack import Stack
+from openai_stack import Stack, openai_stack
 
 ASK: list[Any] = [{"role": "user", "content": "hi"}]
 LEARNT = "aye, captain"
 
 
 @pytest.fixture(scope="module")
-def stack(tmp_path_factory: pytest.TempPathFactory, sqlite_template: Path, new_redis: Any) -> Iterator[Stack]:
-    with new_redis() as redis:
-        stack = Stack(tmp_path_factory.mktemp("openai"), sqlite_template, redis.url)
+def stack(whole: Any) -> Iterator[Stack]:
+    with openai_stack(whole) as stack:
         yield stack
-        stack.stop()
 
 
 @pytest.fixture(scope="module")

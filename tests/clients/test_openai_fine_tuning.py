@@ -16,7 +16,7 @@ from openai import OpenAI
 from openai.types.fine_tuning import FineTuningJob, FineTuningJobEvent
 from policy_chats import chat_model
 
-from openai_stack import Stack
+from openai_stack import Stack, openai_stack
 
 ENDED = ("succeeded", "failed", "cancelled")
 SAID = ("aye", "nay")
@@ -24,14 +24,11 @@ CHAT: list[Any] = [{"role": "user", "content": "hi"}]
 
 
 @pytest.fixture(scope="module")
-def stack(tmp_path_factory: pytest.TempPathFactory, sqlite_template: Path, new_redis: Any) -> Iterator[Stack]:
-    with new_redis() as redis:
-        folder = tmp_path_factory.mktemp("tuning")
-        stack = Stack(folder, sqlite_template, redis.url, grader_networks=(ip_network("127.0.0.0/8"),))
+def stack(whole: Any) -> Iterator[Stack]:
+    with openai_stack(whole, grader_networks=(ip_network("127.0.0.0/8"),)) as stack:
         # Its logits can be far apart; those of the usual weights leave all tokens about as likely, whatever an adapter learns.
         chat_model(stack.settings.local_models_dir / "loud", initializer_range=0.3)
         yield stack
-        stack.stop()
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +118,7 @@ def test_reinforcement_teaches_which_of_them_is_right(client: OpenAI, stack: Sta
     hyperparameters: Any = {
         "n_epochs": 6,
         "batch_size": 4,
-        "learning_rate_multiplier": 1000,
+        "learning_rate_multiplier": 300,
         "compute_multiplier": 2,
         "max_completion_tokens": 8,  # ours
     }

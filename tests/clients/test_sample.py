@@ -3,6 +3,7 @@
 import re
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from workers.policy.base import Base
 from workers.policy.checkpoint import write_manifest
 from workers.policy.learner import Learner
 from workers.policy.load import adapter_of
+from workers.sample import told
 
 Cli = Callable[..., Any]
 SHAPE = {"hidden_size": 32, "intermediate_size": 64, "layers": 1}
@@ -70,16 +72,24 @@ def ask(cli: Cli, *args: str) -> Any:
     return cli("sample", *args, "--temperature", "0", "--max-tokens", "8")
 
 
-def test_a_folder_and_a_checkpoint_answer_side_by_side(api: str, cli: Cli, hand: Any, tmp_path: Path) -> None:
+def here() -> AbstractContextManager[sample.Ask]:
+    """The model runs in this process, where torch is loaded already."""
+    return nullcontext(told)
+
+
+def test_a_folder_and_a_checkpoint_answer_side_by_side(
+    api: str, cli: Cli, hand: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     _, full = saved(tmp_path / "full", 1, "full")
     model, lora = saved(tmp_path / "lora", 2, "lora")
     checkpoint_id = stored(hand, cli, tmp_path / "lora", model)
     assert full != lora
+    both = ask(cli, str(tmp_path / "full"), checkpoint_id, "rev 12>", "--json").json["answers"]
+    assert [one["text"] for one in both[str(tmp_path / "full")]] == [full]
+    assert [one["text"] for one in both[checkpoint_id]] == [lora]
+    monkeypatch.setattr(sample, "_model_process", here)
     alone = ask(cli, str(tmp_path / "full"), "rev 12>")
     assert (alone.code, alone.out) == (0, full + "\n")
-    both = ask(cli, str(tmp_path / "full"), checkpoint_id, "rev 12>", "--json").json["answers"]
-    assert [told["text"] for told in both[str(tmp_path / "full")]] == [full]
-    assert [told["text"] for told in both[checkpoint_id]] == [lora]
     table = ask(cli, str(tmp_path / "full"), checkpoint_id, "rev 12>", "-n", "2").out.splitlines()
     assert [re.split(r"\s{2,}", line)[:2] for line in table[1:]] == [
         ["1", str(tmp_path / "full")],
@@ -95,7 +105,9 @@ def test_what_cannot_be_sampled_is_a_plain_error(api: str, cli: Cli, tmp_path: P
     absent = ask(cli, "ckpt_nobody", "rev 12>")
     assert absent.code == 1 and "ckpt_nobody" in absent.err
     saved(tmp_path / "full", 1, "full")
-    talked = ask(cli, str(tmp_path / "full"), "hello", "--chat")
+    with monkeypatch.context() as patch:
+        patch.setattr(sample, "_model_process", here)
+        talked = ask(cli, str(tmp_path / "full"), "hello", "--chat")
     assert talked.code == 1 and "chat template" in talked.err and "Traceback" not in talked.err
     (tmp_path / "full" / "model" / "config.json").unlink()
     broken = ask(cli, str(tmp_path / "full"), "rev 12>")
@@ -105,17 +117,26 @@ def test_what_cannot_be_sampled_is_a_plain_error(api: str, cli: Cli, tmp_path: P
     assert without.code == 1 and "torch is missing: pip install 'ratchet-rl[worker]'" in without.err
 
 
+def test_a_model_whose_process_dies_says_what_it_said(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved(tmp_path / "full", 1, "full")
+    (tmp_path / "dies").write_text("#!/bin/sh\necho out of memory >&2\nexit 9")
+    (tmp_path / "dies").chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "dies"))
+    died = ask(cli, str(tmp_path / "full"), "rev 12>")
+    assert died.code == 1 and "out of memory" in died.err and "ended with status 9" in died.err
+
+
 def test_what_the_chat_template_gets_is_passed_on_and_no_optimizer_is_fetched(
     api: str, cli: Cli, hand: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[tuple[dict[str, Any], list[str]]] = []
 
-    def ask(request: dict[str, Any]) -> list[dict[str, Any]]:
+    def ask(request: dict[str, Any]) -> dict[str, Any]:
         files = [path.name for path in Path(request["folder"]).iterdir()]
         asked.append((request, sorted(files)))
-        return [{"text": "x", "tokens": 1, "finish_reason": "stop"}]
+        return {"answers": [{"text": "x", "tokens": 1, "finish_reason": "stop"}]}
 
-    monkeypatch.setattr(sample, "_ask", ask)
+    monkeypatch.setattr(sample, "_model_process", lambda: nullcontext(ask))
     cli("submit", "-", stdin=str(SPEC))
     held = hand.take()
     checkpoint_id = hand.save(held, 1, **{"weights": b"w", "optimizer.safetensors": b"moments", "trainer.json": b"{}"})

@@ -130,6 +130,15 @@ def folder() -> Iterator[Path]:
     shutil.rmtree(path, ignore_errors=True)
 
 
+@pytest.fixture(scope="module")
+def shared() -> Iterator[Up]:
+    """For tests that end nothing but what comes back by itself."""
+    with tempfile.TemporaryDirectory(prefix="ratchet-up-") as folder:
+        up = Up(Path(folder) / "data")
+        yield up
+        up.stop(within_s=60)
+
+
 @pytest.fixture
 def start() -> Iterator[Callable[[Path], Up]]:
     started: list[Up] = []
@@ -169,13 +178,11 @@ def test_up_serves_restarts_what_dies_and_stops_without_a_trace(folder: Path, st
     assert [name for name in ("url", "key") if (up.data_dir / name).exists()] == ["key"]
 
 
-def test_a_session_goes_on_through_the_death_of_its_worker(folder: Path, start: Callable[[Path], Up]) -> None:
-    up = start(folder / "data")
-
+def test_a_session_goes_on_through_the_death_of_its_worker(shared: Up, tmp_path: Path) -> None:
     def loop(killed_at: int | None) -> tuple[list[dict[str, float]], dict[str, bytes]]:
         """Metrics and final weights of a loop, in the middle of which the process that trains is killed."""
         told: list[dict[str, float]] = []
-        with up.client() as ratchet, ratchet.session(model=JOB["model"], seed=3, checkpoints={"every_steps": 3}) as session:
+        with shared.client() as ratchet, ratchet.session(model=JOB["model"], seed=3, checkpoints={"every_steps": 3}) as session:
             for step in range(6):
                 groups = session.sample(["12>", "34>"], num_samples=4, max_tokens=6)
                 for answer in (answer for group in groups for answer in group.answers):
@@ -183,12 +190,12 @@ def test_a_session_goes_on_through_the_death_of_its_worker(folder: Path, start: 
                 session.submit.forward_backward([{"tokens": [5, 6], "target_tokens": [6, step]}])
                 stepped = session.submit.train_step(groups, objective="gspo", optimizer={"learning_rate": 1e-2})
                 if step == killed_at:
-                    trainer = [pid for pid in _children(up.child("training@")) if "spawn_main" in _command(pid)]
+                    trainer = [pid for pid in _children(shared.child("training@")) if "spawn_main" in _command(pid)]
                     assert trainer
                     for pid in trainer:
                         os.kill(pid, signal.SIGKILL)
                 told.append(stepped.result(240))
-            model = ratchet.download_checkpoint(session.finish(), folder / f"killed-{killed_at}") / "model"
+            model = ratchet.download_checkpoint(session.finish(), tmp_path / f"killed-{killed_at}") / "model"
             job = ratchet.wait(session.id, timeout_s=60)
             assert (job["status"], job["step"], job["attempt"]) == ("succeeded", 6, 1 if killed_at is None else 2)
         return told, {path.name: path.read_bytes() for path in model.glob("*.safetensors")}
@@ -197,12 +204,11 @@ def test_a_session_goes_on_through_the_death_of_its_worker(folder: Path, start: 
 
 
 def test_the_first_loop_of_the_readme_runs_as_it_is_printed(
-    folder: Path, start: Callable[[Path], Up], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    shared: Up, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    up = start(folder / "data")
     for name in ("RATCHET_URL", "RATCHET_API_KEY"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("RATCHET_DATA_DIR", str(up.data_dir))
+    monkeypatch.setenv("RATCHET_DATA_DIR", str(shared.data_dir))
     readme = (Path(__file__).parents[2] / "README.md").read_text()
     (loop,) = [block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "ratchet.session(" in block]
     assert loop.count("range(60)") == 1

@@ -17,6 +17,7 @@ from pydantic import SecretStr
 from safetensors.torch import load_file
 from torch import Tensor
 
+from chaos.rig import Child, Zygote
 from job_specs import rl_spec, supervised_spec
 from service.doorbell import Doorbell
 from service.ids import utcnow
@@ -33,15 +34,15 @@ FINAL = ("succeeded", "failed", "cancelled")
 
 
 class Stack:
-    """A store, a doorbell, and as many workers as a test starts."""
+    """A store, a doorbell, and as many workers as a test starts: with a zygote in a blink, else as a user starts them."""
 
-    def __init__(self, settings: Settings, log_dir: Path) -> None:
-        self.settings, self.log_dir = settings, log_dir
+    def __init__(self, settings: Settings, log_dir: Path, zygote: Zygote | None = None) -> None:
+        self.settings, self.log_dir, self.zygote = settings, log_dir, zygote
         self.store: Store = open_store(settings)
         self.doorbell = Doorbell(settings)
-        self.workers: list[subprocess.Popen[bytes]] = []
+        self.workers: list[subprocess.Popen[bytes] | Child] = []
 
-    def start_worker(self, **environment: str) -> subprocess.Popen[bytes]:
+    def start_worker(self, **environment: str) -> subprocess.Popen[bytes] | Child:
         variables = {
             "RATCHET_ENVIRONMENT": "development",
             "RATCHET_DATA_DIR": str(self.settings.data_dir),
@@ -52,9 +53,14 @@ class Stack:
             "RATCHET_DEVICE": "cpu",
             "HF_HUB_OFFLINE": "1",
         }
-        argv = [sys.executable, "-m", "celery", "-A", "workers.app", "worker", "--without-gossip", "--without-mingle"]
-        log = (self.log_dir / f"worker-{len(self.workers)}.log").open("wb")
-        worker = subprocess.Popen(argv, env={**os.environ, **variables, **environment}, stdout=log, stderr=log)
+        argv = ["celery", "-A", "workers.app", "worker", "--without-gossip", "--without-mingle"]
+        env = {**os.environ, **variables, **environment}
+        log = self.log_dir / f"worker-{len(self.workers)}.log"
+        if self.zygote is not None:
+            worker = self.zygote.child(argv, env, log)
+        else:
+            with log.open("wb") as file:
+                worker = subprocess.Popen([sys.executable, "-m", *argv], env=env, stdout=file, stderr=file)
         self.workers.append(worker)
         return worker
 
@@ -112,15 +118,15 @@ class Stack:
 
 
 @pytest.fixture
-def stack(settings: Settings, own_redis: Any, tmp_path: Path) -> Iterator[Stack]:
+def stack(settings: Settings, own_redis: Any, tmp_path: Path, zygote: Zygote) -> Iterator[Stack]:
     """A stack of the test's own, without a worker yet: for tests that end workers."""
-    stack = Stack(settings.model_copy(update={"redis_url": SecretStr(own_redis.url)}), tmp_path)
+    stack = Stack(settings.model_copy(update={"redis_url": SecretStr(own_redis.url)}), tmp_path, zygote)
     yield stack
     stack.stop()
 
 
 @pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory, sqlite_template: Path, new_redis: Any) -> Iterator[Stack]:
+def shared(tmp_path_factory: pytest.TempPathFactory, sqlite_template: Path, new_redis: Any, zygote: Zygote) -> Iterator[Stack]:
     """A stack with one worker (SQLite) for all tests that leave its parent alive."""
     folder = tmp_path_factory.mktemp("shared")
     data_dir = folder / "data"
@@ -135,6 +141,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory, sqlite_template: Path, new_
                 grader_networks=(ip_network("127.0.0.0/8"),),
             ),
             folder,
+            zygote,
         )
         stack.start_worker()
         yield stack

@@ -165,7 +165,7 @@ def answers(url: str) -> bool:
 
 
 @pytest.mark.timeout(300)
-def test_no_secret_is_anywhere_that_anybody_reads(planted: Planted, judge: str, specs: Any) -> None:
+def test_no_secret_is_anywhere_that_anybody_reads(planted: Planted, judge: str, specs: Any, zygote: Any) -> None:
     redis_server = planted.start_redis()
     planted.start("api", sys.executable, "-m", "service")
     worker = ["celery", "-A", "workers.app", "worker", "--without-gossip", "--without-mingle"]
@@ -242,11 +242,16 @@ def test_no_secret_is_anywhere_that_anybody_reads(planted: Planted, judge: str, 
         {"RATCHET_REDIS_URL": f"redis//:{REDIS}@nowhere:x"},
         {"RATCHET_PORT": KEY},
     ]
-    for variables in broken:
-        planted.start("broken", sys.executable, "-m", "service", **{"RATCHET_PORT": "0", **variables})
-    for process in planted.processes[-len(broken) :]:
+    processes = [
+        zygote.child(
+            ["service"], planted.environment(**{"RATCHET_PORT": "0", **variables}), planted.folder / f"broken-{number}.log"
+        )
+        for number, variables in enumerate(broken)
+    ]
+    for process in processes:
         with suppress(subprocess.TimeoutExpired):  # a database that is not there may be waited for
             process.wait(timeout=30)
+        process.kill()
 
     # Everything that can be read.
     until(lambda: answers(planted.url), "the API")

@@ -26,7 +26,7 @@ assert ARCHIVES, "without an archive nothing is tried here"
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize("archive", ARCHIVES, ids=lambda path: path.name.split(".")[0])
 def test_jobs_of_an_older_version_end_as_it_would_have_ended_them(
-    archive: Path, tmp_path: Path, own_redis: Any, new_stack: Any
+    archive: Path, tmp_path: Path, own_redis: Any, new_stack: Any, zygote: Any
 ) -> None:
     """Bit for bit where the machine rounds as the one did that made the archive; elsewhere other answers are sampled, and only
     the job that samples nothing is compared, nearly."""
@@ -35,7 +35,7 @@ def test_jobs_of_an_older_version_end_as_it_would_have_ended_them(
     facts = json.loads((tmp_path / "facts.json").read_text())
     settings = Settings(environment="development", data_dir=tmp_path / "data", redis_url=SecretStr(own_redis.url))
     upgrade(settings.sql_url)
-    stack = new_stack(settings, tmp_path)
+    stack = new_stack(settings, tmp_path, zygote)
     try:
         ids = {name: job["id"] for name, job in facts["jobs"].items()}
         before = {name: stack.job(job_id) for name, job_id in ids.items()}

@@ -122,12 +122,13 @@ def rollout(server: Vllm, *, engine: dict[str, Any] | None = None, **more: Any) 
     return {**ROLLOUT, "engine": asked, **more}
 
 
+LOCAL = {**ROLLOUT, "rescore": "always"}  # as with a server: the trainer's own log-probs are the old ones
 UNDISTURBED: dict[str, Any] = {}  # the metrics of the job of these tests, by the local engine; filled by the first that asks
 
 
 def undisturbed(world: World) -> dict[str, Any]:
     if not UNDISTURBED:
-        job_id = world.submit(rollout=ROLLOUT)
+        job_id = world.submit(rollout=LOCAL)
         assert world.take().status == "succeeded"
         UNDISTURBED.update(world.metrics(job_id))
     return UNDISTURBED
@@ -140,7 +141,7 @@ def undisturbed(world: World) -> dict[str, Any]:
 def test_a_job_on_a_server_that_draws_alike_has_the_metrics_of_the_local_engine(world: World, vllm: Vllm, how: Any) -> None:
     local = undisturbed(world)
     if how:
-        local_id = world.submit(rollout={**ROLLOUT, **how})
+        local_id = world.submit(rollout={**LOCAL, **how})
         world.take()
         local = world.metrics(local_id)
     served = world.submit(rollout=rollout(vllm, **how))

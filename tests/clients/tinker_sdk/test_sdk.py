@@ -278,7 +278,7 @@ def test_a_snapshot_does_not_drift_and_sampling_changes_no_weight(service, train
     assert old.get_base_model() == "tiny"
 
 
-def test_a_clone_of_a_sampling_client(service, server):
+def test_a_clone_of_a_sampling_client(service):
     sampler = service.create_sampling_client(base_model="tiny").result()
     clone = pickle.loads(pickle.dumps(sampler))
     assert (
@@ -290,7 +290,7 @@ def test_a_clone_of_a_sampling_client(service, server):
 # ---------------------------------------------------------------- REST and the command
 
 
-def test_lists_and_changes_of_checkpoints(service, training, server):
+def test_lists_and_changes_of_checkpoints(service, training):
     rest = tinker.RestClient()
     training.save_state("a").result()
     path = training.save_weights_for_sampler("b", ttl_seconds=7200).result().path
@@ -319,7 +319,7 @@ def test_lists_and_changes_of_checkpoints(service, training, server):
     assert rest.get_weights_info_by_tinker_path(copied).result().lora_rank == 8
 
 
-def test_the_command_line(server, training, tmp_path: Path):
+def test_the_command_line(training, tmp_path: Path):
     path = training.save_state("cli").result().path
 
     def command(*arguments):

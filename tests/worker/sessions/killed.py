@@ -1,4 +1,4 @@
-"""Workers that are killed at chosen points: `python killed.py SETTINGS POINT...`, one attempt for each point, in a row.
+"""Workers that are killed at chosen points: `python -m worker.sessions.killed SETTINGS POINT...`, an attempt for each point.
 
 A point is `WHERE:N`: the process kills itself with SIGKILL at the Nth time that it comes there; `none` runs until all rest.
 Each answer is stored by itself, except with `together/WHERE:N`: then those of two that follow each other are.

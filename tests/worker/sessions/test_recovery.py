@@ -3,8 +3,7 @@
 import json
 import os
 import signal
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +11,16 @@ import pytest
 import torch
 from session_operations import FULL, LORA, forward_backward, loop, row, train_step
 
+from chaos.rig import Zygote
+
 SQLITE = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 KILLED = -signal.SIGKILL
 DROPOUT = {**LORA, "adapter": {"kind": "lora", "rank": 4, "alpha": 8, "dropout": 0.2}}
 
 
-def run_killed(rig: Any, *points: str) -> list[int]:
-    """How each attempt ended: KILLED, or 0."""
+@pytest.fixture
+def run_killed(rig: Any, zygote: Zygote, tmp_path: Path) -> Callable[..., list[int]]:
+    """`run_killed(*points)`: how each attempt ended, KILLED or 0."""
     settings = {
         "environment": "development",
         "data_dir": str(rig.settings.data_dir),
@@ -27,13 +29,17 @@ def run_killed(rig: Any, *points: str) -> list[int]:
         "device": "cpu",
         "session_idle_s": 0.05,
     }
-    script = Path(__file__).parent / "killed.py"
-    root = Path(__file__).parents[3]
-    environment = {**os.environ, "PYTHONPATH": str(root), "RATCHET_STRICT_METRICS": "true"}
-    argv = [sys.executable, str(script), json.dumps(settings), *points]
-    done = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=110)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [os.waitstatus_to_exitcode(status) for status in json.loads(done.stdout.splitlines()[-1])]
+
+    def run(*points: str) -> list[int]:
+        log = tmp_path / "killed.log"
+        child = zygote.child(["worker.sessions.killed", json.dumps(settings), *points], dict(os.environ), log)
+        try:
+            assert child.wait(110) == 0, log.read_text()[-3000:]
+        finally:
+            child.kill()
+        return [os.waitstatus_to_exitcode(status) for status in json.loads(log.read_text().splitlines()[-1])]
+
+    return run
 
 
 def work_of_a_session() -> list[dict[str, Any]]:
@@ -55,11 +61,13 @@ POINTS = ["before_answer:2", "after_answer:2", "inside_backward:2", "after_step:
 
 
 @pytest.mark.parametrize("model", [LORA, FULL, DROPOUT], ids=["lora", "full", "dropout"])
-def test_killed_again_and_again_the_weights_are_the_same(rig: Any, model: dict[str, Any]) -> None:
+def test_killed_again_and_again_the_weights_are_the_same(
+    rig: Any, run_killed: Callable[..., list[int]], model: dict[str, Any]
+) -> None:
     limits = {"max_attempts": 50}
     disturbed = rig.session(model, limits=limits, checkpoints={"every_steps": 3})
     rig.send(disturbed, *work_of_a_session())
-    ended = run_killed(rig, *POINTS)
+    ended = run_killed(*POINTS)
     assert ended == [KILLED] * (len(POINTS) - 1) + [0]
     quiet = rig.session(model, checkpoints={"every_steps": 3})
     rig.send(quiet, *work_of_a_session())
@@ -71,7 +79,7 @@ def test_killed_again_and_again_the_weights_are_the_same(rig: Any, model: dict[s
 
 
 @SQLITE
-def test_killed_with_answers_that_are_not_stored_yet(rig: Any) -> None:
+def test_killed_with_answers_that_are_not_stored_yet(rig: Any, run_killed: Callable[..., list[int]]) -> None:
     disturbed, quiet = (rig.session(limits={"max_attempts": 50}, checkpoints={"every_steps": 3}) for _ in range(2))
     rig.send(disturbed, *work_of_a_session())
     points = [
@@ -81,7 +89,7 @@ def test_killed_with_answers_that_are_not_stored_yet(rig: Any) -> None:
         "together/before_answer:1",
         "none",
     ]
-    assert run_killed(rig, *points) == [KILLED] * 4 + [0]
+    assert run_killed(*points) == [KILLED] * 4 + [0]
     rig.send(quiet, *work_of_a_session())
     finish(rig, disturbed, quiet)
     assert same(rig.weights(disturbed), rig.weights(quiet))
@@ -91,12 +99,12 @@ def test_killed_with_answers_that_are_not_stored_yet(rig: Any) -> None:
 
 @SQLITE
 @pytest.mark.parametrize("point", ["while_saving:1", "after_saving:1"])
-def test_killed_around_a_snapshot(rig: Any, point: str) -> None:
+def test_killed_around_a_snapshot(rig: Any, run_killed: Callable[..., list[int]], point: str) -> None:
     """A gradient that no step has taken yet outlives the snapshot."""
     operations = [*loop(2), forward_backward(row(20, 21, 22)), {"kind": "save_checkpoint", "name": "now"}]
     disturbed, quiet = rig.session(), None
     rig.send(disturbed, *operations)
-    assert run_killed(rig, point, "none") == [KILLED, 0]
+    assert run_killed(point, "none") == [KILLED, 0]
     quiet = rig.session()
     rig.send(quiet, *operations)
     finish(rig, disturbed, quiet)
@@ -106,21 +114,23 @@ def test_killed_around_a_snapshot(rig: Any, point: str) -> None:
 
 
 @SQLITE
-def test_killed_after_its_last_operation_it_ends_with_the_checkpoint_that_its_client_was_told(rig: Any) -> None:
+def test_killed_after_its_last_operation_it_ends_with_the_checkpoint_that_its_client_was_told(
+    rig: Any, run_killed: Callable[..., list[int]]
+) -> None:
     job = rig.session()
     rig.send(job, *loop(1), {"kind": "finish"})
-    assert run_killed(rig, "before_settling:1", "none") == [KILLED, 0]
+    assert run_killed("before_settling:1", "none") == [KILLED, 0]
     told = rig.answer(job, 4)["checkpoint_id"]
     assert (rig.job(job).status, rig.job(job).checkpoint_id) == ("succeeded", told)
     assert [one.is_final for one in rig.checkpoints(job) if one.id == told] == [True]
 
 
 @SQLITE
-def test_a_build_that_replays_nothing_is_caught(rig: Any) -> None:
+def test_a_build_that_replays_nothing_is_caught(rig: Any, run_killed: Callable[..., list[int]]) -> None:
     """The negative control of the tests above."""
     disturbed = rig.session()
     rig.send(disturbed, *work_of_a_session())
-    assert run_killed(rig, "after_answer:4", "wrong") == [KILLED, 0]
+    assert run_killed("after_answer:4", "wrong") == [KILLED, 0]
     quiet = rig.session()
     rig.send(quiet, *work_of_a_session())
     finish(rig, disturbed, quiet)
@@ -128,11 +138,11 @@ def test_a_build_that_replays_nothing_is_caught(rig: Any) -> None:
 
 
 @SQLITE
-def test_an_operation_that_kills_its_worker_fails_and_not_the_session(rig: Any) -> None:
+def test_an_operation_that_kills_its_worker_fails_and_not_the_session(rig: Any, run_killed: Callable[..., list[int]]) -> None:
     """Each attempt dies in the first operation that it runs (the third in order), until that one is given up."""
     job = rig.session()
     rig.send(job, *loop(2))
-    ended = run_killed(rig, "in_operation:3", "in_operation:1", "none")
+    ended = run_killed("in_operation:3", "in_operation:1", "none")
     assert ended == [KILLED, KILLED, 0]
     assert rig.error(job, 3) == {
         "code": "operation_lost",
@@ -145,11 +155,11 @@ def test_an_operation_that_kills_its_worker_fails_and_not_the_session(rig: Any) 
 
 
 @SQLITE
-def test_an_operation_that_ran_beside_is_not_blamed(rig: Any) -> None:
+def test_an_operation_that_ran_beside_is_not_blamed(rig: Any, run_killed: Callable[..., list[int]]) -> None:
     """The worker dies twice between operations: nobody's operation is given up."""
     job = rig.session()
     rig.send(job, *loop(2))
-    assert run_killed(rig, "after_answer:2", "after_answer:1", "none") == [KILLED, KILLED, 0]
+    assert run_killed("after_answer:2", "after_answer:1", "none") == [KILLED, KILLED, 0]
     assert [rig.operation(job, seq).status for seq in range(1, 7)] == ["done"] * 6
 
 
