@@ -1,7 +1,6 @@
 """Datasets: uploaded as JSONL, listed, looked into, deleted."""
 
 from datetime import datetime
-from hashlib import sha256
 from typing import Annotated, Any, Literal, Self
 
 from fastapi import APIRouter, Query, Response
@@ -10,13 +9,12 @@ from pydantic import BaseModel, ConfigDict, Field
 from service.edge.auth import CallerDep
 from service.edge.bodies import TurnDep
 from service.edge.context import ContextDep
-from service.edge.idempotency import IdempotencyKeyDep, once
+from service.edge.idempotency import IdempotencyKeyDep
 from service.edge.pages import Page, PageQuery
 from service.edge.problems import BODY, files_missing, responses
-from service.edge.uploads import MULTIPART, UploadDep
+from service.edge.uploads import MULTIPART, UploadDep, kept
 from service.ids import utcnow
 from service.jobs.data import JsonlRows
-from service.jobs.datasets import ingest
 from service.store import datasets
 from service.store.tables import Dataset
 from service.validation import below, parse
@@ -107,19 +105,7 @@ def create_dataset(
 ) -> Any:
     """Upload rows as JSONL, one object per line. Every line is checked; errors give the line's number."""
     name = parse(Name, query.name or upload.name or "unnamed", "/name")
-    sent = sha256(f"{name}\n{upload.sha256}".encode()).hexdigest()
-    with once(context.store, caller, idempotency_key, route="POST /v1/datasets", body_sha256=sent) as turn:
-        if turn.replay is not None:
-            return turn.replay
-        dataset = ingest(
-            context.store,
-            caller.project,
-            name,
-            upload.file,
-            context.settings.max_dataset_bytes,
-            also=lambda session, dataset: turn.complete(session, DatasetView.of(dataset)),
-        )
-    return DatasetView.of(dataset)
+    return kept(context, caller, idempotency_key, upload, name=name, route="POST /v1/datasets", view=DatasetView.of, status=201)
 
 
 @router.get("")

@@ -240,7 +240,7 @@ def _asked(raw: bytes, sent_as: str) -> tuple[bool, list[Asked]]:
         return False, [asked_of_tensors(raw)]
     sent = parse_arrays(raw)
     if isinstance(sent, dict) and "operations" in sent:
-        return True, [asked(body) for body in parse(TypeAdapter(Operations), sent).operations]
+        return True, [asked(body) for body in parse(Operations, sent).operations]
     return False, [asked(parse(ONE, sent))]
 
 

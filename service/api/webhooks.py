@@ -1,6 +1,5 @@
 """Webhooks of a project: where it is told of what happens to its jobs (docs/webhooks.md)."""
 
-import re
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
@@ -14,12 +13,12 @@ from service.edge.idempotency import IdempotencyKeyDep, once
 from service.edge.pages import Page, PageQuery
 from service.edge.problems import BODY, responses
 from service.errors import Conflict, FieldError
-from service.spec.addresses import host_of, literal, may_reach
+from service.spec.addresses import host_of, names_user, refusal
 from service.spec.section import Section
 from service.store import webhooks
 from service.store.tables import Webhook, WebhookDelivery
 from service.validation import invalid, parse
-from service.webhooks.courier import ADDRESS_REFUSED
+from service.webhooks.courier import NETWORKS
 
 router = APIRouter(prefix="/v1/webhooks", tags=["webhooks"])
 
@@ -44,7 +43,7 @@ class _WithUrl(Section):
     def names_a_host(cls, value: str | None) -> str | None:
         if value is not None:
             host_of(value)
-            if "@" in re.split(r"[/?#]", value, maxsplit=3)[2]:
+            if names_user(value):
                 raise ValueError("a URL with a user name or password would be shown; deliveries are signed instead")
         return value
 
@@ -269,10 +268,9 @@ def redeliver(context: ContextDep, caller: CallerDep, webhook_id: str, delivery_
 
 
 def _check_address(context: Context, url: str) -> None:
-    """Refuse a forbidden address at once. A name is looked up when something is sent, and then only."""
-    address = literal(host_of(url))
-    if address is not None and not may_reach(address, context.settings.webhook_networks):
-        raise invalid([FieldError("/url", ADDRESS_REFUSED, "address_refused")])
+    """Refuse a forbidden address at once."""
+    if why := refusal(url, context.settings.webhook_networks, NETWORKS):
+        raise invalid([FieldError("/url", why, "address_refused")])
 
 
 def _with_secret(hook: Webhook) -> NewWebhookView:

@@ -1,23 +1,26 @@
 """Bodies that go to a file on the disk: JSONL as it is, or in a form."""
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from tempfile import TemporaryFile
-from typing import IO, Annotated
+from typing import IO, Annotated, Any
 
 from fastapi import Depends, Request
+from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
 
-from service.edge.auth import CallerDep, ShareDep
+from service.edge.auth import Caller, CallerDep, ShareDep
 from service.edge.bodies import limited, media_type
 from service.edge.context import Context, ContextDep
+from service.edge.idempotency import once
 from service.edge.shares import Share
 from service.errors import Malformed, UnsupportedMedia
-from service.jobs.datasets import STORE
+from service.jobs.datasets import STORE, ingest
 from service.store.blobs import room_on
+from service.store.tables import Dataset
 
 MULTIPART = "multipart/form-data"
 JSONL_TYPES = (
@@ -116,3 +119,30 @@ async def _spool(chunks: AsyncIterator[bytes], file: IO[bytes]) -> str:
     await run_in_threadpool(flush)
     file.seek(0)
     return digest.hexdigest()
+
+
+def kept(
+    context: Context,
+    caller: Caller,
+    idempotency_key: str | None,
+    upload: Upload,
+    *,
+    name: str,
+    route: str,
+    view: Callable[[Dataset], BaseModel],
+    status: int,
+) -> Any:
+    """The upload as a dataset of this name, made once for an Idempotency-Key: its view, or the answer to the first request."""
+    sent = sha256(f"{name}\n{upload.sha256}".encode()).hexdigest()
+    with once(context.store, caller, idempotency_key, route=route, body_sha256=sent) as turn:
+        if turn.replay is not None:
+            return turn.replay
+        dataset = ingest(
+            context.store,
+            caller.project,
+            name,
+            upload.file,
+            context.settings.max_dataset_bytes,
+            also=lambda session, dataset: turn.complete(session, view(dataset), status),
+        )
+    return view(dataset)

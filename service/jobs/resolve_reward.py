@@ -3,7 +3,7 @@
 from service.errors import FieldError
 from service.metric_names import EVAL, EVAL_GREEDY, EVAL_LOSS, OF_ANSWERS
 from service.settings import Settings
-from service.spec.addresses import host_of, literal, may_reach
+from service.spec.addresses import refusal
 from service.spec.data import ReasoningGymSource, SplitSource
 from service.spec.job import RLSpec, SupervisedSpec
 from service.spec.reward import HttpGrader
@@ -11,12 +11,7 @@ from service.validation import did_you_mean
 
 # Tasks of reasoning-gym whose rows have no answer, only a scorer (docs/graders.md).
 WITHOUT_ANSWER = {"boxnet", "graph_color", "propositional_logic", "rubiks_cube", "rush_hour"}
-ADDRESS_REFUSED = "the host is no public address; the operator can allow its network (RATCHET_GRADER_NETWORKS=10.1.0.0/16)"
-# Which of the two it is would tell what stands in an inner DNS.
-NAME_REFUSED = (
-    "its host is not found, or has an address that is not public; the operator can allow a network "
-    "(RATCHET_GRADER_NETWORKS=10.1.0.0/16)"
-)
+NETWORKS = "RATCHET_GRADER_NETWORKS"
 
 
 def check_reward(spec: RLSpec | SupervisedSpec, settings: Settings) -> list[FieldError]:
@@ -30,10 +25,8 @@ def check_reward(spec: RLSpec | SupervisedSpec, settings: Settings) -> list[Fiel
         if grader.kind == "reasoning_gym" and grader.strict and (without := sorted(_tasks(spec) & WITHOUT_ANSWER)):
             detail = f"strict pays the task's own answer only, and {', '.join(without)} gives none (reasoning-gym 0.1.25)"
             errors.append(FieldError(f"{pointer}/strict", detail, "task_without_answer", got=True))
-        if isinstance(grader, HttpGrader):
-            address = literal(host_of(grader.url))  # a name is looked up by who connects, and then only
-            if address is not None and not may_reach(address, settings.grader_networks):
-                errors.append(FieldError(f"{pointer}/url", ADDRESS_REFUSED, "address_refused"))
+        if isinstance(grader, HttpGrader) and (why := refusal(grader.url, settings.grader_networks, NETWORKS)):
+            errors.append(FieldError(f"{pointer}/url", why, "address_refused"))
         if isinstance(grader, HttpGrader) and grader.secret is not None and grader.secret not in settings.grader_secrets:
             names = sorted(settings.grader_secrets)
             detail = f"the operator has set no secret of this name (RATCHET_GRADER_SECRETS){did_you_mean(grader.secret, names)}"

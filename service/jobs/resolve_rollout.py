@@ -4,18 +4,14 @@ from collections.abc import Iterator
 
 from service.errors import FieldError
 from service.settings import Settings
-from service.spec.addresses import host_of, literal, may_reach
+from service.spec.addresses import refusal
 from service.spec.job import RLSpec, SupervisedSpec
 from service.spec.model import Lora
 from service.spec.training import VllmEngine
 
 # Of vLLM 0.33: SamplingParams takes temperatures up to 2 and raises those below 0.01 to it; LoRAConfig's largest max_lora_rank.
 COLDEST, HOTTEST, LARGEST_RANK = 0.01, 2.0, 512
-ADDRESS_REFUSED = "the host is no public address; the operator can allow its network (RATCHET_ROLLOUT_NETWORKS=10.1.0.0/16)"
-NAME_REFUSED = (
-    "its host is not found, or has an address that is not public; the operator can allow a network "
-    "(RATCHET_ROLLOUT_NETWORKS=10.1.0.0/16)"
-)
+NETWORKS = "RATCHET_ROLLOUT_NETWORKS"
 
 
 def check_rollout(spec: RLSpec | SupervisedSpec, settings: Settings) -> list[FieldError]:
@@ -26,9 +22,8 @@ def check_rollout(spec: RLSpec | SupervisedSpec, settings: Settings) -> list[Fie
 
 
 def _of_the_server(engine: VllmEngine, settings: Settings) -> Iterator[FieldError]:
-    address = literal(host_of(engine.url))  # a name is looked up by who connects, and then only
-    if address is not None and not may_reach(address, settings.rollout_networks):
-        yield FieldError("/rollout/engine/url", ADDRESS_REFUSED, "address_refused")
+    if why := refusal(engine.url, settings.rollout_networks, NETWORKS):
+        yield FieldError("/rollout/engine/url", why, "address_refused")
     if settings.rollout_adapters_dir is None:
         detail = (
             "the operator has set no folder that workers and vLLM servers share (RATCHET_ROLLOUT_ADAPTERS_DIR), "

@@ -1,6 +1,5 @@
 """OpenAI's files: each is a dataset. A file of purpose `fine-tune` is JSONL, checked line by line when it comes."""
 
-from hashlib import sha256
 from typing import Annotated, Any, Literal, Self
 
 from fastapi import APIRouter, Query
@@ -10,12 +9,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from service.edge.auth import CallerDep
 from service.edge.bodies import TurnDep
 from service.edge.context import ContextDep
-from service.edge.idempotency import IdempotencyKeyDep, once
+from service.edge.idempotency import IdempotencyKeyDep
 from service.edge.pages import Page
 from service.edge.problems import files_missing
-from service.edge.uploads import MULTIPART, FormDep
+from service.edge.uploads import MULTIPART, FormDep, kept
 from service.ids import utcnow
-from service.jobs.datasets import ingest
 from service.openai.face import responses
 from service.store import datasets
 from service.store.tables import Dataset
@@ -95,19 +93,7 @@ def create_file(
     """Upload JSONL, one object a line, as a dataset. Every line is checked; errors give the line's number."""
     parse(_Fields, dict(upload.fields))
     name = parse(Name, upload.name or "unnamed", "/file")
-    sent = sha256(f"{name}\n{upload.sha256}".encode()).hexdigest()
-    with once(context.store, caller, idempotency_key, route="POST /v1/files", body_sha256=sent) as turn:
-        if turn.replay is not None:
-            return turn.replay
-        dataset = ingest(
-            context.store,
-            caller.project,
-            name,
-            upload.file,
-            context.settings.max_dataset_bytes,
-            also=lambda session, dataset: turn.complete(session, FileView.of(dataset), 200),
-        )
-    return FileView.of(dataset)
+    return kept(context, caller, idempotency_key, upload, name=name, route="POST /v1/files", view=FileView.of, status=200)
 
 
 @router.get("", responses=responses(*READS))

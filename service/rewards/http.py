@@ -12,9 +12,10 @@ from typing import Any
 import httpx
 
 from service.errors import JobFailed
-from service.jobs.resolve_reward import ADDRESS_REFUSED, NAME_REFUSED
+from service.jobs.resolve_reward import NETWORKS
 from service.outgoing import AddressNotAllowed, Checked, NameNotAllowed, checked
 from service.rewards.samples import Grader, GraderContext, NotGraded, Outcome, Sample
+from service.spec.addresses import address_refused, name_refused
 from service.spec.reward import HttpGrader
 
 AT_ONCE = 8  # batches in flight
@@ -131,9 +132,9 @@ class HttpRewards(Grader):
         except ValueError as error:
             raise self._down(str(error)) from None
         except NameNotAllowed:
-            raise NameRefused(NAME_REFUSED) from None
+            raise NameRefused(name_refused(NETWORKS)) from None
         except AddressNotAllowed:
-            raise self._refused(ADDRESS_REFUSED) from None
+            raise self._refused(address_refused(NETWORKS)) from None
 
     def _body(self, samples: Sequence[Sample]) -> tuple[bytes, str]:
         """The request and its id, which is a hash, so that the same samples always have the same id."""

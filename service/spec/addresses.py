@@ -48,6 +48,29 @@ def _port_of(url: str) -> int | None:
         raise ValueError(f"not a URL: {error}") from None
 
 
+def names_user(url: str) -> bool:
+    """Whether the URL has a user name or password, which would be shown with the rest of it."""
+    return "@" in re.split(r"[/?#]", url, maxsplit=3)[2]
+
+
+def refusal(url: str, allowed: Networks, setting: str) -> str | None:
+    """Why nothing is sent to this URL, if its host is an address that may not be reached. A name is looked up by who connects,
+    and then only. `setting`: where the operator allows networks."""
+    address = literal(host_of(url))
+    return None if address is None or may_reach(address, allowed) else address_refused(setting)
+
+
+def address_refused(setting: str) -> str:
+    return f"the host is no public address; the operator can allow its network ({setting}=10.1.0.0/16)"
+
+
+def name_refused(setting: str) -> str:
+    """Which of the two it is would tell what stands in an inner DNS."""
+    return (
+        f"its host is not found, or has an address that is not public; the operator can allow a network ({setting}=10.1.0.0/16)"
+    )
+
+
 def may_reach(address: Address, allowed: Networks) -> bool:
     """Whether the address, and any IPv4 address inside it, is public; or the address is in one of the operator's networks."""
     if any(address in network for network in allowed):

@@ -1,12 +1,11 @@
 """The reward section of a spec: graders and their weights."""
 
-import re
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from service.metric_names import taken_from_graders
-from service.spec.addresses import host_of
+from service.spec.addresses import host_of, names_user
 from service.spec.patterns import check_size, check_sizes
 from service.spec.schemas import check_bounds
 from service.spec.section import MOST, MOST_COUNTED, Section
@@ -195,7 +194,7 @@ class HttpGrader(GraderBase):
     @classmethod
     def names_a_host(cls, value: str) -> str:
         host_of(value)
-        if "@" in re.split(r"[/?#]", value, maxsplit=3)[2]:
+        if names_user(value):
             raise ValueError(
                 "a URL with a user name or password would be shown with the spec; use `secret` to sign the batches"
             )

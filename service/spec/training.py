@@ -1,11 +1,10 @@
 """How answers are sampled, and how they become optimizer steps."""
 
-import re
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
-from service.spec.addresses import host_of
+from service.spec.addresses import host_of, names_user
 from service.spec.section import MOST, MOST_COUNTED, Section
 
 COLDEST = 1e-6  # temperature: logits are divided by it
@@ -36,7 +35,7 @@ class VllmEngine(Section):
     @classmethod
     def is_a_root(cls, value: str) -> str:
         host_of(value)
-        if "@" in re.split(r"/", value, maxsplit=3)[2]:
+        if names_user(value):
             raise ValueError(
                 "a URL with a user name or password would be shown with the spec; the operator sets the server's key "
                 "(RATCHET_ROLLOUT_KEYS)"

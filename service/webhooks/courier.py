@@ -17,6 +17,7 @@ import httpx
 from service import telemetry
 from service.outgoing import AddressNotAllowed, NameNotAllowed, checked
 from service.settings import Settings
+from service.spec.addresses import address_refused, name_refused
 from service.store import webhooks
 from service.store.session import Store
 from service.store.webhooks import FIRST_PAUSE_S, GROWTH, LONGEST_PAUSE_S, MAX_ATTEMPTS, Claimed
@@ -30,11 +31,7 @@ TIMEOUT_S = 10.0  # of an attempt as a whole; far shorter than a claim
 STOP_WITHIN_S = 5.0  # what is on its way when the process ends; after that it is sent again by another process
 GONE = 410
 LATER = (429, 503)  # answers whose Retry-After counts
-ADDRESS_REFUSED = "the host is no public address; the operator can allow its network (RATCHET_WEBHOOK_NETWORKS=10.1.0.0/16)"
-NAME_REFUSED = (
-    "its host is not found, or has an address that is not public; the operator can allow a network "
-    "(RATCHET_WEBHOOK_NETWORKS=10.1.0.0/16)"
-)
+NETWORKS = "RATCHET_WEBHOOK_NETWORKS"
 HEADERS = {"Content-Type": "application/json", "User-Agent": "Ratchet-Webhooks/1", "Accept-Encoding": "identity"}
 _random = SystemRandom()
 
@@ -149,9 +146,9 @@ class Courier:
         except TimeoutError:
             return Outcome(None, f"no answer within {TIMEOUT_S:g} s")
         except NameNotAllowed:
-            return Outcome(None, NAME_REFUSED)
+            return Outcome(None, name_refused(NETWORKS))
         except AddressNotAllowed:
-            return Outcome(None, ADDRESS_REFUSED)
+            return Outcome(None, address_refused(NETWORKS))
         except ValueError as error:
             return Outcome(None, str(error))
         except httpx.HTTPError as error:

@@ -68,6 +68,9 @@ def test_session_is_a_job(api: Any, client: httpx.Client) -> None:
     assert client.get(f"/v1/jobs/{made['id']}").json()["id"] == made["id"]
     assert [row["id"] for row in client.get("/v1/sessions").json()["data"]] == [made["id"]]
     assert client.get("/v1/jobs", params={"kind": "session"}).json()["data"][0]["id"] == made["id"]
+    assert client.get("/v1/sessions", params={"kind": "sampler"}).json()["data"] == []
+    refused = client.get("/v1/sessions", params={"kind": "rl"})
+    assert (refused.status_code, refused.json()["errors"][0]["pointer"]) == (422, "/query/kind")
     assert client.post(f"/v1/jobs/{made['id']}/cancel").json()["status"] == "cancelled"
     late = send(client, made, 1, STEP)
     assert (late.status_code, late.json()["code"]) == (409, "session_over")

@@ -159,20 +159,6 @@ def with_api(rig: Rig, fault: Callable[..., Outcome], **options: Any) -> Outcome
     return fault(rig, **options)
 
 
-def kill_api_of_session(rig: Rig, away_s: float, spec: dict[str, Any] = LOOP) -> Outcome:
-    """The client waits for an answer, or sends an operation, when the API dies; another comes back at the same address."""
-    rig.start_worker()
-    api = rig.start_api()
-    session_id = rig.submit(spec)
-    rig.reached(session_id, 7)
-    api.kill()
-    time.sleep(away_s)
-    rig.start_api()
-    at = time.time()
-    rig.finished(session_id)
-    return Outcome(rig.went_on_after(session_id, at), {session_id: spec})
-
-
 def kill_api_after_an_append(rig: Rig, spec: dict[str, Any] = LOOP) -> Outcome:
     """The operation is logged, and its client does not know; it sends it again."""
     rig.start_worker()
@@ -197,6 +183,13 @@ def break_under_session(rig: Rig, break_: Callable[[Rig], None], spec: dict[str,
     return Outcome(rig.went_on_after(session_id, at), {session_id: spec})
 
 
+def api_gone(rig: Rig) -> None:
+    """Its client waits for an answer, or sends an operation; another API comes back at the same address."""
+    next(process for process in rig.started if process.log.name.startswith("chaos.api")).kill()
+    time.sleep(5)
+    rig.start_api()
+
+
 def redis_gone(rig: Rig) -> None:
     rig.redis.kill()
     time.sleep(5)
@@ -210,7 +203,7 @@ def postgres_restarted(rig: Rig) -> None:
     rig.postgres.start()
 
 
-def others_killed(rig: Rig) -> None:
+def all_killed(rig: Rig) -> None:
     """Every process at once, as when a machine loses its power; then all come back."""
     for process in list(rig.started):
         process.signal(signal.SIGKILL)
@@ -565,10 +558,10 @@ FAULTS = [
     Fault("session: SIGTERM: another worker goes on", partial(with_api, fault=drain, spec=LOOP), 15),
     Fault("session: kill -9 of Redis, away for 5 s", partial(break_under_session, break_=redis_gone), 30),
     Fault("session: FLUSHALL", partial(break_under_session, break_=lambda rig: rig.redis.flush()), 30),
-    Fault("session: kill -9 of the API, away for 5 s", partial(kill_api_of_session, away_s=5), 30),
+    Fault("session: kill -9 of the API, away for 5 s", partial(break_under_session, break_=api_gone), 30),
     Fault("session: kill -9 of the API between commit and answer", kill_api_after_an_append, 30),
     Fault("session: PostgreSQL restarted", partial(break_under_session, break_=postgres_restarted), 30, LASTING, postgres=True),
-    Fault("session: kill -9 of everything at once", partial(break_under_session, break_=others_killed), 60),
+    Fault("session: kill -9 of everything at once", partial(break_under_session, break_=all_killed), 60),
     Fault("SIGTERM: another worker goes on", drain, 15),
     Fault("SIGTERM, and kill -9 between release and ring", drain_killed_before_the_ring, 30),
     Fault("SIGTERM every 3 s", drain_every_few_seconds, 30),

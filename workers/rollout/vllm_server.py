@@ -17,9 +17,9 @@ import httpx
 from pydantic import SecretStr
 
 from service.errors import JobFailed
-from service.jobs.resolve_rollout import ADDRESS_REFUSED, NAME_REFUSED
+from service.jobs.resolve_rollout import NETWORKS
 from service.outgoing import AddressNotAllowed, NameNotAllowed, checked
-from service.spec.addresses import Networks
+from service.spec.addresses import Networks, address_refused, name_refused
 from service.spec.training import VllmEngine
 
 POINTER, COMPLETIONS = "/rollout/engine", "/v1/completions"
@@ -215,9 +215,9 @@ class Server:
         except ValueError as error:
             raise self._address_refused(str(error)) from None
         except NameNotAllowed:
-            raise AgainByName(NAME_REFUSED) from None
+            raise AgainByName(name_refused(NETWORKS)) from None
         except AddressNotAllowed:
-            raise self._address_refused(ADDRESS_REFUSED) from None
+            raise self._address_refused(address_refused(NETWORKS)) from None
         except TimeoutError:
             raise Again(
                 f"no answer within {self.spec.timeout_s:g} s ({POINTER.strip('/').replace('/', '.')}.timeout_s)"

@@ -7,10 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import rms_norm
+from transformers import PhimoeConfig, PhimoeForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from service.spec.model import Full, Lora, ModelSpec
 from workers.policy.score.layout import Sequence
+from workers.policy.score.log_probs import Scorer, both
 from workers.policy.score.packed import packed_batches
 
 PROMPTS = [5, 6, 7, 8, 9, 10, 11, 12], [5, 6, 7], [13]
@@ -78,6 +80,20 @@ def test_a_shared_prompt_and_equal_answers_are_read_once(load):
     scores = policy.score([Sequence([5] * 20, [6, 7, 8]), Sequence([5] * 20, [7]), Sequence([5] * 20, [6, 7, 8])])
     assert read == [20 + 2]
     assert torch.equal(scores.log_probs[0], scores.log_probs[2])
+
+
+def test_a_window_that_only_the_mask_knows_is_kept() -> None:
+    """The trial at load is shorter than any window, so that it cannot show one."""
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    experts = {"num_key_value_heads": 2, "num_local_experts": 2, "num_experts_per_tok": 2, "max_position_embeddings": 64}
+    torch.manual_seed(0)
+    scorer = Scorer(PhimoeForCausalLM(PhimoeConfig(**sizes, **experts, sliding_window=16)).eval())
+    sequences = [Sequence(list(range(1, 31)), [5 + answer, 6, 7]) for answer in range(8)]
+    with torch.no_grad():
+        [(rows, [found, _])] = scorer.each(sequences, 4096, both(), pad_id=0)
+        [(_, [plain, _])] = scorer.each(sequences, 4096, both(), pad_id=0, share=False)
+    assert sorted(rows) == list(range(8)) and not scorer.packs
+    assert torch.equal(found, plain)
 
 
 def test_rows_with_dropout_are_not_shared(load):

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from workers.policy.score.chosen import chosen
 from workers.policy.score.layout import Padded, Sequence, microbatches, pad
 from workers.policy.score.packed import BY_BATCH, hidden_states, pack, packed_batches
+from workers.policy.score.selected import selected_log_probs
+from workers.rollout.cache import FULL, windows
 
 # logits [N, V] and the targets of each row -> tensors [N, ...]
 OfLogits = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
@@ -128,12 +129,12 @@ def _spread(values: Tensor, places: tuple[Tensor, Tensor], shape: tuple[int, int
 def _log_probs(logits_N_V: Tensor, targets_N: Tensor, temperature: float) -> Tensor:
     """Of one target [N] or several [N, K] a row; all are gathered from the same logits."""
     targets_N_K = targets_N if targets_N.dim() == 2 else targets_N.unsqueeze(-1)
-    return chosen(_tempered(logits_N_V, temperature), targets_N_K)[0].view(targets_N.shape)
+    return selected_log_probs(_tempered(logits_N_V, temperature), targets_N_K)[0].view(targets_N.shape)
 
 
 def _log_probs_and_entropy(logits_N_V: Tensor, targets_N: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     logits = _tempered(logits_N_V, temperature)
-    log_probs_N_1, whole_N_1 = chosen(logits, targets_N.unsqueeze(-1))
+    log_probs_N_1, whole_N_1 = selected_log_probs(logits, targets_N.unsqueeze(-1))
     with torch.no_grad():
         # entr(0) is 0: a token that cannot be drawn adds no entropy.
         entropy = torch.special.entr((logits.detach() - whole_N_1).exp_()).sum(-1)
@@ -178,6 +179,9 @@ def _packs(model: PreTrainedModel) -> bool:
     trial = [Sequence(*([token % vocabulary for token in part] for part in sequence)) for sequence in TRIAL]
     padded, packed = pad(trial, 0, model.device), pack(trial, model.device)
     try:
+        # A window is longer than the trial, and not every model tells its attention of one: some have it in the mask alone.
+        if windows(model) != {FULL: None}:
+            return False
         ours = hidden_states(model, packed).index_select(0, packed.positions_M)
         theirs = model.base_model(input_ids=padded.input_ids_B_L, use_cache=False).last_hidden_state
     except (AttributeError, TypeError, ValueError, LookupError, RuntimeError):

@@ -1,9 +1,9 @@
-"""Log-probs of chosen tokens against float64, where torch's log_softmax is off; their gradient against finite differences."""
+"""Log-probs of selected tokens against float64, where torch's log_softmax is off; their gradient against finite differences."""
 
 import pytest
 import torch
 
-from workers.policy.score.chosen import chosen
+from workers.policy.score.selected import selected_log_probs
 
 
 @pytest.fixture
@@ -17,7 +17,7 @@ def steep() -> torch.Tensor:
 def test_over_a_large_vocabulary_they_are_exact(steep: torch.Tensor) -> None:
     likely = steep.topk(8, dim=-1).indices
     true = steep.double().log_softmax(-1).gather(-1, likely)
-    log_probs, whole = chosen(steep, likely)
+    log_probs, whole = selected_log_probs(steep, likely)
     assert (log_probs - true).abs().max() < 1e-6
     assert (whole - steep.double().logsumexp(-1, keepdim=True)).abs().max() < 1e-6
     assert (steep.log_softmax(-1).gather(-1, likely)[:, 0] - true[:, 0]).mean() > 4e-6  # why it is not used
@@ -28,8 +28,9 @@ def test_a_row_is_the_same_to_the_bit_whatever_stands_beside_it(steep: torch.Ten
     likely, threads = steep.topk(2, dim=-1).indices, torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        together, _ = chosen(steep, likely)
-        assert all(torch.equal(chosen(steep[i : i + 1], likely[i : i + 1])[0][0], together[i]) for i in range(len(steep)))
+        together, _ = selected_log_probs(steep, likely)
+        alone = [selected_log_probs(steep[i : i + 1], likely[i : i + 1])[0] for i in range(len(steep))]
+        assert torch.equal(torch.cat(alone), together)
     finally:
         torch.set_num_threads(threads)
 
@@ -39,8 +40,8 @@ def test_the_gradient_is_that_of_log_softmax() -> None:
     logits = torch.randn(5, 7, dtype=torch.float64, requires_grad=True)
     targets = torch.randint(0, 7, (5, 3))
     targets[0] = 2  # the same token asked for three times
-    assert torch.autograd.gradcheck(lambda x: chosen(x, targets)[0], (logits,))
+    assert torch.autograd.gradcheck(lambda x: selected_log_probs(x, targets)[0], (logits,))
     given = torch.randn(5, 3, dtype=torch.float64)
-    (ours,) = torch.autograd.grad(chosen(logits, targets)[0], logits, given)
+    (ours,) = torch.autograd.grad(selected_log_probs(logits, targets)[0], logits, given)
     (theirs,) = torch.autograd.grad(logits.log_softmax(-1).gather(-1, targets), logits, given)
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-15)

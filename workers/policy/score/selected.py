@@ -1,4 +1,4 @@
-"""The log-probs of chosen tokens, without those of all others.
+"""The log-probs of selected tokens, without those of all others.
 
 Torch's `log_softmax` adds float32 exponentials one after the other on a CPU: over SmolLM2's 49,152 tokens its log-probs are too
 high by 7e-6 on average (torch 2.13), twenty times the error of `logsumexp`, and a sampler without this error looks like another
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
-class _Chosen(torch.autograd.Function):
+class _Selected(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits_N_V: Tensor, targets_N_K: Tensor) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
         whole_N_1 = logits_N_V.logsumexp(-1, keepdim=True)
@@ -29,7 +29,7 @@ class _Chosen(torch.autograd.Function):
         return grad_N_V.scatter_add_(-1, targets_N_K, grad_N_K), None
 
 
-def chosen(logits_N_V: Tensor, targets_N_K: Tensor) -> tuple[Tensor, Tensor]:
+def selected_log_probs(logits_N_V: Tensor, targets_N_K: Tensor) -> tuple[Tensor, Tensor]:
     """The log-probs [N, K] of the targets, and the logarithm of the whole [N, 1] that the exponentials were divided by, which
     carries no gradient."""
-    return _Chosen.apply(logits_N_V, targets_N_K)  # pyright: ignore[reportReturnType]
+    return _Selected.apply(logits_N_V, targets_N_K)  # pyright: ignore[reportReturnType]
