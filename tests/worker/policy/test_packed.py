@@ -1,6 +1,7 @@
 """Packed sequences: the same log-probs and gradients as padded ones, for models where that can be."""
 
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -84,8 +85,19 @@ def test_a_shared_prompt_and_equal_answers_are_read_once(load):
 
 def test_a_window_that_only_the_mask_knows_is_kept() -> None:
     """The trial at load is shorter than any window, so that it cannot show one."""
-    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    experts = {"num_key_value_heads": 2, "num_local_experts": 2, "num_experts_per_tok": 2, "max_position_embeddings": 64}
+    sizes: dict[str, Any] = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    experts: dict[str, Any] = {
+        "num_key_value_heads": 2,
+        "num_local_experts": 2,
+        "num_experts_per_tok": 2,
+        "max_position_embeddings": 64,
+    }
     torch.manual_seed(0)
     scorer = Scorer(PhimoeForCausalLM(PhimoeConfig(**sizes, **experts, sliding_window=16)).eval())
     sequences = [Sequence(list(range(1, 31)), [5 + answer, 6, 7]) for answer in range(8)]
