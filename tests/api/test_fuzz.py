@@ -90,11 +90,13 @@ def operations(option: str, names: list[str]) -> list[str]:
     return [word for name in names for word in (f"--{option}-operation-id", name)]
 
 
+@pytest.mark.timeout(600)  # thousands of requests
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 def test_every_case_of_the_document_is_answered_as_documented(fuzz: Fuzz) -> None:
     assert fuzz("--phases", "coverage", *SAME, *operations("exclude", SPECS + SESSIONS + COMPLETIONS)) > 1000
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 @pytest.mark.parametrize("names", [SESSIONS, COMPLETIONS], ids=["sessions", "completions"])
 def test_every_case_for_sessions_and_samplers_is_answered_as_documented(fuzz: Fuzz, names: list[str]) -> None:

@@ -205,6 +205,8 @@ def test_a_burst_loses_none(losses: Losses) -> None:
     def one(number: int) -> float:
         item = {**WORKED, "batch": {**WORKED["batch"], "advantages": [float(number), 0.0]}, "return": ["gradients"]}
         answer = losses.post(item)
+        while answer.status_code == 503 and answer.json()["code"] == "loss_queue_unavailable":
+            answer = losses.post(item)  # a machine so busy that Redis had no turn for a second: nothing was computed
         assert answer.status_code == 200, answer.text
         return answer.json()["data"][0]["loss"]
 
