@@ -26,10 +26,12 @@ def register(app: typer.Typer) -> None:
 def export_metrics(
     context: typer.Context,
     job_id: JobId,
-    to: Annotated[str, typer.Option(metavar="SINK:WHERE", help="tensorboard:FOLDER or mlflow:TRACKING_URI")],
+    to: Annotated[
+        str, typer.Option(metavar="SINK:WHERE", help="tensorboard:FOLDER, mlflow:URI, wandb:FOLDER or trackio:PROJECT")
+    ],
     follow: Annotated[bool, typer.Option("--follow", help="go on until the job has ended")] = False,
 ) -> None:
-    """Write a job's curves to TensorBoard or MLflow.
+    """Write a job's curves to TensorBoard, MLflow, Weights & Biases (offline) or trackio.
 
     $ ratchet export metrics job_01k... --to tensorboard:runs --follow
     $ ratchet export metrics job_01k... --to mlflow:sqlite:///mlflow.db

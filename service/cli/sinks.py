@@ -3,8 +3,10 @@
 A sink says how far each metric is there already, from its own files: what is written twice would be seen twice.
 """
 
+import json
+import struct
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from math import nan
 from pathlib import Path
 from types import MappingProxyType
@@ -92,9 +94,89 @@ class MLflow:
         """The run stays open: a job that goes on is written to it."""
 
 
+class Wandb:
+    """Offline runs of Weights & Biases below a folder, for `wandb sync`; the run's id is the job's.
+
+    What is written is in the file after `close`; its core process writes by itself.
+    """
+
+    BLOCK, HEADER = 32768, struct.Struct("<IHB")  # of LevelDB's log, which a .wandb file is: checksum, length, type
+
+    def __init__(self, where: str, job: Mapping[str, Any]) -> None:
+        import wandb  # pyright: ignore[reportMissingImports]
+
+        folder = Path(where or "runs")
+        folder.mkdir(parents=True, exist_ok=True)
+        self._there: dict[str, int] = {}
+        for file in sorted(folder.glob(f"wandb/offline-run-*/run-{job['id']}.wandb")):
+            for values in self._history(file.read_bytes()):
+                self._there |= dict.fromkeys(values.keys() - {"step"}, int(values["step"]))
+        quiet = dict.fromkeys(("silent", "x_disable_stats", "x_disable_meta", "x_disable_machine_info"), True)
+        settings = wandb.Settings(console="off", **quiet)
+        names = {"project": "ratchet", "id": job["id"], "name": job["name"], "config": {"kind": job["kind"]}}
+        self._run = wandb.init(**names, dir=folder, mode="offline", settings=settings)
+        self._run.define_metric("*", step_metric="step")  # wandb's own steps only grow: an evaluation could not be added to one
+
+    @classmethod
+    def _history(cls, data: bytes) -> Iterator[dict[str, Any]]:
+        """The rows of a .wandb file. What was torn off at its end is left out."""
+        from wandb.proto.wandb_internal_pb2 import Record  # pyright: ignore[reportMissingImports]
+
+        at, whole = cls.HEADER.size, b""
+        while at + cls.HEADER.size <= len(data):
+            if (left := cls.BLOCK - at % cls.BLOCK) < cls.HEADER.size:
+                at += left
+                continue
+            _, length, kind = cls.HEADER.unpack_from(data, at)
+            at += cls.HEADER.size + length
+            if at > len(data) or kind == 0:
+                return
+            whole += data[at - length : at]
+            if kind in (1, 4):  # full, last
+                record, whole = Record.FromString(whole), b""
+                if record.WhichOneof("record_type") == "history":
+                    yield {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+
+    def last(self) -> dict[str, int]:
+        return self._there
+
+    def write(self, step: int, values: Values) -> None:
+        self._run.log({"step": step, **{name: nan if value is None else value for name, value in values.items()}})
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class Trackio:
+    """A run of trackio's project WHERE (default: ratchet), in the folder TRACKIO_DIR; its id is the job's."""
+
+    def __init__(self, where: str, job: Mapping[str, Any]) -> None:
+        from trackio.sqlite_storage import SQLiteStorage  # pyright: ignore[reportMissingImports]
+
+        self._storage, self._project, self._job = SQLiteStorage, where or "ratchet", job
+
+    def last(self) -> dict[str, int]:
+        there: dict[str, int] = {}
+        for row in self._storage.get_logs(self._project, run_id=self._job["id"]):
+            there |= dict.fromkeys(row.keys() - {"step", "timestamp"}, int(row["step"]))
+        return there
+
+    def write(self, step: int, values: Values) -> None:
+        points = {name: nan if value is None else value for name, value in values.items()}
+        run = {"run": self._job["name"], "run_id": self._job["id"], "config": {"kind": self._job["kind"]}}
+        self._storage.bulk_log(self._project, metrics_list=[points], steps=[step], **run)
+
+    def close(self) -> None: ...
+
+
 # By name: the class, and the extra that brings its package.
 SINKS: Mapping[str, tuple[Callable[[str, Mapping[str, Any]], Sink], str]] = MappingProxyType(
-    {"tensorboard": (TensorBoard, "tensorboard"), "mlflow": (MLflow, "mlflow")}
+    {
+        "tensorboard": (TensorBoard, "tensorboard"),
+        "mlflow": (MLflow, "mlflow"),
+        "wandb": (Wandb, "wandb"),
+        "trackio": (Trackio, "trackio"),
+    }
 )
 
 

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trackio  # pyright: ignore[reportMissingImports]
 from mlflow import MlflowClient  # pyright: ignore[reportMissingImports]
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # pyright: ignore[reportMissingImports]
+from trackio.sqlite_storage import SQLiteStorage  # pyright: ignore[reportMissingImports]
 
 from service.cli import export, sinks
 
@@ -96,7 +98,7 @@ def test_what_was_interrupted_goes_on_where_it_was(
 
 def test_unknown_and_absent_sinks_are_named(cli: Cli, job_id: str, monkeypatch: pytest.MonkeyPatch) -> None:
     said = cli("export", "metrics", job_id, "--to", "excel:x")
-    assert said.code == 1 and "there are tensorboard, mlflow" in said.err
+    assert said.code == 1 and "there are tensorboard, mlflow, wandb, trackio" in said.err
 
     def absent(where: str, job: Any) -> Any:
         raise ImportError("No module named 'mlflow'")
@@ -126,3 +128,38 @@ def test_mlflow_reads_what_was_written_once(cli: Cli, job_id: str, hand: Any, tm
         for name in ("reward/mean", "eval/reward/mean")
     }
     assert curves == {"reward/mean": [(1, 0.25), (2, 0.5)], "eval/reward/mean": [(2, 1.0)]}
+
+
+def test_wandb_has_what_was_written_once_across_offline_runs(cli: Cli, job_id: str, hand: Any, tmp_path: Path) -> None:
+    """Read back with wandb's own record types; the second export begins a second offline run, and the two add up."""
+    held = hand.take()
+    names = {f"metric/{n}": float(n) for n in range(2000)}  # more than one block of the file
+    hand.step(held, 1, {"reward/mean": 0.25, "loss": float("nan"), **names})
+    to = f"wandb:{tmp_path}"
+    assert cli("export", "metrics", job_id, "--to", to).out.endswith(f"2002 points of {job_id} written to wandb\n")
+    hand.step(held, 2, {"reward/mean": 0.5, "eval/reward/mean": 1.0})
+    assert cli("export", "metrics", job_id, "--to", to).out.startswith("2 points")
+    files = sorted(tmp_path.glob(f"wandb/offline-run-*/run-{job_id}.wandb"))
+    rows = [row for file in files for row in sinks.Wandb._history(file.read_bytes())]
+    assert len(files) == 2 and len(rows) == 2 and isnan(rows[0]["loss"])
+    assert [(row["step"], row["reward/mean"]) for row in rows] == [(1, 0.25), (2, 0.5)]
+    assert names.items() <= rows[0].items() and rows[1]["eval/reward/mean"] == 1.0
+    torn = files[0].read_bytes()
+    assert not list(sinks.Wandb._history(torn[: len(torn) // 2]))
+
+
+def test_trackio_reads_what_was_written_once(
+    cli: Cli, job_id: str, hand: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trackio.sqlite_storage.TRACKIO_DIR", tmp_path)
+    held = hand.take()
+    hand.step(held, 1, {"reward/mean": 0.25, "loss": float("nan")})
+    assert cli("export", "metrics", job_id, "--to", "trackio:curves").out.startswith("2 points")
+    hand.step(held, 2, {"reward/mean": 0.5})
+    assert cli("export", "metrics", job_id, "--to", "trackio:curves").out.startswith("1 points")
+    assert cli("export", "metrics", job_id, "--to", "trackio:curves").out.startswith("0 points")
+    (run,) = trackio.Api().runs("curves")
+    assert (run.id, run.name, run.config) == (job_id, "curves", {"kind": "rl"})
+    first, second = SQLiteStorage.get_logs("curves", run_id=job_id)
+    assert (first["step"], first["reward/mean"], isnan(first["loss"])) == (1, 0.25, True)
+    assert (second["step"], second["reward/mean"]) == (2, 0.5)
