@@ -8,6 +8,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from fastapi import FastAPI
 from starlette.concurrency import run_in_threadpool
 
+from service import tracing
 from service.api import (
     advice,
     attempts,
@@ -92,9 +93,11 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         configure_logging(settings)
         warn_of_unknown_variables()
         keep_freed_memory()
+        tracing.start("api")
         sys.setswitchinterval(SWITCH_S)
         check_secrets(settings)
         async with AsyncExitStack() as open_parts:
+            open_parts.push_async_callback(run_in_threadpool, tracing.stop)
             store, doorbell, signals = open_store(settings), Doorbell(settings), Signals(settings)
             limiter = Limiter(settings)
             open_parts.callback(store.close)

@@ -14,6 +14,7 @@ from typing import Any
 from celery import signals
 from kombu.entity import Queue
 
+from service import tracing
 from service.devices import missing_gpu
 from service.doorbell import LOSSES_QUEUE, LOSSES_TASK, RING_TASK, celery_app, queue_name
 from service.settings import Settings, get_settings
@@ -84,6 +85,7 @@ def _task_failure(exception: BaseException | None = None, **_: Any) -> None:
 @signals.worker_process_init.connect
 def _child(**_: Any) -> None:
     lead_a_group()
+    tracing.start("worker")
     if sys.platform == "linux":  # the kernel ends this child when its parent dies, however it dies
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     gc.disable()  # nothing of what is imported is garbage; to look for it there takes a fifth of the time
@@ -93,3 +95,8 @@ def _child(**_: Any) -> None:
         import workers.losses.serve  # noqa: F401  torch is loaded while the worker waits, not when a job comes
     gc.freeze()
     gc.enable()
+
+
+@signals.worker_process_shutdown.connect
+def _child_ends(**_: Any) -> None:
+    tracing.stop()

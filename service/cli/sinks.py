@@ -120,7 +120,7 @@ class Wandb:
     @classmethod
     def _history(cls, data: bytes) -> Iterator[dict[str, Any]]:
         """The rows of a .wandb file. What was torn off at its end is left out."""
-        from wandb.proto.wandb_internal_pb2 import Record  # pyright: ignore[reportMissingImports]
+        from wandb.proto.wandb_internal_pb2 import Record  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]
 
         at, whole = cls.HEADER.size, b""
         while at + cls.HEADER.size <= len(data):

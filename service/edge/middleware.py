@@ -3,10 +3,11 @@
 from time import perf_counter
 
 from prometheus_client import Counter, Histogram
-from starlette.datastructures import MutableHeaders
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from service import tracing
 from service.edge import audit
 from service.edge.auth import ANSWER_HEADERS
 from service.edge.faces import face_of
@@ -34,7 +35,35 @@ class Frame:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        scope["request_id"] = request_id = new_id("req")
+        scope["request_id"] = new_id("req")
+        if tracing.is_on():
+            await self._traced(scope, receive, send)
+        else:
+            await self._framed(scope, receive, send)
+
+    async def _traced(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """In a span that ends with the answer's last byte. It has the route, and nothing that the caller wrote."""
+        span = tracing.begin(
+            "request", parent=Headers(scope=scope).get("traceparent"), server=True, request_id=scope["request_id"]
+        )
+        status = 500
+
+        async def send_noted(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            with tracing.inside(span):
+                await self._framed(scope, receive, send_noted)
+        finally:
+            method, route = _named(scope)
+            facts = {"http.request.method": method, "http.route": route, "http.response.status_code": status}
+            tracing.end(span, str(status) if status >= 500 else None, facts, name=f"{method} {route}")
+
+    async def _framed(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request_id = scope["request_id"]
         started = perf_counter()
         status, told = 0, False
 
@@ -68,7 +97,11 @@ class Frame:
 
 def _count(scope: Scope, status: int, seconds: float) -> None:
     """Labels take values from small fixed sets, so that clients cannot create new time series."""
-    method = scope["method"] if scope["method"] in METHODS else "other"
-    route = getattr(scope.get("route"), "path_format", "none")
+    method, route = _named(scope)
     REQUESTS.labels(method, route, str(status)).inc()
     SECONDS.labels(method, route).observe(seconds)
+
+
+def _named(scope: Scope) -> tuple[str, str]:
+    method = scope["method"] if scope["method"] in METHODS else "other"
+    return method, getattr(scope.get("route"), "path_format", "none")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import update
 from sqlalchemy.orm import Session
 
+from service import tracing
 from service.doorbell import Doorbell
 from service.errors import Busy, Conflict, FieldError, InvalidRequest, NotFound
 from service.ids import new_id
@@ -62,7 +63,7 @@ def create_job(
         spec=spec,
         spec_sha256=resolved.spec_sha256,
         data_sha256=resolved.data_sha256,
-        resolved={},
+        resolved={} if (trace := tracing.here()) is None else {"traceparent": trace},
         parent_id=parent_id,
         from_checkpoint_id=resolved.from_checkpoint_id,
         status=Status.QUEUED.value,

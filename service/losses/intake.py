@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from service import tracing
 from service.edge.arrays import parse_arrays
 from service.edge.documents import parse_json
 from service.errors import FieldError, InvalidRequest, Malformed
@@ -32,7 +33,8 @@ def order(raw: bytes, sent_as: str, loss_id: str, project: str, deadline: float)
         checked = requests.check(parse_arrays(raw))
     if checked.is_hopeless:
         raise none_answered(checked.items, checked.errors)
-    made = Order(loss_id, project, deadline, checked.all_or_nothing, checked.items, checked.tensors)
+    trace = tracing.here()
+    made = Order(loss_id, project, deadline, checked.all_or_nothing, checked.items, checked.tensors, trace)
     return made.encode(raw if sent_as == TENSORS else None)
 
 

@@ -48,6 +48,7 @@ class Order:
     all_or_nothing: bool
     items: list[dict[str, Any]]
     tensors: Tensors
+    traceparent: str | None = None  # of the request that it came with, while that is traced
 
     def encode(self, body: bytes | None = None) -> Parcel:
         """`body`: a safetensors file that already contains the tensors."""
@@ -57,6 +58,7 @@ class Order:
             "deadline": self.deadline,
             "all_or_nothing": self.all_or_nothing,
             "items": self.items,
+            **({} if self.traceparent is None else {"traceparent": self.traceparent}),
         }
         return Parcel(_json(head).encode(), encode(self.tensors, {}) if body is None else body)
 

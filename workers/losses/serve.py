@@ -8,13 +8,14 @@ import logging
 import os
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from math import isfinite
 from typing import Any, NamedTuple
 
 import redis
 import torch
 
+from service import tracing
 from service.memory import keep_freed_memory
 from service.relay import line
 from service.relay.orders import Order, answered, unavailable
@@ -92,6 +93,7 @@ class Round:
     def __init__(self, taken: Sequence[Taken], answer: Callable[[Answered], None], *, merging: bool = True) -> None:
         self._taken, self._answer, self._merging = list(taken), answer, merging
         self._finished, self._answered = list[tuple[Taken, bytes]](), set[str]()
+        self._spans = dict[str, Any]()  # of orders that are not answered yet, each in its caller's trace
 
     def run(self) -> None:
         """Compute small items first, together; then large ones, one by one."""
@@ -111,6 +113,7 @@ class Round:
         except Exception as error:
             self._fail(taken, error)
             return []
+        self._spans[taken.id] = tracing.begin("loss request", parent=opened.order.traceparent, loss_id=taken.id)
         self._settle(opened)
         return [_Work(opened, place, item) for place, item in opened.items.items()]
 
@@ -137,6 +140,7 @@ class Round:
             self._send()
 
     def _compute_merged(self, group: Sequence[tuple[_Work, Prepared]]) -> None:
+        batch = self._traced_batch({work.opened.taken.id for work, _ in group}, len(group))
         try:
             computed = merge.compute([prepared for _, prepared in group])
         except Exception as error:
@@ -144,6 +148,8 @@ class Round:
                 self._fail(group[0][0].opened.taken, error)
                 return
             computed = None
+        finally:
+            tracing.end(batch)
         if computed is None:  # one by one: only the faulty item fails. Not in the handler, which keeps the batch alive
             for single in group:
                 self._compute_merged([single])
@@ -151,6 +157,13 @@ class Round:
         for (work, _), answer in zip(group, computed, strict=True):
             work.opened.done[work.place] = answer
             self._settle(work.opened)
+
+    def _traced_batch(self, ids: Set[str], items: int) -> Any:
+        """A span of its own, since it belongs to several traces; it links the spans of its orders."""
+        if not tracing.is_on():
+            return None
+        spans = [span for id_ in ids if (span := self._spans.get(id_)) is not None]
+        return tracing.begin("loss batch", links=map(tracing.of, spans), items=items, requests=len(ids))
 
     def _settle(self, opened: _Open) -> None:
         """Answer the order if all its items are done."""
@@ -169,6 +182,7 @@ class Round:
 
     def _finish(self, taken: Taken, raw: bytes) -> None:
         self._answered.add(taken.id)
+        tracing.end(self._spans.pop(taken.id, None))
         self._finished.append((taken, raw))
 
     def _send(self) -> None:

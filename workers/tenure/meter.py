@@ -4,16 +4,21 @@ from collections import defaultdict
 from time import monotonic
 
 from service.store.usage import Spent
+from service.tracing import Stages
 
 
 class Meter:
-    def __init__(self, phase: str) -> None:
+    def __init__(self, phase: str, stages: Stages) -> None:
+        self._stages = stages
+        stages.enter(phase)
         self._phase, self._since = phase, monotonic()
         self._seconds = defaultdict[str, float](float)
         self._sampled = self._trained = 0
 
     def enter(self, phase: str) -> None:
         """Count the seconds from now on for this phase."""
+        if phase != self._phase:
+            self._stages.enter(phase)
         now = monotonic()
         self._seconds[self._phase] += now - self._since
         self._phase, self._since = phase, now

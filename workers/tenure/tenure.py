@@ -10,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from service import tracing
 from service.errors import Failure
 from service.failures import CODES
 from service.ids import new_id
@@ -51,7 +52,9 @@ class Tenure:
     def __init__(self, keeper: Keeper, lease: Lease, job: Job, *, stall_timeout_s: float) -> None:
         self.store, self.settings, self.doorbell = keeper.store, keeper.settings, keeper.doorbell
         self.lease, self.job = lease, job
-        self.meter = Meter(Phase.LOADING)
+        names = {"job_id": job.id, "kind": job.kind, "attempt": lease.attempt}
+        self._trace = tracing.Stages("attempt", parent=job.resolved.get("traceparent"), **names)
+        self.meter = Meter(Phase.LOADING, self._trace)
         self.saved_at: int | None = None  # the step of the newest checkpoint
         self.budget_spent = False  # the budget of the job or its project is used up
         self._keeper, self._tail = keeper, LogTail(keeper.settings)
@@ -65,6 +68,7 @@ class Tenure:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._keeper.let_go(self._hold)
         self._tail.__exit__(kind, error, trace)
+        self._trace.end(None if kind is None else kind.__name__)
         self._tell_followers()
 
     # ---------------------------------------------------------------- between pieces of work
@@ -173,6 +177,7 @@ class Tenure:
         """Record how the attempt ended. The lease is then released."""
         if isinstance(outcome, Failed):
             self._describe(outcome)
+            self._trace.end(outcome.failure.code)
         end = self._ending(outcome)
         self._end(lambda spent: end(self.store, self.lease, spent=spent))
         if isinstance(outcome, Drained):
