@@ -268,6 +268,7 @@ class AuditEntry(TypedDict):
     id: str
     object: Literal["audit.entry"]
     key_id: str
+    key_name: str | None
     action: str  # method and route
     object_id: str | None
     status: int

@@ -140,6 +140,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         redirect_slashes=False,
         generate_unique_id_function=lambda route: route.name,
     )
+    app.state.has_sso = settings.sso_header is not None
     faces.install(app, TINKER, *face.FACES)
     problems.install(app)
     app.add_middleware(Frame)

@@ -9,6 +9,7 @@ from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 # Values from examples and tutorials, which production refuses as secrets.
+NOT_FOR_SSO = frozenset({"authorization", "x-api-key", "cookie", "host", "origin", "user-agent", "idempotency-key"})
 WELL_KNOWN_SECRETS = frozenset({"", "ratchet", "postgres", "password", "changeme", "change-me", "secret", "admin"})
 
 
@@ -140,10 +141,38 @@ class Settings(BaseSettings):
     ] = "auto"
     log_level: Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR"], Field(description="of our own loggers")] = "INFO"
 
-    @field_validator("grader_networks", "rollout_networks", "webhook_networks", mode="before")
+    sso_header: Annotated[
+        str | None,
+        Field(
+            pattern=r"^[A-Za-z][A-Za-z0-9-]{0,63}$",
+            description="the header in which a sign-on proxy names the user (X-Forwarded-User); unset: no such mode",
+        ),
+    ] = None
+    sso_proxies: Annotated[
+        tuple[IPv4Network | IPv6Network, ...],
+        NoDecode,
+        Field(description="networks, with commas between, from which that header is believed"),
+    ] = ()
+    sso_project: Annotated[
+        str | None, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$", description="the project of everybody who signs in by that proxy")
+    ] = None
+    sso_scope: Annotated[Literal["read", "write", "admin"], Field(description="the scope that they get in it")] = "read"
+
+    @field_validator("grader_networks", "rollout_networks", "webhook_networks", "sso_proxies", mode="before")
     @classmethod
     def networks_stand_between_commas(cls, value: object) -> object:
         return [part for part in value.replace(",", " ").split() if part] if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def sign_on_is_all_said(self) -> Self:
+        """Nothing half done: a header that is believed from everywhere would let in everybody."""
+        if (self.sso_header is None) != (not self.sso_proxies) or (self.sso_header is None) != (self.sso_project is None):
+            raise ValueError("sso_header, sso_proxies and sso_project belong together: set all three, or none")
+        if self.sso_header is not None and self.sso_header.lower() in NOT_FOR_SSO:
+            raise ValueError(f"sso_header must not be {self.sso_header}, which callers set; X-Forwarded-User is usual")
+        if wide := [str(network) for network in self.sso_proxies if network.prefixlen == 0]:
+            raise ValueError(f"sso_proxies must name the proxy's own network, got {', '.join(wide)}, which is every address")
+        return self
 
     @model_validator(mode="after")
     def lease_times_are_ordered(self) -> Self:

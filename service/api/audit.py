@@ -11,7 +11,7 @@ from service.edge.auth import ADMIN_PROJECT, AdminDep
 from service.edge.context import ContextDep
 from service.edge.pages import Page, PageQuery
 from service.edge.problems import responses
-from service.store import audit
+from service.store import audit, keys
 from service.store.tables import AuditEntry
 from service.validation import below
 
@@ -25,7 +25,8 @@ class AuditView(BaseModel):
 
     id: str
     object: Literal["audit.entry"] = "audit.entry"
-    key_id: Annotated[str, Field(description="who: GET /v1/keys has its name")]
+    key_id: Annotated[str, Field(description="who")]
+    key_name: Annotated[str | None, Field(description="the key's name; sso:USER for who came by the sign-on proxy")]
     action: Annotated[str, Field(description="what: method and route")]
     object_id: Annotated[str | None, Field(description="of what was changed or made; null: of several")]
     status: int
@@ -33,8 +34,9 @@ class AuditView(BaseModel):
     created_at: datetime
 
     @classmethod
-    def of(cls, row: AuditEntry) -> Self:
-        return cls(**{name: getattr(row, name) for name in cls.model_fields if name != "object"})
+    def of(cls, row: AuditEntry, key_name: str | None) -> Self:
+        columns = cls.model_fields.keys() - {"object", "key_name"}
+        return cls(**{name: getattr(row, name) for name in columns}, key_name=key_name)
 
 
 class AuditPage(Page[AuditView]):
@@ -55,4 +57,5 @@ def read_audit_log(context: ContextDep, caller: AdminDep, query: Annotated[Audit
         rows, more = audit.page(
             session, project, key_id=query.key_id, object_id=query.object_id, after=query.after, limit=query.limit
         )
-    return AuditPage.of([AuditView.of(row) for row in rows], [row.id for row in rows], more)
+        names = keys.names(session, {row.key_id for row in rows})
+    return AuditPage.of([AuditView.of(row, names.get(row.key_id)) for row in rows], [row.id for row in rows], more)

@@ -5,8 +5,9 @@ from time import sleep
 from typing import Annotated, Literal, Self
 
 from fastapi import APIRouter, Query, Response
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from service.edge import sso
 from service.edge.auth import ADMIN_PROJECT, AdminDep, Caller, CallerDep
 from service.edge.bodies import DocumentDep, OptionalDocumentDep, documented
 from service.edge.context import ContextDep
@@ -42,6 +43,13 @@ class KeyRate(Section):
 
 class KeyRequest(Section):
     """A key to create."""
+
+    @field_validator("name")
+    @classmethod
+    def names_of_people_are_the_sign_on_proxys(cls, name: str) -> str:
+        if name.startswith(sso.NAMED):
+            raise ValueError(f"a name must not begin with {sso.NAMED}, which stands for who signs in by the proxy")
+        return name
 
     name: Annotated[
         str, Field(min_length=1, max_length=200, description="a name for people: whose key it is, or what it is for")

@@ -412,7 +412,13 @@ def audit(
         print_json(page)
         return
     rows = [
-        (entry["created_at"][:19], entry["key_id"], entry["action"], entry["object_id"] or "", entry["request_id"])
+        (
+            entry["created_at"][:19],
+            entry["key_name"] or entry["key_id"],
+            entry["action"],
+            entry["object_id"] or "",
+            entry["request_id"],
+        )
         for entry in page["data"]
     ]
     print_table(("when (UTC)", "key", "action", "object", "request"), rows, nothing="nothing was changed")

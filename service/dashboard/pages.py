@@ -1,4 +1,5 @@
-"""`/`, and the files that it loads. They are public: what they show, they ask for with the key that is typed in."""
+"""`/`, and the files that it loads. They are public: what they show, they ask for with the key that is typed in, or as who
+the sign-on proxy says."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -53,11 +54,13 @@ def files() -> Files:
 @router.api_route("/", methods=["GET", "HEAD"])
 async def page(request: Request) -> Response:
     """The page. Browsers ask each time whether it has changed."""
-    tag = f'"{files().edition}"'
+    has_sso: bool = request.app.state.has_sso
+    tag = f'"{files().edition}{"-sso" if has_sso else ""}"'
     headers = {**HEADERS, "Cache-Control": "no-cache", "ETag": tag}
     if tag in request.headers.get("if-none-match", ""):
         return Response(status_code=304, headers=headers)
-    return Response(files().index, media_type=TYPES[".html"], headers=headers)
+    index = files().index.replace(b"<html ", b'<html data-sso="on" ') if has_sso else files().index
+    return Response(index, media_type=TYPES[".html"], headers=headers)
 
 
 @router.api_route("/dashboard/{edition}/{name:path}", methods=["GET", "HEAD"])

@@ -12,6 +12,7 @@ from fastapi.security import APIKeyHeader, HTTPAuthorizationCredentials, HTTPBea
 from sqlalchemy.exc import OperationalError
 from starlette.concurrency import run_in_threadpool
 
+from service.edge import sso
 from service.edge.audit import CALLER
 from service.edge.context import Context, ContextDep
 from service.edge.rate import RateReply, Turn
@@ -68,17 +69,19 @@ async def _known(
     header: Annotated[str | None, Security(api_key)],
 ) -> Caller:
     """Identify the key, check that it is valid, and count the request against its rate limit."""
-    text = credentials.credentials if credentials else header
+    text, user = credentials.credentials if credentials else header, None
     if not text:
-        raise Unauthorized("no API key came with the request", code="missing_api_key", hint=HINT)
-    if not text.startswith(keys.PREFIX) or len(text) > MAX_KEY_LENGTH:
+        if (user := sso.user_of(request, context.settings)) is None:
+            raise Unauthorized("no API key came with the request", code="missing_api_key", hint=HINT)
+        text = sso.text_of(context.settings, user)
+    elif not text.startswith(keys.PREFIX) or len(text) > MAX_KEY_LENGTH:
         raise Unauthorized("what came is not an API key: these begin with tml-", code="invalid_api_key", hint=HINT)
     key = taken = None
     if (known := context.keyring.find(text)) is not None:
         taken = await _take_turn(context, known.key)
         key = known.key if taken.edition == known.edition else None
     if key is None:
-        key = await _looked_up(context, text)
+        key = await _looked_up(context, text, user)
     _check_in_force(key, utcnow())
     turn = (taken or await _take_turn(context, key)).turn
     if turn is not None:
@@ -88,12 +91,12 @@ async def _known(
     return caller
 
 
-async def _looked_up(context: Context, text: str) -> Known:
+async def _looked_up(context: Context, text: str, user: str | None) -> Known:
     """Read the key from the store and cache it for a short time."""
     context.keyring.forget(text)
     looked_at = context.keyring.now()
     edition = await context.limiter.edition()  # read before the key, so that a revocation in between is noticed
-    key = await run_in_threadpool(_look, context.store, text)
+    key = await run_in_threadpool(_look, context, text, user)
     if key is None:
         raise Unauthorized("this API key is not known here, or was revoked", code="invalid_api_key", hint=HINT)
     if edition is not None:
@@ -101,10 +104,14 @@ async def _looked_up(context: Context, text: str) -> Known:
     return key
 
 
-def _look(store: Store, text: str) -> Known | None:
+def _look(context: Context, text: str, user: str | None) -> Known | None:
     """Runs in a thread. It also updates `last_used_at`: a key in use is looked up every few seconds."""
-    with store.look() as connection:
-        key = keys.known(connection, text)
+    store = context.store
+    if user is not None:
+        key = sso.look(store, context.settings, user)
+    else:
+        with store.look() as connection:
+            key = keys.known(connection, text)
     if key is not None:
         _note_use(store, key, utcnow())
     return key

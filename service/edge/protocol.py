@@ -6,6 +6,7 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+PEER = "ratchet.peer"  # ASGI scope key: the socket's own address, which no header changes
 MAX_HEAD_BYTES = 64 * 2**10  # request line and all headers; the lower limits of service.edge.limits answer with a problem
 HEAD_WITHIN_S = 20.0
 TOO_LARGE = b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
@@ -29,6 +30,7 @@ class BoundedHttp(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
+        self.scope[PEER] = self.client  # pyright: ignore[reportGeneralTypeIssues]
         self._start_head()
 
     def on_headers_complete(self) -> None:

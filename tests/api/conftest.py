@@ -154,6 +154,12 @@ def api(sqlite_template: Path, _redis_database: str, tmp_path_factory: pytest.Te
         yield api
 
 
+@pytest.fixture(scope="session")
+def new_api() -> Callable[[Settings], AbstractContextManager[Api]]:
+    """For tests that want a server with settings of their own."""
+    return running
+
+
 @pytest.fixture
 def client(api: Api) -> Iterator[httpx.Client]:
     with api.client() as client:

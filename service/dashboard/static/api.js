@@ -42,11 +42,13 @@ function address(path, parameters) {
 
 /** fetch with the key; raises Problem. A key that is not known any more ends the session. */
 export async function request(method, path, {parameters, body, headers, signal, key} = {}) {
-  const sent = {Authorization: `Bearer ${key ?? session.key}`, ...headers};
+  const used = key ?? session.key; // null: the sign-on proxy says who asks, by its cookie
+  const sent = used === null ? {...headers} : {Authorization: `Bearer ${used}`, ...headers};
   if (body !== undefined) sent["Content-Type"] = "application/json";
   if (method === "POST") sent["Idempotency-Key"] = random();
   const answer = await fetch(address(path, parameters), {
-    method, headers: sent, body: body === undefined ? undefined : JSON.stringify(body), signal, cache: "no-store", credentials: "omit",
+    method, headers: sent, body: body === undefined ? undefined : JSON.stringify(body), signal, cache: "no-store",
+    credentials: used === null ? "same-origin" : "omit",
   });
   if (answer.ok) return answer;
   let said = null;

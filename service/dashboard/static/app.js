@@ -160,13 +160,13 @@ addEventListener("keydown", (event) => {
 
 // ---------------------------------------------------------------- begin
 
-if (session.key === null) signIn();
+if (session.key === null && document.documentElement.dataset.sso !== "on") signIn();
 else {
   try {
     session.self = await get("/v1/keys/self");
     frame();
   } catch (error) {
-    if (session.key !== null) { // not a key that is refused: the server is away
+    if (error.status !== 401) { // not a key that is refused: the server is away
       signIn();
       root.querySelector(".wrong").append(...explain(error));
     }
