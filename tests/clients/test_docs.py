@@ -57,6 +57,7 @@ HELD_BACK = {
     "trackio": "it stays until Ctrl-C",
     "wandb": "it needs an account",
     "tensorboard": "it stays until Ctrl-C",
+    "kubectl": "it needs a cluster; test_kubernetes.py",
     "vllm": "it needs a GPU",
     "python": "an example's file, which is looked up",
     "examples/smollm2/run.sh": "an example's file, which is looked up",
