@@ -1,4 +1,4 @@
-"""`ratchet export`: a job's metrics into tools of others."""
+"""`ratchet export`: a job's metrics into tools of others; `export_model.py` has the models."""
 
 import time
 from collections import defaultdict
@@ -8,6 +8,7 @@ import typer
 
 from ratchet_client import Ratchet
 from service.cli.connection import connect
+from service.cli.export_model import export_checkpoint
 from service.cli.helps import command, text
 from service.cli.jobs import JobId
 from service.cli.output import say
@@ -18,8 +19,9 @@ EVERY_S = 1.0  # while following: between two requests
 
 
 def register(app: typer.Typer) -> None:
-    inner = typer.Typer(help=text("Write what a job did into tools of others."), rich_markup_mode=None)
+    inner = typer.Typer(help=text("Write what a job did, and what it made, for tools of others."), rich_markup_mode=None)
     command(inner, export_metrics, "metrics")
+    command(inner, export_checkpoint, "checkpoint")
     app.add_typer(inner, name="export")
 
 

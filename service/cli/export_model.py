@@ -1,0 +1,121 @@
+"""`ratchet export checkpoint`: a checkpoint's model into a folder or a bucket, with a model card, as other tools load it."""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ratchet_client import RatchetError
+from service.cli.completion import complete_checkpoint
+from service.cli.connection import connect
+from service.cli.output import say
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+LOADING = "## How to load it"
+MERGED = f"""{LOADING}
+
+The adapter is merged into the weights. From this folder:
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained(".")
+tokenizer = AutoTokenizer.from_pretrained(".")
+```
+"""
+
+
+def export_checkpoint(
+    context: typer.Context,
+    checkpoint_id: Annotated[str, typer.Argument(metavar="CHECKPOINT", autocompletion=complete_checkpoint)],
+    to: Annotated[str, typer.Option(metavar="WHERE", help="a new folder, or a bucket: s3://bucket/path, gs://, az://")],
+    merged: Annotated[bool, typer.Option("--merged", help="merge an adapter into the base's weights")] = False,
+) -> None:
+    """Write a checkpoint's model as other tools load it, with a model card.
+
+    $ ratchet export checkpoint ckpt_01k... --to additions
+    $ ratchet export checkpoint ckpt_01k... --to s3://models/additions --merged
+
+    A LoRA checkpoint becomes a peft adapter, or with --merged a transformers folder (which needs what a worker needs, and the
+    base model); one of all weights is a transformers folder as it is. Buckets are found by the variables of their command
+    line tools: AWS_ACCESS_KEY_ID, AWS_REGION, AWS_ENDPOINT_URL ...
+    """
+    bucket = _bucket(to) if "://" in to else None
+    folder = Path(to).absolute()
+    if bucket is None and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise RatchetError(f"{to} is there already; name a new folder")
+    if bucket is None:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        connect(context) as ratchet,
+        tempfile.TemporaryDirectory(prefix=".ratchet-export-", dir=None if bucket else folder.parent) as temporary,
+    ):  # beside the folder, so that it appears whole
+        checkpoint = ratchet.get_checkpoint(checkpoint_id)
+        merging = merged and checkpoint["adapter"] == "lora"
+        got = ratchet.download_checkpoint(checkpoint_id, Path(temporary) / "checkpoint", optimizer=False)
+        made = _merged(got, checkpoint["model"], Path(temporary) / "merged") if merging else got / "model"
+        text = card(ratchet.checkpoint_card(checkpoint_id), checkpoint["model"], checkpoint["adapter"], merged=merging)
+        (made / "README.md").write_text(text, "utf-8")
+        if bucket is not None:
+            _upload(made, bucket, to)
+        else:
+            if folder.exists():
+                folder.rmdir()
+            made.rename(folder)
+    say(f"{checkpoint_id} written to {to}")
+
+
+def card(text: str, model: Mapping[str, Any], adapter: str, *, merged: bool) -> str:
+    """The checkpoint's card as a model card: with the fields that model hubs read, and paths from the exported folder."""
+    is_adapter = adapter == "lora" and not merged
+    fields = {"library_name": "peft" if is_adapter else "transformers", "pipeline_tag": "text-generation"}
+    if HUB_ID.fullmatch(source := str(model.get("source"))):
+        fields |= {"base_model": source}
+    head = "".join(f"{name}: {json.dumps(value)}\n" for name, value in fields.items())
+    if merged:
+        text = text.partition(LOADING)[0] + MERGED
+    text = re.sub(r'(from_pretrained\((?:base, )?)"model"', r'\1"."', text)
+    return f"---\n{head}tags: [ratchet, reinforcement-learning]\n---\n\n{text}"
+
+
+def _merged(checkpoint: Path, model: Mapping[str, Any], out: Path) -> Path:
+    if missing := [name for name in ("torch", "transformers", "peft") if find_spec(name) is None]:
+        raise RatchetError(f"merging happens on this machine, where {missing[0]} is missing: pip install 'ratchet-rl[worker]'")
+    # -P: do not import a `workers` folder in the current directory.
+    argv = [sys.executable, "-P", "-m", "workers.merge", str(checkpoint), str(out)]
+    done = subprocess.run(argv, input=json.dumps(model), capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RatchetError(f"it could not be merged: {done.stderr.strip()[-2000:]}")
+    return out
+
+
+def _bucket(url: str) -> Any:
+    try:
+        from obstore.store import from_url
+    except ImportError as error:
+        raise RatchetError(f"obstore is not installed ({error}): pip install 'ratchet-rl[s3]'") from None
+    try:
+        return from_url(url)
+    except Exception as error:  # obstore's own, of several types
+        raise RatchetError(f"{url} cannot be used: {error}") from None
+
+
+def _upload(made: Path, bucket: Any, to: str) -> None:
+    """All files, the card last: where there is a README.md, the rest is whole."""
+    import obstore
+
+    try:
+        if next(iter(bucket.list()), None):
+            raise RatchetError(f"{to} has files already; name a new path")
+        files = sorted((path for path in made.rglob("*") if path.is_file()), key=lambda path: (path.name == "README.md", path))
+        for path in files:
+            obstore.put(bucket, path.relative_to(made).as_posix(), path)
+    except obstore.exceptions.BaseError as error:
+        raise RatchetError(f"{to} could not be written: {error}") from None
