@@ -9,7 +9,7 @@ from mkdocs.structure.files import File, Files, InclusionLevel
 
 ROOT = Path(__file__).parents[1]
 OUTSIDE = re.compile(r"(?<=\]\()\.\./([^)#]+)(?=[)#])")
-TYPED = {".py": "python", ".json": "json", ".yaml": "yaml"}
+TYPED = {".py": "python", ".json": "json", ".ipynb": "json", ".yaml": "yaml"}
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:

@@ -251,6 +251,7 @@ SHORTER = {
     '"max_steps": 60': '"max_steps": 2',
     "range(60)": "range(2)",
     "range(20)": "range(2)",
+    "STEPS = 40": "STEPS = 2",
 }
 
 
@@ -415,3 +416,14 @@ def test_a_webhook_is_verified_as_on_its_page(place: Place) -> None:
     assert run(block, place, body=body, headers=signed)["event"] == {"type": "webhook.test"}
     with pytest.raises(WebhookVerificationError):
         run(block, place, body=body + " ", headers=signed)
+
+
+@pytest.mark.parametrize("name", ["first_job", "own_loop"])
+def test_the_notebooks_run(name: str, place: Place) -> None:
+    """Cell by cell in one namespace, as a kernel does it."""
+    names: dict[str, Any] = {}
+    book = json.loads((ROOT / f"examples/notebooks/{name}.ipynb").read_text())
+    cells = [cell for cell in book["cells"] if cell["cell_type"] == "code"]
+    assert len(cells) >= 4
+    for number, cell in enumerate(cells):
+        names |= run(Block(f"{name}.ipynb", number, "python", "".join(cell["source"])), place, **names)
