@@ -176,11 +176,13 @@ def what_next(keep: Path | None) -> str:
         first = ("ratchet demo --keep my-model", "the same, and the model stays")
     else:
         first = (f'ratchet sample {shlex.quote(str(keep))} "rev 271828>"', "ask the model")
+    home = Path(sys.executable).parent
+    path = () if shutil.which("ratchet") else ((f'export PATH="{home}:$PATH"', "so that this shell finds `ratchet`"),)
     rest = (
         ("ratchet up", "a stack that stays; the other commands find it"),
         ("ratchet submit examples/copy-digits.yaml --follow", "a job from a file, to change as you like"),
     )
-    return "\n".join(("\nwhat next:", *(f"  {line:<50}  {does}" for line, does in (first, *rest))))
+    return "\n".join(("\nwhat next:", *(f"  {line:<50}  {does}" for line, does in (*path, first, *rest))))
 
 
 # ---------------------------------------------------------------- a stack of its own
