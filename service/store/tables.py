@@ -422,6 +422,7 @@ class TinkerSampler(Base):
     base_model: Mapped[str]
     context: Mapped[int | None]  # the model's, in tokens, if it is known without loading it
     model_path: Mapped[str | None]
+    seed: Mapped[int] = mapped_column(server_default="0")  # of the run whose weights they are; of requests that name none
     created_at: Mapped[datetime]
 
 

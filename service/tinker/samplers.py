@@ -33,10 +33,10 @@ def create_sampling_session(context: ContextDep, caller: CallerDep, document: Do
     with context.store.begin(readonly=True) as session:
         client = tinker.get(session, TinkerSession, caller.project, sent.session_id)
         there = tinker.find(session, TinkerSampler, caller.project, sampler_id)
-        checkpoint = None
+        checkpoint, seed = None, 0
         if there is None and sent.model_path is not None:
             origin, checkpoint = paths.resolve(session, caller.project, paths.parse(sent.model_path, "/model_path"))
-            base_model = origin.base_model
+            base_model, seed = origin.base_model, _seed(session, checkpoint)
         else:
             base_model = sent.base_model
     if there is not None:
@@ -59,6 +59,7 @@ def create_sampling_session(context: ContextDep, caller: CallerDep, document: Do
                 base_model=base_model,
                 context=base_models.context(job.spec["model"]["source"], job.spec["model"]["tiny"]),
                 model_path=sent.model_path,
+                seed=seed,
                 created_at=clock.now(session),
             )
             session.add(row)
@@ -82,7 +83,12 @@ def sample(context: ContextDep, caller: CallerDep, document: DocumentDep) -> dic
 
     def make() -> Asked:
         return sampling.asked(
-            document.data, seq=sent.seq_id, lane=sampler.id, checkpoint_id=sampler.checkpoint_id, context=sampler.context
+            document.data,
+            seq=sent.seq_id,
+            lane=sampler.id,
+            checkpoint_id=sampler.checkpoint_id,
+            context=sampler.context,
+            run_seed=sampler.seed,
         )
 
     operation_id = log.append(context, caller, sampler.job_id, make, seq=sent.seq_id, lane=sampler.id)
@@ -98,6 +104,13 @@ class _Ready:
     job_id: str
     checkpoint_id: str | None  # null: the base itself
     context: int | None
+    seed: int
+
+
+def _seed(session: Session, checkpoint: Checkpoint) -> int:
+    """Of the run that saved it; 0 if that is gone."""
+    job = None if checkpoint.job_id is None else jobs.find(session, checkpoint.job_id)
+    return 0 if job is None else job.spec["seed"]
 
 
 def _ready(context: Context, caller: Caller, sampler_id: str) -> _Ready:
@@ -120,7 +133,7 @@ def _ready(context: Context, caller: Caller, sampler_id: str) -> _Ready:
         with context.store.begin() as session:
             stored = tinker.get(session, TinkerSampler, caller.project, sampler_id)
             stored.job_id, stored.checkpoint_id = job.id, checkpoint_id
-    return _Ready(row.id, job.id, checkpoint_id, row.context)
+    return _Ready(row.id, job.id, checkpoint_id, row.context, row.seed)
 
 
 def _weights(session: Session, caller: Caller, row: TinkerSampler) -> Checkpoint:

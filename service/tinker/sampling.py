@@ -1,6 +1,7 @@
 """What the client asks to sample, as an operation."""
 
 from array import array
+from hashlib import blake2b
 from typing import Any
 
 from service.errors import FieldError
@@ -18,8 +19,8 @@ MOST_TOKENS = 131_072  # of an answer, where neither the client nor the model sa
 NOTHING = -1  # in target_prompt_logprobs: no log-prob is wanted here
 
 
-def asked(sent: dict[str, Any], *, seq: int, lane: str, checkpoint_id: str | None, context: int | None) -> Asked:
-    """`context`: the model's, if it is known. Raises InvalidRequest."""
+def asked(sent: dict[str, Any], *, seq: int, lane: str, checkpoint_id: str | None, context: int | None, run_seed: int) -> Asked:
+    """`lane`: the sampler's id. `context`: the model's, if it is known. Raises InvalidRequest."""
     body = parse(SampleBody, sent)
     if body.prompt_alt_tokens_k:
         raise _wrong("/prompt_alt_tokens_k", "is not offered here; leave it out, or sample answers of one token", "not_offered")
@@ -31,7 +32,7 @@ def asked(sent: dict[str, Any], *, seq: int, lane: str, checkpoint_id: str | Non
         "kind": "sample",
         "checkpoint": checkpoint_id,
         "num_samples": body.num_samples,
-        "seed": None if body.sampling_params.seed is None else body.sampling_params.seed % 2**63,
+        "seed": _drawn(run_seed, lane, seq) if body.sampling_params.seed is None else body.sampling_params.seed % 2**63,
         "sampling": how,
         "prompt_log_probs": bool(body.prompt_logprobs),
         "top_prompt_log_probs": body.topk_prompt_logprobs,
@@ -46,6 +47,14 @@ def asked(sent: dict[str, Any], *, seq: int, lane: str, checkpoint_id: str | Non
         tensors["target_tokens"] = tensor(targets, len(prompt), k)
     cost = len(prompt) + body.num_samples * how["max_tokens"]
     return Asked("sample", seq, pack(head, tensors), cost, lane)
+
+
+def _drawn(run_seed: int, sampler_id: str, seq: int) -> int:
+    """The seed of a request that names none: of the run, the sampler's number in its client's session, and the request's own.
+    Ids are drawn by chance and play no part, so that two equal programs draw the same."""
+    number = sampler_id.rpartition(":")[2]
+    digest = blake2b(f"{run_seed}/sampler {number}/{seq}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
 
 
 def _prompt(body: SampleBody) -> list[int]:

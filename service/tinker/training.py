@@ -226,7 +226,8 @@ def save_weights_for_sampler(context: ContextDep, caller: CallerDep, document: D
 
     def also(session: Session) -> None:
         if tinker.find(session, TinkerSampler, caller.project, sampler_id) is None:
-            model = jobs.get(session, caller.project, job_id).spec["model"]
+            spec = jobs.get(session, caller.project, job_id).spec
+            model = spec["model"]
             session.add(
                 TinkerSampler(
                     id=sampler_id,
@@ -235,6 +236,7 @@ def save_weights_for_sampler(context: ContextDep, caller: CallerDep, document: D
                     model_id=row.id,
                     base_model=row.base_model,
                     context=base_models.context(model["source"], model["tiny"]),
+                    seed=spec["seed"],
                     created_at=clock.now(session),
                 )
             )

@@ -5,15 +5,16 @@ from typing import Any
 
 import pytest
 import tinker
+from clients.conftest import Whole
 
 
 @pytest.fixture(scope="package")
-def server(whole: Any) -> Iterator[None]:
+def server(whole: Any) -> Iterator[Whole]:
     with whole() as running, pytest.MonkeyPatch.context() as patch:
         patch.setenv("TINKER_BASE_URL", running.url)
         patch.setenv("TINKER_API_KEY", running.key)
         patch.setenv("TINKER_TELEMETRY", "0")
-        yield
+        yield running
 
 
 @pytest.fixture(scope="package")
