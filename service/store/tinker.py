@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, TypeVar
 
-from sqlalchemy import Select, func, select, update
+from sqlalchemy import Connection, Select, func, select, update
 from sqlalchemy.orm import Session
 
 from service.errors import NotFound
@@ -44,6 +44,13 @@ def find(session: Session, kind: type[Row], project: str, row_id: str) -> Row | 
 def seen(session: Session, client: TinkerSession, now: datetime) -> None:
     if client.seen_at < now - SEEN_EVERY:
         client.seen_at = now
+
+
+def silent(connection: Connection, job_ids: Collection[str], since: datetime) -> set[str]:
+    """Which of these sessions belong to clients that were not heard of since then."""
+    query = select(TinkerModel.job_id).join(TinkerSession, TinkerSession.id == TinkerModel.session_id)
+    rows = connection.scalars(query.where(TinkerModel.job_id.in_(list(job_ids)), TinkerSession.seen_at < since))
+    return {job_id for job_id in rows if job_id is not None}
 
 
 def finish(session: Session, client_id: str, how: dict[str, Any], now: datetime) -> bool:

@@ -24,7 +24,6 @@ from service.validation import parse
 
 router = APIRouter(prefix=PREFIX, include_in_schema=False)
 
-ALIVE_S = 120.0  # a client that was not heard of for so long is not shown as active
 # How its client library behaves with this server; what is not named is at the library's own default.
 CONFIG = {
     "pjwt_auth_enabled": False,
@@ -154,29 +153,29 @@ def search_sessions(context: ContextDep, caller: CallerDep, document: DocumentDe
         return {"sessions": []}
     found: list[TinkerSession] = []
     with context.store.begin(readonly=True) as session:
-        now = clock.now(session)
+        since = clock.now(session) - timedelta(seconds=context.settings.tinker_silence_s)
         rows = tinker.listed(session, TinkerSession, caller.project, *where, offset=0, limit=10_000).rows
         behind = None if sent.cursor is None else sent.cursor.last_session_id
         for row in rows:
             if behind is not None:
                 behind = None if row.id == behind else behind
-            elif _matches(row, sent, now):
+            elif _matches(row, sent, since):
                 found.append(row)
         shown = found[: sent.limit]
-        summaries = [_summary(row, caller.project, now, tinker.named_count(session, row.id)) for row in shown]
+        summaries = [_summary(row, caller.project, since, tinker.named_count(session, row.id)) for row in shown]
     answer: dict[str, Any] = {"sessions": summaries}
     if len(found) > sent.limit:
         answer["next_cursor"] = {"last_created_at": shown[-1].created_at, "last_session_id": shown[-1].id}
     return answer
 
 
-def _matches(row: TinkerSession, sent: SearchSessions, now: datetime) -> bool:
+def _matches(row: TinkerSession, sent: SearchSessions, since: datetime) -> bool:
     name = (row.display_name or "").lower()
     if any(word not in name for word in (sent.display_name or "").lower().split()):
         return False
     if any(str(row.user_metadata.get(key)) != value for key, value in sent.user_metadata.items()):
         return False
-    status = _status(row, now)
+    status = _status(row, since)
     if sent.statuses is None:
         return True
     return status is not None and any(
@@ -185,19 +184,20 @@ def _matches(row: TinkerSession, sent: SearchSessions, now: datetime) -> bool:
     )
 
 
-def _status(row: TinkerSession, now: datetime) -> dict[str, Any] | None:
+def _status(row: TinkerSession, since: datetime) -> dict[str, Any] | None:
+    """Active: heard of since then."""
     if row.finish is not None:
         return {"type": "client_finished", "reason": {"type": row.finish["type"]}, "detail": row.finish.get("detail")}
-    return {"type": "active"} if row.seen_at > now - timedelta(seconds=ALIVE_S) else None
+    return {"type": "active"} if row.seen_at > since else None
 
 
-def _summary(row: TinkerSession, project: str, now: datetime, counted: tuple[int, int]) -> dict[str, Any]:
+def _summary(row: TinkerSession, project: str, since: datetime, counted: tuple[int, int]) -> dict[str, Any]:
     return {
         "session_id": row.id,
         "created_at": row.created_at,
         "owner": project,
         "project_id": project,
-        "status": _status(row, now),
+        "status": _status(row, since),
         "checkpoints_count": counted[0],
         "checkpoint_storage_bytes": counted[1],
         "display_name": row.display_name,

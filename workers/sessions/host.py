@@ -9,6 +9,7 @@ import logging
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from time import monotonic, sleep
 
@@ -20,7 +21,7 @@ from service.jobs import moves
 from service.jobs.lease import Lease
 from service.spec.session import SamplerSpec, SessionSpec
 from service.states import Phase, Wish
-from service.store import operations
+from service.store import operations, tinker
 from service.store.operations import Answered, Logged
 from service.store.tables import Job
 from workers.identity import has_gpu, resource_classes
@@ -39,7 +40,7 @@ from workers.tenure.session import SessionTenure
 log = logging.getLogger(__name__)
 
 LOOK_S = 1.0  # between two looks at the store without a signal
-HURRIED_IDLE_S = 2.0  # how long a guest may be idle where other work waits
+HURRIED_IDLE_S = 2.0  # how long a guest may be idle where other work waits, or if its client is gone
 SLICE_S, LONG_SLICE_S = 0.05, 0.25  # of sampling: while operations in order wait, and while none does
 PART_S = 0.05  # between two parts of an answer that is told while it grows
 FIND_S = 0.02  # between two looks for operations to sample, while there is other work
@@ -172,7 +173,7 @@ class Host:
         others = leases.others_wait(self.store, self._classes, self._base_key)
         self._others_since = None if not others else self._others_since or monotonic()
         gives_way = others and monotonic() - (self._others_since or 0.0) >= self.settings.session_slice_s
-        idle_s = min(HURRIED_IDLE_S, self.settings.session_idle_s) if others else self.settings.session_idle_s
+        hurried_s, silent = min(HURRIED_IDLE_S, self.settings.session_idle_s), self._silent()
         for guest in list(self._guests.values()):
             with self._alone(guest):
                 self._in_time(guest)
@@ -180,7 +181,9 @@ class Host:
                     guest.snapshot()
                     guest.tenure.give_way()
                     self._forget(guest)
-                elif not guest.is_busy and monotonic() - guest.busy_at >= idle_s:
+                elif not guest.is_busy and monotonic() - guest.busy_at >= (
+                    hurried_s if others or guest.id in silent else self.settings.session_idle_s
+                ):
                     guest.snapshot()
                     guest.tenure.rest(guest.done)
                     self._forget(guest)
@@ -190,6 +193,15 @@ class Host:
                 self.store, self.settings, self._owner, self._classes, self._base_key, AT_ONCE
             ):
                 self._join(lease, job)
+
+    def _silent(self) -> set[str]:
+        """Guests with nothing to do whose clients are gone, as their heartbeats say."""
+        idle = [guest for guest in self._guests.values() if not guest.is_busy]
+        if not idle:
+            return set()
+        since = idle[0].tenure.now - timedelta(seconds=self.settings.tinker_silence_s)
+        with self.store.look() as connection:
+            return tinker.silent(connection, [guest.id for guest in idle], since)
 
     def _in_time(self, guest: Guest) -> None:
         """If no time is left, save and raise JobFailed."""

@@ -1,5 +1,7 @@
 """Many sessions in one process: alone or together the results are the same, turns are fair, and whoever must go is gone."""
 
+from datetime import timedelta
+from time import monotonic
 from typing import Any
 
 import pytest
@@ -11,9 +13,11 @@ from service.jobs import lifecycle
 from service.jobs.lifecycle import create_job
 from service.jobs.resolve import resolve
 from service.spec.job import JobSpec
-from service.store import workers
-from service.store.tables import Worker
+from service.store import clock, workers
+from service.store.tables import TinkerModel, TinkerSession, Worker
 from service.validation import parse
+from workers.sessions import host
+from workers.sessions.host import Host
 from workers.sessions.session import Session
 from workers.sessions.turns import FairTurns, Turns
 
@@ -129,6 +133,39 @@ def test_an_idle_session_comes_back_unharmed(rig: Any) -> None:
     rig.send(quiet, *loop(3))
     rig.work()
     assert same(rig.weights(evicted), rig.weights(quiet))
+
+
+@SQLITE
+def test_a_dead_client_s_session_leaves_when_its_heartbeat_is_missed(rig: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long before it has been idle for long enough, while that of a client which is heard of stays."""
+    rig.settings = rig.settings.model_copy(update={"session_idle_s": 30.0, "tinker_silence_s": 5.0})
+    monkeypatch.setattr(host, "HURRIED_IDLE_S", 0.05)
+    dead, alive = rig.session(), rig.session()
+    with rig.store.begin() as session:
+        now = clock.now(session)
+        for job, silence_s in ((dead, 6), (alive, 0)):
+            seen_at = now - timedelta(seconds=silence_s)
+            said = {"project": "default", "user_metadata": {}, "created_at": now}
+            session.add(TinkerSession(id=f"of-{job}", tags=[], seen_at=seen_at, **said))
+            session.flush()
+            session.add(TinkerModel(id=job, session_id=f"of-{job}", job_id=job, base_model="tiny", published=[], **said))
+    rig.send(dead, *loop(1))
+    rig.send(alive, *loop(1))
+    there: list[tuple[str, str]] = []
+    plain = Host._forget
+
+    def forget(self: Host, guest: Any) -> None:
+        plain(self, guest)
+        there.extend((job, rig.job(job).status) for job in (dead, alive))
+        for other in list(self._guests.values()):  # enough was seen
+            other.busy_at -= 100.0
+
+    monkeypatch.setattr(Host, "_forget", forget)
+    began = monotonic()
+    rig.work()
+    assert monotonic() - began < rig.settings.session_idle_s
+    assert there[:2] == [(dead, "paused"), (alive, "running")]
+    assert (rig.job(dead).status_reason, rig.operation(dead, 3).status) == ("idle", "done")
 
 
 @SQLITE
