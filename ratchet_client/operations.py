@@ -84,6 +84,17 @@ class Forward:
         return self.metrics["loss:sum"]
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """What the graders gave. Lists are by row, and in them by answer."""
+
+    metrics: dict[str, float]  # eval/reward/mean and so on, as the session's curves have them
+    texts: list[list[str]]
+    rewards: list[list[float | None]]  # None: it could not be graded, see `errors`
+    scores: list[list[dict[str, float | None]]]  # by grader
+    errors: list[list[dict[str, str]]]
+
+
 class Saved(TypedDict):
     checkpoint_id: str
     name: str
@@ -175,6 +186,26 @@ def sample(
     else:
         head |= _given(prompts=asked, texts=None if texts is None else list(texts))
     return Operation(head, lambda answer: _groups(answer, num_samples), tensors, large)
+
+
+def evaluate(
+    rows: Iterable[Mapping[str, Any]],
+    graders: Sequence[Mapping[str, Any]],
+    *,
+    num_samples: int = 1,
+    max_tokens: int = 64,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    stop: Sequence[str] = (),
+    seed: int | None = None,
+) -> Operation[Evaluation]:
+    """Answers of the session's weights as they are at its turn, greedy by default, graded by the service: metrics under eval/.
+
+    A row has a `prompt` (a text), and the columns that graders name; `graders` are those of a job's `reward`."""
+    sampling = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k, "stop": list(stop)}
+    sent = {"rows": [dict(row) for row in rows], "graders": [dict(grader) for grader in graders], "num_samples": num_samples}
+    return Operation(_given(kind="eval", seed=seed) | sent | {"sampling": sampling}, lambda answer: Evaluation(**answer))
 
 
 def save(

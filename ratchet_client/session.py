@@ -127,6 +127,7 @@ class AsyncSubmit:
         self.session = session
 
     sample = _submitted_async(operations.sample)
+    evaluate = _submitted_async(operations.evaluate)
     forward = _submitted_async(operations.forward)
     forward_backward = _submitted_async(operations.forward_backward)
     optim_step = _submitted_async(operations.optim_step)
@@ -156,6 +157,7 @@ class AsyncSession:
         self._broken: RatchetError | None = None
 
     sample = _awaited(operations.sample)
+    evaluate = _awaited(operations.evaluate)
     forward = _awaited(operations.forward)
     forward_backward = _awaited(operations.forward_backward)
     optim_step = _awaited(operations.optim_step)
@@ -369,6 +371,7 @@ class Submit:
         self.session = session
 
     sample = _submitted(operations.sample)
+    evaluate = _submitted(operations.evaluate)
     forward = _submitted(operations.forward)
     forward_backward = _submitted(operations.forward_backward)
     optim_step = _submitted(operations.optim_step)
@@ -393,6 +396,7 @@ class Session:
         self._thread.start()
 
     sample = _blocking(operations.sample)
+    evaluate = _blocking(operations.evaluate)
     forward = _blocking(operations.forward)
     forward_backward = _blocking(operations.forward_backward)
     optim_step = _blocking(operations.optim_step)

@@ -74,10 +74,10 @@ OF_ANSWERS = (
 )
 
 
-def _evaluated(prefix: str, of_what: str, *, drawn: bool) -> Iterator[Metric]:
+def _evaluated(prefix: str, of_what: str, of: tuple[Origin, ...], *, drawn: bool) -> Iterator[Metric]:
     for metric in OF_ANSWERS:
         means = f"{of_what}: {metric.means}"
-        yield replace(metric, name=prefix + metric.name, means=means, of=JOBS, drawn=metric.drawn and drawn)
+        yield replace(metric, name=prefix + metric.name, means=means, of=of, drawn=metric.drawn and drawn)
 
 
 def _shares(name: str, which: str, better: Better, *, live: bool = False, drawn: bool = False) -> Iterator[Metric]:
@@ -102,8 +102,8 @@ SECTIONS: Mapping[str, tuple[Metric, ...]] = MappingProxyType(
             Metric("advantage/abs_mean", "1", "mean size of the advantages, without their signs", "neither", (*RL, *SESSION)),
         ),
         "Evaluations": (
-            *_evaluated(EVAL, "evaluation", drawn=True),
-            *_evaluated(EVAL_GREEDY, "evaluation, greedy answers", drawn=False),
+            *_evaluated(EVAL, "evaluation", STEPS, drawn=True),
+            *_evaluated(EVAL_GREEDY, "evaluation, greedy answers", JOBS, drawn=False),
             Metric(EVAL_TOKENS_SAMPLED, "tokens", "evaluation: tokens of the answers, the greedy ones too", "neither", JOBS),
             Metric(EVAL_LOSS, "nats/token", "evaluation: mean −log p of a token of the given answers", "down", JOBS, live=True),
         ),

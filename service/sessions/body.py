@@ -11,7 +11,9 @@ from service.losses.numbers import tensor
 from service.relay.tensors import Tensor, Tensors
 from service.sessions.codec import pack
 from service.spec.objective import ObjectiveSpec
+from service.spec.reward import Grader, RewardSpec
 from service.spec.section import MOST, MOST_COUNTED, Section
+from service.spec.templates import columns_of
 from service.spec.training import COLDEST, Beta, MicrobatchTokens
 from service.store.operations import Asked
 
@@ -228,6 +230,48 @@ class Sample(_Operation):
         return self
 
 
+class Eval(_Operation):
+    """Answers of the session's weights as they are at its turn, graded here: metrics under eval/."""
+
+    kind: Literal["eval"]
+    rows: Annotated[
+        list[dict[str, Any]],
+        Field(min_length=1, max_length=4096, description="each with its `prompt`, a text, and the columns that graders name"),
+    ]
+    graders: Annotated[
+        list[Grader], Field(min_length=1, max_length=16, description="as in a job's `reward`, but not http and reasoning_gym")
+    ]
+    num_samples: Annotated[int, Field(ge=1, le=1024, description="answers to each prompt")] = 1
+    sampling: Annotated[Sampling, Field(description="how they are drawn; greedily unless you say otherwise")] = Sampling(
+        temperature=0.0
+    )
+    seed: Annotated[int | None, Field(ge=0, lt=2**63, description="the same seed draws the same; default: of the session")] = (
+        None
+    )
+
+    @model_validator(mode="after")
+    def can_be_graded(self) -> Self:
+        RewardSpec(graders=self.graders)  # names and patterns
+        if len(self.rows) * self.num_samples > MOST_ROWS:
+            raise ValueError(f"an operation may have {MOST_ROWS} answers, got {len(self.rows)} x {self.num_samples}")
+        for kind in ("http", "reasoning_gym"):
+            if any(grader.kind == kind for grader in self.graders):
+                raise ValueError(f"the grader {kind} works in jobs only; sample, and grade the answers yourself")
+        for number, row in enumerate(self.rows):
+            if not isinstance(row.get("prompt"), str) or not row["prompt"]:
+                raise ValueError(f"row {number} needs a `prompt`, a text")
+            missing = sorted(self._named - row.keys())
+            if missing:
+                raise ValueError(f"row {number} has no column {missing[0]!r}, which a grader names")
+        return self
+
+    @property
+    def _named(self) -> set[str]:
+        """Columns that graders name."""
+        templates = (getattr(grader, "reference", None) for grader in self.graders)
+        return {name for template in templates if template is not None for name in columns_of(template)}
+
+
 class SaveCheckpoint(_Operation):
     """Save the weights under a name."""
 
@@ -256,7 +300,7 @@ class Finish(_Operation):
 
 
 OperationBody = Annotated[
-    Forward | TrainStep | OptimStep | Sample | SaveCheckpoint | LoadCheckpoint | Finish, Field(discriminator="kind")
+    Forward | TrainStep | OptimStep | Sample | Eval | SaveCheckpoint | LoadCheckpoint | Finish, Field(discriminator="kind")
 ]
 
 
@@ -293,6 +337,10 @@ def asked(body: OperationBody) -> Asked:
             prompts = sum(map(len, body.prompts or body.texts or []))
             cost = prompts + body.num_samples * body.sampling.max_tokens * len(body.prompts or body.texts or [])
             head["checkpoint"] = None
+        case Eval():
+            head["graders"] = [grader.model_dump(mode="json", by_alias=True) for grader in body.graders]
+            head["texts"], head["top_log_probs"] = [row["prompt"] for row in body.rows], 0
+            cost = sum(map(len, head["texts"])) + body.num_samples * body.sampling.max_tokens * len(body.rows)
         case _:
             pass
     return Asked(body.kind, body.seq, pack(head, tensors), cost)

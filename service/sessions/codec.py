@@ -16,6 +16,8 @@
   target_tokens [M, K] | finish_reasons, texts, pieces (by id); prompt_tokens, prompt_cu_seqlens, tokens,
   cu_seqlens [P x num_samples + 1], log_probs; prompt_log_probs [M] (NaN for each prompt's first token), top_prompt_ids and
   top_prompt_log_probs [M, k], top_ids and top_log_probs [N, k], target_log_probs [M, K] |
+| eval | kind, rows, texts (their prompts), graders, num_samples, seed, sampling | | metrics; by row: texts, rewards,
+  scores, errors |
 | save_checkpoint | kind, name, purpose, ttl_s, overwrite, metadata | | checkpoint_id, name, purpose, step |
 | load_checkpoint | kind, checkpoint, optimizer | | checkpoint_id |
 | finish | kind | | checkpoint_id |

@@ -27,6 +27,11 @@ FORWARD: dict[str, Any] = {
         {"tokens": [4], "target_tokens": [5], "log_probs": [-0.5], "advantages": [-1.0]},
     ],
 }
+EVAL: Any = {
+    "kind": "eval",
+    "rows": [{"prompt": "1", "answer": "1"}],
+    "graders": [{"kind": "exact", "reference": "{answer}"}],
+}
 STEP = {"kind": "optim_step", "optimizer": {"learning_rate": 1e-3}}
 
 
@@ -235,6 +240,10 @@ def test_wrong_tensors_are_named(client: httpx.Client, head: Any, tensors: Any, 
         ({"kind": "save_checkpoint", "name": "../x"}, "/name"),
         ({"kind": "sample"}, "`prompts` (tokens) or `texts`"),
         ({"kind": "optim_step", "optimizer": {"lr": 1}}, "learning_rate"),
+        ({**EVAL, "rows": [{"answer": "1"}]}, "row 0 needs a `prompt`"),
+        ({**EVAL, "rows": [{"prompt": "1"}]}, "row 0 has no column 'answer'"),
+        ({**EVAL, "graders": [{"kind": "http", "url": "https://example.com"}]}, "the grader http works in jobs only"),
+        ({**EVAL, "graders": EVAL["graders"] * 2}, "names of their own"),
     ],
 )
 def test_wrong_bodies_are_refused(client: httpx.Client, body: Any, says: str) -> None:

@@ -33,7 +33,16 @@ def sample(policy: Policy, request: Request, seed: int) -> Done:
     """Answers of a policy, to the end. Others' requests in the engine move on meanwhile."""
     prompts = prompts_of(request, policy.text)
     told = _about_prompts(policy, request, prompts)
-    return _done(policy.text, request, prompts, policy.base.engine.run(_requests(policy, request, prompts, seed)), told)
+    return _done(policy.text, request, prompts, drawn(policy, request, prompts, seed), told)
+
+
+def drawn(policy: Policy, request: Request, prompts: Prompts, seed: int) -> list[Completion]:
+    """The answers, `num_samples` to each prompt in turn. Raises what befell one of them."""
+    answers = policy.base.engine.run(_requests(policy, request, prompts, seed))
+    for answer in answers:
+        if answer.error is not None:
+            raise answer.error
+    return answers
 
 
 @dataclass

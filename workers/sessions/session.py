@@ -32,6 +32,7 @@ from workers.policy.learner import Learner, Start
 from workers.policy.load import adapter_of
 from workers.policy.reference import open_reference
 from workers.sessions.errors import LOST, told
+from workers.sessions.evaluating import evaluate
 from workers.sessions.requests import Request, refused
 from workers.sessions.sampling import sample, seed_of
 from workers.sessions.training import MUTATING, STEPS, TRAINING, Done, Trainer
@@ -342,6 +343,13 @@ class Session:
         self.tenure.meter.sampled(done.sampled)
         self._answer(row, Answered(row.id, done.answer))
 
+    def eval(self, request: Request, row: Logged) -> None:
+        """Answers of the weights as they are now, graded; the metrics are of the session's step."""
+        done = evaluate(self.trainer.learner, request, seed_of(request, self.spec.seed, row), self.tenure.job.id)
+        self.tenure.meter.sampled(done.sampled)
+        known_metrics.check(done.metrics, "session", strict=self.tenure.settings.strict_metrics)
+        self._answer(row, Answered(row.id, done.answer, metrics=done.metrics))
+
     def close(self) -> None:
         """Nothing of it stays on the base."""
         if self._trainer is not None:
@@ -351,6 +359,7 @@ class Session:
 
 OTHERS: dict[str, Callable[[Session, Request, Logged], None]] = {
     "sample": Session.sample,
+    "eval": Session.eval,
     "save_checkpoint": Session.save_checkpoint,
     "load_checkpoint": Session.load_checkpoint,
     "finish": Session.finish,
