@@ -247,6 +247,12 @@ def since(session: Session, job_id: str, seq: int, *, limit: int = 64) -> list[O
     return list(session.scalars(query.execution_options(populate_existing=True)))
 
 
+def answered_after(session: Session, job_id: str, seq: int) -> bool:
+    """Whether an ordered operation behind this one was answered or failed."""
+    behind = select(Operation.id).where(Operation.job_id == job_id, Operation.lane == ORDERED, Operation.seq > seq)
+    return session.scalar(behind.where(Operation.status != "waiting").limit(1)) is not None
+
+
 def has_waiting(session: Session, job_id: str, done: int) -> bool:
     """Whether there is an operation that could run now, where `done` is the last ordered one that has run."""
     waiting = select(Operation.id).where(Operation.job_id == job_id, Operation.status == "waiting")

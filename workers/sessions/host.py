@@ -8,6 +8,7 @@ leave after a while.
 import logging
 from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, wait
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -43,6 +44,7 @@ LOOK_S = 1.0  # between two looks at the store without a signal
 HURRIED_IDLE_S = 2.0  # how long a guest may be idle where other work waits, or if its client is gone
 SLICE_S, LONG_SLICE_S = 0.05, 0.25  # of sampling: while operations in order wait, and while none does
 PART_S = 0.05  # between two parts of an answer that is told while it grows
+WRITTEN_S = 0.01  # of waiting for a checkpoint to be durable, between two looks for other work
 FIND_S = 0.02  # between two looks for operations to sample, while there is other work
 ROOM = 256  # rows in the engine; more are let in, fairly, as others end
 AT_ONCE = 64  # guests that join together
@@ -112,15 +114,26 @@ class Host:
 
     def _turn(self) -> None:
         self._attend()
+        self._end_saving()
         worked = self._work()
         sampled = self._sample(SLICE_S if worked else LONG_SLICE_S)
         if monotonic() - self._looked_at >= LOOK_S:
             self._looked_at = monotonic()
             self._look()
-        if not worked and not sampled and self._guests:
+        writing = [guest.session.writing for guest in self._guests.values() if guest.session is not None]
+        if not worked and not sampled and (unwritten := [one for one in writing if one is not None]):
+            wait(unwritten, WRITTEN_S, FIRST_COMPLETED)
+        elif not worked and not sampled and self._guests:
             if self.doorbell.hear(self._heard, LOOK_S, what={"operation", "guest"}) == "guest":
                 self._looked_at = 0.0
             self._found_loose_at = 0.0
+
+    def _end_saving(self) -> None:
+        """Make visible what has become durable."""
+        for guest in list(self._guests.values()):
+            if guest.session is not None and guest.session.writing is not None and guest.session.writing.done():
+                with self._alone(guest):
+                    guest.session.end_saving()
 
     # ---------------------------------------------------------------- coming
 

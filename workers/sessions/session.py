@@ -7,6 +7,7 @@ next one loads the newest whole snapshot and runs the operations behind it again
 
 import logging
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -37,7 +38,7 @@ from workers.sessions.requests import Request, refused
 from workers.sessions.sampling import sample, seed_of
 from workers.sessions.training import MUTATING, STEPS, TRAINING, Done, Trainer
 from workers.tenure.resume import newest_checkpoint, start_checkpoint, verified
-from workers.tenure.session import Named, SessionTenure
+from workers.tenure.session import Named, Saving, SessionTenure
 from workers.tenure.tenure import Contents
 
 log = logging.getLogger(__name__)
@@ -80,7 +81,8 @@ class Session:
         self.place, self.saved = Place(), Place()
         self.ended = False
         self._answers: list[Answered] = []  # of operations that have run, and are not stored yet
-        self._changed = False  # the weights, since the newest snapshot
+        self._changed = False  # the weights, since they were last copied for a snapshot
+        self._saving: tuple[Saving, Place] | None = None  # what is copied and not durable yet, and where that stood
         self._suspect = tenure.job.crashes > 0  # an operation may have killed its worker
         self._loads, self._trainer = 0, None
 
@@ -93,6 +95,7 @@ class Session:
         self._after_a_crash()
 
     def _load(self) -> None:
+        self.end_saving()
         snapshot = newest_checkpoint(self.tenure.store, self.tenure.job)
         self.saved = Place() if snapshot is None else Place.load(snapshot)
         self.place = Place(self.saved.seq, self.saved.gradient_from, self.saved.step)
@@ -110,9 +113,12 @@ class Session:
         following = self._since(self.place.seq + 1)[:1]
         if not following or following[0].seq != self.place.seq + 1:
             self.snapshot(anyway=True)  # it was none of ours
-        elif following[0].attempt is not None and self.tenure.job.crashes >= self.spec.limits.max_attempts - 1:
+        elif self._is_poison(following[0]):
             self._answer(following[0], Answered(following[0].id, error=LOST))
             self.snapshot(anyway=True)
+
+    def _is_poison(self, row: Operation) -> bool:
+        return row.attempt is not None and self.tenure.job.crashes >= self.spec.limits.max_attempts - 1
 
     def _start(self) -> Start:
         start = self.spec.model.from_checkpoint
@@ -155,11 +161,28 @@ class Session:
         at, snapshot = self.saved.replay_from, self.saved.seq
         while rows := self._since(at):
             for row in rows:
-                if row.seq != at or row.status == "waiting":  # a gap, or what is still to be done
+                if row.seq != at:  # a gap
                     return
-                if row.status == "done" and (row.seq > snapshot or row.kind == "forward_backward"):
+                if row.status == "waiting":
+                    if not self._was_being_saved(row):
+                        return
+                    self._save_again(row)
+                elif row.status == "done" and (row.seq > snapshot or row.kind == "forward_backward"):
                     self._again(row)
                 self.place.seq, at = max(self.place.seq, row.seq), at + 1
+
+    def _was_being_saved(self, row: Operation) -> bool:
+        """Later operations were answered already: its checkpoint was copied, and was not durable when the worker died."""
+        with self.tenure.store.begin(readonly=True) as session:
+            return operations.answered_after(session, row.job_id, row.seq)
+
+    def _save_again(self, row: Operation) -> None:
+        if self._suspect and self._is_poison(row):
+            self._answer(row, Answered(row.id, error=LOST))
+            return
+        assert row.request is not None
+        self.do(Logged(row.id, row.job_id, row.lane, row.seq, row.kind, row.request, row.cost, row.attempt))
+        self.end_saving()
 
     def _since(self, seq: int) -> list[Operation]:
         with self.tenure.store.begin(readonly=True) as session:
@@ -194,6 +217,8 @@ class Session:
             except Exception as error:
                 self.store_answers()  # what is loaded again shall have them
                 self._answer(row, Answered(row.id, error=self._error(row, error)))
+            if self._suspect and not self.ended:
+                self.end_saving()
             if self._suspect and not self.ended:  # it was not this one
                 self.snapshot(anyway=True)
 
@@ -215,8 +240,9 @@ class Session:
             known_metrics.check(done.metrics, "session", strict=self.tenure.settings.strict_metrics)
             self.place.seq = row.seq
             self._answers.append(Answered(row.id, done.answer, step=self.place.step, metrics=done.metrics))
-            if self.place.step - self.saved.step >= self.spec.checkpoints.every_steps:
-                self.snapshot()
+            copied = self.saved if self._saving is None else self._saving[1]
+            if self.place.step - copied.step >= self.spec.checkpoints.every_steps:
+                self._save(Named(), new_id("ckpt"))
         else:
             OTHERS[row.kind](self, request, row)
 
@@ -247,12 +273,18 @@ class Session:
     # ---------------------------------------------------------------- checkpoints
 
     def snapshot(self, *, anyway: bool = False) -> None:
-        """Save, if the weights have changed since the last time. A gradient that no step has taken is computed again."""
+        """Save, if the weights have changed since the last time, and wait until it is durable. A gradient that no step has
+        taken is computed again."""
+        self.end_saving()
         if self._changed or anyway:
             self._save(Named(), new_id("ckpt"))
+            self.end_saving(raises=True)
 
     def _save(self, named: Named, checkpoint_id: str, answered: Answered | None = None, *, final: bool = False) -> None:
+        """Copy the weights as they are; `end_saving` makes a checkpoint of the copy. One at a time, so that they become
+        visible in their order."""
         self.store_answers()
+        self.end_saving()
         learner, place = self.trainer.learner, Place(self.place.seq, self.place.gradient_from, self.place.step)
         training = named.purpose == "training"
 
@@ -261,7 +293,7 @@ class Session:
             if training:
                 place.save(folder)
 
-        self.tenure.save_session(
+        saving = self.tenure.begin_saving(
             Contents(place.step, learner.kind, write, {}),
             named,
             replay_from=place.replay_from if training else None,
@@ -270,11 +302,42 @@ class Session:
             row_id=checkpoint_id,
             final=final,
         )
+        self._saving = saving, place
         if training:
-            self.saved, self._changed, self._suspect = place, False, False
+            self._changed = False
+
+    @property
+    def writing(self) -> Future[Any] | None:
+        """Done when the checkpoint that is being written is durable."""
+        return None if self._saving is None else self._saving[0].written
+
+    def end_saving(self, *, raises: bool = False) -> None:
+        """Wait until what is being written is durable, and make it visible. If it cannot be written, the operation that asked
+        for it fails; a snapshot of our own is tried again after the next step, for the log has everything, unless `raises`."""
+        if self._saving is None:
+            return
+        (saving, place), self._saving = self._saving, None
+        training = saving.named.purpose == "training"
+        try:
+            self.tenure.end_saving(saving)
+        except (LeaseLost, OperationalError, InterfaceError):
+            raise
+        except Exception as error:
+            self._changed = self._changed or training
+            if saving.answered is not None:
+                self.tenure.answer([Answered(saving.answered.id, error=told(error))])
+                if saving.named.name is None:  # weights that were loaded, which no replay would find again
+                    self._load()
+            elif raises:
+                raise
+            log.warning("a checkpoint of %s could not be written", self.tenure.job.id, exc_info=True)
+            return
+        if training:
+            self.saved, self._suspect = place, False
 
     def save_checkpoint(self, request: Request, row: Logged) -> None:
         head = request.head
+        self.end_saving()  # it may have this name
         with self.tenure.store.begin(readonly=True) as session:
             there = checkpoints.named(session, self.tenure.job.id, head["purpose"], head["name"])
         if there is not None and not head["overwrite"]:
@@ -307,6 +370,7 @@ class Session:
         self._trainer = loaded
         self.place.gradient_from, self.place.seq = None, row.seq
         self._save(Named(), new_id("ckpt"), Answered(row.id, pack({"checkpoint_id": checkpoint_id}, {})))
+        self.end_saving()
 
     def _checkpoint(self, checkpoint_id: str, *, with_optimizer: bool) -> Path:
         store = self.tenure.store
@@ -330,6 +394,7 @@ class Session:
         """The last operation: what comes after it is not run any more."""
         checkpoint_id = new_id("ckpt")
         self._save(Named(), checkpoint_id, final=True)
+        self.end_saving(raises=True)
         answered = Answered(row.id, pack({"checkpoint_id": checkpoint_id}, {}))
         self.tenure.finish({"ended": "finished", "steps": self.place.step}, answered)
         self.place.seq, self.ended = row.seq, True
@@ -351,7 +416,10 @@ class Session:
         self._answer(row, Answered(row.id, done.answer, metrics=done.metrics))
 
     def close(self) -> None:
-        """Nothing of it stays on the base."""
+        """Nothing of it stays on the base, nor of what nobody has heard of."""
+        if self._saving is not None:
+            self.tenure.drop(self._saving[0])
+            self._saving = None
         if self._trainer is not None:
             self._trainer.unload()
             self._trainer = None

@@ -1,18 +1,24 @@
 """The tenure of a session or sampler: beside others in one process, with operations in place of steps."""
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from service.jobs import lease as leases
-from service.jobs.lease import Answered
+from service.jobs.lease import Answered, CheckpointRow
 from service.spec.work import WorkLimits
 from service.states import Phase, Status
 from service.store.checkpoints import Purpose
 from service.store.tables import Job
 from workers.tenure.keeper import Keeper
 from workers.tenure.tenure import Contents, Lease, Tenure
+
+log = logging.getLogger(__name__)
+
+WRITERS = ThreadPoolExecutor(2, "writer")  # of checkpoints, for all sessions of the process
 
 
 @dataclass(frozen=True)
@@ -24,6 +30,17 @@ class Named:
     ttl_s: float | None = None
     overwrite: bool = False
     user_metadata: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Saving:
+    """A checkpoint whose content is copied, and is being made durable."""
+
+    written: Future[CheckpointRow]
+    named: Named
+    replay_from: int | None
+    keep_last: int | None
+    answered: Answered | None
 
 
 class SessionTenure(Tenure):
@@ -60,7 +77,7 @@ class SessionTenure(Tenure):
         )
         self._tell_followers()
 
-    def save_session(
+    def begin_saving(
         self,
         contents: Contents,
         named: Named,
@@ -68,13 +85,26 @@ class SessionTenure(Tenure):
         replay_from: int | None,
         keep_last: int | None,
         answered: Answered | None = None,
-        row_id: str | None = None,
+        row_id: str,
         final: bool = False,
-    ) -> str:
-        """Write a checkpoint, and with it, in one transaction, everything that it makes needless. Returns its id."""
+    ) -> "Saving":
+        """Copy the contents into files; a thread makes them durable. Nobody sees them before `end_saving`."""
         self.check()
         self.meter.enter(Phase.SAVING)
-        row = self._write(contents, final=final, checkpoint_id=row_id)
+        try:
+            folder = self._filled(contents)
+        finally:
+            self.meter.enter(self.phase)
+        written = WRITERS.submit(self._seal, folder, contents, final=final, checkpoint_id=row_id)
+        return Saving(written, named, replay_from, keep_last, answered)
+
+    def end_saving(self, saving: "Saving") -> None:
+        """Wait until it is durable; then record it, and with it, in one transaction, everything that it makes needless."""
+        self.meter.enter(Phase.SAVING)
+        try:
+            row, named = saving.written.result(), saving.named
+        finally:
+            self.meter.enter(self.phase)
         row = replace(
             row,
             name=named.name,
@@ -90,18 +120,23 @@ class SessionTenure(Tenure):
                 self.settings,
                 self.lease,
                 row,
-                replay_from=replay_from,
-                answered=answered,
+                replay_from=saving.replay_from,
+                answered=saving.answered,
                 overwrite=named.overwrite,
-                keep_last=keep_last,
+                keep_last=saving.keep_last,
                 spent=spent,
             )
         )
-        self.meter.enter(self.phase)
         for path in removed:
             self.store.blobs.delete(path)
         self._tell_followers()
-        return row.id
+
+    def drop(self, saving: "Saving") -> None:
+        """Forget what is being written: nobody has heard of it."""
+        try:
+            self.store.blobs.delete(saving.written.result().path)
+        except Exception:
+            log.warning("a checkpoint of %s was not written, and is not needed", self.job.id, exc_info=True)
 
     def finish(self, result: dict[str, Any], answered: Answered) -> None:
         """The session's last operation is done, and with it the session."""

@@ -147,11 +147,22 @@ class Tenure:
 
     def _write(self, contents: Contents, *, final: bool, checkpoint_id: str | None = None) -> CheckpointRow:
         """Write the folder into the blob store. An incomplete folder is removed at once, because the disk may be full."""
-        blobs, checkpoint_id = self.store.blobs, checkpoint_id or new_id("ckpt")
-        relative = f"checkpoints/{self.job.id}/{checkpoint_id}"
-        folder = blobs.temporary_dir((self.job.id, self.lease.attempt))
+        return self._seal(self._filled(contents), contents, final=final, checkpoint_id=checkpoint_id or new_id("ckpt"))
+
+    def _filled(self, contents: Contents) -> Path:
+        """A temporary folder with the content: a copy, which is not durable yet."""
+        folder = self.store.blobs.temporary_dir((self.job.id, self.lease.attempt))
         try:
             contents.write(folder)
+        except BaseException:
+            self.store.blobs.discard(folder)
+            raise
+        return folder
+
+    def _seal(self, folder: Path, contents: Contents, *, final: bool, checkpoint_id: str) -> CheckpointRow:
+        """Make the folder a durable blob. This may run in another thread: it touches nothing of this tenure that changes."""
+        blobs, relative = self.store.blobs, f"checkpoints/{self.job.id}/{checkpoint_id}"
+        try:
             manifest_sha256 = write_manifest(folder)
             size_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
             blobs.commit_dir(folder, relative)

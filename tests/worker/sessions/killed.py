@@ -1,7 +1,8 @@
 """Workers that are killed at chosen points: `python -m worker.sessions.killed SETTINGS POINT...`, an attempt for each point.
 
 A point is `WHERE:N`: the process kills itself with SIGKILL at the Nth time that it comes there; `none` runs until all rest.
-Each answer is stored by itself, except with `together/WHERE:N`: then those of two that follow each other are.
+Each answer is stored by itself, except with `together/WHERE:N`: then those of two that follow each other are. With
+`held/WHERE:N` no checkpoint becomes durable: the disk is slow.
 This process does what a worker's parent does for a dead child. It is itself without a thread, so that it can fork.
 """
 
@@ -10,6 +11,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from time import sleep
 from typing import Any
 
 from service.doorbell import Doorbell
@@ -22,6 +24,7 @@ from workers.sessions.host import Host
 from workers.sessions.session import Session
 from workers.tenure.keeper import Keeper
 from workers.tenure.session import SessionTenure
+from workers.tenure.tenure import Tenure
 
 
 def dies(owner: Any, name: str, number: int, *, after: bool = False) -> None:
@@ -53,7 +56,8 @@ POINTS: dict[str, Callable[[int], None]] = {
     "inside_backward": dies_inside_backward,
     "after_step": lambda number: dies(Learner, "step", number, after=True),
     "while_saving": lambda number: dies(Learner, "save", number, after=True),
-    "after_saving": lambda number: dies(SessionTenure, "save_session", number, after=True),
+    "after_saving": lambda number: dies(SessionTenure, "end_saving", number, after=True),
+    "before_it_is_visible": lambda number: dies(SessionTenure, "end_saving", number),
     "before_settling": lambda number: dies(SessionTenure, "finish", number),
     "replaying": lambda number: dies(Session, "_again", number, after=True),
     "in_operation": lambda number: dies(Session, "_do", number),
@@ -68,7 +72,9 @@ def replays_nothing(self: Session) -> None:
 
 def attempt(settings: Settings, point: str, owner: str) -> None:
     module.TOGETHER_S = 600.0 if point.startswith("together/") else 0.0
-    where, _, number = point.removeprefix("together/").partition(":")
+    where, _, number = point.removeprefix("together/").removeprefix("held/").partition(":")
+    if point.startswith("held/"):
+        Tenure._seal = lambda *_, **__: sleep(600)
     if where == "wrong":
         Session._replay = replays_nothing
     elif where != "none":

@@ -5,6 +5,7 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from time import sleep
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from session_operations import FULL, LORA, forward_backward, loop, row, train_step
 
 from chaos.rig import Zygote
+from workers.tenure.tenure import Tenure
 
 SQLITE = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 KILLED = -signal.SIGKILL
@@ -98,7 +100,7 @@ def test_killed_with_answers_that_are_not_stored_yet(rig: Any, run_killed: Calla
 
 
 @SQLITE
-@pytest.mark.parametrize("point", ["while_saving:1", "after_saving:1"])
+@pytest.mark.parametrize("point", ["while_saving:1", "before_it_is_visible:1", "after_saving:1"])
 def test_killed_around_a_snapshot(rig: Any, run_killed: Callable[..., list[int]], point: str) -> None:
     """A gradient that no step has taken yet outlives the snapshot."""
     operations = [*loop(2), forward_backward(row(20, 21, 22)), {"kind": "save_checkpoint", "name": "now"}]
@@ -111,6 +113,66 @@ def test_killed_around_a_snapshot(rig: Any, run_killed: Callable[..., list[int]]
     assert same(rig.weights(disturbed), rig.weights(quiet))
     saved = rig.answer(disturbed, 8)["checkpoint_id"]
     assert same(rig.weights(disturbed, saved), rig.weights(quiet, rig.answer(quiet, 8)["checkpoint_id"]))
+
+
+def saves_in_the_middle() -> list[dict[str, Any]]:
+    return [*loop(2), forward_backward(row(20, 21, 22)), {"kind": "save_checkpoint", "name": "now"}, *loop(1, first=2)]
+
+
+@pytest.mark.parametrize("purpose", ["training", "sampler"])
+def test_killed_between_the_copy_and_the_disk_while_the_loop_went_on(
+    rig: Any, run_killed: Callable[..., list[int]], purpose: str
+) -> None:
+    """What was saved is what the weights were then, though later operations were answered before it was durable."""
+    disturbed, quiet = (rig.session(limits={"max_attempts": 50}) for _ in range(2))
+    sent = [{**one, **({"purpose": purpose} if one["kind"] == "save_checkpoint" else {})} for one in saves_in_the_middle()]
+    rig.send(disturbed, *sent)
+    assert run_killed("held/after_answer:9") == [KILLED]
+    assert [rig.operation(disturbed, seq).status for seq in (7, 8, 9, 10, 11)] == ["done", "waiting", "done", "done", "waiting"]
+    assert rig.checkpoints(disturbed) == []
+    assert run_killed("while_saving:1", "before_it_is_visible:1", "after_answer:1", "none") == [KILLED] * 3 + [0]
+    rig.send(quiet, *sent)
+    finish(rig, disturbed, quiet)
+    assert same(rig.weights(disturbed), rig.weights(quiet))
+    saved, undisturbed = (rig.answer(job, 8)["checkpoint_id"] for job in (disturbed, quiet))
+    assert same(rig.weights(disturbed, saved), rig.weights(quiet, undisturbed))
+    assert all(rig.answer(disturbed, seq) == rig.answer(quiet, seq) for seq in range(1, 12) if seq != 8)
+
+
+@SQLITE
+def test_a_checkpoint_that_kills_its_worker_fails_and_not_the_session(rig: Any, run_killed: Callable[..., list[int]]) -> None:
+    job = rig.session()
+    rig.send(job, *saves_in_the_middle())
+    assert run_killed("held/after_answer:9", "while_saving:1", "none") == [KILLED, KILLED, 0]
+    assert rig.error(job, 8)["code"] == "operation_lost"
+    assert [rig.operation(job, seq).status for seq in (7, 9, 10, 11)] == ["done"] * 4
+    assert (rig.job(job).status, rig.job(job).step) == ("paused", 3)
+
+
+@SQLITE
+def test_the_loop_goes_on_while_a_checkpoint_is_written(rig: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a disk that refuses one fails its operation only."""
+    plain, order = Tenure._seal, list[str]()
+
+    def slow(self: Tenure, folder: Path, contents: Any, **more: Any) -> Any:
+        waited = [sleep(0.01) for _ in range(1000) if rig.operation(job, 9).status == "waiting"]
+        order.append("written" if len(waited) < 1000 else "held up")
+        if contents.step == 3:
+            raise OSError(28, "no space left on device")
+        return plain(self, folder, contents, **more)
+
+    monkeypatch.setattr(Tenure, "_seal", slow)
+    job, second = rig.session(), {"kind": "save_checkpoint", "name": "second"}
+    rig.send(job, *loop(2), {"kind": "save_checkpoint", "name": "now"}, *loop(1, first=2), second, *loop(1, first=3))
+    rig.work()
+    assert order[0] == "written"
+    assert rig.answer(job, 7)["step"] == 2
+    assert (rig.error(job, 11)["code"], rig.error(job, 11)["category"]) == ("io_error", "server")
+    assert [one.name for one in rig.checkpoints(job)] == [None, "now"]
+    quiet = rig.session()
+    rig.send(quiet, *loop(4))
+    rig.work()
+    assert same(rig.weights(job), rig.weights(quiet))
 
 
 @SQLITE
