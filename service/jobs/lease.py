@@ -299,7 +299,7 @@ def commit_snapshot(
 ) -> list[str]:
     """Record a session's checkpoint, and what it makes needless, in one transaction. A repeat does nothing.
 
-    replay_from  with purpose training: a replay starts at this seq, so that earlier operations' requests are forgotten
+    replay_from  with purpose training: no replay starts before this seq, so that earlier operations' requests are forgotten
     answered     the save_checkpoint that asked for it
     overwrite    a checkpoint of the same name and purpose is deleted, unless it is pinned or in use: it then loses its name
     keep_last    how many checkpoints without a name stay

@@ -18,8 +18,13 @@ class SessionCheckpoints(Section):
 
     every_steps: Annotated[int, Field(ge=1, le=MOST_COUNTED, description="optimizer steps between snapshots")] = 20
     keep_last: Annotated[
-        int, Field(ge=1, le=MOST_COUNTED, description="the newest so many are kept; checkpoints with a name are all kept")
-    ] = 1
+        int,
+        Field(
+            ge=1,
+            le=MOST_COUNTED,
+            description="the newest so many are kept, so that a broken one can be done without; those with a name are all kept",
+        ),
+    ] = 2
     ttl_s: Annotated[
         float | None, Field(gt=0, le=315_360_000, description="each is deleted so long after it was saved; default: never")
     ] = None

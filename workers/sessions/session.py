@@ -189,7 +189,7 @@ class Session:
             return operations.since(session, self.tenure.job.id, seq, limit=REPLAYED_AT_ONCE)
 
     def _again(self, row: Operation) -> None:
-        if row.kind not in MUTATING:
+        if row.kind not in MUTATING and row.kind != "load_checkpoint":
             return
         if row.request is None:
             raise JobFailed(
@@ -197,7 +197,15 @@ class Session:
                 f"operation {row.seq} has to run again, but its request is gone: the session's newest checkpoint is broken",
             )
         self.tenure.check()
-        self._run(Request.read(row.request), row)
+        request = Request.read(row.request)
+        if row.kind in MUTATING:
+            self._run(request, row)
+            return
+        try:
+            self._take(request.head)
+        except InvalidRequest as gone:
+            detail = f"operation {row.seq} has to run again, but what it loaded cannot be loaded any more: {gone.detail}"
+            raise JobFailed("checkpoint_broken", detail) from gone
 
     # ---------------------------------------------------------------- operations
 
@@ -296,7 +304,8 @@ class Session:
         saving = self.tenure.begin_saving(
             Contents(place.step, learner.kind, write, {}),
             named,
-            replay_from=place.replay_from if training else None,
+            # If this one cannot be read, the one before and the log behind that must do; after the end nothing replays.
+            replay_from=(place if final else self.saved).replay_from if training else None,
             keep_last=self.spec.checkpoints.keep_last if named.name is None else None,
             answered=answered,
             row_id=checkpoint_id,
@@ -360,17 +369,21 @@ class Session:
 
     def load_checkpoint(self, request: Request, row: Logged) -> None:
         """The weights of a checkpoint of this project. Gradients that were not used yet are dropped."""
-        checkpoint_id, with_optimizer = request.head["checkpoint"], request.head["optimizer"]
-        folder = self._checkpoint(checkpoint_id, with_optimizer=with_optimizer)
+        checkpoint_id = request.head["checkpoint"]
+        self._take(request.head)
+        self.place.seq = row.seq
+        self._save(Named(), new_id("ckpt"), Answered(row.id, pack({"checkpoint_id": checkpoint_id}, {})))
+        self.end_saving()
+
+    def _take(self, head: dict[str, Any]) -> None:
+        """Raises InvalidRequest; everything is then as it was."""
+        folder = self._checkpoint(head["checkpoint"], with_optimizer=head["optimizer"])
         try:
-            loaded = self._trained_from(Start(folder, folder if with_optimizer else None))
+            loaded = self._trained_from(Start(folder, folder if head["optimizer"] else None))
         except PolicyFailed as error:
             raise refused(error.code, error.failure.detail, "/checkpoint", hint=error.failure.hint) from error
         self.trainer.unload()
-        self._trainer = loaded
-        self.place.gradient_from, self.place.seq = None, row.seq
-        self._save(Named(), new_id("ckpt"), Answered(row.id, pack({"checkpoint_id": checkpoint_id}, {})))
-        self.end_saving()
+        self._trainer, self.place.gradient_from, self._changed = loaded, None, True
 
     def _checkpoint(self, checkpoint_id: str, *, with_optimizer: bool) -> Path:
         store = self.tenure.store

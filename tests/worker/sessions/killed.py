@@ -74,7 +74,7 @@ def attempt(settings: Settings, point: str, owner: str) -> None:
     module.TOGETHER_S = 600.0 if point.startswith("together/") else 0.0
     where, _, number = point.removeprefix("together/").removeprefix("held/").partition(":")
     if point.startswith("held/"):
-        Tenure._seal = lambda *_, **__: sleep(600)
+        Tenure._seal = lambda *_, **__: sleep(600)  # pyright: ignore[reportAttributeAccessIssue]
     if where == "wrong":
         Session._replay = replays_nothing
     elif where != "none":

@@ -225,18 +225,47 @@ def test_an_operation_that_ran_beside_is_not_blamed(rig: Any, run_killed: Callab
     assert [rig.operation(job, seq).status for seq in range(1, 7)] == ["done"] * 6
 
 
+def tear(rig: Any, checkpoint: Any) -> None:
+    next(rig.store.blobs.path(checkpoint.path).rglob("optimizer.safetensors")).write_bytes(b"torn")
+
+
 @SQLITE
-def test_a_broken_snapshot_without_its_log_fails_the_session(rig: Any) -> None:
-    job = rig.session(checkpoints={"every_steps": 1, "keep_last": 3})
-    rig.send(job, *loop(2))
+@pytest.mark.parametrize("with_optimizer", [None, True, False], ids=["steps", "load", "load without optimizer"])
+def test_a_broken_snapshot_is_replaced_by_the_one_before_and_the_log(rig: Any, with_optimizer: bool | None) -> None:
+    job, quiet = (rig.session(checkpoints={"every_steps": 2}) for _ in range(2))
+    for one in (job, quiet):
+        rig.send(one, *loop(1), {"kind": "save_checkpoint", "name": "first"}, *loop(1, first=1))
+        rig.work()
+        if with_optimizer is None:
+            rig.send(one, *loop(2, first=2), forward_backward(row(20, 21, 22)))
+        else:
+            first = rig.answer(one, 4)["checkpoint_id"]
+            rig.send(one, forward_backward(row(20, 21)))
+            rig.send(one, {"kind": "load_checkpoint", "checkpoint": first, "optimizer": with_optimizer})
+        rig.work()
+    newest, before = [checkpoint for checkpoint in rig.checkpoints(job) if checkpoint.name is None]
+    tear(rig, newest)
+    assert before.step < newest.step or with_optimizer is not None
+    finish(rig, job, quiet)
+    for one in (job, quiet):
+        rig.send(one, *loop(1, first=5))
     rig.work()
-    newest = rig.checkpoints(job)[0]
-    next(rig.store.blobs.path(newest.path).rglob("optimizer.safetensors")).write_bytes(b"torn")
-    rig.send(job, *loop(1, first=2))
+    assert same(rig.weights(job), rig.weights(quiet))
+    assert rig.job(job).status == "paused"
+
+
+@SQLITE
+def test_broken_snapshots_without_their_log_fail_the_session(rig: Any) -> None:
+    job = rig.session(checkpoints={"every_steps": 1, "keep_last": 3})
+    rig.send(job, *loop(3))
+    rig.work()
+    for checkpoint in rig.checkpoints(job)[:2]:
+        tear(rig, checkpoint)
+    rig.send(job, *loop(1, first=3))
     rig.work()
     failed = rig.job(job)
     assert (failed.status, failed.error["code"]) == ("failed", "checkpoint_broken")
-    assert rig.error(job, 7)["code"] == "session_over"
+    assert rig.error(job, 10)["code"] == "session_over"
 
 
 @SQLITE
