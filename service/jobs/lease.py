@@ -282,6 +282,9 @@ def answer_operations(
             events.append_all(session, job.id, said, now=now, step=step)
         if is_new:
             usage.add(session, job, spent, now)
+        # A sampler saves nothing: its answers are its progress, unless what may have killed its worker is still to come.
+        if is_new and job.kind == "sampler" and job.crashes and not operations.has_suspects(session, job.id, lease.attempt):
+            job.crashes = job.retries = 0
         return usage.is_spent(session, job)
 
 

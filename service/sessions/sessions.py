@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from sqlalchemy.exc import IntegrityError
+
 from service.doorbell import Doorbell
 from service.errors import FieldError, NotFound
 from service.jobs.lifecycle import create_job
@@ -59,7 +61,14 @@ def sampler_of(
         there = jobs.sampler(session, project, resolved.base_key)
     if there is not None:
         return there
-    return create_job(store, doorbell, project=project, sent=spec.model_dump(mode="json"), resolved=resolved, key_id=key_id)
+    try:
+        return create_job(store, doorbell, project=project, sent=spec.model_dump(mode="json"), resolved=resolved, key_id=key_id)
+    except IntegrityError:  # another request made it meanwhile, unless it was something else
+        with store.begin(readonly=True) as session:
+            there = jobs.sampler(session, project, resolved.base_key)
+        if there is None:
+            raise
+        return there
 
 
 def base_of_checkpoint(checkpoint_id: str, model: dict[str, Any], adapter: str) -> dict[str, Any]:

@@ -289,9 +289,18 @@ _ANSWER = (
 
 
 def at_work(session: Session, operation_id: str, *, attempt: int) -> None:
-    """Note that this attempt runs the operation, so that the next one knows, should it kill its worker."""
-    running = update(Operation).where(Operation.id == operation_id, Operation.status == "waiting").values(attempt=attempt)
-    session.execute(running, execution_options={"synchronize_session": False})
+    """Note that this attempt runs the operation, so that the next one knows, should it kill its worker. The first such note
+    stays."""
+    unmarked = (Operation.id == operation_id, Operation.status == "waiting", Operation.attempt.is_(None))
+    session.execute(
+        update(Operation).where(*unmarked).values(attempt=attempt), execution_options={"synchronize_session": False}
+    )
+
+
+def has_suspects(session: Session, job_id: str, attempt: int) -> bool:
+    """Whether an operation waits that was at work when an attempt before this one died."""
+    marked = (Operation.job_id == job_id, Operation.status == "waiting", Operation.attempt < attempt)
+    return session.scalar(select(Operation.id).where(*marked).limit(1)) is not None
 
 
 def forget_requests(session: Session, job_id: str, before: int) -> None:

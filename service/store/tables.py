@@ -18,6 +18,7 @@ from sqlalchemy import (
     Text,
     TypeDecorator,
     UniqueConstraint,
+    text,
 )
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.engine import Dialect
@@ -96,6 +97,9 @@ class ApiKey(Base):
     revoked_at: Mapped[datetime | None]
 
 
+IS_SAMPLER = text("kind = 'sampler' AND status NOT IN ('succeeded', 'failed', 'cancelled')")  # of its base, for its project
+
+
 class Job(Base):
     """A training job: its spec as sent and with defaults, what the worker resolved, its state, and its lease."""
 
@@ -103,6 +107,7 @@ class Job(Base):
     __table_args__ = (
         Index("ix_jobs_project_created", "project", "created_at", "id"),
         Index("ix_jobs_project_status_created", "project", "status", "created_at", "id"),
+        Index("uq_jobs_sampler", "project", "base_key", unique=True, sqlite_where=IS_SAMPLER, postgresql_where=IS_SAMPLER),
     )
 
     id: Mapped[str] = mapped_column(Id, primary_key=True)

@@ -7,10 +7,18 @@ from pathlib import Path
 
 import pytest
 from alembic import command
-from sqlalchemy import inspect
+from pydantic import SecretStr
+from sqlalchemy import inspect, select
 
-from service.store.session import alembic_config, downgrade, make_engine, upgrade
-from service.store.tables import Base
+from service.doorbell import Doorbell
+from service.jobs.lifecycle import create_job
+from service.sessions.sessions import resolve_session
+from service.settings import Settings
+from service.spec.session import SamplerSpec
+from service.store import clock, operations
+from service.store.operations import Asked
+from service.store.session import alembic_config, downgrade, make_engine, open_store, upgrade
+from service.store.tables import Base, Job, Operation
 
 ROOT = Path(__file__).parents[2]
 TABLES = {*Base.metadata.tables, "alembic_version"}
@@ -50,6 +58,28 @@ def test_check_notices_a_difference(empty_url: str) -> None:
     engine.dispose()
     with pytest.raises(Exception, match="status_reason"):
         command.check(alembic_config(empty_url))
+
+
+def test_samplers_that_came_to_be_twice_become_one(empty_url: str, tmp_path: Path) -> None:
+    """The oldest goes on; what waited in the other has failed."""
+    upgrade(empty_url)
+    downgrade(empty_url, "0013_sampler_seeds")
+    settings = Settings(environment="development", data_dir=tmp_path, database_url=SecretStr(empty_url))
+    store, doorbell = open_store(settings), Doorbell(settings)
+    spec = SamplerSpec.model_validate({"model": {"source": "tiny"}})
+    made = list[str]()
+    for project in ("one", "one", "two"):
+        resolved = resolve_session(store, settings, project, spec)
+        made.append(create_job(store, doorbell, project=project, sent={}, resolved=resolved).id)
+        with store.begin() as session:
+            operations.append(session, made[-1], Asked("sample", 1, b"x", lane="a"), clock.now(session))
+    upgrade(empty_url)
+    with store.begin(readonly=True) as session:
+        states = {row.id: row.status for row in session.scalars(select(Job))}
+        waits = {row.job_id: (row.status, (row.error or {}).get("code")) for row in session.scalars(select(Operation))}
+    store.close()
+    assert [states[job] for job in made] == ["queued", "cancelled", "queued"]
+    assert [waits[job] for job in made] == [("waiting", None), ("failed", "session_over"), ("waiting", None)]
 
 
 def test_copies_that_start_together_migrate_once(empty_url: str) -> None:

@@ -3,6 +3,7 @@
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
+from threading import Barrier
 
 import pytest
 
@@ -16,11 +17,12 @@ from service.jobs.reconciler import reconcile
 from service.sessions.sessions import resolve_session, sampler_of
 from service.settings import Settings
 from service.spec.session import SessionSpec
-from service.store import checkpoints, jobs, operations
+from service.store import checkpoints, clock, jobs, operations
 from service.store.operations import Answered, Asked
 from service.store.session import Store
 from service.store.tables import Job, Operation
 
+TINY = {"source": "tiny", "adapter": None, "from_checkpoint": None}
 LORA = {"source": "tiny", "adapter": {"kind": "lora", "rank": 4}}
 
 
@@ -240,3 +242,37 @@ def test_one_sampler_a_base_and_project(store: Store, doorbell: Doorbell, settin
 def test_data_dir_is_untouched_by_the_log(settings: Settings, session: Session) -> None:
     session.append(step(1))
     assert not Path(settings.blobs_dir).exists() or not any(Path(settings.blobs_dir).iterdir())
+
+
+def test_crashes_are_forgotten_once_nothing_is_left_that_may_have_caused_them(
+    store: Store, settings: Settings, doorbell: Doorbell
+) -> None:
+    """Only what an earlier attempt was at counts, and the first note of it stays."""
+    job = sampler_of(store, doorbell, settings, "default", TINY).id
+    with store.begin() as session:
+        now = clock.now(session)
+        first, second = (operations.append(session, job, Asked("sample", 1, b"x", lane=lane), now)[0] for lane in "ab")
+        operations.at_work(session, first.id, attempt=1)
+        operations.at_work(session, first.id, attempt=2)
+        operations.at_work(session, second.id, attempt=2)
+        assert operations.has_suspects(session, job, 2)
+        answered = Answered(first.id, b"y")
+        assert operations.answer(session, job, answered, attempt=2, now=now, expires_at=now)
+        assert not operations.has_suspects(session, job, 2)
+        assert operations.has_suspects(session, job, 3)
+
+
+def test_a_project_has_one_sampler_of_a_base(store: Store, settings: Settings, doorbell: Doorbell) -> None:
+    """However many ask at once; one that has ended makes place for the next."""
+    start = Barrier(4)
+
+    def make(_: int) -> str:
+        start.wait()
+        return sampler_of(store, doorbell, settings, "default", TINY).id
+
+    with ThreadPoolExecutor(4) as pool:
+        made = set(pool.map(make, range(4)))
+    assert len(made) == 1
+    assert sampler_of(store, doorbell, settings, "other", TINY).id not in made
+    lifecycle.cancel(store, doorbell, "default", made.pop())
+    assert sampler_of(store, doorbell, settings, "default", TINY).status == "queued"

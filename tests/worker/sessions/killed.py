@@ -21,6 +21,7 @@ from service.store.session import open_store
 from workers.policy.learner import Learner
 from workers.sessions import host as module
 from workers.sessions.host import Host
+from workers.sessions.sampling import Sampling
 from workers.sessions.session import Session
 from workers.tenure.keeper import Keeper
 from workers.tenure.session import SessionTenure
@@ -60,6 +61,7 @@ POINTS: dict[str, Callable[[int], None]] = {
     "before_it_is_visible": lambda number: dies(SessionTenure, "end_saving", number),
     "before_settling": lambda number: dies(SessionTenure, "finish", number),
     "replaying": lambda number: dies(Session, "_again", number, after=True),
+    "in_sample": lambda number: dies(Sampling, "add", number),
     "in_operation": lambda number: dies(Session, "_do", number),
 }
 

@@ -229,6 +229,36 @@ def tear(rig: Any, checkpoint: Any) -> None:
     next(rig.store.blobs.path(checkpoint.path).rglob("optimizer.safetensors")).write_bytes(b"torn")
 
 
+def sample(tokens: int) -> dict[str, Any]:
+    return {"kind": "sample", "prompts": [[5, 6, 7]], "sampling": {"max_tokens": tokens}}
+
+
+@SQLITE
+def test_a_sampler_that_answers_between_its_crashes_goes_on(rig: Any, run_killed: Callable[..., list[int]]) -> None:
+    """Four crashes, each behind an answer, where three without one end it."""
+    sampler = rig.sampler()
+    for number in range(4):
+        rig.send_loose(sampler, sample(2), lane=f"s{number}")
+        assert run_killed("after_answer:1") == [KILLED]
+        assert rig.answer(sampler, 1, f"s{number}")
+        assert (rig.job(sampler).status, rig.job(sampler).crashes) == ("queued", 1)
+
+
+@SQLITE
+def test_a_sample_that_kills_its_worker_fails_though_others_are_answered(
+    rig: Any, run_killed: Callable[..., list[int]]
+) -> None:
+    """The oldest is let in first; the process dies of it whenever it is."""
+    sampler = rig.sampler()
+    rig.send_loose(sampler, sample(2), lane="poison")
+    assert run_killed("in_sample:1") == [KILLED]
+    rig.send_loose(sampler, sample(2), lane="beside")
+    assert run_killed("in_sample:1", "none") == [KILLED, 0]
+    assert rig.error(sampler, 1, "poison")["code"] == "operation_lost"
+    assert rig.answer(sampler, 1, "beside")
+    assert (rig.job(sampler).status, rig.job(sampler).crashes) == ("paused", 0)
+
+
 @SQLITE
 @pytest.mark.parametrize("with_optimizer", [None, True, False], ids=["steps", "load", "load without optimizer"])
 def test_a_broken_snapshot_is_replaced_by_the_one_before_and_the_log(rig: Any, with_optimizer: bool | None) -> None:
