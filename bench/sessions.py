@@ -1,6 +1,6 @@
 """Training sessions against the same work in a plain loop of torch and peft, and against the engine called directly.
 
-    python bench/sessions.py [--backend sqlite|postgresql] [--turns 40] [--cases small,large,sample]
+    python bench/sessions.py [--backend sqlite|postgresql] [--turns 40] [--cases small,large,sample,codec,eight]
 
 The model is a Llama of 2 layers, hidden 128, vocabulary 512, with LoRA of rank 8 on all linear layers; float32, one thread of
 torch on both sides. What is compared takes turns in one run, and medians are compared: of the time by the clock, and of the CPU
@@ -10,15 +10,19 @@ small   forward_backward and optim_step on 2 x 32 tokens: `two calls` waits for 
         for both, `tinker` is the Tinker SDK, which does the latter
 large   the same on 64 x 256 tokens
 sample  64 answers of 128 tokens, in one operation of the session
+codec   64 answers of 128 tokens as the Tinker wire has them (protobuf, zstd) and as JSON: bytes, and CPU to write and read them
+eight   8 answers of 64 tokens from each of eight models on one base, by the Tinker SDK: all at once, and one after the other
 """
 
 import argparse
+import json
 import logging
 import os
 import random
 import tempfile
 import time
 import warnings
+from array import array
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,13 +35,18 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import peft
 import tinker
 import torch
+import zstandard
 from loopback import BACKENDS, Stack, cpu_s, machine, started
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ratchet_client.session import Session
+from service.losses.numbers import tensor
 from service.spec.model import Full, ModelSpec
+from service.tinker import answers
+from service.tinker.compression import LEVEL
+from service.tinker.messages import SampleResponse, read
 from workers.policy.base import Base
 from workers.rollout.engine import Request, SamplingParams
 
@@ -51,7 +60,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--backend", choices=BACKENDS, default="sqlite")
     parser.add_argument("--turns", type=int, default=40)
-    parser.add_argument("--cases", default="small,large,sample")
+    parser.add_argument("--cases", default="small,large,sample,codec,eight")
     asked = parser.parse_args()
     cases = asked.cases.split(",")
     warnings.simplefilter("ignore")
@@ -68,6 +77,10 @@ def main() -> None:
                 steps("64 x 256 tokens", stack, folder, LARGE, max(3, asked.turns // 10))
             if "sample" in cases:
                 sampling(stack, folder, max(3, asked.turns // 10))
+            if "eight" in cases:
+                eight(stack, folder, max(3, asked.turns // 10))
+    if "codec" in cases:
+        codec(asked.turns)
 
 
 def make_model(folder: Path) -> None:
@@ -200,6 +213,56 @@ def sampling(stack: Stack, folder: str, turns: int) -> None:
 
         contenders = {"engine directly": engine, "session.sample": sample}
         compare("sampling 64 answers of 128 tokens", contenders, stack, turns, ANSWERS[0] * ANSWERS[1])
+
+
+def eight(stack: Stack, folder: str, turns: int) -> None:
+    service = tinker.ServiceClient(base_url=stack.url, api_key=stack.key)
+    models = [service.create_lora_training_client(base_model=folder, rank=RANK, seed=seed).result() for seed in range(8)]
+    clients = [model.save_weights_and_get_sampling_client().result() for model in models]
+    prompt = tinker.types.ModelInput.from_ints([5, 6, 7, 8])
+    how = tinker.types.SamplingParams(max_tokens=64, stop=[])
+
+    def in_turn() -> None:
+        for client in clients:
+            client.sample(prompt, 8, how).result()
+
+    def at_once() -> None:
+        for asked in [client.sample(prompt, 8, how) for client in clients]:
+            asked.result()
+
+    contenders = {"in turn": in_turn, "at once": at_once}
+    compare("sampling 8 answers of 64 tokens from each of 8 adapters", contenders, stack, turns, 8 * 8 * 64)
+    service.close("success").result()
+
+
+def codec(turns: int) -> None:
+    """The same answers, written and read again."""
+    draw, (count, length) = random.Random(0), ANSWERS
+    tokens = [[draw.randrange(3, VOCABULARY) for _ in range(length)] for _ in range(count)]
+    log_probs = torch.randn(count * length).abs().neg()
+    flat = array("i", [token for row in tokens for token in row])
+    cuts = array("q", range(0, count * length + 1, length))
+    head = {"finish_reasons": ["length"] * count}
+    tensors = {"tokens": tensor(flat), "cu_seqlens": tensor(cuts), "log_probs": tensor(array("f", log_probs.tolist()))}
+    rows = log_probs.view(count, length).tolist()
+
+    def protobuf() -> bytes:
+        sent = zstandard.compress(answers.sample(head, tensors, None), LEVEL)
+        read(SampleResponse, zstandard.decompress(sent))
+        return sent
+
+    def plain_json() -> bytes:
+        sequences = [{"tokens": row, "logprobs": of, "stop_reason": "length"} for row, of in zip(tokens, rows, strict=True)]
+        sent = json.dumps({"sequences": sequences}).encode()
+        json.loads(sent)
+        return sent
+
+    print(f"\n64 answers of 128 tokens, written and read\n{'':18}{'bytes':>10}{'CPU ms':>10}")
+    for name, once in {"json": plain_json, "protobuf, zstd": protobuf}.items():
+        size, began = len(once()), time.process_time()
+        for _ in range(turns):
+            once()
+        print(f"{name:18}{size:10}{(time.process_time() - began) / turns * 1e3:10.2f}", flush=True)
 
 
 # ---------------------------------------------------------------- measuring

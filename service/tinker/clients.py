@@ -34,7 +34,7 @@ CONFIG = {
     "sample_join_sampling_session": False,
     "custom_loss_server_side": False,
 }
-DYNAMIC = {"refresh_interval_sec": 300, "sample_cancel_enabled": False}
+DYNAMIC = {"refresh_interval_sec": 300, "sample_cancel_enabled": True}
 
 
 @router.post("/client/config")

@@ -15,7 +15,8 @@ from service.edge.auth import Caller, CallerDep, ShareDep
 from service.edge.bodies import DocumentDep
 from service.edge.context import Context, ContextDep
 from service.edge.problems import problem
-from service.errors import NotFound
+from service.errors import InvalidRequest, NotFound
+from service.jobs import lifecycle
 from service.jobs.lease import IDLE
 from service.sessions.codec import unpack
 from service.states import HELD, Status
@@ -84,6 +85,21 @@ async def retrieve_future(
         return JSONResponse({"queue_state": found.state, "queue_state_reason": found.reason}, 408)
     content, headers = await run_in_threadpool(compression.compressed, request, found.content)
     return Response(content, 200, headers, found.media_type)
+
+
+@router.post("/cancel_future", status_code=204)
+def cancel_future(context: ContextDep, caller: CallerDep, document: DocumentDep) -> Response:
+    """A sample that nobody waits for any more is withdrawn, if it is not done yet. The client forgets it."""
+    ticket = Ticket.parse(parse(RetrieveFuture, document.data).request_id)
+    if ticket.sampler_id is None:
+        raise InvalidRequest("only samples can be cancelled; what trains runs in its order", code="not_offered")
+    try:
+        with context.store.begin(readonly=True) as session:
+            operation_id = _operation(session, caller, ticket).id
+    except Gone:  # it was withdrawn before, or has expired
+        return Response(status_code=204)
+    lifecycle.withdraw_operation(context.store, operation_id)
+    return Response(status_code=204)
 
 
 def _look(context: Context, caller: Caller, ticket: Ticket, done: Outcome | None = None) -> Waiting | Result:

@@ -177,6 +177,7 @@ def test_nothing_of_another_project_s_can_be_seen_or_used(served, wire):
         ("retrieve_future", {"request_id": step}),
         ("retrieve_future", {"request_id": sample}),
         ("retrieve_future", {"request_id": f"model={model_id}"}),
+        ("cancel_future", {"request_id": sample}),
         (f"{url}/publish", {}),
     ]
     answers = [(name, stranger.post(name, **body)) for name, body in posts]
@@ -228,6 +229,7 @@ ROUTES = [
     "copy_weights",
     "sessions/search",
     "retrieve_future",
+    "cancel_future",
 ]
 ODD = [None, True, -1, 0, 1, 2**63, 1e300, "", "a", "tinker://a/weights/b", "\0", "\U0001f642" * 300, [], [None], [[1]], {}]
 

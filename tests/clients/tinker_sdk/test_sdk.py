@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import time
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,12 @@ import pytest
 import tinker
 import torch
 from click.testing import CliRunner
+from sqlalchemy import func, select
 from tinker import types
 from tinker.cli.__main__ import main_cli as cli
+
+from service.store.session import open_store
+from service.store.tables import Operation
 
 TOKENS = [4, 41, 4, 45, 5, 1]
 PROMPT = types.ModelInput.from_ints(TOKENS[:4])
@@ -276,6 +281,30 @@ def test_a_snapshot_does_not_drift_and_sampling_changes_no_weight(service, train
     assert np.array_equal(log_probs(training), trained)
     assert np.abs(np.array(before[1:]) - trained).max() > 1e-4
     assert old.get_base_model() == "tiny"
+
+
+def test_a_sample_that_is_cancelled_is_withdrawn(server, service):
+    sampler = service.create_sampling_client(base_model="tiny").result()
+    store, sampler_id = open_store(server.settings), sampler._sampling_session_id
+    logged = select(func.count()).select_from(Operation).where(Operation.lane == sampler_id)
+
+    def count():
+        with store.begin(readonly=True) as session:
+            return session.scalar(logged)
+
+    def until(wanted):
+        deadline = time.monotonic() + 30
+        while count() != wanted:
+            assert time.monotonic() < deadline, count()
+            time.sleep(0.02)
+
+    later = sampler.sample(PROMPT, 1024, types.SamplingParams(max_tokens=100, stop=[]))
+    until(1)
+    time.sleep(0.5)  # the client knows its number by now
+    later.future().cancel()
+    until(0)
+    store.close()
+    assert sampler.sample(PROMPT, 1, GREEDY).result().sequences[0].tokens
 
 
 def test_a_clone_of_a_sampling_client(service):
