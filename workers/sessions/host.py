@@ -20,6 +20,7 @@ from service.errors import JobFailed, LeaseLost
 from service.jobs import lease as leases
 from service.jobs import moves
 from service.jobs.lease import Lease
+from service.spec.model import Full
 from service.spec.session import SamplerSpec, SessionSpec
 from service.states import Phase, Wish
 from service.store import operations, tinker
@@ -27,6 +28,7 @@ from service.store.operations import Answered, Logged
 from service.store.tables import Job
 from workers.identity import has_gpu, resource_classes
 from workers.policy.base import Base
+from workers.policy.load import adapter_of, model_folder, saved_adapter
 from workers.sessions.errors import LOST, told
 from workers.sessions.requests import refused
 from workers.sessions.sampling import Finished, Sampling
@@ -158,14 +160,25 @@ class Host:
         guest.busy_at = monotonic()
 
     def _base_at(self, guest: Guest, weights: Path | None) -> Base:
-        """The base that all share, loaded for the first of them; or one of its own for a session that trains all weights."""
+        """The base that all share, loaded for the first of them; or one of its own for a session that trains all weights, or
+        that belongs to another commit."""
         model, device = guest.spec.model, "cuda" if has_gpu(self.settings) else "cpu"
-        if self._base is not None and self._base_key is not None:
+        commit = self._commit(guest, weights)
+        if self._base is not None and (commit is None or self._base.revision in (None, commit)):
             return self._base
-        base = Base.load(model, device=device, threads=self.settings.torch_threads, checkpoint=weights)
-        if self._base_key is not None:
+        base = Base.load(model, device=device, threads=self.settings.torch_threads, checkpoint=weights, revision=commit)
+        if self._base_key is not None and self._base is None:
             self._base, self._sampling = base, Sampling(base, self.store, self._base_key)
         return base
+
+    def _commit(self, guest: Guest, weights: Path | None) -> str | None:
+        """The commit of its base on the hub that a session belongs to, as far as it is known: its adapter's, else that of its
+        first load. A branch may have moved since; another guest's base at another commit is none of its."""
+        if guest.session is None or isinstance(guest.spec.model.adapter, Full):
+            return None
+        if weights is not None:
+            return saved_adapter(model_folder(weights, adapter_of(guest.spec.model))).revision
+        return guest.tenure.job.resolved.get("revision")
 
     # ---------------------------------------------------------------- staying, and leaving
 

@@ -10,7 +10,7 @@ from service.store import checkpoints
 from service.store.session import Store
 from workers.policy.base import Base
 from workers.policy.checkpoint import CheckpointBroken
-from workers.policy.load import model_folder
+from workers.policy.load import model_folder, saved_adapter
 from workers.sessions.requests import refused
 from workers.tenure.resume import verified
 
@@ -64,4 +64,9 @@ class Versions:
             raise refused("checkpoint_not_found", error.detail, "/checkpoint") from error
         except CheckpointBroken as error:
             raise refused("checkpoint_broken", str(error), "/checkpoint") from error
-        return model_folder(folder, model.adapter or Lora())
+        adapter = model_folder(folder, model.adapter or Lora())
+        commit, ours = saved_adapter(adapter).revision, self._base.revision
+        if commit is not None and ours is not None and commit != ours:
+            detail = f"{checkpoint_id} belongs to commit {commit} of its base; its branch has moved, and {ours} is sampled here"
+            raise refused("checkpoint_mismatch", detail, "/checkpoint", hint="give model.revision a commit, not a branch")
+        return adapter

@@ -16,6 +16,7 @@ from service.spec.job import JobSpec
 from service.store import clock, workers
 from service.store.tables import TinkerModel, TinkerSession, Worker
 from service.validation import parse
+from workers.policy.base import Base
 from workers.sessions import host
 from workers.sessions.host import Host
 from workers.sessions.session import Session
@@ -133,6 +134,32 @@ def test_an_idle_session_comes_back_unharmed(rig: Any) -> None:
     rig.send(quiet, *loop(3))
     rig.work()
     assert same(rig.weights(evicted), rig.weights(quiet))
+
+
+@SQLITE
+def test_a_session_stays_at_its_commit_when_the_branch_moves(rig: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a restart, with a snapshot or without one, and beside a neighbour of another commit."""
+    plain, asked, newest = Base.load, list[str | None](), ["a" * 40]
+
+    def load(*args: Any, revision: str | None = None, **more: Any) -> Base:
+        base = plain(*args, **more)
+        asked.append(revision)
+        base.revision = revision or newest[0]
+        return base
+
+    monkeypatch.setattr(Base, "load", load)
+    saved, fresh = rig.session(), rig.session()
+    rig.send(saved, *loop(1))
+    rig.send(fresh, {**SAMPLE})  # changes no weight, so that it has no snapshot
+    rig.work()
+    newest[0] = "b" * 40
+    new = rig.session()
+    for job in (new, saved, fresh):
+        rig.send(job, *loop(1, first=1))
+    asked.clear()
+    rig.work()
+    assert sorted(map(str, asked)) == sorted(["None", *["a" * 40] * 2])
+    assert [rig.job(job).resolved["revision"][0] for job in (saved, fresh, new)] == ["a", "a", "b"]
 
 
 @SQLITE
