@@ -236,7 +236,7 @@ ODD = [None, True, -1, 0, 1, 2**63, 1e300, "", "a", "tinker://a/weights/b", "\0"
 
 def test_no_json_is_an_error_of_ours(served, wire, monkeypatch):
     monkeypatch.setattr(futures, "HOLD_S", 0.01)
-    draw = random.Random(7)
+    draw = random.Random(9)
     model_id, sampler = wire.model(), wire.sampler()
     path = wire.done(wire.ordered("save_weights", model_id, path="one"))["path"]
     good = {
@@ -264,7 +264,7 @@ def test_no_json_is_an_error_of_ours(served, wire, monkeypatch):
         "ttl_seconds": 3600,
     }
     seen = set()
-    for round_ in range(270):
+    for round_ in range(340):
         body = {name: value for name, value in good.items() if draw.random() < 0.8}
         for name in draw.sample(sorted(body), k=min(len(body), draw.randrange(3))):
             body[name] = draw.choice(ODD)
