@@ -12,7 +12,7 @@ COMPOSE = $$($(BIN)/python -c 'import compose; print(compose.__path__[0] + "/doc
 SITE = NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: bench docs help demo test fuzz chaos soak check stack-test fmt openapi reference clean machine
+.PHONY: bench docs help demo test gpu-test fuzz chaos soak check stack-test fmt openapi reference clean machine
 
 help: ## what there is
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -22,6 +22,9 @@ demo: $(VENV)/.for-running ## train a model with GSPO through the whole stack, o
 
 test: $(VENV)/.for-developing ## run the tests (ARGS="-k name" passes arguments on)
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS)
+
+gpu-test: $(VENV)/.for-developing ## the tests that need GPUs; each is skipped where they are missing
+	$(BIN)/python -m pytest tests/gpu $(ARGS)
 
 chaos: $(VENV)/.for-developing ## break everything that can break, and look whether anything was lost (ARGS="-k redis" chooses)
 	$(BIN)/python -m pytest -m chaos tests/chaos $(ARGS)

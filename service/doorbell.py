@@ -39,6 +39,11 @@ POLL_S = 1.0  # how long a listener sleeps while Redis is down
 VISIBILITY_TIMEOUT_S = 300
 
 
+def class_of(name: str, gpus: int) -> str:
+    """The class of workers that may take such a job: one of CLASSES, with the number of GPUs if it needs several (gpu:4)."""
+    return name if gpus == 1 else f"{name}:{gpus}"
+
+
 def queue_name(resource_class: str) -> str:
     return f"train.{resource_class}"
 

@@ -101,6 +101,23 @@ CODES: Mapping[str, Code] = MappingProxyType(
             "give the service another address, or let the operator allow its network in RATCHET_GRADER_NETWORKS; then resume",
             pauses=True,
         ),
+        "gpus_missing": Code(
+            "infra",
+            "the worker has fewer GPUs than it said when it took the job",
+            "set RATCHET_GPUS_PER_JOB on the worker to the number of its GPUs; then fork the job",
+        ),
+        "rank_lost": Code(
+            "infra",
+            "a process of a job on several GPUs died or did not answer",
+            "see the worker's log, and whether memory was short; the job is tried again by itself",
+            retryable=True,
+        ),
+        "ranks_disagree": Code(
+            "infra",
+            "two GPUs of a job hold different weights where they must be equal to the bit",
+            "check the GPUs and their memory; the job is tried again by itself, from the checkpoint before",
+            retryable=True,
+        ),
         "rollout_unavailable": Code(
             "infra",
             "the vLLM server did not answer, or answered with errors, for rollout.engine.wait_s",

@@ -136,6 +136,15 @@ class Settings(BaseSettings):
     ] = 5 * 86_400.0
     torch_threads: Annotated[int, Field(ge=1, description="CPU threads of one worker; small models are fastest with one")] = 1
     device: Annotated[Literal["auto", "cpu", "cuda"], Field(description="where a worker trains")] = "auto"
+    gpus_per_job: Annotated[
+        int | None,
+        Field(
+            ge=1,
+            le=64,
+            description="how many GPUs one job may have of a worker's machine; without GPUs: processes. "
+            "Default: all NVIDIA GPUs that the worker sees, and 1 without",
+        ),
+    ] = None
     strict_metrics: Annotated[
         bool, Field(description="a metric that no table names ends its job; else it is logged: for tests of the loops")
     ] = False

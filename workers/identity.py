@@ -4,7 +4,8 @@ import os
 import socket
 from typing import Any
 
-from service.devices import shows_gpu
+from service.devices import count_gpus, shows_gpu
+from service.doorbell import class_of
 from service.settings import Settings
 
 WORKER_ID = "RATCHET_WORKER_ID"  # the parent's name, inherited by its child: the owner of leases
@@ -26,4 +27,10 @@ def resource_classes(settings: Settings) -> list[str]:
     """The jobs that it may claim; none where it is there for losses."""
     if settings.serves == "losses":
         return []
-    return ["any", "gpu" if has_gpu(settings) else "cpu"]
+    names = "any", "gpu" if has_gpu(settings) else "cpu"
+    return [class_of(name, gpus) for gpus in range(1, gpus_per_job(settings) + 1) for name in names]
+
+
+def gpus_per_job(settings: Settings) -> int:
+    """How many GPUs a job may ask of this worker; without GPUs: processes."""
+    return settings.gpus_per_job or (count_gpus() if has_gpu(settings) else 1)

@@ -27,11 +27,11 @@ from workers.loops.attempt import Attempt
 from workers.loops.managed import drive
 from workers.loops.progress import Progress
 from workers.loops.served import Served
-from workers.policy.base import Base
 from workers.policy.learner import Learner, Start
-from workers.policy.load import adapter_of
 from workers.policy.policy import Policy
-from workers.policy.reference import open_reference
+from workers.ranks.opening import Opening
+from workers.ranks.policies import open_spread
+from workers.ranks.ranks import Ranks
 from workers.sessions.host import Host
 from workers.tenure.failures import failure_of
 from workers.tenure.keeper import Keeper
@@ -124,7 +124,7 @@ def _load(tenure: Tenure, spec: RLSpec | SupervisedSpec, closing: ExitStack) -> 
     start = spec.model.from_checkpoint
     start_from = None if start is None else start_checkpoint(store, job, start.id)
     resume_from = newest_checkpoint(store, job)
-    policy, reference = _learner(tenure, spec, start_from, resume_from)
+    policy, reference = _policies(tenure, spec, start_from, resume_from, closing)
     if isinstance(spec, RLSpec) and isinstance(spec.rollout.engine, VllmEngine):
         served = closing.enter_context(Served(tenure, spec.rollout.engine, policy))
         policy.facts["rollout"] = served.connect(spec.rollout)
@@ -136,26 +136,28 @@ def _load(tenure: Tenure, spec: RLSpec | SupervisedSpec, closing: ExitStack) -> 
     return Attempt(tenure, spec, data=data, rewards=rewards, policy=policy, progress=progress, reference=reference)
 
 
-def _learner(
-    tenure: Tenure, spec: RLSpec | SupervisedSpec, start_from: Path | None, resume_from: Path | None
+def _policies(
+    tenure: Tenure, spec: RLSpec | SupervisedSpec, start_from: Path | None, resume_from: Path | None, closing: ExitStack
 ) -> tuple[Learner, Policy | None]:
     """A learner with its own base, loaded from one of these checkpoints; and the reference, if the objective needs one."""
     settings, start = tenure.settings, spec.model.from_checkpoint
     weights = resume_from or start_from
     with_optimizer = start is not None and start.load == "weights+optimizer"
-    device = "cuda" if has_gpu(settings) else "cpu"
-    learner = Learner(
-        Base.load(spec.model, device=device, threads=settings.torch_threads, checkpoint=weights),
-        adapter_of(spec.model),
-        name=tenure.job.id,
-        optimizer=spec.optimizer,
-        steps=_optimizer_steps(spec),
-        seed=spec.seed,
-        start=Start(weights, weights if resume_from or with_optimizer else None, new_schedule=resume_from is None),
+    opening = Opening(
+        spec.model,
+        tenure.job.id,
+        spec.optimizer,
+        _optimizer_steps(spec),
+        spec.seed,
+        Start(weights, weights if resume_from or with_optimizer else None, new_schedule=resume_from is None),
+        settings.torch_threads,
+        reference=isinstance(spec, RLSpec) and "ref_log_probs" in uses(spec.objective, OF_A_JOB).needed,
+        reference_from=start_from,
     )
-    if not isinstance(spec, RLSpec) or "ref_log_probs" not in uses(spec.objective, OF_A_JOB).needed:
-        return learner, None
-    return learner, open_reference(learner, spec.model, start_from)
+    device, count = "cuda" if has_gpu(settings) else "cpu", spec.resources.gpus
+    if count == 1:
+        return opening.policies(device)
+    return open_spread(opening, device, closing.enter_context(Ranks(count, device)))
 
 
 def _optimizer_steps(spec: RLSpec | SupervisedSpec) -> int:

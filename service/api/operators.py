@@ -43,7 +43,9 @@ class WaitingView(BaseModel):
 class QueueView(BaseModel):
     object: Literal["queue"] = "queue"
     jobs: Annotated[dict[str, int], Field(description="jobs of your project by status")]
-    waiting: Annotated[dict[str, WaitingView], Field(description="by the class of worker that they need")]
+    waiting: Annotated[
+        dict[str, WaitingView], Field(description="by the class of worker that they need; gpu:4: one with four GPUs")
+    ]
 
 
 @router.get("/workers")
@@ -63,7 +65,7 @@ def read_queue(context: ContextDep, caller: CallerDep) -> QueueView:
     with context.store.begin(readonly=True) as session:
         now = clock.now(session)
         waiting = {}
-        for name in CLASSES:
+        for name in dict.fromkeys([*CLASSES, *jobs.classes_queued(session, now)]):
             since = jobs.queued_since(session, name, now)
             wait_s = None if since is None else max(0.0, (now - since).total_seconds())
             waiting[name] = WaitingView(jobs=jobs.count_queued(session, name, now), oldest_wait_s=wait_s)

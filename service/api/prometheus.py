@@ -51,9 +51,10 @@ class _Found(Collector):
 def _gauges(session: Session, now: datetime) -> Iterator[Metric]:
     counts, living = jobs.count_by_status(session), workers.alive(session, now)
     yield _gauge("ratchet_jobs", "Jobs by status", "status", {status.value: counts.get(status.value, 0) for status in Status})
-    depth = {class_: jobs.count_queued(session, class_, now) for class_ in CLASSES}
+    classes = dict.fromkeys([*CLASSES, *jobs.classes_queued(session, now)])
+    depth = {class_: jobs.count_queued(session, class_, now) for class_ in classes}
     yield _gauge("ratchet_queue_depth", "Queued jobs that may start now, by class", "resource_class", depth)
-    since = {class_: jobs.queued_since(session, class_, now) or now for class_ in CLASSES}
+    since = {class_: jobs.queued_since(session, class_, now) or now for class_ in classes}
     waits = {class_: max(0.0, (now - moment).total_seconds()) for class_, moment in since.items()}
     help_ = "How long the job of a class has waited that may start now and waits longest"
     yield _gauge("ratchet_queue_oldest_wait_seconds", help_, "resource_class", waits)

@@ -9,7 +9,7 @@ from sqlalchemy import update
 from sqlalchemy.orm import Session
 
 from service import tracing
-from service.doorbell import Doorbell
+from service.doorbell import Doorbell, class_of
 from service.errors import Busy, Conflict, FieldError, InvalidRequest, NotFound
 from service.ids import new_id
 from service.jobs import moves
@@ -70,7 +70,7 @@ def create_job(
         status_reason="created",
         max_steps=resolved.max_steps,
         priority=resources.get("priority", 50),
-        resource_class=resources.get("class", "any"),
+        resource_class=class_of(resources.get("class", "any"), resources.get("gpus", 1)),
         created_at=now,
         updated_at=now,
         queued_at=now,

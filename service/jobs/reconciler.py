@@ -13,7 +13,7 @@ from time import monotonic
 from sqlalchemy.orm import Session
 
 from service import telemetry
-from service.doorbell import CLASSES, Doorbell
+from service.doorbell import Doorbell
 from service.errors import Failure
 from service.ids import utcnow
 from service.jobs import moves
@@ -139,7 +139,8 @@ def _ring_again(store: Store, settings: Settings, doorbell: Doorbell, report: Re
     """Ring for queued jobs that nobody claimed. Never have more rings waiting than jobs: a busy worker must read them all."""
     rung_before = now - timedelta(seconds=settings.ring_again_s)
     with store.begin(readonly=True) as session:
-        missing = {class_: jobs.count_queued(session, class_, now) - (doorbell.waiting(class_) or 0) for class_ in CLASSES}
+        classes = jobs.classes_queued(session, now)
+        missing = {class_: jobs.count_queued(session, class_, now) - (doorbell.waiting(class_) or 0) for class_ in classes}
     for class_, count in missing.items():
         if count <= 0:
             continue

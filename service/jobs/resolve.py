@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from sqlalchemy.orm import Session
 
+from service.doorbell import class_of
 from service.errors import FieldError, InvalidRequest, NotFound
 from service.jobs.chats import Chats
 from service.jobs.data import Data, DataRows, InlineRows, open_source, split
@@ -24,7 +25,8 @@ from service.spec.data import DatasetSource, InlineSource, ReasoningGymSource, S
 from service.spec.job import RLSpec, SupervisedSpec
 from service.spec.storable import not_storable
 from service.spec.templates import columns_of
-from service.store import datasets
+from service.spec.work import MOST_GPUS
+from service.store import clock, datasets, workers
 from service.store.session import Store
 from service.store.tables import Dataset
 from service.validation import invalid
@@ -62,6 +64,7 @@ def resolve(store: Store, settings: Settings, project: str, spec: RLSpec | Super
         model, context = resolve_model(session, settings, project, spec.model, errors)
         tokenizer = None if errors or spec.data.chat is None else tokenizer_folder(session, store.blobs, project, model)
         uploaded = _datasets(session, project, spec, errors)
+        errors += _check_gpus(session, spec)
     paths = {key: store.blobs.path(dataset.path) for key, dataset in uploaded.items()}
     spec = _filled(spec.model_copy(update={"model": model}))
     data = _open(spec, paths, errors)
@@ -192,6 +195,19 @@ def _filled(spec: RLSpec | SupervisedSpec) -> RLSpec | SupervisedSpec:
         changes["objective"] = spec.objective.model_copy(update={"select": select})
         changes["rollout"] = spec.rollout.model_copy(update={"mask_truncated": truncated})
     return spec.model_copy(update=changes)
+
+
+def _check_gpus(session: Session, spec: RLSpec | SupervisedSpec) -> list[FieldError]:
+    """An error if workers of the class are there, and none of them has so many GPUs."""
+    name, gpus = spec.resources.class_, spec.resources.gpus
+    if gpus == 1:
+        return []
+    offered = [worker.resource_classes for worker in workers.alive(session, clock.now(session))]
+    most = [max(n for n in range(1, MOST_GPUS + 1) if class_of(name, n) in classes) for classes in offered if name in classes]
+    if not most or gpus <= max(most):
+        return []
+    detail = f"workers here give a job at most {max(most)} GPUs (without GPUs: processes; RATCHET_GPUS_PER_JOB), got {gpus}"
+    return [FieldError("/resources/gpus", detail, "too_many_gpus", gpus, max(most))]
 
 
 def _check_context(spec: RLSpec | SupervisedSpec, context: int | None) -> list[FieldError]:

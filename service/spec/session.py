@@ -4,11 +4,11 @@ import hashlib
 import json
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from service.spec.model import Full, ModelSpec
 from service.spec.section import MOST_COUNTED, MOST_S
-from service.spec.work import Section, WorkLimits, WorkSpec
+from service.spec.work import Resources, Section, WorkLimits, WorkSpec
 
 MOST_STEPS = 10_000_000  # optimizer steps of a session, as of a managed job
 
@@ -44,6 +44,13 @@ class SessionSpec(WorkSpec):
     kind: Annotated[Literal["session"], Field(description="operations of its owner, one by one")] = "session"
     checkpoints: Annotated[SessionCheckpoints, Field(description="how often it is saved by itself")] = SessionCheckpoints()
     limits: Annotated[SessionLimits, Field(description="how long the session may go on")] = SessionLimits()
+
+    @field_validator("resources", mode="after")
+    @classmethod
+    def one_gpu(cls, value: Resources) -> Resources:
+        if value.gpus > 1:
+            raise ValueError(f"a session runs on one GPU: leave gpus out, got {value.gpus}. A job can run on several")
+        return value
 
 
 class SamplerSpec(WorkSpec):

@@ -43,13 +43,19 @@ class WorkLimits(Section):
     ] = 1800
 
 
+MOST_GPUS = 64  # more than any machine has
+
+
 class Resources(Section):
     """What the job runs on."""
 
     class_: Annotated[
         Literal["any", "cpu", "gpu"], Field(alias="class", description="the class of workers that may take the job")
     ] = "any"
-    gpus: Annotated[int, Field(ge=1, le=1, description="GPUs of one job; more than one is not offered yet")] = 1
+    gpus: Annotated[
+        int,
+        Field(ge=1, le=MOST_GPUS, description="GPUs of one job, all of one machine; on a worker without GPUs: processes"),
+    ] = 1
     priority: Annotated[
         int, Field(ge=0, le=100, description="of several queued jobs the one with the highest priority is taken first")
     ] = 50

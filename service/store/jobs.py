@@ -183,6 +183,11 @@ def _note_ring(session: Session, job_ids: Collection[str], rung_at: datetime | N
     session.execute(noted, execution_options={"synchronize_session": False})
 
 
+def classes_queued(session: Session, now: datetime) -> list[str]:
+    """The classes of the jobs that may start now."""
+    return list(session.scalars(select(Job.resource_class).where(Job.status == Status.QUEUED, _is_due(now)).distinct()))
+
+
 def count_queued(session: Session, resource_class: str, now: datetime) -> int:
     """How many jobs of this class may start now."""
     query = select(func.count()).where(Job.status == Status.QUEUED, Job.resource_class == resource_class, _is_due(now))

@@ -78,6 +78,7 @@ NAMES = {
     "extract",
     "stop",
     "class",
+    "gpus",
 }
 TEXTS = {"reference": "{a}", "pattern": "[0-9]+", "schema": {"type": "integer"}, "metric": "eval/reward/mean"}
 # What is not of this process.

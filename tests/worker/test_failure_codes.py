@@ -11,7 +11,7 @@ from ipaddress import ip_network
 from pathlib import Path
 from threading import Thread
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -51,6 +51,8 @@ from workers.policy.base import Base
 from workers.policy.errors import PolicyFailed, Subject
 from workers.policy.learner import Learner
 from workers.policy.load import adapter_of
+from workers.ranks.policies import open_spread
+from workers.ranks.ranks import Ranks
 from workers.rollout.vllm_server import Server
 from workers.tenure.failures import POINTERS, failure_of
 from workers.tenure.keeper import Hold, Keeper
@@ -178,6 +180,13 @@ def _(world: World) -> None:
     world.policy()._optimizer.load(world.folder)
 
 
+@produces("rank_lost")
+def _(_: World) -> None:
+    ranks = Ranks(2, "cpu")
+    ranks.end()
+    ranks.together([None], lambda: None)
+
+
 @produces("non_finite_loss")
 def _(world: World) -> None:
     progress = Progress()
@@ -278,6 +287,8 @@ PRODUCERS["rollout_unavailable"] = lambda world: _asked("http://127.0.0.1:1", "1
 PRODUCERS["rollout_address_refused"] = lambda world: _asked("http://127.0.0.1:1")
 PRODUCERS["rollout_refused"] = lambda world: _answered(401, {"error": "Unauthorized"})
 PRODUCERS["rollout_mismatch"] = lambda world: _answered(200, {"data": "none"})
+PRODUCERS["gpus_missing"] = lambda _: open_spread(cast(Any, None), "cuda", Ranks(65, "cuda"))
+PRODUCERS["ranks_disagree"] = lambda _: Ranks(2, "cpu").agree([b"1", b"2"])
 PRODUCERS["sample_not_graded"] = lambda _: _ungraded(on_error="fail")
 PRODUCERS["grader_unavailable"] = lambda _: Sandbox("no_such_scorer", {}, "/reward/graders/0").ask_all([("1",)])
 

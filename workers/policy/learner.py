@@ -7,8 +7,8 @@ derives from a seed and a step, so a loaded learner continues bit for bit as the
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +24,7 @@ from service.spec.model import Full, Lora
 from service.spec.training import OptimizerSpec
 from workers.policy.base import Base
 from workers.policy.load import MODEL, model_folder
-from workers.policy.optimizer import Optimizer, StepSettings
+from workers.policy.optimizer import AddUp, Optimizer, StepSettings
 from workers.policy.policy import Policy
 from workers.policy.score.layout import Items, Sequence, batches_of
 from workers.policy.score.log_probs import log_probs_alone
@@ -67,6 +67,7 @@ class Learner(Policy):
         """
         super().__init__(base, None if isinstance(adapter, Full) else name)
         self.kind, self._seed = adapter.kind, seed
+        self.rank = 0  # of this process among those that train the same weights: each draws its own dropout
         self._accumulated, self._poisoned = 0, False  # since the last step
         trained = self._weights(adapter, start.weights)
         try:
@@ -102,19 +103,22 @@ class Learner(Policy):
         split, so compute weights from the whole list. `rows`: only these go through the model, because the loss of the others
         is 0; default: all.
         """
-        base = self.base
-        most = base.microbatch_tokens if microbatch_tokens == "auto" else microbatch_tokens
+        most = self.base.microbatch_tokens if microbatch_tokens == "auto" else microbatch_tokens
         wanted = list(range(len(sequences)) if rows is None else rows)
+        with closing(self._shares(sequences, loss, wanted, temperature, most)) as shares:
+            return self._add(shares)
 
-        def shares() -> Iterator[Tensor]:
-            some, share = [sequences[row] for row in wanted], not self._dropouts  # with dropout each row has its own draws
-            width = max((len(completion) for _, completion in sequences), default=0)
-            of = log_probs_alone(temperature)
-            for part, (found,) in base.scorer.each(some, most, of, pad_id=base.text.pad_id, share=share):
-                log_probs = pad(found, (0, width - found.shape[1]))
-                yield loss(log_probs, torch.tensor([wanted[place] for place in part], device=base.device))
-
-        return self._add(shares())
+    def _shares(
+        self, sequences: list[Sequence], loss: Loss, wanted: list[int], temperature: float, most: int
+    ) -> Generator[Tensor]:
+        """The shares of these rows in the loss, one micro-batch of at most `most` tokens after the other."""
+        base = self.base
+        some, share = [sequences[row] for row in wanted], not self._dropouts  # with dropout each row has its own draws
+        width = max((len(completion) for _, completion in sequences), default=0)
+        of = log_probs_alone(temperature)
+        for part, (found,) in base.scorer.each(some, most, of, pad_id=base.text.pad_id, share=share):
+            log_probs = pad(found, (0, width - found.shape[1]))
+            yield loss(log_probs, torch.tensor([wanted[place] for place in part], device=base.device))
 
     def accumulate_targets(self, items: Items, loss: TargetLoss) -> tuple[float, Tensor]:
         """Add the gradient of a loss over the items' targets. Returns the loss (nan if it is not finite), and the log-probs
@@ -150,14 +154,23 @@ class Learner(Policy):
         """How often the weights were updated, or an update was skipped."""
         return self._optimizer.steps_done
 
-    def step(self, settings: StepSettings | None = None) -> dict[str, float | bool]:
+    def step(self, settings: StepSettings | None = None, *, poisoned: bool | None = None) -> dict[str, float | bool]:
         """One optimizer step, unless loss or gradient is not finite: grad_norm (before clipping), learning_rate, skipped.
 
         settings  for this step, in place of the spec's and its schedule
+        poisoned  whether the loss was not finite, where another process knows it
         """
-        result = self._optimizer.step(settings, poisoned=self._poisoned)
+        result = self._optimizer.step(settings, poisoned=self._poisoned if poisoned is None else poisoned)
         self._accumulated, self._poisoned = 0, False
         return result
+
+    def add_up_gradients(self, add_up: AddUp) -> None:
+        """Call this before each optimizer step: it adds the gradients of other processes to these."""
+        self._optimizer.add_up = add_up
+
+    def digest(self) -> bytes:
+        """Of the weights that are trained: learners with the same one have the same weights, to the bit."""
+        return self._optimizer.digest()
 
     def save(self, folder: Path, *, optimizer: bool = True) -> None:
         """Write model/ (a plain transformers folder, or a plain peft adapter), the optimizer's state and trainer.json.
@@ -206,9 +219,9 @@ class Learner(Policy):
         if not self._dropouts:
             yield
             return
-        device = self.base.device
+        device, rank = self.base.device, f"/rank/{self.rank}" if self.rank else ""
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            torch.manual_seed(derive(self._seed, self._optimizer.steps_done, f"dropout/{self._accumulated}"))
+            torch.manual_seed(derive(self._seed, self._optimizer.steps_done, f"dropout/{self._accumulated}{rank}"))
             try:
                 for module in self._dropouts:
                     module.train()

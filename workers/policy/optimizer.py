@@ -4,8 +4,9 @@ Weights in bfloat16 have float32 master copies here. A relative step of 1e-5 is 
 to the master, and the weight is its rounded copy. Gradients are summed over micro-batches in float32, too.
 """
 
+import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,8 +47,14 @@ class StepSettings(NamedTuple):
     max_grad_norm: float | None  # None: gradients are not scaled
 
 
+# Adds the gradients of other processes to those of these weights.
+AddUp = Callable[[list[nn.Parameter]], None]
+
+
 class Optimizer:
     """`steps_done` counts the calls of `step`, including skipped ones."""
+
+    add_up: AddUp | None = None
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], spec: OptimizerSpec, steps: int) -> None:
         self._spec, self._steps = spec, steps
@@ -68,6 +75,8 @@ class Optimizer:
 
         settings  for this step; the moments go on whatever they are. Default: the spec's, by its schedule
         """
+        if self.add_up is not None:
+            self.add_up(list(self._masters.values()))
         how = settings or self._scheduled()
         # Scaled by 1 at most, and thus not at all, where there is no limit.
         most = math.inf if how.max_grad_norm is None else how.max_grad_norm
@@ -86,6 +95,13 @@ class Optimizer:
         spec = self._spec
         rate = spec.learning_rate * learning_rate_ratio(spec.schedule, self.steps_done, self._steps)
         return StepSettings(rate, (spec.betas[0], spec.betas[1]), spec.eps, spec.weight_decay, spec.max_grad_norm)
+
+    def digest(self) -> bytes:
+        """The sha256 of all masters."""
+        whole = hashlib.sha256()
+        for master in self._masters.values():
+            whole.update(master.detach().cpu().contiguous().numpy().data)
+        return whole.digest()
 
     def save(self, folder: Path) -> None:
         tensors: dict[str, Tensor] = {}

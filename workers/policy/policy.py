@@ -61,10 +61,14 @@ class Policy:
             for row, prompt in enumerate(prompts)
             for place in range(group_size)
         ]
-        answers = self.engine.run(requests)
+        answers = self.answer(requests)
         if failed := next((answer.error for answer in answers if answer.error is not None), None):
             raise failed
         return [answers[start : start + group_size] for start in range(0, len(answers), group_size)]
+
+    def answer(self, requests: list[Request]) -> list[Completion]:
+        """The completions of these requests, in their order."""
+        return self.engine.run(requests)
 
     @torch.no_grad()
     def score(self, sequences: list[Sequence], *, temperature: float = 1.0, nudge: bool = False) -> Scores:

@@ -1,0 +1,194 @@
+"""Two ranks over gloo do what one does: the same tokens, and losses, gradients and weights that differ by rounding alone."""
+
+import math
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from service.errors import JobFailed
+from service.spec.model import Full, Lora, ModelSpec, TinyConfig
+from service.spec.training import OptimizerSpec
+from workers.policy.learner import Learner, Start
+from workers.policy.score.layout import Sequence
+from workers.ranks.opening import Opening
+from workers.ranks.policies import SpreadLearner, open_spread
+from workers.ranks.ranks import Ranks
+from workers.ranks.split import split
+
+TINY = TinyConfig(hidden_size=32, layers=2, heads=4, intermediate_size=64, context=64)
+ANEW = Start()
+SAME: dict[str, Any] = {"atol": 1e-5, "rtol": 0}
+ADAPTERS = pytest.mark.parametrize("adapter", [Full(), Lora(rank=4, alpha=8, dropout=0.0)], ids=["full", "lora"])
+
+
+@pytest.fixture(scope="module")
+def started() -> Iterator[list[Ranks]]:
+    started: list[Ranks] = []
+    yield started
+    for ranks in started:
+        ranks.end()
+
+
+@pytest.fixture
+def ranks(started: list[Ranks]) -> Ranks:
+    """The same for all tests, until one has ended them."""
+    if not started or started[-1].ended:
+        for ranks in started:
+            ranks.end()
+        started.append(Ranks(2, "cpu").__enter__())
+    return started[-1]
+
+
+def opening(adapter: Full | Lora, start: Start = ANEW, **more: Any) -> Opening:
+    model = ModelSpec(source="tiny", tiny=TINY, adapter=adapter, dtype="float32")
+    return Opening(model, "mine", OptimizerSpec(learning_rate=1e-3), 8, 0, start, 1, **more)
+
+
+def alone(adapter: Full | Lora, start: Start = ANEW) -> Learner:
+    return opening(adapter, start).policies("cpu")[0]
+
+
+def spread(ranks: Ranks, adapter: Full | Lora, start: Start = ANEW) -> SpreadLearner:
+    return open_spread(opening(adapter, start), "cpu", ranks)[0]
+
+
+def learn(policy: Learner, steps: range, sequences: Callable[..., list[Sequence]]) -> list[float]:
+    """Losses and gradient norms. Each token has a weight of its own, normalised over the whole step."""
+    seen: list[float] = []
+    for step in steps:
+        batch = sequences(7, seed=step)
+        longest = max(len(completion) for _, completion in batch)
+        weights = torch.randn(len(batch), longest, generator=torch.Generator().manual_seed(step)) / len(batch)
+
+        def loss(log_probs: torch.Tensor, rows: torch.Tensor, weights: torch.Tensor = weights) -> torch.Tensor:
+            assert log_probs.shape == (len(rows), weights.shape[1])
+            return (log_probs.exp() * log_probs * weights[rows]).sum()
+
+        seen.append(policy.accumulate(batch, loss, rows=range(1, 7), microbatch_tokens=32))
+        seen.append(policy.step()["grad_norm"])
+    return seen
+
+
+def assert_same(folder: Path, other: Path) -> None:
+    """Weights, moments and counters."""
+    names = sorted(path.relative_to(folder) for path in folder.rglob("*.safetensors"))
+    assert len(names) == 2
+    for name in names:
+        torch.testing.assert_close(load_file(folder / name), load_file(other / name), **SAME)
+    assert (folder / "trainer.json").read_bytes() == (other / "trainer.json").read_bytes()
+
+
+@ADAPTERS
+def test_two_ranks_learn_what_one_learns_and_each_goes_on_from_the_others_checkpoint(
+    ranks: Ranks, adapter: Any, tmp_path: Path, some_sequences: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard: list[str] = []
+    hear = ranks.hear
+    monkeypatch.setattr(ranks, "hear", lambda rank: heard.append((answer := hear(rank))[0]) or answer)
+    one, two = alone(adapter), spread(ranks, adapter)
+    ones, twos = learn(one, range(3), some_sequences), learn(two, range(3), some_sequences)
+    assert heard.count("part") >= 3, "the other rank had no share"
+    one.save(tmp_path / "one")
+    two.save(tmp_path / "two")
+    assert_same(tmp_path / "one", tmp_path / "two")
+
+    again = spread(ranks, adapter, Start(tmp_path / "one", tmp_path / "one"))
+    ones += learn(alone(adapter, Start(tmp_path / "two", tmp_path / "two")), range(3, 5), some_sequences)
+    twos += learn(again, range(3, 5), some_sequences)
+    undisturbed = learn(one, range(3, 5), some_sequences)
+    assert twos == pytest.approx(ones, abs=1e-5) and undisturbed == pytest.approx(ones[-4:], abs=1e-5)
+    one.save(tmp_path / "end")
+    again.save(tmp_path / "again")
+    assert_same(tmp_path / "end", tmp_path / "again")
+
+
+def test_answers_and_scores_are_those_of_one_rank(ranks: Ranks, some_sequences: Any) -> None:
+    lora = Lora(rank=4, alpha=8, dropout=0.0)
+    policies = [
+        opening(lora, reference=True).policies("cpu"),
+        open_spread(opening(lora, reference=True), "cpu", ranks),
+    ]
+    for policy, _ in policies:
+        learn(policy, range(2), some_sequences)
+    prompts = [prompt for prompt, _ in some_sequences(5, seed=9)]
+    how: dict[str, Any] = {"group_size": 3, "max_tokens": 9, "temperature": 1.0, "seed": 3}
+    (one, first), (two, second) = policies
+    drawn = [[[answer.tokens for answer in group] for group in policy.sample(prompts, **how)] for policy in (one, two)]
+    assert drawn[0] == drawn[1]
+    sequences = some_sequences(9, seed=9)
+    assert first is not None and second is not None
+    for alone_, spread_ in ((one, two), (first, second)):
+        ours, theirs = (policy.score(sequences, temperature=0.7) for policy in (alone_, spread_))
+        assert torch.equal(ours.mask, theirs.mask)
+        torch.testing.assert_close(theirs.log_probs, ours.log_probs, **SAME)
+        torch.testing.assert_close(theirs.entropy, ours.entropy, **SAME)
+    assert not torch.equal(one.score(sequences).log_probs, first.score(sequences).log_probs)
+
+
+def test_two_runs_on_two_ranks_are_equal_to_the_bit_even_with_dropout(ranks: Ranks, some_sequences: Any) -> None:
+    found = []
+    for _ in range(2):
+        policy = spread(ranks, Lora(rank=4, alpha=8, dropout=0.5))
+        found.append((learn(policy, range(2), some_sequences), policy.digest()))
+        ranks.agree(ranks.together([("digest",)], policy.digest))
+    assert found[0] == found[1]
+
+
+def test_a_loss_that_is_not_finite_on_any_rank_is_skipped_on_all(ranks: Ranks, some_sequences: Any) -> None:
+    policy = spread(ranks, Full())
+    before = policy.digest()
+    for bad in range(4):  # the last of them are the other rank's
+        batch = some_sequences(4, seed=1)
+        total = policy.accumulate(batch, lambda lp, rows, bad=bad: lp.sum() * (math.inf if bad in rows else 1.0))
+        assert math.isnan(total) and policy.step()["skipped"]
+    learn(policy, range(1), some_sequences)
+    assert policy.digest() != before
+    ranks.agree(ranks.together([("digest",)], policy.digest))
+
+
+def test_weights_that_differ_are_not_saved(ranks: Ranks, tmp_path: Path) -> None:
+    policy = spread(ranks, Full())
+    with torch.no_grad():
+        next(policy.base.model.parameters()).view(-1)[0].add_(1e-6)
+    with pytest.raises(JobFailed, match="rank 1") as caught:
+        policy.save(tmp_path / "off")
+    assert caught.value.code == "ranks_disagree" and not (tmp_path / "off").exists()
+
+
+def test_a_rank_that_dies_is_named_and_what_rank_0_holds_can_be_saved(
+    ranks: Ranks, tmp_path: Path, some_sequences: Any
+) -> None:
+    policy = spread(ranks, Full())
+    learn(policy, range(2), some_sequences)
+    policy.save(tmp_path / "before")
+    os.kill(ranks.pids[0], signal.SIGKILL)
+    with pytest.raises(JobFailed, match="rank 1 ended with status -9") as caught:
+        policy.sample([[3, 4]], group_size=2, max_tokens=2, temperature=1.0, seed=0)
+    assert caught.value.code == "rank_lost" and caught.value.retryable
+    policy.save(tmp_path / "after")
+    assert_same(tmp_path / "before", tmp_path / "after")
+    with pytest.raises(JobFailed, match="have ended"):
+        policy.score(some_sequences(3))
+
+
+def test_an_error_of_another_rank_is_raised_as_it_is(ranks: Ranks) -> None:
+    policy = spread(ranks, Full())
+    unknown = Sequence([10**6], [3, 4])  # the last of the rows, and thus the other rank's
+    with pytest.raises(IndexError, match="out of range"):
+        policy.score([Sequence([3], [4, 5]), unknown])
+    assert ranks.ended
+
+
+def test_rows_of_one_prompt_stay_together_and_costs_are_alike() -> None:
+    prompts = [[row % 4] for row in range(32)]
+    parts = split(prompts, [5] * 32, 2)
+    assert [sorted({prompts[row][0] for row in part}) for part in parts] == [[0, 1], [2, 3]]
+    assert sorted(row for part in parts for row in part) == list(range(32))
+    assert [len(part) for part in split([[7]] * 9, [1] * 9, 3)] == [3, 3, 3]
+    assert [bool(part) for part in split([[1], [2]], [1, 99], 4)] == [True, True, False, False]

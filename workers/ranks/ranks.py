@@ -1,0 +1,195 @@
+"""Rank 0's side of the other ranks: it starts them, gives them work, notices when one dies, and ends them.
+
+Work goes out to all ranks at once, and rank 0 does its own share meanwhile. Whatever goes wrong in between leaves the ranks at
+different places, so they are ended then; what rank 0 holds is whole and can still be saved.
+"""
+
+import logging
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from threading import Event, Thread
+from time import monotonic, sleep
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from service.errors import JobFailed
+from workers.policy.learner import Learner
+from workers.ranks.gradients import add_up, join, leave
+from workers.ranks.line import hear, say
+from workers.ranks.opening import Opening
+
+log = logging.getLogger(__name__)
+
+LOOK_EVERY_S = 0.5
+NOTICE_S = 20.0  # how long the main thread may take to notice that a rank died
+END_S = 5.0  # how long a rank may take to end, and the process group to be left
+EXIT_RANK_LOST = 77
+Result = TypeVar("Result")
+Call = tuple[Any, ...]  # a verb and its arguments
+
+
+class Ranks:
+    """Use `with Ranks(count, device) as ranks:` and then `ranks.open(...)`, again for other policies. Only for the main thread,
+    and one at a time in a process."""
+
+    def __init__(self, count: int, device: str) -> None:
+        self.count, self._device = count, device
+        self._folder = TemporaryDirectory(prefix="ratchet-ranks-")
+        self._children: list[subprocess.Popen[bytes]] = []
+        self._lines: list[Connection[Any, Any]] = []
+        self._joined = False
+        self._over = Event()  # they are ended, or about to be
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
+        self._watch = Thread(target=self._run, name="ranks", daemon=True)
+
+    def __enter__(self) -> Self:
+        try:
+            for rank in range(1, self.count):
+                self._start(rank)
+        except BaseException:
+            self.end()
+            raise
+        self._watch.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.end()
+
+    @property
+    def pids(self) -> list[int]:
+        return [child.pid for child in self._children]
+
+    @property
+    def ended(self) -> bool:
+        return self._over.is_set()
+
+    def open(self, opening: Opening, own: Learner) -> None:
+        """Let the ranks load what rank 0 has loaded as `own`. Raises JobFailed, of theirs too; ranks_disagree."""
+        opening = replace(opening, revision=own.revision)
+        self.agree(self.together([("open", opening, self._device)] * (self.count - 1), own.digest))
+        if not self._joined:
+            folder = Path(self._folder.name)
+            self.together([("join", folder)] * (self.count - 1), lambda: join(folder, 0, self.count, own.base.device))
+            self._joined = True
+        own.add_up_gradients(add_up)
+
+    def agree(self, digests: Sequence[bytes]) -> None:
+        """Raise JobFailed ranks_disagree unless all ranks hold the same weights."""
+        if off := [rank for rank, digest in enumerate(digests) if digest != digests[0]]:
+            raise JobFailed("ranks_disagree", f"the weights of rank {off[0]} are not those of rank 0")
+
+    def together(self, calls: Sequence[Call | None], own: Callable[[], Result]) -> list[Any]:
+        """Each other rank does its call (None: nothing), rank 0 `own`. Returns what they answer, in the order of the ranks."""
+        with self.sound():
+            self.start(calls)
+            return [own(), *(self.hear(rank)[1] if call else None for rank, call in enumerate(calls, 1))]
+
+    def start(self, calls: Sequence[Call | None]) -> None:
+        """Let each other rank begin with its call."""
+        for rank, call in enumerate(calls, 1):
+            if call is not None:
+                self.tell(rank, call)
+
+    def tell(self, rank: int, message: Any) -> None:
+        try:
+            say(self._line(rank), message)
+        except OSError as error:
+            raise self._lost() from error
+
+    def hear(self, rank: int) -> tuple[str, Any]:
+        """This rank's next answer: part or done, and the value. Raises its error, or JobFailed rank_lost if a rank died."""
+        line = self._line(rank)
+        try:
+            while not line.poll(LOOK_EVERY_S):
+                if self._any_died():  # another one, for which this one may be waiting
+                    raise self._lost()
+            kind, value = hear(line)
+        except (EOFError, OSError) as error:
+            raise self._lost() from error
+        if kind == "error":
+            raise value
+        return kind, value
+
+    @contextmanager
+    def sound(self) -> Iterator[None]:
+        """If the work inside fails, the ranks are ended. Raises JobFailed rank_lost in place of what its loss has caused."""
+        if self.ended:
+            raise JobFailed("rank_lost", "the other ranks of this attempt have ended")
+        try:
+            yield
+        except BaseException as error:
+            follows = isinstance(error, RuntimeError) or (isinstance(error, JobFailed) and error.code == "rank_lost")
+            lost = self._lost() if follows and self._any_died(within_s=1.0) else None
+            self._kill()
+            if lost is not None:
+                raise lost from error
+            raise
+
+    def end(self) -> None:
+        """End the ranks and leave their process group, as they do."""
+        self._over.set()
+        for line in self._lines:
+            line.close()
+        leaving = Thread(target=leave, name="leave", daemon=True)
+        leaving.start()
+        until = monotonic() + END_S
+        for child in self._children:
+            with suppress(subprocess.TimeoutExpired):
+                child.wait(max(0.0, until - monotonic()))
+        self._kill()
+        leaving.join(END_S)
+        self._folder.cleanup()
+        if leaving.is_alive():
+            log.error("the process group of the ranks cannot be left; ending the process")
+            os._exit(EXIT_RANK_LOST)
+
+    # ---------------------------------------------------------------- inside
+
+    def _start(self, rank: int) -> None:
+        ours, theirs = socket.socketpair()
+        descriptor = theirs.fileno()
+        python = [sys.executable, "-P", "-m"]
+        argv = [*python, "workers.ranks.follower", *map(str, (rank, self.count, descriptor))]
+        tied = [*python, "service.local.tied", str(os.getpid()), *argv]  # it ends with this process, however that ends
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+        with theirs:
+            self._children.append(subprocess.Popen(tied, stdin=subprocess.DEVNULL, env=environment, pass_fds=[descriptor]))
+        self._lines.append(Connection(ours.detach()))
+
+    def _line(self, rank: int) -> "Connection[Any, Any]":
+        return self._lines[rank - 1]
+
+    def _kill(self) -> None:
+        self._over.set()
+        for child in self._children:
+            child.kill()
+        for child in self._children:
+            child.wait()
+
+    def _any_died(self, *, within_s: float = 0.0) -> bool:
+        until = monotonic() + within_s
+        while not (died := any(child.poll() is not None for child in self._children)) and monotonic() < until:
+            sleep(0.02)
+        return died
+
+    def _lost(self) -> JobFailed:
+        self._any_died(within_s=1.0)
+        died = [(rank, child.returncode) for rank, child in enumerate(self._children, 1) if child.returncode is not None]
+        how = "; ".join(f"the process of rank {rank} ended with status {status}" for rank, status in died)
+        return JobFailed("rank_lost", how or "the process of a rank does not answer")
+
+    def _run(self) -> None:
+        """The main thread notices a dead rank when it next needs it, or not at all, if a GPU waits for that rank."""
+        while not self._over.wait(LOOK_EVERY_S):
+            if self._any_died() and not self._over.wait(NOTICE_S):
+                log.error("a rank died and the work does not stop; ending the process")
+                os._exit(EXIT_RANK_LOST)
