@@ -176,8 +176,9 @@ class Ranks:
             child.wait()
 
     def _any_died(self, *, within_s: float = 0.0) -> bool:
+        """Whether a rank has ended, other than in good order: one that fails says why, and then its status is 0."""
         until = monotonic() + within_s
-        while not (died := any(child.poll() is not None for child in self._children)) and monotonic() < until:
+        while not (died := any(child.poll() not in (None, 0) for child in self._children)) and monotonic() < until:
             sleep(0.02)
         return died
 

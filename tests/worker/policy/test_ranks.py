@@ -178,10 +178,19 @@ def test_a_rank_that_dies_is_named_and_what_rank_0_holds_can_be_saved(
 
 
 def test_an_error_of_another_rank_is_raised_as_it_is(ranks: Ranks) -> None:
-    policy = spread(ranks, Full())
-    unknown = Sequence([10**6], [3, 4])  # the last of the rows, and thus the other rank's
-    with pytest.raises(IndexError, match="out of range"):
-        policy.score([Sequence([3], [4, 5]), unknown])
+    """Not as the death of that rank, which ends with it."""
+    spread(ranks, Full())
+
+    def fail() -> None:
+        with ranks.sound():
+            ranks.start([("accumulate", [Sequence([3], [4, 5])], 1.0, 64)])
+            kind, (rows, log_probs) = ranks.hear(1)
+            assert (kind, rows, log_probs.shape) == ("part", [0], (1, 2))
+            ranks.tell(1, torch.ones(1, 3))
+            ranks.hear(1)
+
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        fail()
     assert ranks.ended
 
 
