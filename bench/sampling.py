@@ -180,7 +180,7 @@ def main() -> None:
     logging.disable(logging.WARNING)
     print(f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, float32, one thread, medians of {turns}")
     if asked.model.exists() and {"ragged", "equal"} & set(cases):
-        base = Base.load(ModelSpec(source=str(asked.model), dtype="float32", adapter=Full()), device="cpu", threads=1)
+        base = Base.load(ModelSpec(source=str(asked.model.resolve()), dtype="float32", adapter=Full()), device="cpu", threads=1)
         other: Any = AutoModelForCausalLM.from_pretrained(asked.model, dtype=torch.float32).eval()
         paged: Any = AutoModelForCausalLM.from_pretrained(asked.model, dtype=torch.float32).eval()
         other.generation_config.eos_token_id = None

@@ -73,7 +73,7 @@ def main() -> None:
     asked = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
-    base = Base.load(ModelSpec(source=str(asked.model), dtype="float32", adapter=Full()), device="cpu", threads=1)
+    base = Base.load(ModelSpec(source=str(asked.model.resolve()), dtype="float32", adapter=Full()), device="cpu", threads=1)
     learner = Learner(base, Full(), name="bench", optimizer=OptimizerSpec(), steps=1, seed=0)
     print(
         f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, one thread, medians of {asked.turns} turns"

@@ -215,7 +215,5 @@ def minibatches(count: int, parts: int, epochs: int, seed: int, step: int) -> li
 
 def pad(rows: Sequence[Sequence[float]]) -> Tensor:
     """Ragged rows as one float32 tensor, padded with 0."""
-    padded = torch.zeros(len(rows), max(map(len, rows)))
-    for i, row in enumerate(rows):
-        padded[i, : len(row)] = torch.tensor(row)
-    return padded
+    longest = max(map(len, rows))
+    return torch.tensor([[*row, *[0.0] * (longest - len(row))] for row in rows], dtype=torch.float32)

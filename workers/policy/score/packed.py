@@ -21,6 +21,7 @@ from workers.policy.score.layout import Sequence, batches_of
 
 NAME = "ratchet_packed"  # of the attention, among transformers' own
 WIDER = 4  # times as many keys may be gathered as tokens may be in a micro-batch
+EVEN = 32  # a part of the tokens to which batches are made even
 WORTH = 0.9  # packed tokens as a share of padded ones, from which on packing is faster
 # Arguments of transformers' attention that change what it computes, and that this one does not know.
 UNKNOWN = "sliding_window", "softcap", "s_aux", "head_mask", "position_bias"
@@ -126,34 +127,53 @@ def _ragged(rows: list[range], device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def packed_batches(sequences: list[Sequence], tokens: int) -> list[list[int]] | None:
-    """Batches of rows of at most `tokens` real tokens, but at least one row; rows with one prompt stand together. None where
-    packing saves too little. It depends on the sequences alone, so a resumed run decides alike."""
+    """Batches of rows of at most `tokens` real tokens, but at least one row; rows with one prompt stand together. As few as
+    possible, and of about one size, because the largest decides how much memory is needed. None where packing saves too little.
+    It depends on the sequences alone, so a resumed run decides alike."""
     rows_of: dict[tuple[int, ...], list[int]] = {}
     for row, (prompt, _) in enumerate(sequences):
         rows_of.setdefault(tuple(prompt), []).append(row)
-    batches, real = list[list[int]](), 0
-    held = keys = 0  # tokens of the open batch, and the longest row in it
-    batch: list[int] = []
-    order = sorted(rows_of.items(), key=lambda item: (-len(item[0]), item[1][0]))
-    for prompt, rows in order:
-        seen: set[tuple[int, ...]] = set()
-        opened = False
-        for row in sorted(rows, key=lambda row: (-len(sequences[row].completion), row)):
-            completion = tuple(sequences[row].completion)
-            more = (0 if opened else len(prompt)) + (0 if completion in seen else len(completion))
-            widest = max(keys, len(prompt) + len(completion))
-            if batch and (held + more > tokens or (len(batch) + 1) * widest > WIDER * tokens):
-                batches.append(batch)
-                batch, held, keys, seen = [], 0, 0, set()
-                more, widest = len(prompt) + len(completion), len(prompt) + len(completion)
-            batch.append(row)
-            held, keys, opened, real = held + more, widest, True, real + more
-            seen.add(completion)
-    if batch:
-        batches.append(batch)
+    order = [
+        row
+        for _, rows in sorted(rows_of.items(), key=lambda item: (-len(item[0]), item[1][0]))
+        for row in sorted(rows, key=lambda row: (-len(sequences[row].completion), row))
+    ]
+    batches, real = _cut(sequences, order, tokens, WIDER * tokens)
     lengths = [len(prompt) + len(completion) for prompt, completion in sequences]
     padded = sum(len(rows) * lengths[rows[0]] for rows in batches_of(lengths, tokens))
-    return batches if real <= WORTH * padded else None
+    if real > WORTH * padded:
+        return None
+    low, high = 0, tokens
+    while len(batches) > 1 and high - low > max(1, tokens // EVEN):
+        middle = (low + high) // 2
+        smaller, _ = _cut(sequences, order, middle, WIDER * tokens)
+        if len(smaller) > len(batches):
+            low = middle
+        else:
+            batches, high = smaller, middle
+    return batches
+
+
+def _cut(sequences: list[Sequence], order: list[int], tokens: int, keys: int) -> tuple[list[list[int]], int]:
+    """Batches of rows in this order, each of at most `tokens` real tokens and `keys` gathered keys; and the tokens of all."""
+    batches, real = list[list[int]](), 0
+    batch, held, longest = list[int](), 0, 0  # the open one, its tokens, and its longest row
+    prompt: list[int] | None = None
+    answers: set[tuple[int, ...]] = set()  # to this prompt, in this batch
+    for row in order:
+        (own, completion), answer = sequences[row], tuple(sequences[row].completion)
+        whole = len(own) + len(completion)
+        if own != prompt:
+            more, prompt, answers = whole, own, set()
+        else:
+            more = 0 if answer in answers else len(completion)
+        if batch and (held + more > tokens or (len(batch) + 1) * max(longest, whole) > keys):
+            batches.append(batch)
+            batch, held, longest, answers, more = [], 0, 0, set(), whole
+        batch.append(row)
+        held, longest, real = held + more, max(longest, whole), real + more
+        answers.add(answer)
+    return ([*batches, batch] if batch else batches), real
 
 
 _tree: ContextVar[Tree] = ContextVar("tree")
