@@ -120,13 +120,17 @@ def stepped(attempt: Attempt, off: tuple[str, ...]) -> tuple[float, dict[str, fl
     return whole, parts
 
 
+def quiet_libraries() -> None:
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
+    quiet_libraries()
     with TemporaryDirectory() as name:
         folder = Path(name)
         rows = make_rows(asked.seed)

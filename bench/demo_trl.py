@@ -10,17 +10,15 @@ rollout's CPU time, and the share of held-out prompts that the trained weights a
 
 import argparse
 import json
-import logging
 import random
 import time
-import warnings
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import orjson
-from demo_rollout import attempt_at, exact, warmed_up
+from demo_rollout import attempt_at, exact, quiet_libraries, warmed_up
 from loopback import machine
 from peer import takes_python, trl
 from transformers import AutoModelForCausalLM
@@ -38,8 +36,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     takes_python(parser)
     asked = parser.parse_args()
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
+    quiet_libraries()
     with TemporaryDirectory() as name:
         folder = Path(name)
         rows = make_rows(asked.seed)

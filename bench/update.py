@@ -41,7 +41,7 @@ from workers.objectives.objective import Objective
 from workers.policy.base import Base
 from workers.policy.learner import Learner
 from workers.policy.score.layout import Sequence, response_mask
-from workers.policy.score.log_probs import Scorer, log_probs_alone
+from workers.policy.score.log_probs import LogProbsAlone, Scorer
 
 LORA = Lora(rank=16, alpha=32, target_modules=["q_proj", "v_proj"])
 CASES = [(dtype, adapter) for dtype in ("float32", "bfloat16") for adapter in ("full", "lora")]
@@ -144,7 +144,7 @@ def heads(vocabulary: int, *, trained: bool) -> dict[str, Callable[[], object]]:
         return backward(head(hidden).log_softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1))
 
     def chunked() -> object:
-        return backward(scorer._from_hidden(hidden, targets, log_probs_alone())[0])
+        return backward(scorer._from_hidden(hidden, targets, LogProbsAlone())[0])
 
     return {"Ratchet": chunked, "naive": naive}
 

@@ -27,7 +27,7 @@ from workers.policy.load import MODEL, model_folder
 from workers.policy.optimizer import AddUp, Optimizer, StepSettings
 from workers.policy.policy import Policy
 from workers.policy.score.layout import Items, Sequence, batches_of
-from workers.policy.score.log_probs import log_probs_alone
+from workers.policy.score.log_probs import LogProbsAlone
 from workers.seeds import derive
 
 TRAINER = "trainer.json"
@@ -115,7 +115,7 @@ class Learner(Policy):
         base = self.base
         some, share = [sequences[row] for row in wanted], not self._dropouts  # with dropout each row has its own draws
         width = max((len(completion) for _, completion in sequences), default=0)
-        of = log_probs_alone(temperature)
+        of = LogProbsAlone(temperature)
         for part, (found,) in base.scorer.each(some, most, of, pad_id=base.text.pad_id, share=share):
             log_probs = pad(found, (0, width - found.shape[1]))
             yield loss(log_probs, torch.tensor([wanted[place] for place in part], device=base.device))

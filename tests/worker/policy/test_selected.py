@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from workers.policy.score.selected import selected_log_probs
+from workers.policy.score.selected import frozen_head_log_probs, selected_log_probs
 
 
 @pytest.fixture
@@ -45,3 +45,20 @@ def test_the_gradient_is_that_of_log_softmax() -> None:
     (ours,) = torch.autograd.grad(selected_log_probs(logits, targets)[0], logits, given)
     (theirs,) = torch.autograd.grad(logits.log_softmax(-1).gather(-1, targets), logits, given)
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-15)
+    consumed = logits * 1.0
+    (overwritten,) = torch.autograd.grad(selected_log_probs(consumed, targets, consumes=True)[0], logits, given)
+    assert torch.equal(overwritten, ours) and not torch.equal(consumed, logits)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_under_a_frozen_head_log_probs_and_gradients_are_the_plain_ones(temperature: float) -> None:
+    """In chunks that do not divide the positions."""
+    torch.manual_seed(0)
+    weight, targets = torch.randn(11, 4, dtype=torch.float64), torch.randint(0, 11, (7,))
+    hidden = torch.randn(7, 4, dtype=torch.float64, requires_grad=True)
+    given = torch.randn(7, dtype=torch.float64)
+    ours = frozen_head_log_probs(hidden, weight, targets, temperature=temperature, rows=3)
+    plain = (hidden @ weight.T / temperature).log_softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-12)
+    gradients = [torch.autograd.grad(log_probs, hidden, given)[0] for log_probs in (ours, plain)]
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)

@@ -7,6 +7,7 @@ models the whole forward runs, and logits are kept from the first position that 
 
 import inspect
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,13 +17,17 @@ from transformers import PreTrainedModel
 
 from workers.policy.score.layout import Padded, Sequence, microbatches, pad
 from workers.policy.score.packed import BY_BATCH, hidden_states, pack, packed_batches
-from workers.policy.score.selected import selected_log_probs
+from workers.policy.score.selected import frozen_head_log_probs, selected_log_probs
 from workers.rollout.cache import FULL, windows
 
 # logits [N, V] and the targets of each row -> tensors [N, ...]
 OfLogits = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
 
-CHUNK_BYTES = 2**28  # of float32 logits; with gradients, more than one chunk means that each is computed twice
+CHUNK_BYTES = 2**28  # of float32 logits, of which several copies may be needed
+TRAINED_CHUNK_BYTES = (
+    2**29
+)  # with gradients: one copy, but more than one chunk means that each is computed twice
+FROZEN_CHUNK_BYTES = 2**26  # under a head that is not trained, where nothing is computed twice
 
 
 class Scorer:
@@ -64,7 +69,7 @@ class Scorer:
 
     def log_probs(self, input_ids_B_L: Tensor, positions_N: Tensor, targets_N: Tensor) -> Tensor:
         """The log-probs of `targets_N` [N] or [N, K] at these flat positions, float32 in the same shape."""
-        return self._at(input_ids_B_L, positions_N, targets_N, log_probs_alone())[0]
+        return self._at(input_ids_B_L, positions_N, targets_N, LogProbsAlone())[0]
 
     @torch.no_grad()
     def likeliest(self, input_ids_B_L: Tensor, positions_N: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -97,7 +102,11 @@ class Scorer:
 
     def _from_hidden(self, hidden_N_H: Tensor, targets_N: Tensor, of: OfLogits) -> tuple[Tensor, ...]:
         head: Any = self._model.get_output_embeddings()
-        rows = max(1, CHUNK_BYTES // (4 * self._model.config.get_text_config().vocab_size))
+        position_bytes = 4 * self._model.config.get_text_config().vocab_size
+        if isinstance(of, LogProbsAlone) and targets_N.dim() == 1 and torch.is_grad_enabled() and _is_frozen(head):
+            rows, temperature = max(1, FROZEN_CHUNK_BYTES // position_bytes), of.temperature
+            return (frozen_head_log_probs(hidden_N_H, head.weight, targets_N, temperature=temperature, rows=rows),)
+        rows = max(1, (TRAINED_CHUNK_BYTES if torch.is_grad_enabled() else CHUNK_BYTES) // position_bytes)
 
         def one(hidden: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
             return of(head(hidden), targets)
@@ -112,9 +121,14 @@ class Scorer:
         return tuple(map(torch.cat, zip(*parts, strict=True)))
 
 
-def log_probs_alone(temperature: float = 1.0) -> OfLogits:
+@dataclass(frozen=True)
+class LogProbsAlone:
     """The targets' log-probs."""
-    return lambda logits_N_V, targets_N: (_log_probs(logits_N_V, targets_N, temperature),)
+
+    temperature: float = 1.0
+
+    def __call__(self, logits_N_V: Tensor, targets_N: Tensor) -> tuple[Tensor, ...]:
+        return (_log_probs(logits_N_V, targets_N, self.temperature),)
 
 
 def both(temperature: float = 1.0) -> OfLogits:
@@ -129,7 +143,7 @@ def _spread(values: Tensor, places: tuple[Tensor, Tensor], shape: tuple[int, int
 def _log_probs(logits_N_V: Tensor, targets_N: Tensor, temperature: float) -> Tensor:
     """Of one target [N] or several [N, K] a row; all are gathered from the same logits."""
     targets_N_K = targets_N if targets_N.dim() == 2 else targets_N.unsqueeze(-1)
-    return selected_log_probs(_tempered(logits_N_V, temperature), targets_N_K)[0].view(targets_N.shape)
+    return selected_log_probs(_tempered(logits_N_V, temperature), targets_N_K, consumes=True)[0].view(targets_N.shape)
 
 
 def _log_probs_and_entropy(logits_N_V: Tensor, targets_N: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -145,6 +159,11 @@ def _tempered(logits_N_V: Tensor, temperature: float) -> Tensor:
     """In float32 or better."""
     logits = logits_N_V.to(torch.promote_types(logits_N_V.dtype, torch.float32))
     return logits if temperature == 1 else logits / temperature
+
+
+def _is_frozen(head: nn.Module) -> bool:
+    """Whether the head is one plain matrix that is not trained."""
+    return type(head) is nn.Linear and head.bias is None and not head.weight.requires_grad
 
 
 @torch.no_grad()
