@@ -10,6 +10,7 @@ DUMMY_SECRETS := POSTGRES_PASSWORD=dummy REDIS_PASSWORD=dummy RATCHET_BOOTSTRAP_
 COMPOSE = $$($(BIN)/python -c 'import compose; print(compose.__path__[0] + "/docker-compose")' 2>/dev/null || echo docker compose)
 # Broken links and anchors are errors.
 SITE = NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+comma := ,
 
 .DEFAULT_GOAL := help
 .PHONY: bench docs help demo test gpu-test fuzz chaos soak check stack-test fmt openapi reference clean machine
@@ -32,9 +33,16 @@ chaos: $(VENV)/.for-developing ## break everything that can break, and look whet
 soak: $(VENV)/.for-developing ## random kills over everything (KILLS=1000 SEED=1 MINUTES=30)
 	cd tests && ../$(BIN)/python -m chaos.soak --kills $(or $(KILLS),1000) --seed $(or $(SEED),1) --minutes $(or $(MINUTES),30)
 
-bench: $(VENV)/.for-developing ## measure what docs/performance.md holds (MODEL=models/smollm2, the folder of SmolLM2)
+bench: $(VENV)/.for-developing ## measure what docs/performance.md holds (MODEL=FOLDER of SmolLM2, TRL_PYTHON=PYTHON with TRL: more, and longer)
 	$(BIN)/python bench/demo_rollout.py --steps 8
-	$(BIN)/python bench/shared_prompt.py --model $(or $(MODEL),models/smollm2) --prompts 256
+	$(BIN)/python bench/update.py --head
+	$(BIN)/python bench/scaling.py
+	$(BIN)/python bench/own_cost.py --backend sqlite
+	$(BIN)/python bench/routes.py --backend sqlite
+	$(if $(MODEL),$(BIN)/python bench/shared_prompt.py --model $(MODEL) --prompts 256)
+	$(if $(MODEL),$(BIN)/python bench/sampling.py --model $(MODEL) --cases ragged$(comma)equal)
+	$(if $(TRL_PYTHON),$(BIN)/python bench/demo_trl.py --trl $(TRL_PYTHON))
+	$(if $(and $(MODEL),$(TRL_PYTHON)),$(BIN)/python bench/update.py --model $(MODEL) --trl $(TRL_PYTHON))
 
 fuzz: $(VENV)/.for-developing ## schemathesis over the whole API for ten minutes (FUZZ_S=600), and over the losses until 12,000 cases
 	RATCHET_TEST_FUZZ_S=$(or $(FUZZ_S),600) $(BIN)/python -m pytest tests/api/test_fuzz.py

@@ -153,7 +153,7 @@ def tiny_jobs(stack: Stack, jobs: int) -> None:
         done = ended(stack, job["id"])
         if not number:
             continue  # the first warms up
-        events = stack.ratchet._request("GET", f"/v1/jobs/{job['id']}/events?limit=100")["data"]  # pyright: ignore[reportPrivateUsage]
+        events: Any = stack.ratchet.list_events(job["id"], limit=100)["data"]
         at = {event["type"]: moment(event["created_at"]) for event in reversed(events)}
         started_at = moment(done["started_at"])
         parts["the answer to the POST"].append(answered - posted)

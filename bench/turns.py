@@ -31,19 +31,23 @@ def turn_asked() -> bool:
 
 
 def take_turns(run: Callable[[], object], model: Any) -> None:
-    """Each with its wall-clock and CPU seconds, and how much memory was held beyond what was there before, in MB; the model
-    starts without gradients."""
+    """Each starts without gradients."""
     tell("ready")
     while turn_asked():
         model.zero_grad(set_to_none=True)
-        gc.collect()
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-        before = memory("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-        began = time.perf_counter(), time.process_time()
-        run()
-        wall, cpu = time.perf_counter() - began[0], time.process_time() - began[1]
-        tell({"wall_s": wall, "cpu_s": cpu, "extra_mb": (memory("VmHWM") - before) / 1000})
+        tell(spent(run))
+
+
+def spent(run: Callable[[], object]) -> dict[str, float]:
+    """Wall-clock and CPU seconds of a call, and the peak of the resident set beyond what was there before, in MB."""
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    before = memory("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    began = time.perf_counter(), time.process_time()
+    run()
+    wall, cpu = time.perf_counter() - began[0], time.process_time() - began[1]
+    return {"wall_s": wall, "cpu_s": cpu, "extra_mb": (memory("VmHWM") - before) / 1000}
 
 
 def memory(which: str) -> float:

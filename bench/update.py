@@ -12,12 +12,9 @@ trained. Naive is `log_softmax` of all logits and a gather.
 """
 
 import argparse
-import ctypes
-import gc
 import json
 import random
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -29,7 +26,7 @@ import torch
 from loopback import machine
 from peer import WITH_TRL, Peer, ours, trl
 from torch import Tensor, nn
-from turns import memory, quiet, take_turns
+from turns import quiet, spent, take_turns
 
 from service.spec.job import ObjectiveSpec
 from service.spec.model import Full, Lora, ModelSpec
@@ -155,19 +152,13 @@ def head_alone(turns: int) -> None:
     for vocabulary in (49_152, 151_936):
         for trained in (False, True):
             ways = heads(vocabulary, trained=trained)
-            spent: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
+            found: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
             for turn in range(turns + 1):
                 for way in random.sample(list(ways), len(ways)):
-                    gc.collect()
-                    ctypes.CDLL("libc.so.6").malloc_trim(0)
-                    before = memory("VmRSS")
-                    Path("/proc/self/clear_refs").write_text("5")
-                    began = time.process_time()
-                    ways[way]()
-                    took = time.process_time() - began
+                    told = spent(ways[way])
                     if turn:
-                        spent[way].append((took, (memory("VmHWM") - before) / 1000))
-            middle = {way: [median(turn[i] for turn in each) for i in (0, 1)] for way, each in spent.items()}
+                        found[way].append(told)
+            middle = {way: [median(turn[key] for turn in each) for key in ("cpu_s", "extra_mb")] for way, each in found.items()}
             for way, (cpu, extra) in middle.items():
                 ratios = f"{cpu / middle['naive'][0]:7.2f}x{extra / middle['naive'][1]:7.2f}x"
                 name = "trained" if trained else "frozen"

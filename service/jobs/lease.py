@@ -211,7 +211,7 @@ def commit_step(
     `again`: the answer to the last try was lost. If that try was committed, nothing is written, so that no event is sent and
     no usage is counted twice.
     """
-    with _holding(store, lease) as (session, job):
+    with _holding(store, lease, small=True) as (session, job):
         if again and metrics.written(session, job.id, step, attempt=lease.attempt):
             return usage.is_spent(session, job)
         now, steps = clock.now(session), max(0, step - job.step)  # 0 for an evaluation at the current step

@@ -1,7 +1,7 @@
 """Sampled groups, stored for reading, by (job, split, step, group_index). The later attempt wins."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
@@ -28,7 +28,7 @@ class RolloutRow:
 def write(session: Session, job_id: str, rows: Sequence[RolloutRow], *, attempt: int, now: datetime) -> None:
     common = {"job_id": job_id, "attempt": attempt, "created_at": now}
     if rows:
-        session.connection().execute(_WRITE[name_of(session)], [{**common, **asdict(row)} for row in rows])
+        session.connection().execute(_WRITE[name_of(session)], [{**common, **vars(row)} for row in rows])
 
 
 _WRITE = replacing(Rollout, newest="attempt")

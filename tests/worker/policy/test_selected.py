@@ -62,3 +62,10 @@ def test_under_a_frozen_head_log_probs_and_gradients_are_the_plain_ones(temperat
     torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-12)
     gradients = [torch.autograd.grad(log_probs, hidden, given)[0] for log_probs in (ours, plain)]
     torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
+
+
+def test_under_a_frozen_head_float32_log_probs_are_those_of_scoring_to_the_bit(steep: torch.Tensor) -> None:
+    """Else a ratio is not 1 before the first step."""
+    targets, hidden = steep.argmax(-1), torch.eye(len(steep), requires_grad=True)
+    ours = frozen_head_log_probs(hidden, steep.T, targets, temperature=1.0, rows=len(steep))
+    assert torch.equal(ours, selected_log_probs(hidden @ steep, targets.unsqueeze(-1))[0].squeeze(-1))

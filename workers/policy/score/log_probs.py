@@ -24,9 +24,7 @@ from workers.rollout.cache import FULL, windows
 OfLogits = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
 
 CHUNK_BYTES = 2**28  # of float32 logits, of which several copies may be needed
-TRAINED_CHUNK_BYTES = (
-    2**29
-)  # with gradients: one copy, but more than one chunk means that each is computed twice
+TRAINED_CHUNK_BYTES = 2**29  # with gradients: one copy, but more than one chunk means that each is computed twice
 FROZEN_CHUNK_BYTES = 2**26  # under a head that is not trained, where nothing is computed twice
 
 

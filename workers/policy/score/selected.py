@@ -45,26 +45,33 @@ class _FrozenHead(torch.autograd.Function):
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, hidden_N_H: Tensor, weight_V_H: Tensor, targets_N: Tensor, temperature: float, rows: int
     ) -> Tensor:
-        log_probs, slopes = list[Tensor](), list[Tensor]()
-        for hidden, targets in zip(hidden_N_H.split(rows), targets_N.unsqueeze(-1).split(rows), strict=True):
-            logits = hidden @ weight_V_H.T
-            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            if temperature != 1:
-                logits /= temperature
-            whole = logits.logsumexp(-1, keepdim=True)
-            log_probs.append((logits.gather(-1, targets) - whole).squeeze(-1))
-            off = logits.sub_(whole).exp_()  # softmax - onehot
-            off.scatter_add_(-1, targets, off.new_full(targets.shape, -1.0))
-            slopes.append(off.to(weight_V_H.dtype) @ weight_V_H)
-        ctx.save_for_backward(torch.cat(slopes))
+        pairs = zip(hidden_N_H.split(rows), targets_N.unsqueeze(-1).split(rows), strict=True)
+        parts = [_log_probs_and_slopes(hidden, weight_V_H, targets, temperature) for hidden, targets in pairs]
+        log_probs_N, slopes_N_H = map(torch.cat, zip(*parts, strict=True))
+        ctx.save_for_backward(slopes_N_H)
         ctx.temperature = temperature
-        return torch.cat(log_probs)
+        return log_probs_N
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor, None, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (slopes_N_H,) = ctx.saved_tensors
         return (slopes_N_H * (-grad_N / ctx.temperature).unsqueeze(-1)).to(slopes_N_H.dtype), None, None, None, None
+
+
+def _log_probs_and_slopes(
+    hidden_N_H: Tensor, weight_V_H: Tensor, targets_N_1: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """The log-probs [N], and the gradients [N, H] of their negatives but for 1 / temperature."""
+    logits = hidden_N_H @ weight_V_H.T
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if temperature != 1:
+        logits /= temperature
+    highest, chosen = logits.amax(-1, keepdim=True), logits.gather(-1, targets_N_1)
+    whole = logits.sub_(highest).exp_().sum(-1, keepdim=True)  # as logsumexp does, but in place
+    off = logits.div_(whole)  # softmax - onehot
+    off.scatter_add_(-1, targets_N_1, off.new_full(targets_N_1.shape, -1.0))
+    return (chosen - (whole.log() + highest)).squeeze(-1), off.to(weight_V_H.dtype) @ weight_V_H
 
 
 def frozen_head_log_probs(
