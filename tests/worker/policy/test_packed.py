@@ -75,6 +75,13 @@ def test_every_row_is_in_one_batch_of_so_many_real_tokens(rows, tokens):
         assert len(batch) == 1 or sum(map(len, prompts)) + sum(len(answer) for _, answer in answers) <= tokens
 
 
+def test_batches_are_few_and_of_about_one_size():
+    sequences = [Sequence([prompt] * 64, [1] * (8 * prompt)) for prompt in range(1, 9)]  # 800 tokens
+    batches = packed_batches(sequences, 768)
+    assert batches is not None
+    assert [sum(sum(map(len, sequences[row])) for row in batch) for batch in batches] == [440, 360]
+
+
 def test_a_shared_prompt_and_equal_answers_are_read_once(load):
     policy, read = load(), []
     policy.base.model.get_input_embeddings().register_forward_hook(lambda layer, inputs, output: read.append(inputs[0].numel()))
