@@ -97,7 +97,7 @@ def timed(spent: dict[str, float]) -> Any:
     patches.enter_context(patch.object(managed, "evaluate", of("evaluations", managed.evaluate)))
     patches.enter_context(patch.object(managed, "measure", of("measuring rows", managed.measure)))
     patches.enter_context(patch.object(Learner, "save", of("files of checkpoints", Learner.save)))
-    patches.enter_context(patch.object(runner, "_learner", of("loading the model", runner._learner)))  # pyright: ignore[reportPrivateUsage]
+    patches.enter_context(patch.object(runner, "_policies", of("loading the model", runner._policies)))  # pyright: ignore[reportPrivateUsage]
     return patches
 
 

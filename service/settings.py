@@ -8,8 +8,9 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-# Values from examples and tutorials, which production refuses as secrets.
+# Headers that callers set themselves.
 NOT_FOR_SSO = frozenset({"authorization", "x-api-key", "cookie", "host", "origin", "user-agent", "idempotency-key"})
+# Values from examples and tutorials, which production refuses as secrets.
 WELL_KNOWN_SECRETS = frozenset({"", "ratchet", "postgres", "password", "changeme", "change-me", "secret", "admin"})
 
 
