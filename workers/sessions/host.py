@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from time import monotonic, sleep
+from weakref import WeakValueDictionary
 
 from sqlalchemy.exc import InterfaceError, OperationalError
 
@@ -43,7 +44,7 @@ from workers.tenure.session import SessionTenure
 log = logging.getLogger(__name__)
 
 LOOK_S = 1.0  # between two looks at the store without a signal
-HURRIED_IDLE_S = 2.0  # how long a guest may be idle where other work waits, or if its client is gone
+HURRIED_IDLE_S = 2.0  # how long a guest may be idle where other work waits
 SLICE_S, LONG_SLICE_S = 0.05, 0.25  # of sampling: while operations in order wait, and while none does
 PART_S = 0.05  # between two parts of an answer that is told while it grows
 WRITTEN_S = 0.01  # of waiting for a checkpoint to be durable, between two looks for other work
@@ -92,6 +93,7 @@ class Host:
         self._guests: dict[str, Guest] = {}
         self._turns, self._sampling_turns = FairTurns(), FairTurns()
         self._base: Base | None = None
+        self._other_commits = WeakValueDictionary[str, Base]()  # while a guest uses them
         self._sampling: Sampling | None = None
         self._base_key: str | None = None
         self._classes = resource_classes(self.settings)
@@ -166,9 +168,13 @@ class Host:
         commit = self._commit(guest, weights)
         if self._base is not None and (commit is None or self._base.revision in (None, commit)):
             return self._base
+        if commit is not None and (there := self._other_commits.get(commit)) is not None:
+            return there
         base = Base.load(model, device=device, threads=self.settings.torch_threads, checkpoint=weights, revision=commit)
         if self._base_key is not None and self._base is None:
             self._base, self._sampling = base, Sampling(base, self.store, self._base_key)
+        elif commit is not None:
+            self._other_commits[commit] = base
         return base
 
     def _commit(self, guest: Guest, weights: Path | None) -> str | None:
@@ -199,7 +205,8 @@ class Host:
         others = leases.others_wait(self.store, self._classes, self._base_key)
         self._others_since = None if not others else self._others_since or monotonic()
         gives_way = others and monotonic() - (self._others_since or 0.0) >= self.settings.session_slice_s
-        hurried_s, silent = min(HURRIED_IDLE_S, self.settings.session_idle_s), self._silent()
+        idle_s = min(HURRIED_IDLE_S, self.settings.session_idle_s) if others else self.settings.session_idle_s
+        gone_s, silent = min(idle_s, self.settings.tinker_silence_s), self._silent()
         for guest in list(self._guests.values()):
             with self._alone(guest):
                 self._in_time(guest)
@@ -207,9 +214,7 @@ class Host:
                     guest.snapshot()
                     guest.tenure.give_way()
                     self._forget(guest)
-                elif not guest.is_busy and monotonic() - guest.busy_at >= (
-                    hurried_s if others or guest.id in silent else self.settings.session_idle_s
-                ):
+                elif not guest.is_busy and monotonic() - guest.busy_at >= (gone_s if guest.id in silent else idle_s):
                     guest.snapshot()
                     guest.tenure.rest(guest.done)
                     self._forget(guest)

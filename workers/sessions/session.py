@@ -82,6 +82,7 @@ class Session:
         self.ended = False
         self._answers: list[Answered] = []  # of operations that have run, and are not stored yet
         self._changed = False  # the weights, since they were last copied for a snapshot
+        self._uncopied = 0  # the step at which that failed
         self._saving: tuple[Saving, Place] | None = None  # what is copied and not durable yet, and where that stood
         self._suspect = tenure.job.crashes > 0  # an operation may have killed its worker
         self._loads, self._trainer = 0, None
@@ -96,6 +97,7 @@ class Session:
 
     def _load(self) -> None:
         self.end_saving()
+        self._uncopied = 0
         snapshot = newest_checkpoint(self.tenure.store, self.tenure.job)
         self.saved = Place() if snapshot is None else Place.load(snapshot)
         self.place = Place(self.saved.seq, self.saved.gradient_from, self.saved.step)
@@ -249,8 +251,8 @@ class Session:
             self.place.seq = row.seq
             self._answers.append(Answered(row.id, done.answer, step=self.place.step, metrics=done.metrics))
             copied = self.saved if self._saving is None else self._saving[1]
-            if self.place.step - copied.step >= self.spec.checkpoints.every_steps:
-                self._save(Named(), new_id("ckpt"))
+            if self.place.step - max(copied.step, self._uncopied) >= self.spec.checkpoints.every_steps:
+                self._snapshot_by_itself()
         else:
             OTHERS[row.kind](self, request, row)
 
@@ -287,6 +289,17 @@ class Session:
         if self._changed or anyway:
             self._save(Named(), new_id("ckpt"))
             self.end_saving(raises=True)
+
+    def _snapshot_by_itself(self) -> None:
+        """One that nobody asked for. If it cannot be copied (a full disk), the log still has everything, and it is tried again
+        after as many steps."""
+        try:
+            self._save(Named(), new_id("ckpt"))
+        except (LeaseLost, OperationalError, InterfaceError):
+            raise
+        except Exception:
+            self._uncopied = self.place.step
+            log.warning("a snapshot of %s could not be written", self.tenure.job.id, exc_info=True)
 
     def _save(self, named: Named, checkpoint_id: str, answered: Answered | None = None, *, final: bool = False) -> None:
         """Copy the weights as they are; `end_saving` makes a checkpoint of the copy. One at a time, so that they become

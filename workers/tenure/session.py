@@ -132,11 +132,15 @@ class SessionTenure(Tenure):
         self._tell_followers()
 
     def drop(self, saving: "Saving") -> None:
-        """Forget what is being written: nobody has heard of it."""
-        try:
-            self.store.blobs.delete(saving.written.result().path)
-        except Exception:
-            log.warning("a checkpoint of %s was not written, and is not needed", self.job.id, exc_info=True)
+        """Forget what is being written: nobody has heard of it. It is deleted when it is there; nobody waits for that."""
+
+        def delete(written: Future[CheckpointRow]) -> None:
+            try:
+                self.store.blobs.delete(written.result().path)
+            except Exception:
+                log.warning("a checkpoint of %s was not written, and is not needed", self.job.id, exc_info=True)
+
+        saving.written.add_done_callback(delete)
 
     def finish(self, result: dict[str, Any], answered: Answered) -> None:
         """The session's last operation is done, and with it the session."""

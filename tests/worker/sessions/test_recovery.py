@@ -1,5 +1,6 @@
 """A worker that dies at any point: no gradient is lost, none is counted twice, the weights are the same to the bit."""
 
+import errno
 import json
 import os
 import signal
@@ -13,6 +14,8 @@ import torch
 from session_operations import FULL, LORA, forward_backward, loop, row, train_step
 
 from chaos.rig import Zygote
+from workers.policy.learner import Learner
+from workers.sessions.session import Session
 from workers.tenure.tenure import Tenure
 
 SQLITE = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
@@ -282,6 +285,34 @@ def test_a_broken_snapshot_is_replaced_by_the_one_before_and_the_log(rig: Any, w
     rig.work()
     assert same(rig.weights(job), rig.weights(quiet))
     assert rig.job(job).status == "paused"
+
+
+@SQLITE
+def test_a_snapshot_that_cannot_be_copied_is_left_for_later(rig: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk costs no operation anything: the log has everything, and nothing is loaded anew."""
+    job, quiet = (rig.session(checkpoints={"every_steps": 2}) for _ in range(2))
+    plain, full, loads = Learner.save, [3], list[str]()
+    plain_load = Session._load
+
+    def save(self: Learner, folder: Path, **how: Any) -> None:
+        if full[0] and self.updates == full[0] - 1:
+            full[0] = 0
+            raise OSError(errno.ENOSPC, "No space left on device")
+        plain(self, folder, **how)
+
+    def load(self: Session) -> None:
+        loads.append(self.tenure.job.id)
+        plain_load(self)
+
+    monkeypatch.setattr(Learner, "save", save)
+    monkeypatch.setattr(Session, "_load", load)
+    for one in (job, quiet):
+        rig.send(one, *loop(5))
+    rig.work()
+    assert full == [0] and sorted(loads) == sorted([job, quiet])
+    assert [checkpoint.step for checkpoint in rig.checkpoints(quiet)] == [5, 4]
+    assert [checkpoint.step for checkpoint in rig.checkpoints(job)] == [5, 4]
+    assert same(rig.weights(job), rig.weights(quiet))
 
 
 @SQLITE
