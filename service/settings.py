@@ -95,7 +95,7 @@ class Settings(BaseSettings):
         float, Field(gt=0, description="a session without operations for so long is saved and leaves its worker")
     ] = 300.0
     tinker_silence_s: Annotated[
-        float, Field(gt=0, description="a client of the Tinker wire without a heartbeat for so long counts as gone")
+        float, Field(gt=0, description="a client of the Tinker wire without a heartbeat or an operation for so long counts as gone")
     ] = 60.0
     session_slice_s: Annotated[
         float, Field(gt=0, description="sessions hold a worker for at most so long while other work waits for it")
