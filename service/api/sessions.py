@@ -1,7 +1,7 @@
 """Routes of training sessions: made here, steered by their operations. As jobs they are followed, paused and ended under
 /v1/jobs."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
 from datetime import datetime
 from typing import Annotated, Any, Literal, Self
@@ -24,15 +24,17 @@ from service.edge.problems import BODY, responses
 from service.edge.shares import Share
 from service.errors import Conflict, InvalidRequest, NotFound, UnsupportedMedia
 from service.jobs import lifecycle
+from service.rewards.texts import has_texts, wrong_graders
 from service.sessions import sessions
-from service.sessions.body import OperationBody, Operations, asked
+from service.sessions.body import Eval, OperationBody, Operations, asked
 from service.sessions.codec import as_json
 from service.sessions.tensors import asked_of_tensors
+from service.spec.reward import Grader
 from service.spec.session import SessionSpec
 from service.store import jobs, operations
 from service.store.operations import Asked, Outcome
 from service.store.tables import Operation
-from service.validation import below, parse
+from service.validation import below, invalid, parse
 
 router = APIRouter(prefix="/v1/sessions", tags=["sessions"])
 
@@ -40,6 +42,7 @@ JSON, TENSORS = "application/json", "application/vnd.safetensors"
 SMALL_BYTES = 2**16
 ONE = TypeAdapter(OperationBody)
 Found = Mapping[str, Outcome]  # by id
+Graders = Mapping[str, Sequence[Grader]]  # by pointer
 
 
 class OperationError(BaseModel):
@@ -189,7 +192,11 @@ async def append_operations(
     raw = await limited(request, context.settings.max_loss_body_bytes, "an operation").body()
     seconds = wait_s(request)
     async with _turn(context, caller, raw):
-        many, ids = await run_in_threadpool(_log, context, caller, session_id, raw, sent_as)
+        many, wanted, graders, ids = await run_in_threadpool(_begin, context, caller, session_id, raw, sent_as)
+    if graders:
+        async with context.checks.turn(caller.key_id):
+            await run_in_threadpool(_check, graders)
+        ids = await run_in_threadpool(_log, context, caller, session_id, wanted)
     found = await _wait(context, caller, share, session_id, ids, seconds)
     if many:
         response = await run_in_threadpool(_several, context, caller, ids, found)
@@ -234,21 +241,40 @@ async def read_operation(
     return await run_in_threadpool(_one, context, caller, operation_id, answer_as, found)
 
 
-def _asked(raw: bytes, sent_as: str) -> tuple[bool, list[Asked]]:
-    """Whether several were sent, and the operations. Raises Malformed and InvalidRequest."""
-    if sent_as == TENSORS:
-        return False, [asked_of_tensors(raw)]
+def _asked(raw: bytes, sent_as: str) -> tuple[bool, list[Asked], Graders]:
+    """Whether several were sent, the operations, and the graders that remain to be checked. Raises Malformed and
+    InvalidRequest."""
+    if sent_as == TENSORS:  # none of these is an eval
+        return False, [asked_of_tensors(raw)], {}
     sent = parse_arrays(raw)
-    if isinstance(sent, dict) and "operations" in sent:
-        return True, [asked(body) for body in parse(Operations, sent).operations]
-    return False, [asked(parse(ONE, sent))]
+    many = isinstance(sent, dict) and "operations" in sent
+    bodies = parse(Operations, sent).operations if many else [parse(ONE, sent)]
+    graders = {
+        f"/operations/{place}/graders" if many else "/graders": body.graders
+        for place, body in enumerate(bodies)
+        if isinstance(body, Eval) and has_texts(body.graders)
+    }
+    return many, [asked(body) for body in bodies], graders
 
 
-def _log(context: Context, caller: Caller, session_id: str, raw: bytes, sent_as: str) -> tuple[bool, list[str]]:
-    """Whether several were sent, and their ids once they are logged."""
-    many, wanted = _asked(raw, sent_as)
+def _begin(
+    context: Context, caller: Caller, session_id: str, raw: bytes, sent_as: str
+) -> tuple[bool, list[Asked], Graders, list[str]]:
+    """`_asked`, and the ids if there was nothing to check, so that they are logged at once."""
+    many, wanted, graders = _asked(raw, sent_as)
+    return many, wanted, graders, [] if graders else _log(context, caller, session_id, wanted)
+
+
+def _check(graders: Graders) -> None:
+    """As a job's are checked. Raises InvalidRequest and Unavailable."""
+    if errors := wrong_graders(graders):
+        raise invalid(errors)
+
+
+def _log(context: Context, caller: Caller, session_id: str, wanted: list[Asked]) -> list[str]:
+    """Their ids, once they are logged."""
     rows = lifecycle.append_operations(context.store, context.doorbell, context.settings, caller.project, session_id, wanted)
-    return many, [row.id for row in rows]
+    return [row.id for row in rows]
 
 
 def _id_of(context: Context, caller: Caller, session_id: str, operation: str) -> str:

@@ -10,7 +10,6 @@ from typing import Any, Self
 from pydantic import SecretStr
 
 from service.rewards import sandboxed, text
-from service.rewards.http import HttpRewards
 from service.rewards.samples import Graded, Grader, GraderContext, NotGraded, Outcome, Sample, one_by_one
 from service.spec.addresses import Networks
 from service.spec.reward import GraderBase, RewardSpec
@@ -19,6 +18,12 @@ from service.spec.section import MOST
 
 def _similarity(spec: Any, context: GraderContext) -> Grader:
     return text.EachText(text.position, spec, context) if spec.metric == "position" else sandboxed.similarity(spec, context)
+
+
+def _http(spec: Any, context: GraderContext) -> Grader:
+    from service.rewards.http import HttpRewards  # it takes a third of the time to start of a process that only grades
+
+    return HttpRewards(spec, context)
 
 
 GRADERS: dict[str, Callable[[Any, GraderContext], Grader]] = {
@@ -30,7 +35,7 @@ GRADERS: dict[str, Callable[[Any, GraderContext], Grader]] = {
     "number": sandboxed.number,
     "json_schema": sandboxed.json_schema,
     "reasoning_gym": sandboxed.reasoning_gym,
-    "http": HttpRewards,
+    "http": _http,
 }
 
 

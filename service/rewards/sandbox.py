@@ -23,6 +23,17 @@ START_WITHIN_S = 120.0
 GRACE_S = 5.0  # after the time of the child's own alarm
 
 
+def bare_environment() -> dict[str, str]:
+    """What a child needs to start, without this process's secrets."""
+    return {
+        "PATH": os.environ.get("PATH", ""),
+        "LANG": "C.UTF-8",
+        "OMP_NUM_THREADS": "1",
+        "OPENBLAS_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+    }
+
+
 class Sandbox:
     """One child, started at the first request, and restarted at the next one after it has ended. See service.rewards.child."""
 
@@ -75,19 +86,12 @@ class Sandbox:
         return self._receive(child, within_s)
 
     def _start(self) -> subprocess.Popen[bytes]:
-        environment = {
-            "PATH": os.environ.get("PATH", ""),
-            "LANG": "C.UTF-8",
-            "OMP_NUM_THREADS": "1",
-            "OPENBLAS_NUM_THREADS": "1",
-        }
-        environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
         child = self._child = subprocess.Popen(
             [sys.executable, "-P", "-m", "service.rewards.child"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            env=environment,
+            env=bare_environment(),
             bufsize=0,
         )
         try:

@@ -1,14 +1,14 @@
 """Checks whether the patterns and JSON Schemas of a spec are valid. The check runs in the sandbox, which bounds its time and
 frees its memory; the calling process compiles none of them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from time import monotonic
 from typing import Any
 
 from service.errors import FieldError, JobFailed, Unavailable
 from service.rewards.samples import NotGraded
 from service.rewards.sandbox import Sandbox
-from service.spec.reward import JsonSchemaGrader, RewardSpec
+from service.spec.reward import Grader, JsonSchemaGrader, RewardSpec
 from service.validation import shown
 
 WITHIN_S = 5.0  # for one pattern or schema; all of a spec together have twice as long
@@ -16,8 +16,19 @@ MEMORY_BYTES = 2**30  # for all of a spec together
 
 
 def wrong_texts(reward: RewardSpec | None) -> list[FieldError]:
-    """One FieldError for each that is invalid or exceeds the sandbox's limits. Raises Unavailable if it cannot start."""
-    asked = [] if reward is None else list(_texts(reward))
+    """`wrong_graders` of a spec's reward."""
+    return [] if reward is None else wrong_graders({"/reward/graders": reward.graders})
+
+
+def has_texts(graders: Sequence[Grader]) -> bool:
+    """Whether they have any that the sandbox must check."""
+    return any(True for _ in _texts("", graders))
+
+
+def wrong_graders(graders: Mapping[str, Sequence[Grader]]) -> list[FieldError]:
+    """One FieldError for each that is invalid or exceeds the sandbox's limits. Lists of graders come by their pointers, and
+    share one sandbox with its bounds. Raises Unavailable if it cannot start."""
+    asked = [text for pointer, several in graders.items() for text in _texts(pointer, several)]
     if not asked:
         return []
     sandbox, until = Sandbox("text", {}, "/reward", within_s=WITHIN_S, memory_bytes=MEMORY_BYTES), monotonic() + 2 * WITHIN_S
@@ -34,12 +45,12 @@ def wrong_texts(reward: RewardSpec | None) -> list[FieldError]:
     return errors
 
 
-def _texts(reward: RewardSpec) -> Iterator[tuple[str, str, Any]]:
-    for number, grader in enumerate(reward.graders):
+def _texts(pointer: str, graders: Sequence[Grader]) -> Iterator[tuple[str, str, Any]]:
+    for number, grader in enumerate(graders):
         for name, pattern in grader.patterns.items():
-            yield f"/reward/graders/{number}/{name}", "pattern", pattern
+            yield f"{pointer}/{number}/{name}", "pattern", pattern
         if isinstance(grader, JsonSchemaGrader):
-            yield f"/reward/graders/{number}/schema", "schema", grader.json_schema
+            yield f"{pointer}/{number}/schema", "schema", grader.json_schema
 
 
 def _said(outcome: NotGraded) -> str:

@@ -12,6 +12,7 @@ import pytest
 
 from service.jobs import lease as leases
 from service.relay.tensors import Tensor, encode
+from service.rewards import texts
 from service.sessions.codec import pack, unpack
 from service.spec.session import base_key
 from service.store import operations
@@ -244,6 +245,7 @@ def test_wrong_tensors_are_named(client: httpx.Client, head: Any, tensors: Any, 
         ({**EVAL, "rows": [{"prompt": "1"}]}, "row 0 has no column 'answer'"),
         ({**EVAL, "graders": [{"kind": "http", "url": "https://example.com"}]}, "the grader http works in jobs only"),
         ({**EVAL, "graders": EVAL["graders"] * 2}, "names of their own"),
+        ({**EVAL, "graders": [{"kind": "regex", "pattern": "(a{9999}){9999}"}]}, '"/graders/0/pattern"'),
     ],
 )
 def test_wrong_bodies_are_refused(client: httpx.Client, body: Any, says: str) -> None:
@@ -251,6 +253,31 @@ def test_wrong_bodies_are_refused(client: httpx.Client, body: Any, says: str) ->
     answer = send(client, session, 1, body)
     assert answer.status_code == 422, answer.text
     assert says in answer.text
+
+
+def test_graders_of_an_eval_are_checked_as_a_jobs_are(client: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = start(client)
+    wrong = [
+        {"kind": "regex", "pattern": "("},
+        {"kind": "exact", "reference": "{answer}", "extract": "[a"},
+        {"kind": "json_schema", "schema": {"type": "nope"}},
+    ]
+    asked = {**EVAL, "graders": wrong}
+    refused = send(client, session, 1, asked)
+    assert refused.status_code == 422, refused.text
+    expected = ["/graders/0/pattern", "/graders/1/extract", "/graders/2/schema"]
+    assert [error["pointer"] for error in refused.json()["errors"]] == expected
+    assert "not a regular expression" in refused.json()["detail"]
+
+    huge = {**EVAL, "graders": [{"kind": "regex", "pattern": "a{200000}"}]}
+    monkeypatch.setattr(texts, "MEMORY_BYTES", 64 * 2**20)
+    url, fine = f"/v1/sessions/{session['id']}/operations", {**EVAL, "graders": [{"kind": "regex", "pattern": "a"}]}
+    both = [{"seq": seq, **body} for seq, body in ((1, fine), (2, huge))]
+    refused = client.post(url, json={"operations": both})
+    assert refused.status_code == 422, refused.text
+    assert [error["pointer"] for error in refused.json()["errors"]] == ["/operations/1/graders/0/pattern"]
+    assert client.get(url).json()["next_seq"] == 1
+    assert client.post(url, json=both[0]).status_code == 202
 
 
 def test_sessions_of_others_are_not_there(api: Any, client: httpx.Client, other: httpx.Client) -> None:

@@ -2,7 +2,7 @@
 
 from service.jobs.lease import finite
 from service.metric_names import EVAL
-from service.rewards.rewards import Rewards
+from service.rewards.apart import grade_apart
 from service.rewards.samples import Sample
 from service.spec.reward import RewardSpec
 from workers.loops.sampling import Group, reward_metrics
@@ -21,8 +21,7 @@ def evaluate(policy: Policy, request: Request, seed: int, job_id: str) -> Done:
         Sample(row["prompt"], answer.text, len(answer.tokens), answer.finish_reason == "length", row)
         for row, answer in zip(rows, answers, strict=True)
     ]
-    with Rewards(RewardSpec.model_validate({"graders": head["graders"]}), job_id=job_id, secrets={}) as rewards:
-        graded = rewards.grade(samples)
+    graded = grade_apart(RewardSpec.model_validate({"graders": head["graders"]}), samples, job_id=job_id)
     parts = [slice(at, at + count) for at in range(0, len(answers), count)]
     groups = [
         Group(row, prompt, answers[part], graded[part], [one.total for one in graded[part]])

@@ -7,6 +7,7 @@ from session_operations import loop
 from sqlalchemy import select
 
 from ratchet_client.operations import evaluate
+from service.rewards import apart
 from service.store.tables import Metric
 
 SQLITE = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
@@ -52,3 +53,17 @@ def test_answers_are_drawn_by_the_seed(rig: Any) -> None:
     rig.work()
     first, again, other = (rig.answer(job, seq)["texts"] for seq in (1, 2, 3))
     assert first == again != other and len(set(first[0])) > 1
+
+
+@SQLITE
+def test_grading_that_takes_too_long_ends_and_holds_up_nobody(rig: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(apart, "WITHIN_S", 0.2)
+    job, beside = rig.session(), rig.session()
+    rows = [{"prompt": PROMPTS[0], "answer": "1"}]
+    rig.send(job, evaluate(rows, [{"kind": "number", "reference": "{answer}"}], max_tokens=5).head, *loop(1, first=1))
+    rig.send(beside, *loop(1))
+    rig.work()
+    told = rig.answer(job, 1)
+    assert told["rewards"] == [[None]] and told["metrics"]["eval/reward/error_rate"] == 1
+    assert told["errors"] == [[{"number": "not graded: the answers of an evaluation are graded for 0.2 s in all"}]]
+    assert rig.job(job).step == rig.job(beside).step == 1
