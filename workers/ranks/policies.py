@@ -103,8 +103,8 @@ class SpreadLearner(Spread, Learner):
 
     def step(self, settings: StepSettings | None = None, *, poisoned: bool | None = None) -> dict[str, float | bool]:
         poisoned = self._poisoned if poisoned is None else poisoned
-        calls = [("step", settings, poisoned)] * (self.ranks.count - 1)
-        return self.ranks.together(calls, lambda: super(SpreadLearner, self).step(settings, poisoned=poisoned))[0]
+        own = super().step
+        return self.ranks.meet(("step", settings, poisoned), lambda: own(settings, poisoned=poisoned))[0]
 
     def save(self, folder: Path, *, optimizer: bool = True) -> None:
         """As a learner alone does. Raises JobFailed ranks_disagree if the weights of another rank have gone their own way."""

@@ -29,7 +29,7 @@ from workers.ranks.opening import Opening
 log = logging.getLogger(__name__)
 
 LOOK_EVERY_S = 0.5
-NOTICE_S = 20.0  # how long the main thread may take to notice that a rank died
+NOTICE_S = 20.0  # how long the main thread may meet the ranks when one of them has ended
 END_S = 5.0  # how long a rank may take to end, and the process group to be left
 EXIT_RANK_LOST = 77
 Result = TypeVar("Result")
@@ -45,7 +45,9 @@ class Ranks:
         self._folder = TemporaryDirectory(prefix="ratchet-ranks-")
         self._children: list[subprocess.Popen[bytes]] = []
         self._lines: list[Connection[Any, Any]] = []
+        self._errors: dict[int, Exception] = {}  # which a rank has said, and ended with
         self._joined = False
+        self._meets = False  # the main thread may be waiting for all ranks at once, and hears none of them
         self._over = Event()  # they are ended, or about to be
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
         os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
@@ -78,7 +80,7 @@ class Ranks:
         self.agree(self.together([("open", opening, self._device)] * (self.count - 1), own.digest))
         if not self._joined:
             folder = Path(self._folder.name)
-            self.together([("join", folder)] * (self.count - 1), lambda: join(folder, 0, self.count, own.base.device))
+            self.meet(("join", folder), lambda: join(folder, 0, self.count, own.base.device))
             self._joined = True
         own.add_up_gradients(add_up)
 
@@ -93,6 +95,10 @@ class Ranks:
             self.start(calls)
             return [own(), *(self.hear(rank)[1] if call else None for rank, call in enumerate(calls, 1))]
 
+    def meet(self, call: Call, own: Callable[[], Result]) -> list[Any]:
+        """`together`, where the ranks wait for each other inside the call: the process ends if one ends and `own` does not."""
+        return self.together([call] * (self.count - 1), lambda: self._meet(own))
+
     def start(self, calls: Sequence[Call | None]) -> None:
         """Let each other rank begin with its call."""
         for rank, call in enumerate(calls, 1):
@@ -103,35 +109,37 @@ class Ranks:
         try:
             say(self._line(rank), message)
         except OSError as error:
-            raise self._lost() from error
+            raise self._cause() from error
 
     def hear(self, rank: int) -> tuple[str, Any]:
-        """This rank's next answer: part or done, and the value. Raises its error, or JobFailed rank_lost if a rank died."""
+        """This rank's next answer: part or done, and the value. Raises the error of a rank, or JobFailed rank_lost."""
         line = self._line(rank)
         try:
             while not line.poll(LOOK_EVERY_S):
-                if self._any_died():  # another one, for which this one may be waiting
-                    raise self._lost()
+                if self._any_ended():  # another one, for which this one may be waiting
+                    raise self._cause()
             kind, value = hear(line)
         except (EOFError, OSError) as error:
-            raise self._lost() from error
+            raise self._cause() from error
         if kind == "error":
+            self._errors[rank] = value
             raise value
         return kind, value
 
     @contextmanager
     def sound(self) -> Iterator[None]:
-        """If the work inside fails, the ranks are ended. Raises JobFailed rank_lost in place of what its loss has caused."""
+        """If the work inside fails, the ranks are ended. Raises the error of another rank, or JobFailed rank_lost, in place of
+        what the end of that rank has caused."""
         if self.ended:
             raise JobFailed("rank_lost", "the other ranks of this attempt have ended")
         try:
             yield
         except BaseException as error:
-            follows = isinstance(error, RuntimeError) or (isinstance(error, JobFailed) and error.code == "rank_lost")
-            lost = self._lost() if follows and self._any_died(within_s=1.0) else None
+            follows = isinstance(error, RuntimeError) or _is_loss(error)
+            cause = self._cause() if follows and self._any_ended(within_s=1.0) else error
             self._kill()
-            if lost is not None:
-                raise lost from error
+            if cause is not error:
+                raise cause from error
             raise
 
     def end(self) -> None:
@@ -175,22 +183,46 @@ class Ranks:
         for child in self._children:
             child.wait()
 
-    def _any_died(self, *, within_s: float = 0.0) -> bool:
-        """Whether a rank has ended, other than in good order: one that fails says why, and then its status is 0."""
+    def _any_ended(self, *, within_s: float = 0.0) -> bool:
+        """Whether a rank has ended; one that says its error first ends with status 0."""
         until = monotonic() + within_s
-        while not (died := any(child.poll() not in (None, 0) for child in self._children)) and monotonic() < until:
+        while not (ended := any(child.poll() is not None for child in self._children)) and monotonic() < until:
             sleep(0.02)
-        return died
+        return ended
 
-    def _lost(self) -> JobFailed:
-        self._any_died(within_s=1.0)
-        died = [(rank, child.returncode) for rank, child in enumerate(self._children, 1) if child.returncode is not None]
-        how = "; ".join(f"the process of rank {rank} ended with status {status}" for rank, status in died)
+    def _cause(self) -> Exception:
+        """Why a rank has ended: its own error, or JobFailed rank_lost."""
+        self._any_ended(within_s=1.0)
+        ended = {rank: child.returncode for rank, child in enumerate(self._children, 1) if child.returncode is not None}
+        for rank in ended:
+            line = self._line(rank)
+            with suppress(EOFError, OSError):
+                while line.poll():
+                    kind, value = hear(line)
+                    if kind == "error":
+                        self._errors[rank] = value
+        if own := [error for error in self._errors.values() if not _is_loss(error)]:
+            return own[0]
+        how = "; ".join(f"the process of rank {rank} ended with status {status}" for rank, status in ended.items())
         return JobFailed("rank_lost", how or "the process of a rank does not answer")
 
+    def _meet(self, own: Callable[[], Result]) -> Result:
+        self._meets = True
+        try:
+            return own()
+        finally:
+            self._meets = False
+
     def _run(self) -> None:
-        """The main thread notices a dead rank when it next needs it, or not at all, if a GPU waits for that rank."""
+        """`hear` and `tell` notice that a rank has ended. Where the ranks meet the main thread may not, if its GPU waits."""
+        since = monotonic()
         while not self._over.wait(LOOK_EVERY_S):
-            if self._any_died() and not self._over.wait(NOTICE_S):
-                log.error("a rank died and the work does not stop; ending the process")
+            if not self._meets or not self._any_ended():
+                since = monotonic()
+            elif monotonic() - since > NOTICE_S:
+                log.error("a rank has ended and the others wait for it; ending the process", exc_info=self._cause())
                 os._exit(EXIT_RANK_LOST)
+
+
+def _is_loss(error: BaseException) -> bool:
+    return isinstance(error, JobFailed) and error.code == "rank_lost"

@@ -3,14 +3,19 @@
 import math
 import os
 import signal
+import socket
+import time
 from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from chaos.rig import Child, Zygote
 from service.errors import JobFailed
 from service.spec.model import Full, Lora, ModelSpec, TinyConfig
 from service.spec.training import OptimizerSpec
@@ -20,11 +25,42 @@ from workers.ranks.opening import Opening
 from workers.ranks.policies import SpreadLearner, open_spread
 from workers.ranks.ranks import Ranks
 from workers.ranks.split import split
+from workers.tenure.failures import failure_of
 
 TINY = TinyConfig(hidden_size=32, layers=2, heads=4, intermediate_size=64, context=64)
 ANEW = Start()
 SAME: dict[str, Any] = {"atol": 1e-5, "rtol": 0}
 ADAPTERS = pytest.mark.parametrize("adapter", [Full(), Lora(rank=4, alpha=8, dropout=0.0)], ids=["full", "lora"])
+
+
+class Follower(Child):
+    """Two threads may ask after it, as after a subprocess.Popen."""
+
+    def __init__(self, pid: int) -> None:
+        super().__init__(pid)
+        self._lock = Lock()
+
+    def poll(self) -> int | None:
+        with self._lock:
+            return super().poll()
+
+
+class Forked(Ranks):
+    """Their followers are forked, and so need not load torch."""
+
+    def __init__(self, zygote: Zygote, *, short_of_memory: bool = False) -> None:
+        super().__init__(2, "cpu")
+        self._zygote, self._more = zygote, ["short"] * short_of_memory
+
+    def _start(self, rank: int) -> None:
+        folder = Path(self._folder.name)
+        with socket.socket(socket.AF_UNIX) as door:
+            door.bind(str(folder / f"rank-{rank}"))
+            door.listen()
+            door.settimeout(30)
+            argv = ["forked_follower", str(rank), str(self.count), door.getsockname(), *self._more]
+            self._children.append(Follower(self._zygote.child(argv, {}, folder / "log").pid))  # pyright: ignore[reportArgumentType]
+            self._lines.append(Connection(door.accept()[0].detach()))
 
 
 @pytest.fixture(scope="module")
@@ -36,13 +72,20 @@ def started() -> Iterator[list[Ranks]]:
 
 
 @pytest.fixture
-def ranks(started: list[Ranks]) -> Ranks:
-    """The same for all tests, until one has ended them."""
-    if not started or started[-1].ended:
+def new_ranks(started: list[Ranks], zygote: Zygote) -> Callable[..., Ranks]:
+    def new(**how: bool) -> Ranks:
         for ranks in started:
             ranks.end()
-        started.append(Ranks(2, "cpu").__enter__())
-    return started[-1]
+        started[:] = [Forked(zygote, **how).__enter__()]
+        return started[0]
+
+    return new
+
+
+@pytest.fixture
+def ranks(started: list[Ranks], new_ranks: Callable[..., Ranks]) -> Ranks:
+    """The same for all tests, until one has ended them."""
+    return started[0] if started and not started[0].ended else new_ranks()
 
 
 def opening(adapter: Full | Lora, start: Start = ANEW, **more: Any) -> Opening:
@@ -192,6 +235,35 @@ def test_an_error_of_another_rank_is_raised_as_it_is(ranks: Ranks) -> None:
     with pytest.raises(RuntimeError, match="size of tensor"):
         fail()
     assert ranks.ended
+
+
+def test_a_rank_without_memory_in_a_step_fails_the_attempt_with_that(
+    new_ranks: Callable[..., Ranks], some_sequences: Any
+) -> None:
+    """Rank 0 waits for it meanwhile, and sees only that it has gone."""
+    ranks = new_ranks(short_of_memory=True)
+    with pytest.raises(torch.OutOfMemoryError, match="gradients") as caught:
+        learn(spread(ranks, Full()), range(1), some_sequences)
+    assert failure_of(caught.value).code == "out_of_memory" and ranks.ended
+
+
+@pytest.mark.parametrize(("way", "exits"), [("together", set[int]()), ("meet", {77})])
+def test_only_where_rank_0_waits_for_all_does_the_end_of_a_rank_end_the_process(
+    ranks: Ranks, way: str, exits: set[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spread(ranks, Full())
+    seen: set[int] = set()
+    monkeypatch.setattr("workers.ranks.ranks.LOOK_EVERY_S", 0.1)
+    monkeypatch.setattr("workers.ranks.ranks.NOTICE_S", 0.3)
+    monkeypatch.setattr("workers.ranks.ranks.os._exit", seen.add)
+
+    def busy() -> None:
+        os.kill(ranks.pids[0], signal.SIGKILL)
+        time.sleep(1.2)
+
+    with pytest.raises(JobFailed, match="rank 1 ended with status -9") as caught:
+        ranks.meet(("digest",), busy) if way == "meet" else ranks.together([("digest",)], busy)
+    assert caught.value.code == "rank_lost" and seen == exits
 
 
 def test_rows_of_one_prompt_stay_together_and_costs_are_alike() -> None:
