@@ -62,6 +62,8 @@ def redis_py_url(url: str) -> str:
 
 def kombu_url(url: str) -> str:
     """The URL in kombu's form: redis+socket:///path?virtual_host=0 for a socket."""
+    if url.startswith("rediss://") and "ssl_cert_reqs=" not in url:
+        return f"{url}{'&' if '?' in url else '?'}ssl_cert_reqs=required"  # kombu's default checks no certificate
     if not url.startswith(("redis+socket://", "unix://")):
         return url
     path, number = _socket_of(url)

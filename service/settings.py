@@ -32,9 +32,9 @@ class Settings(BaseSettings):
         ".ratchet"
     )
     database_url: Annotated[SecretStr | None, Field(description="SQLAlchemy URL; default: SQLite in data_dir")] = None
-    redis_url: Annotated[SecretStr, Field(description="redis:// or redis+socket:// (unix) URL of the doorbell")] = SecretStr(
-        "redis://127.0.0.1:6379/0"
-    )
+    redis_url: Annotated[
+        SecretStr, Field(description="redis://, rediss:// (TLS) or redis+socket:// (unix) URL of the doorbell")
+    ] = SecretStr("redis://127.0.0.1:6379/0")
     bootstrap_key: Annotated[
         SecretStr | None,
         Field(description="an API key (tml-...) for the project `default`, created at start when it is missing"),
@@ -95,7 +95,7 @@ class Settings(BaseSettings):
         float, Field(gt=0, description="a session without operations for so long is saved and leaves its worker")
     ] = 300.0
     tinker_silence_s: Annotated[
-        float, Field(gt=0, description="a client of the Tinker wire without a heartbeat or an operation for so long counts as gone")
+        float, Field(gt=0, description="a Tinker client without a heartbeat or an operation for so long counts as gone")
     ] = 60.0
     session_slice_s: Annotated[
         float, Field(gt=0, description="sessions hold a worker for at most so long while other work waits for it")

@@ -8,11 +8,13 @@ import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from threading import Thread
 from typing import Any
 
 log = logging.getLogger(__name__)
 
 ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
+STOP_S = 3.0
 NAMESPACE = "ratchet."  # of our own attributes
 
 _tracer: Any = None
@@ -42,7 +44,9 @@ def stop() -> None:
     """Send what waits, and end."""
     global _tracer, _provider
     if _provider is not None:
-        _provider.shutdown()
+        ending = Thread(target=_provider.shutdown, daemon=True)
+        ending.start()
+        ending.join(STOP_S)  # a collector that is away is tried again for longer
     _tracer = _provider = None
 
 

@@ -7,7 +7,6 @@ from typing import Annotated, Literal, Self
 from fastapi import APIRouter, Query, Response
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from service.edge import sso
 from service.edge.auth import ADMIN_PROJECT, AdminDep, Caller, CallerDep
 from service.edge.bodies import DocumentDep, OptionalDocumentDep, documented
 from service.edge.context import ContextDep
@@ -47,8 +46,8 @@ class KeyRequest(Section):
     @field_validator("name")
     @classmethod
     def names_of_people_are_the_sign_on_proxys(cls, name: str) -> str:
-        if name.startswith(sso.NAMED):
-            raise ValueError(f"a name must not begin with {sso.NAMED}, which stands for who signs in by the proxy")
+        if name.startswith(keys.SIGNED_ON):
+            raise ValueError(f"a name must not begin with {keys.SIGNED_ON}, which stands for who signs in by the proxy")
         return name
 
     name: Annotated[
@@ -177,7 +176,7 @@ def revoke_key(context: ContextDep, caller: AdminDep, key_id: str, query: Annota
 @router.post(
     "/{key_id}/rotate",
     status_code=201,
-    responses=responses(403, 404, *BODY),
+    responses=responses(403, 404, 409, *BODY),
     openapi_extra=documented("KeyRotation", required=False),
 )
 def rotate_key(

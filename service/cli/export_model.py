@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import urlsplit
 
 import typer
 
@@ -17,6 +18,7 @@ from service.cli.completion import complete_checkpoint
 from service.cli.connection import connect
 from service.cli.output import say
 
+SCHEMES = ("s3", "gs", "az")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 LOADING = "## How to load it"
 MERGED = f"""{LOADING}
@@ -49,6 +51,8 @@ def export_checkpoint(
     """
     bucket = _bucket(to) if "://" in to else None
     folder = Path(to).absolute()
+    if bucket is None and folder.is_symlink():
+        raise RatchetError(f"{to} is a link; name a new folder")
     if bucket is None and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise RatchetError(f"{to} is there already; name a new folder")
     if bucket is None:
@@ -97,6 +101,11 @@ def _merged(checkpoint: Path, model: Mapping[str, Any], out: Path) -> Path:
 
 
 def _bucket(url: str) -> Any:
+    parts = urlsplit(url)
+    if parts.scheme not in SCHEMES:
+        raise RatchetError(f"{parts.scheme}:// is no kind of bucket that this can write to; these are: {', '.join(SCHEMES)}")
+    if parts.username is not None or parts.password is not None:
+        raise RatchetError("a URL must not hold a key: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or the like")
     try:
         from obstore.store import from_url
     except ImportError as error:

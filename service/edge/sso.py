@@ -20,7 +20,6 @@ from service.store.keys import Known
 from service.store.session import Store
 
 USER = re.compile(r"[A-Za-z0-9._%+@=:/\\|-]{1,120}")
-NAMED = "sso:"  # begins the names of these keys, and of no other
 SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
 OURS = frozenset({"same-origin", "none"})  # Sec-Fetch-Site: by our own page, or typed by the user
 
@@ -78,11 +77,12 @@ def look(store: Store, settings: Settings, user: str) -> Known:
     assert project is not None  # the settings have been checked
     with store.look() as connection:
         key = keys.known(connection, text)
-    if key is None:
+        revoked = key is None and keys.is_revoked(connection, text)
+    if key is None and not revoked:
         try:
             with store.begin() as session:
-                keys.create(session, project=project, name=f"{NAMED}{user}", text=text, scopes=[settings.sso_scope])
-        except IntegrityError:  # another request was first, or the key was revoked
+                keys.create(session, project=project, name=f"{keys.SIGNED_ON}{user}", text=text, scopes=[settings.sso_scope])
+        except IntegrityError:  # another request was first
             pass
         with store.look() as connection:
             key = keys.known(connection, text)
@@ -90,4 +90,8 @@ def look(store: Store, settings: Settings, user: str) -> Known:
         raise Unauthorized(
             f"{user} was shut out: the key sso:{user} is revoked", code="invalid_api_key", hint="ask an operator"
         )
-    return replace(key, scopes=keys.with_implied([settings.sso_scope]))
+    scopes = keys.with_implied([settings.sso_scope])
+    if key.scopes != scopes:  # the setting was another when the user first came
+        with store.begin() as session:
+            keys.change_scopes(session, key.id, scopes)
+    return replace(key, scopes=scopes)

@@ -19,7 +19,7 @@ and the tensors `i/NAME` in the layout of the request. In a JSON response they a
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal, NamedTuple
 
 from service.relay.tensors import Tensor, Tensors, decode, encode
@@ -65,7 +65,9 @@ class Order:
     @classmethod
     def decode(cls, parcel: Parcel) -> "Order":
         tensors, _ = decode(parcel.tensors)
-        return cls(**json.loads(parcel.head), tensors=tensors)
+        known = {field.name for field in fields(cls)}
+        head = {name: value for name, value in json.loads(parcel.head).items() if name in known}  # a newer API says more
+        return cls(**head, tensors=tensors)
 
 
 @dataclass(frozen=True)

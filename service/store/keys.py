@@ -10,11 +10,12 @@ from typing import Any
 from sqlalchemy import ColumnElement, Connection, bindparam, or_, select, update
 from sqlalchemy.orm import Session
 
-from service.errors import NotFound
+from service.errors import Conflict, NotFound
 from service.ids import new_id, utcnow
 from service.store.tables import ApiKey
 
 PREFIX = "tml-"
+SIGNED_ON = "sso:"  # begins the names of the keys of people whom a proxy signs in, and of no other
 SCOPES = ("read", "write", "admin")  # each includes those before it
 TOUCH_EVERY = timedelta(minutes=1)  # last_used_at only informs people, so it is not written for each request
 
@@ -92,6 +93,15 @@ def known(connection: Connection, text: str) -> Known | None:
     return None if row is None else Known(*row)
 
 
+def is_revoked(connection: Connection, text: str) -> bool:
+    gone = select(ApiKey.id).where(ApiKey.sha256 == digest(text), ApiKey.revoked_at.is_not(None))
+    return connection.scalar(gone) is not None
+
+
+def change_scopes(session: Session, key_id: str, scopes: list[str]) -> None:
+    session.execute(update(ApiKey).where(ApiKey.id == key_id).values(scopes=scopes))
+
+
 def find(session: Session, text: str) -> Known | None:
     """Like `known`, within a session."""
     return known(session.connection(), text)
@@ -156,6 +166,10 @@ def rotate(
     old = session.scalar(theirs.with_for_update())
     if old is None:
         raise NotFound(f"no key {key_id} in this project")
+    if old.name.startswith(SIGNED_ON):
+        raise Conflict(
+            f"{old.name} signs in by the proxy, and has no key to rotate", code="sso_key", hint="revoke it, or make a key"
+        )
     ends = [now + (old.expires_at - old.created_at)] if old.expires_at is not None else []
     ends += [no_longer_than] if no_longer_than is not None else []
     key, text = create(
@@ -173,9 +187,11 @@ def rotate(
 
 
 def sha256_of(session: Session, key_id: str) -> str | None:
-    """The stored hash of a key that is valid: what its holder's URLs are signed with. None otherwise."""
+    """The stored hash of a key that is valid: what its holder's URLs are signed with. None otherwise, and for the keys of
+    people who sign in by a proxy, because these have no secret text: anybody could compute the hash."""
     now = utcnow()
-    valid = (ApiKey.revoked_at.is_(None), or_(ApiKey.expires_at.is_(None), ApiKey.expires_at > now))
+    secret = ApiKey.name.not_like(f"{SIGNED_ON}%")
+    valid = (secret, ApiKey.revoked_at.is_(None), or_(ApiKey.expires_at.is_(None), ApiKey.expires_at > now))
     return session.scalar(select(ApiKey.sha256).where(ApiKey.id == key_id, *valid))
 
 

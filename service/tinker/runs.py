@@ -185,7 +185,9 @@ def external_weights_urls(
         _, row = _found(session, caller, model_id, kind, name)
         secret = keys.sha256_of(session, caller.key_id)
     folder = context.store.blobs.path(row.path)
-    if secret is None or not folder.is_dir():
+    if secret is None:
+        raise InvalidRequest("URLs are signed with an API key: ask for them with one", code="not_offered")
+    if not folder.is_dir():
         raise files_missing(f"checkpoint {row.id}")
     until = int(datetime.now(UTC).timestamp()) + URL_S
     base = f"{str(request.base_url).rstrip('/')}{PREFIX}/files/{row.id}"

@@ -10,6 +10,7 @@ import pytest
 from pydantic import SecretStr, ValidationError
 
 from service.settings import Settings
+from service.store import keys
 
 PROXY, ELSEWHERE = "127.0.0.2", "127.0.0.1"
 SSO = {"sso_header": "X-Forwarded-User", "sso_proxies": "127.0.0.2/32, ::1/128", "sso_project": "team", "sso_scope": "write"}
@@ -94,6 +95,18 @@ def test_a_user_whose_key_was_revoked_is_shut_out(served: Any) -> None:
     with client(served, **{"X-Forwarded-User": "mallory"}) as mallory, served.client(project="team") as admin:
         admin.delete(f"/v1/keys/{mallory.get('/v1/keys/self').json()['id']}")
         assert refusal(mallory.get("/v1/jobs")) == (401, "invalid_api_key")
+
+
+def test_a_key_of_the_proxys_is_rotated_by_nobody_and_signs_no_url(served: Any) -> None:
+    """Its text can be computed from the user's name, so nothing may hang on its hash."""
+    with client(served, **{"X-Forwarded-User": "carl"}) as carl, served.client(project="team") as admin:
+        key_id = carl.get("/v1/keys/self").json()["id"]
+        assert refusal(admin.post(f"/v1/keys/{key_id}/rotate")) == (409, "sso_key")
+        with served.app.state.context.store.begin() as session:
+            assert keys.sha256_of(session, key_id) is None
+            keys.change_scopes(session, key_id, ["read"])
+        served.app.state.context.keyring.forget("sso:team:carl")
+        assert carl.get("/v1/keys/self").json()["scopes"] == ["read", "write"]
 
 
 def test_the_mode_is_off_by_default(api: Any) -> None:

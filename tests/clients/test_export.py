@@ -136,4 +136,6 @@ def test_a_bucket_gets_every_file_once(checkpoint: tuple[str, ModelSpec], cli: C
     absent = cli("export", "checkpoint", checkpoint_id, "--to", "s3://nowhere/x")
     assert absent.code == 1 and "s3://nowhere/x" in absent.err
     strange = cli("export", "checkpoint", checkpoint_id, "--to", "ftp://models/x")
-    assert strange.code == 1 and "ftp://models/x cannot be used" in strange.err
+    assert strange.code == 1 and "ftp:// is no kind of bucket" in strange.err
+    secret = cli("export", "checkpoint", checkpoint_id, "--to", "s3://name:hush@models/x")
+    assert secret.code == 1 and "must not hold a key" in secret.err and "hush" not in secret.err

@@ -48,6 +48,8 @@ def bell(url: str) -> Iterator[Doorbell]:
     ("url", "for_redis_py", "for_kombu"),
     [
         ("redis://h:6379/3", "redis://h:6379/3", "redis://h:6379/3"),
+        ("rediss://h/3", "rediss://h/3", "rediss://h/3?ssl_cert_reqs=required"),
+        ("rediss://h?ssl_cert_reqs=none", "rediss://h?ssl_cert_reqs=none", "rediss://h?ssl_cert_reqs=none"),
         ("redis+socket:///run/r.sock", "unix:///run/r.sock?db=0", "redis+socket:///run/r.sock?virtual_host=0"),
         ("redis+socket:///run/r.sock?virtual_host=2", "unix:///run/r.sock?db=2", "redis+socket:///run/r.sock?virtual_host=2"),
         ("unix:///run/r.sock?db=2", "unix:///run/r.sock?db=2", "redis+socket:///run/r.sock?virtual_host=2"),

@@ -66,7 +66,7 @@ def test_settings_and_probes_are_ours() -> None:
 def test_each_pod_fits_the_restricted_standard(name: str, pod: dict[str, Any]) -> None:
     spec = pod["spec"]
     assert spec["securityContext"]["runAsNonRoot"] and spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
-    assert spec["automountServiceAccountToken"] is False
+    assert spec["automountServiceAccountToken"] is False and spec["enableServiceLinks"] is False
     for container in spec["containers"]:
         context = container["securityContext"]
         assert (context["allowPrivilegeEscalation"], context["readOnlyRootFilesystem"]) == (False, True)
