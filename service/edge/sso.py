@@ -68,7 +68,7 @@ def _is_foreign(request: Request) -> bool:
 
 def text_of(settings: Settings, user: str) -> str:
     """Stands for the text of the user's key. No request can send it as one, because those begin with tml-."""
-    return f"sso:{settings.sso_project}:{user}"
+    return f"{keys.SIGNED_ON}{settings.sso_project}:{user}"
 
 
 def look(store: Store, settings: Settings, user: str) -> Known:
@@ -88,7 +88,7 @@ def look(store: Store, settings: Settings, user: str) -> Known:
             key = keys.known(connection, text)
     if key is None:
         raise Unauthorized(
-            f"{user} was shut out: the key sso:{user} is revoked", code="invalid_api_key", hint="ask an operator"
+            f"{user} was shut out: the key {keys.SIGNED_ON}{user} is revoked", code="invalid_api_key", hint="ask an operator"
         )
     scopes = keys.with_implied([settings.sso_scope])
     if key.scopes != scopes:  # the setting was another when the user first came
