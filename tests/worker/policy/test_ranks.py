@@ -257,6 +257,8 @@ def test_only_where_rank_0_waits_for_all_does_the_end_of_a_rank_end_the_process(
     monkeypatch.setattr("workers.ranks.ranks.NOTICE_S", 0.3)
     monkeypatch.setattr("workers.ranks.ranks.os._exit", seen.add)
 
+    os.kill(ranks.pids[0], signal.SIGSTOP)  # or it might have answered before it is killed
+
     def busy() -> None:
         os.kill(ranks.pids[0], signal.SIGKILL)
         time.sleep(1.2)
