@@ -12,6 +12,9 @@ COMPOSE = $$($(BIN)/python -c 'import compose; print(compose.__path__[0] + "/doc
 SITE = NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 comma := ,
 
+# Tests start hundreds of interpreters, each of which would compile our modules anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: bench docs help demo test gpu-test fuzz chaos soak check stack-test fmt openapi reference clean machine
 
@@ -21,8 +24,9 @@ help: ## what there is
 demo: $(VENV)/.for-running ## train a model with GSPO through the whole stack, on this machine, in a few minutes
 	@$(BIN)/ratchet demo
 
-test: $(VENV)/.for-developing ## run the tests (ARGS="-k name" passes arguments on)
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS)
+# Tests wait as often as they compute, so two cores have work for four processes.
+test: $(VENV)/.for-developing ## run the tests (ARGS="-k name" passes arguments on; N=2 processes instead of 4)
+	$(BIN)/python -m pytest -n $(or $(N),4) --dist worksteal $(ARGS)
 
 gpu-test: $(VENV)/.for-developing ## the tests that need GPUs; each is skipped where they are missing
 	$(BIN)/python -m pytest tests/gpu $(ARGS)

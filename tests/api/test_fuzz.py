@@ -54,7 +54,7 @@ def fuzz(serve, settings, tmp_path: Path) -> Iterator[Fuzz]:
             if parameter["name"] == "wait_s":
                 parameter["schema"]["maximum"] = 0.1  # of the sixty seconds of a long poll nothing is to be learnt
         if not FOR_S:
-            leave_out_what_is_tried_elsewhere(document["components"]["schemas"])
+            leave_out_what_is_tried_elsewhere(document)
         (tmp_path / "openapi.json").write_text(json.dumps(document))
         (tmp_path / "schemathesis.toml").write_text(CONFIG)
 
@@ -78,12 +78,19 @@ def fuzz(serve, settings, tmp_path: Path) -> Iterator[Fuzz]:
         yield run
 
 
-def leave_out_what_is_tried_elsewhere(schemas: dict[str, Any]) -> None:
-    """Thousands of cases: lists of operations, each of which is tried alone and read by the same code; and objectives, which
-    are tried in requests for losses."""
+def leave_out_what_is_tried_elsewhere(document: dict[str, Any]) -> None:
+    """Thousands of cases: bodies in YAML, which becomes what JSON would have been before anything else is done (one operation
+    keeps them); lists of operations, each of which is tried alone and read by the same code; objectives, graders and models,
+    which are tried in requests for losses and in specs."""
+    for path, methods in document["paths"].items():
+        for operation in methods.values():
+            if path != "/v1/budget":
+                operation.get("requestBody", {"content": {}})["content"].pop("application/yaml", None)
+    schemas = document["components"]["schemas"]
     schemas["Operations"]["properties"]["operations"]["items"] = {"$ref": "#/components/schemas/OptimStep"}
     for name in ("Forward", "TrainStep"):
         schemas[name]["properties"]["objective"] = {"const": {"preset": "gspo"}}
+    schemas["Eval"]["properties"]["graders"]["items"] = {"$ref": "#/components/schemas/ExactGrader"}
 
 
 def operations(option: str, names: list[str]) -> list[str]:

@@ -8,6 +8,7 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -79,14 +80,25 @@ class Zygote:
         assert json.loads(self._lines.readline() or "{}") == {"ready": True}, (folder / "zygote.log").read_text()
         ours.close()
 
-    def start(self, argv: Sequence[str], env: dict[str, str], log: Path, *, beside: bool = False) -> int:
-        order = {"argv": list(argv), "env": self.env | env, "log": str(log), "beside": beside}
+    def start(
+        self, argv: Sequence[str], env: dict[str, str], log: Path, *, beside: bool = False, cwd: Path = TESTS.parent
+    ) -> int:
+        order = {"argv": list(argv), "env": self.env | env, "log": str(log), "beside": beside, "cwd": str(cwd)}
         print(json.dumps(order), file=self._lines, flush=True)
         return json.loads(self._lines.readline())["pid"]
 
-    def child(self, argv: Sequence[str], env: dict[str, str], log: Path) -> "Child":
+    def child(self, argv: Sequence[str], env: dict[str, str], log: Path, **more: Path) -> "Child":
         """The same as a child of this process."""
-        return Child(self.start(argv, env, log, beside=True))
+        return Child(self.start(argv, env, log, beside=True, **more))
+
+    def run(self, *argv: str, **env: str) -> str:
+        """What it printed. An AssertionError with that if it fails."""
+        with tempfile.TemporaryDirectory() as folder:
+            log = Path(folder) / "log"
+            code = self.child(argv, env, log).wait()
+            said = log.read_text()
+        assert code == 0, said
+        return said
 
     def close(self) -> None:
         self._lines.close()

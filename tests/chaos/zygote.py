@@ -5,8 +5,9 @@ has one thread only, and forks a worker's parent when asked. That parent forks, 
 where billiard would start its child as a fresh interpreter, the nursery makes one by clone(CLONE_PARENT). The child is what
 it would have been: a clean process whose parent is the worker's parent, dying with it, with nothing of it inside.
 
-Speaks lines of JSON over a socket that its starter inherits to it: {"argv", "env", "log", "beside"} in, {"pid"} out. Ends with
-it. What is started `beside` is its starter's child, which is to wait for it; else whoever has died is gone at once.
+Speaks lines of JSON over a socket that its starter inherits to it: {"argv", "env", "log", "beside", "cwd"} in, {"pid"} out.
+Ends with it. `argv` is what stands behind `python` or `python -m`. What is started `beside` is its starter's child, which
+is to wait for it; else whoever has died is gone at once.
 """
 
 import array
@@ -53,7 +54,7 @@ def main(descriptor: int) -> None:
             pid = _clone_beside() if order["beside"] else os.fork()
             if pid == 0:
                 orders.close()
-                _become(order["argv"], order["env"], order["log"])
+                _become(order)
             print(json.dumps({"pid": pid}), file=lines, flush=True)
 
 
@@ -65,19 +66,28 @@ def _load() -> None:
     assert threads.split() == ["Threads:", "1"], "a process with threads must not fork"
 
 
-def _become(argv: list[str], env: dict[str, str], log: str) -> None:
-    """Never returns: this process is now `python -m argv...`."""
+def _become(order: dict[str, Any]) -> None:
+    """Never returns: this process is now `python argv...` or `python -m argv...`."""
+    argv = order["argv"]
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     os.setsid()
     _die_with_parent()
+    os.chdir(order["cwd"])
     os.environ.clear()
-    os.environ.update(env)
-    written = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    os.environ.update(order["env"])
+    written = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     os.dup2(written, 1)
     os.dup2(written, 2)
-    if argv[0] == "celery":
-        _open_nursery()
-    _run(lambda: runpy.run_module(argv[0], run_name="__main__", alter_sys=True), argv)
+    match argv:
+        case ["-c", program, *_]:
+            _run(lambda: exec(program, {"__name__": "__main__"}), ["-c", *argv[2:]])
+        case [path, *_] if path.endswith(".py"):
+            sys.path.insert(0, str(Path(path).parent))
+            _run(lambda: runpy.run_path(path, run_name="__main__"), argv)
+        case _:
+            if argv[0] == "celery":
+                _open_nursery()
+            _run(lambda: runpy.run_module(argv[0], run_name="__main__", alter_sys=True), argv)
 
 
 def _run(do: Any, argv: list[str]) -> None:

@@ -1,8 +1,5 @@
 """Losses through the client, with torch and without, over HTTP with a real API and a real loss worker."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -11,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from chaos.rig import Zygote
 from ratchet_client import Ratchet, RatchetApiError
 from ratchet_client.torch import ratchet_loss, ratchet_losses
 from service.spec.objective import ObjectiveSpec
@@ -247,10 +245,7 @@ def test_rows_that_are_not_finite_can_be_left_out(ratchet: Ratchet) -> None:
     )
 
 
-def test_the_example_ends_with_the_weights_of_the_local_objective(stack: Any) -> None:
+def test_the_example_ends_with_the_weights_of_the_local_objective(stack: Any, zygote: Zygote) -> None:
     example = Path(__file__).parents[2] / "examples" / "loss_client" / "train.py"
-    environment = {**os.environ, "RATCHET_URL": stack.url, "RATCHET_API_KEY": stack.key, "HF_HUB_OFFLINE": "1"}
-    argv = [sys.executable, str(example), "--compare", "--steps", "5"]
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=110, env=environment)
-    assert done.returncode == 0 and "the same, bit for bit" in done.stdout, done.stdout + done.stderr
-    assert done.stdout.count("reward") == 10
+    said = zygote.run(str(example), "--compare", "--steps", "5", RATCHET_URL=stack.url, RATCHET_API_KEY=stack.key)
+    assert "the same, bit for bit" in said and said.count("reward") == 10, said

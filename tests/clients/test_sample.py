@@ -100,14 +100,13 @@ def test_a_folder_and_a_checkpoint_answer_side_by_side(
 
 
 def test_what_cannot_be_sampled_is_a_plain_error(api: str, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sample, "_model_process", here)
     empty = ask(cli, str(tmp_path), "rev 12>")
     assert empty.code == 1 and "no folder of a checkpoint" in empty.err
     absent = ask(cli, "ckpt_nobody", "rev 12>")
     assert absent.code == 1 and "ckpt_nobody" in absent.err
     saved(tmp_path / "full", 1, "full")
-    with monkeypatch.context() as patch:
-        patch.setattr(sample, "_model_process", here)
-        talked = ask(cli, str(tmp_path / "full"), "hello", "--chat")
+    talked = ask(cli, str(tmp_path / "full"), "hello", "--chat")
     assert talked.code == 1 and "chat template" in talked.err and "Traceback" not in talked.err
     (tmp_path / "full" / "model" / "config.json").unlink()
     broken = ask(cli, str(tmp_path / "full"), "rev 12>")

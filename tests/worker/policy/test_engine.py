@@ -1,8 +1,6 @@
 """The local engine: a request's completion depends on the request alone, to the bit, whatever is sampled beside it."""
 
 import math
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -220,7 +218,6 @@ print(engine.run(asked)[::10] == [engine.run([one])[0] for one in asked[::10]])
 """
 
 
-def test_with_two_threads_too():
+def test_with_two_threads_too(zygote):
     """In a process of its own: MKL asks how it shall compute once a process."""
-    ran = subprocess.run([sys.executable, "-c", TWO_THREADS], capture_output=True, text=True, check=True)
-    assert ran.stdout == "True\n"
+    assert zygote.run("-c", TWO_THREADS).splitlines()[-1] == "True"
