@@ -68,7 +68,7 @@ def _load() -> None:
 
 def _become(order: dict[str, Any]) -> None:
     """Never returns: this process is now `python argv...` or `python -m argv...`."""
-    argv = order["argv"]
+    argv: list[str] = order["argv"]
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     os.setsid()
     _die_with_parent()
@@ -83,7 +83,7 @@ def _become(order: dict[str, Any]) -> None:
             _run(lambda: exec(program, {"__name__": "__main__"}), ["-c", *argv[2:]])
         case [path, *_] if path.endswith(".py"):
             sys.path.insert(0, str(Path(path).parent))
-            _run(lambda: runpy.run_path(path, run_name="__main__"), argv)
+            _run(lambda: runpy.run_path(path, run_name="__main__"), list(argv))
         case _:
             if argv[0] == "celery":
                 _open_nursery()

@@ -18,6 +18,7 @@ from typing import Any
 import httpx
 import pytest
 
+from chaos.rig import Zygote
 from ratchet_client import Ratchet
 from ratchet_client.discovery import find
 from service.local import redis_server
@@ -256,16 +257,21 @@ def test_a_killed_process_counts_as_dead_before_anybody_has_waited_for_it() -> N
 # ---------------------------------------------------------------- what cannot start
 
 
-def refused(*args: str, **environment: str) -> str:
-    done = subprocess.run(
-        [*RATCHET, "up", *args], capture_output=True, text=True, timeout=60, env={**os.environ, **environment}
-    )
-    assert (done.returncode, done.stdout) == (1, ""), done
-    assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
-    return done.stderr
+@pytest.fixture
+def refused(zygote: Zygote, tmp_path: Path) -> Callable[..., str]:
+    """Starts `ratchet up`, which says on one line why it does not start."""
+
+    def run(*args: str, **environment: str) -> str:
+        log = tmp_path / "log"
+        assert zygote.child(["service.cli", "up", *args], environment, log).wait() == 1
+        said = log.read_text()
+        assert said.startswith("error: ") and len(said.splitlines()) == 1, said
+        return said
+
+    return run
 
 
-def test_a_second_up_on_the_same_directory_is_refused(folder: Path) -> None:
+def test_a_second_up_on_the_same_directory_is_refused(folder: Path, refused: Callable[..., str]) -> None:
     with (folder / "lock").open("w") as file:
         file.write("4321\n")
         file.flush()
@@ -274,13 +280,13 @@ def test_a_second_up_on_the_same_directory_is_refused(folder: Path) -> None:
     assert "process 4321" in said and str(folder) in said and "--data-dir" in said
 
 
-def test_a_taken_port_is_said_to_be(folder: Path) -> None:
+def test_a_taken_port_is_said_to_be(folder: Path, refused: Callable[..., str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         assert f"127.0.0.1:{port}" in refused("--data-dir", str(folder / "data"), "--port", port)
 
 
-def test_a_setting_that_makes_no_sense_is_named(folder: Path) -> None:
+def test_a_setting_that_makes_no_sense_is_named(folder: Path, refused: Callable[..., str]) -> None:
     assert "RATCHET_LEASE_TTL_S" in refused("--data-dir", str(folder / "data"), "--port", "0", RATCHET_LEASE_TTL_S="soon")
 
 

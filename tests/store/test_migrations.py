@@ -1,8 +1,4 @@
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -10,6 +6,7 @@ from alembic import command
 from pydantic import SecretStr
 from sqlalchemy import inspect, select
 
+from chaos.rig import Zygote
 from service.doorbell import Doorbell
 from service.jobs.lifecycle import create_job
 from service.sessions.sessions import resolve_session
@@ -20,7 +17,6 @@ from service.store.operations import Asked
 from service.store.session import alembic_config, downgrade, make_engine, open_store, upgrade
 from service.store.tables import Base, Job, Operation
 
-ROOT = Path(__file__).parents[2]
 TABLES = {*Base.metadata.tables, "alembic_version"}
 
 
@@ -82,18 +78,15 @@ def test_samplers_that_came_to_be_twice_become_one(empty_url: str, tmp_path: Pat
     assert [waits[job] for job in made] == [("waiting", None), ("failed", "session_over"), ("waiting", None)]
 
 
-def test_copies_that_start_together_migrate_once(empty_url: str) -> None:
-    with ThreadPoolExecutor(3) as pool:
-        script = "import sys; from service.store.session import upgrade; upgrade(sys.argv[1])"
-        runs = pool.map(lambda _: subprocess.run([sys.executable, "-c", script, empty_url], check=False).returncode, range(3))
-        assert list(runs) == [0, 0, 0]
+def test_copies_that_start_together_migrate_once(empty_url: str, zygote: Zygote, tmp_path: Path) -> None:
+    script = "import sys; from service.store.session import upgrade; upgrade(sys.argv[1])"
+    copies = [zygote.child(["-c", script, empty_url], {}, tmp_path / "log") for _ in range(3)]
+    assert [copy.wait() for copy in copies] == [0, 0, 0], (tmp_path / "log").read_text()
     assert tables(empty_url) == TABLES
 
 
-def test_the_command_line_uses_the_settings(tmp_path: Path) -> None:
+def test_the_command_line_uses_the_settings(tmp_path: Path, zygote: Zygote) -> None:
     url = f"sqlite:///{tmp_path / 'cli.db'}"
-    environment = {**os.environ, "RATCHET_DATABASE_URL": url}
     for arguments in (["upgrade", "head"], ["check"]):
-        alembic = [sys.executable, "-m", "alembic", *arguments]
-        subprocess.run(alembic, cwd=ROOT, env=environment, check=True, capture_output=True)
+        zygote.run("alembic", *arguments, RATCHET_DATABASE_URL=url)
     assert tables(url) == TABLES
