@@ -90,7 +90,8 @@ class RegexGrader(GraderBase):
 class NumberGrader(GraderBase):
     """1 if the answer's final number or formula equals the reference's, else 0 (sympy and math-verify; docs/graders.md).
 
-    Only the last 4,096 characters of an answer are read; one that takes longer than five seconds is an error of that sample.
+    Only the last 4,096 characters of an answer are read; one that takes longer than five seconds of CPU time is an error of
+    that sample.
     """
 
     kind: Literal["number"]

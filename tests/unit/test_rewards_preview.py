@@ -132,13 +132,16 @@ def test_what_takes_too_long_is_ended_with_everything_it_started(tmp_path: Path,
         "prompt": "{q}",
         "answer": "{a}",
     }
-    with ThreadPoolExecutor(1) as threads:
-        asked = threads.submit(run_preview, slow, dataset_paths={}, secrets={}, timeout_s=3)
-        most = 0
-        while not asked.done():
-            most = max(most, len(processes(tmp_path)))
-            time.sleep(0.02)
-        assert asked.result() == Preview([], ["the sample rows were not graded: it took longer than 3 s"])
+    most = 0
+    for timeout_s in (3, 10, 30):  # on a busy machine the grader's process comes late
+        with ThreadPoolExecutor(1) as threads:
+            asked = threads.submit(run_preview, slow, dataset_paths={}, secrets={}, timeout_s=timeout_s)
+            while not asked.done():
+                most = max(most, len(processes(tmp_path)))
+                time.sleep(0.02)
+            assert asked.result() == Preview([], [f"the sample rows were not graded: it took longer than {timeout_s} s"])
+        if most == 2:
+            break
     assert most == 2  # the dry run's own, and its grader's
     deadline = time.monotonic() + 10  # the grader's own process ends with its alarm, or when its pipe closes
     while left := processes(tmp_path):
