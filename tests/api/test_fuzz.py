@@ -80,16 +80,26 @@ def fuzz(serve, settings, tmp_path: Path) -> Iterator[Fuzz]:
 
 def leave_out_what_is_tried_elsewhere(document: dict[str, Any]) -> None:
     """Thousands of cases: bodies in YAML, which becomes what JSON would have been before anything else is done (one operation
-    keeps them); lists of operations, each of which is tried alone and read by the same code; objectives, graders and models,
-    which are tried in requests for losses and in specs."""
+    keeps them); lists of operations, each of which is tried alone and read by the same code; and what other requests hold."""
     for path, methods in document["paths"].items():
         for operation in methods.values():
             if path != "/v1/budget":
                 operation.get("requestBody", {"content": {}})["content"].pop("application/yaml", None)
     schemas = document["components"]["schemas"]
-    schemas["Operations"]["properties"]["operations"]["items"] = {"$ref": "#/components/schemas/OptimStep"}
-    for name in ("Forward", "TrainStep"):
-        schemas[name]["properties"]["objective"] = {"const": {"preset": "gspo"}}
+    once = {
+        "Forward": {"objective": {"preset": "gspo"}},
+        "Operations": {"operations": [{"seq": 1, "kind": "optim_step"}]},
+        "TrainStep": {
+            "objective": {"preset": "gspo"},
+            "optimizer": {"learning_rate": 0.01},
+            "groups": [{"prompt_tokens": [5], "answers": [{"tokens": [6], "log_probs": [-1.0], "reward": 1.0}]}],
+        },
+        "Eval": {"sampling": {}},
+        "SessionSpec": {"model": {"source": "tiny"}, "resources": {}},
+    }
+    for name, fields in once.items():
+        for field, value in fields.items():
+            schemas[name]["properties"][field] = {"const": value}
     schemas["Eval"]["properties"]["graders"]["items"] = {"$ref": "#/components/schemas/ExactGrader"}
 
 
