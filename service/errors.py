@@ -134,6 +134,19 @@ class Unavailable(RatchetError):
     retryable = True
 
 
+class BucketUnavailable(Unavailable):
+    """The bucket with the files of checkpoints and datasets does not answer."""
+
+    code = "bucket_unavailable"
+
+
+class BucketRefused(Unavailable):
+    """The bucket is not there, or does not let us in: the operator must mend it."""
+
+    code = "bucket_refused"
+    retryable = False
+
+
 class DiskFull(RatchetError):
     """What was to be stored does not fit. Nothing of it is left."""
 

@@ -204,6 +204,18 @@ CODES: Mapping[str, Code] = MappingProxyType(
         "store_unavailable": Code(
             "infra", "the database did not answer", "see that it runs and that the worker reaches it", retryable=True
         ),
+        "bucket_unavailable": Code(
+            "infra",
+            "the bucket with the files of checkpoints and datasets did not answer",
+            "see that it runs and that the worker reaches it; the job is tried again by itself",
+            retryable=True,
+        ),
+        "bucket_refused": Code(
+            "infra",
+            "the bucket with the files of checkpoints and datasets is not there, or does not let the worker in",
+            "mend RATCHET_BLOB_URL or the credentials in the worker's environment (ratchet doctor looks), then resume the job",
+            pauses=True,
+        ),
         "io_error": Code(
             "infra", "reading or writing a file failed", "look at the worker's disk: is it full, is it there?", retryable=True
         ),

@@ -4,6 +4,7 @@ from functools import lru_cache
 from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
 from typing import Annotated, Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -12,6 +13,8 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 NOT_FOR_SSO = frozenset({"authorization", "x-api-key", "cookie", "host", "origin", "user-agent", "idempotency-key"})
 # Values from examples and tutorials, which production refuses as secrets.
 WELL_KNOWN_SECRETS = frozenset({"", "ratchet", "postgres", "password", "changeme", "change-me", "secret", "admin"})
+
+BUCKETS = ("s3", "gs", "az")
 
 
 class Settings(BaseSettings):
@@ -31,6 +34,10 @@ class Settings(BaseSettings):
     data_dir: Annotated[Path, Field(description="datasets, checkpoints, the embedded store: everything that is a file")] = Path(
         ".ratchet"
     )
+    blob_url: Annotated[
+        str | None,
+        Field(description="a bucket for datasets and checkpoints: s3://bucket/prefix, gs:// or az://; data_dir is its cache"),
+    ] = None
     database_url: Annotated[SecretStr | None, Field(description="SQLAlchemy URL; default: SQLite in data_dir")] = None
     redis_url: Annotated[
         SecretStr, Field(description="redis://, rediss:// (TLS) or redis+socket:// (unix) URL of the doorbell")
@@ -195,6 +202,18 @@ class Settings(BaseSettings):
                 f"got {self.lease_renew_s}, {self.lease_self_stop_s}, {self.lease_ttl_s}"
             )
         return self
+
+    @field_validator("blob_url", mode="after")
+    @classmethod
+    def a_bucket_without_a_key_in_it(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        parts = urlsplit(value)
+        if parts.scheme not in BUCKETS or not parts.hostname:
+            raise ValueError(f"RATCHET_BLOB_URL names a bucket: {', '.join(f'{scheme}://bucket/prefix' for scheme in BUCKETS)}")
+        if parts.username is not None or parts.password is not None or parts.query:
+            raise ValueError("RATCHET_BLOB_URL must hold no key: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or the like")
+        return value
 
     @field_validator("rollout_keys", mode="after")
     @classmethod

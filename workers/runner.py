@@ -168,4 +168,5 @@ def _optimizer_steps(spec: RLSpec | SupervisedSpec) -> int:
 
 def _dataset_path(store: Store, project: str, dataset_id: str) -> Path:
     with store.begin(readonly=True) as session:
-        return store.blobs.path(datasets.get(session, project, dataset_id).path)
+        dataset = datasets.get(session, project, dataset_id)
+    return store.blobs.fetch(dataset.path)

@@ -179,7 +179,7 @@ def download_checkpoint(
     """The files of the checkpoint as a tar archive, below a folder named after it."""
     with context.store.begin(readonly=True) as session:
         checkpoint = checkpoints.get(session, caller.project, checkpoint_id)
-    folder = context.store.blobs.path(checkpoint.path)
+    folder = context.store.blobs.fetch(checkpoint.path)
     if not folder.is_dir():
         raise files_missing(f"checkpoint {checkpoint_id}")
     archive = archive_of(folder, checkpoint.id, without=() if query.optimizer else (OPTIMIZER,))

@@ -131,7 +131,7 @@ def read_rows(
         dataset = datasets.get(session, caller.project, dataset_id)
     end = query.offset + query.limit
     try:
-        rows = JsonlRows(context.store.blobs.path(dataset.path), end)
+        rows = JsonlRows(context.store.blobs.fetch(dataset.path), end)
         data = rows[query.offset : rows.within(query.offset, end, MAX_PAGE_BYTES)]
     except FileNotFoundError:
         raise files_missing(f"dataset {dataset_id}") from None

@@ -24,6 +24,7 @@ from service.edge.faces import PROBLEM, face_of
 from service.errors import (
     BodyTooLarge,
     BodyTooSlow,
+    BucketRefused,
     Busy,
     Conflict,
     DiskFull,
@@ -71,6 +72,7 @@ HEADERS: Mapping[type[RatchetError], dict[str, str]] = {
     InFlight: {"Retry-After": "1"},
     Busy: {"Retry-After": "1"},
     BodyTooSlow: {"Connection": "close"},  # do not keep the connection open for the rest of the body
+    BucketRefused: {},
     Unavailable: {"Retry-After": "5"},
     DiskFull: {"Connection": "close"},  # the same for a body that does not fit
 }
@@ -178,7 +180,7 @@ def _field(error: FieldError) -> ProblemField:
 
 def files_missing(what: str) -> NotFound:
     """The error for an object whose row exists while its blobs do not."""
-    hint = "API and workers must share one data directory (RATCHET_DATA_DIR)"
+    hint = "API and workers must share one data directory (RATCHET_DATA_DIR), or one bucket (RATCHET_BLOB_URL)"
     return NotFound(f"the files of {what} are not on this machine", code="files_missing", hint=hint)
 
 

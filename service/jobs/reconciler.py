@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 PARENT_KILLS_WITHIN = timedelta(seconds=15)  # after the grace of a training process that does not obey
 ORPHAN_AFTER = timedelta(hours=1)  # from the rename of a blob to the commit of its row
 TEMPORARY_AFTER = timedelta(days=1)  # the longest upload
+UNUSED_AFTER = timedelta(days=1)
 SWEEP_EVERY_S = 600.0
 RINGS_AT_ONCE = 500  # per class and look: if Redis lost thousands, dead workers must not wait for all rings
 
@@ -174,6 +175,7 @@ def sweep(store: Store, now: datetime) -> list[str]:
     """Remove blobs that no row names and temporary folders that nobody writes to. Returns their relative paths.
 
     If the database knows none of the blobs here, this is the wrong folder or the wrong database, and nothing is removed.
+    The same holds for the bucket, if there is one. This machine keeps copies of its checkpoints that were used within a day.
     """
     with store.begin(readonly=True) as session:
         claimed = checkpoints.live_paths(session) | datasets.live_paths(session)
@@ -182,7 +184,18 @@ def sweep(store: Store, now: datetime) -> list[str]:
     if orphans and not any(store.blobs.path(path).exists() for path in claimed):
         log.error("%d blobs in %s are unknown to this database, and none is known: not swept", len(orphans), store.blobs.root)
         orphans = []
-    for path in gone + orphans:
+    if store.blobs.bucket is not None:
+        there, others = store.blobs.bucket.blobs(claimed)
+        for path in store.blobs.unused(claimed & there, (now - UNUSED_AFTER).timestamp()):
+            store.blobs.forget(path)
+        old = [path for path, changed_at in others.items() if changed_at < now - TEMPORARY_AFTER and path not in orphans]
+        if old and not there:
+            log.error("%d blobs in the bucket are unknown to this database, and none is known: not swept", len(old))
+            old = []
+        orphans += old
+    for path in gone:
+        store.blobs.forget(path)
+    for path in orphans:
         store.blobs.delete(path)
     return gone + orphans
 

@@ -62,10 +62,11 @@ def resolve(store: Store, settings: Settings, project: str, spec: RLSpec | Super
         raise invalid(errors)
     with store.begin(readonly=True) as session:
         model, context = resolve_model(session, settings, project, spec.model, errors)
-        tokenizer = None if errors or spec.data.chat is None else tokenizer_folder(session, store.blobs, project, model)
+        chats = not errors and spec.data.chat is not None
         uploaded = _datasets(session, project, spec, errors)
         errors += _check_gpus(session, spec)
-    paths = {key: store.blobs.path(dataset.path) for key, dataset in uploaded.items()}
+    tokenizer = tokenizer_folder(store, project, model) if chats else None
+    paths = {key: store.blobs.fetch(dataset.path) for key, dataset in uploaded.items()}
     spec = _filled(spec.model_copy(update={"model": model}))
     data = _open(spec, paths, errors)
     errors += check_reward(spec, settings)
@@ -143,7 +144,7 @@ def _source(source: TrainSource, paths: dict[str, Path], pointer: str) -> DataRo
     try:
         return open_source(source, paths.__getitem__, pointer)
     except FileNotFoundError:
-        detail = "the dataset's file is not on this machine; API and workers must share one data directory (RATCHET_DATA_DIR)"
+        detail = "the dataset's file is not here; API and workers share one data directory, or one bucket (RATCHET_BLOB_URL)"
         raise invalid([FieldError(f"{pointer}/id", detail, "files_missing")]) from None
 
 

@@ -13,7 +13,7 @@ from service.jobs.model_folder import context_of, pickled_weights, read_config
 from service.settings import Settings
 from service.spec.model import Full, Lora, ModelSpec, TinyConfig
 from service.store import checkpoints
-from service.store.blobs import Blobs
+from service.store.session import Store
 from service.validation import did_you_mean
 
 HUB_ANSWERS_WITHIN_S = 1.0
@@ -39,12 +39,14 @@ def resolve_model(
     return model, None if starts_from_weights else _context(source, model.revision, settings, errors)
 
 
-def tokenizer_folder(session: Session, blobs: Blobs, project: str, model: ModelSpec) -> Path | None:
+def tokenizer_folder(store: Store, project: str, model: ModelSpec) -> Path | None:
     """The folder from which the worker will load the tokenizer, for a resolved model; None if it is not on this machine."""
     if model.source == "tiny":
         return None
     if model.from_checkpoint is not None and isinstance(model.adapter, Full):
-        folder = blobs.path(checkpoints.get(session, project, model.from_checkpoint.id).path) / "model"
+        with store.begin(readonly=True) as session:
+            checkpoint = checkpoints.get(session, project, model.from_checkpoint.id)
+        folder = store.blobs.fetch(checkpoint.path) / "model"
     else:
         folder = Path(model.source or "")
     return folder if folder.is_absolute() and folder.is_dir() else None

@@ -100,7 +100,7 @@ def _copy_blobs(source: Blobs, copy: Blobs, paths: set[str]) -> None:
             continue
         folder = copy.temporary_dir()
         try:
-            if source.path(path).is_dir():
+            if source.fetch(path).is_dir():
                 shutil.copytree(source.path(path), folder / "blob")
                 copy.commit_dir(folder / "blob", path)
             else:
@@ -223,6 +223,9 @@ def restore(settings: Settings, folder: Path) -> dict[str, Any]:
     upgrade(settings.sql_url)
     store = open_store(settings)
     try:
+        for path in sorted(live_paths(store)):
+            if store.blobs.path(path).exists():
+                store.blobs.upload(path)
         return {**facts, "queued": _settle(store, datetime.fromisoformat(facts["made_at"]))}
     finally:
         store.close()

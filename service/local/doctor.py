@@ -1,4 +1,4 @@
-"""What is wrong with an installation, and how to mend it. Every check looks for itself, and none changes anything."""
+"""What is wrong with an installation, and how to mend it. Every check looks for itself, and leaves all as it was."""
 
 import shutil
 import sys
@@ -19,10 +19,12 @@ from sqlalchemy.exc import SQLAlchemyError
 from service.devices import missing_gpu, shows_gpu
 from service.doorbell import redis_py_url
 from service.edge.startup import BadSettings, check_secrets
+from service.errors import BucketRefused, BucketUnavailable
 from service.ids import utcnow
 from service.openai.models import model_folders
 from service.settings import Settings
 from service.store import clock, workers
+from service.store.bucket import Bucket
 from service.store.session import Store, alembic_config, open_store
 
 SCARCE_BYTES, TOO_FEW_BYTES = 10 * 2**30, 2**30  # free disk: a warning, an error
@@ -108,6 +110,20 @@ def _disk(settings: Settings) -> Iterator[Finding]:
         yield Finding("disk", "error" if free < TOO_FEW_BYTES else "warning", said, remedy)
     else:
         yield Finding("disk", "ok", said)
+
+
+def _bucket(settings: Settings) -> Iterator[Finding]:
+    if settings.blob_url is None:
+        return
+    started = perf_counter()
+    try:
+        Bucket(settings.blob_url).probe()
+    except (BucketUnavailable, BucketRefused) as error:
+        remedy = error.hint or "see that it runs, and check RATCHET_BLOB_URL and its variables, such as AWS_ENDPOINT_URL"
+        yield Finding("bucket", "error", error.detail, remedy)
+    else:
+        took_s = perf_counter() - started
+        yield Finding("bucket", "ok", f"{settings.blob_url} was written, read and cleared in {took_s * 1000:.0f} ms")
 
 
 def _database(settings: Settings) -> Iterator[Finding]:
@@ -241,4 +257,4 @@ def _models(settings: Settings) -> Iterator[Finding]:
 
 
 Check = Callable[[Settings], Iterator[Finding]]
-CHECKS: tuple[Check, ...] = (_versions, _settings, _disk, _database, _redis, _service, _gpu, _models)
+CHECKS: tuple[Check, ...] = (_versions, _settings, _disk, _bucket, _database, _redis, _service, _gpu, _models)

@@ -121,7 +121,8 @@ def retrieve_file(context: ContextDep, caller: CallerDep, file_id: str) -> FileV
 def retrieve_file_content(context: ContextDep, caller: CallerDep, file_id: str) -> FileResponse:
     """The rows as they are stored: blank lines and a byte order mark are gone."""
     with context.store.begin(readonly=True) as session:
-        path = context.store.blobs.path(datasets.get(session, caller.project, file_id).path)
+        dataset = datasets.get(session, caller.project, file_id)
+    path = context.store.blobs.fetch(dataset.path)
     if not path.is_file():
         raise files_missing(f"file {file_id}")
     return FileResponse(path, media_type="application/jsonl")

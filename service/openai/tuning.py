@@ -232,7 +232,7 @@ def _shape(request: FineTuningRequest, name: str, dataset: Dataset) -> Literal["
 
 def _check_weights(store: Store, name: str, dataset: Dataset) -> None:
     """Refuse messages that shall not be learnt (weight 0): all turns of the assistant are."""
-    for number, row in enumerate(JsonlRows(store.blobs.path(dataset.path))):
+    for number, row in enumerate(JsonlRows(store.blobs.fetch(dataset.path))):
         messages = row["messages"] if isinstance(row["messages"], list) else []
         if any(isinstance(message, dict) and message.get("weight") not in (None, 1) for message in messages):
             detail = f"row {number} has a message with a weight that is not 1: all of the assistant's turns are learnt"

@@ -14,6 +14,7 @@ from sqlalchemy.pool import ConnectionPoolEntry
 from service.settings import Settings
 from service.store import clock
 from service.store.blobs import Blobs
+from service.store.bucket import Bucket
 from service.store.values import dumps
 
 BUSY_TIMEOUT_S = 20  # how long SQLite waits for another writer
@@ -67,7 +68,8 @@ class Store:
 
 def open_store(settings: Settings) -> Store:
     """Open the store; it connects lazily. Tables are not created or migrated here, see `upgrade`."""
-    return Store(make_engine(settings.sql_url), Blobs(settings.blobs_dir))
+    bucket = None if settings.blob_url is None else Bucket(settings.blob_url)
+    return Store(make_engine(settings.sql_url), Blobs(settings.blobs_dir, bucket))
 
 
 def make_engine(url: str, *, foreign_keys: bool = True) -> Engine:

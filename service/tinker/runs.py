@@ -184,7 +184,7 @@ def external_weights_urls(
     with context.store.begin(readonly=True) as session:
         _, row = _found(session, caller, model_id, kind, name)
         secret = keys.sha256_of(session, caller.key_id)
-    folder = context.store.blobs.path(row.path)
+    folder = context.store.blobs.fetch(row.path)
     if secret is None:
         raise InvalidRequest("URLs are signed with an API key: ask for them with one", code="not_offered")
     if not folder.is_dir():
@@ -211,6 +211,7 @@ def download_file(context: ContextDep, checkpoint_id: str, file: str, key: str, 
             raise NotFound("this URL is not valid, or not any more; ask for another one", code="url_expired")
         if row is None or row.deleted_at is not None or row.project != keys.project_of(session, key):
             raise NotFound("this checkpoint was deleted")
+    context.store.blobs.fetch(row.path)
     path = context.store.blobs.path(f"{row.path}/{file}")
     if not path.is_file():
         raise files_missing(f"checkpoint {checkpoint_id}")
@@ -233,7 +234,7 @@ def copy_weights(context: ContextDep, caller: CallerDep, document: DocumentDep) 
         session_id, model_id = _destination(session, caller, sent)
         if tinker.find(session, TinkerModel, caller.project, model_id) is not None:
             return {"tinker_path": str(TinkerPath(model_id, path.kind, path.name))}
-    source = context.store.blobs.path(row.path)
+    source = context.store.blobs.fetch(row.path)
     if not source.is_dir():
         raise files_missing(f"checkpoint {row.id}")
     copied = new_id("ckpt")

@@ -1,15 +1,13 @@
 """`ratchet export checkpoint`: what is written loads in the real packages, from a folder and from a real S3 server."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import boto3
 import pytest
 import torch
 import yaml
-from moto.server import ThreadedMotoServer
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -61,26 +59,6 @@ def checkpoint(api: str, cli: Cli, hand: Any) -> tuple[str, ModelSpec]:
     return row.id, model
 
 
-@pytest.fixture
-def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    _, port = server.get_host_and_port()
-    variables = {
-        "AWS_ACCESS_KEY_ID": "somebody",
-        "AWS_SECRET_ACCESS_KEY": "secret",
-        "AWS_REGION": "us-east-1",
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
-        "AWS_ALLOW_HTTP": "true",
-    }
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    client = boto3.client("s3", region_name="us-east-1")
-    client.create_bucket(Bucket="models")
-    yield client
-    server.stop()
-
-
 def logits(model: Any, tokens: list[int]) -> torch.Tensor:
     with torch.no_grad():
         return model(torch.tensor([tokens])).logits
@@ -118,14 +96,14 @@ def test_an_adapter_and_its_merged_model_say_the_same(
     assert not list(tmp_path.glob(".ratchet-export-*"))
 
 
-def test_a_bucket_gets_every_file_once(checkpoint: tuple[str, ModelSpec], cli: Cli, bucket: Any, tmp_path: Path) -> None:
+def test_a_bucket_gets_every_file_once(checkpoint: tuple[str, ModelSpec], cli: Cli, s3: Any, tmp_path: Path) -> None:
     checkpoint_id, _ = checkpoint
     to = "s3://models/exported/first"
     assert cli("export", "checkpoint", checkpoint_id, "--to", to).code == 0
     assert cli("export", "checkpoint", checkpoint_id, "--to", str(tmp_path / "here")).code == 0
-    listed = bucket.list_objects_v2(Bucket="models", Prefix="exported/first/")["Contents"]
+    listed = s3.list_objects_v2(Bucket="models", Prefix="exported/first/")["Contents"]
     there = {
-        each["Key"].removeprefix("exported/first/"): bucket.get_object(Bucket="models", Key=each["Key"])["Body"].read()
+        each["Key"].removeprefix("exported/first/"): s3.get_object(Bucket="models", Key=each["Key"])["Body"].read()
         for each in listed
     }
     here = tmp_path / "here"

@@ -98,7 +98,8 @@ class Stack:
         """Every tensor of the job's last checkpoint, optimizer state too."""
         assert job.checkpoint_id is not None
         with self.store.begin(readonly=True) as session:
-            folder = self.store.blobs.path(checkpoints.get(session, job.project, job.checkpoint_id).path)
+            checkpoint = checkpoints.get(session, job.project, job.checkpoint_id)
+        folder = self.store.blobs.fetch(checkpoint.path)
         return {f"{file.name}:{k}": v for file in sorted(folder.rglob("*.safetensors")) for k, v in load_file(file).items()}
 
     def logs(self) -> str:

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from sqlalchemy.exc import OperationalError
 
 from job_specs import rl_spec
-from service.errors import Failure, InvalidRequest, JobFailed
+from service.errors import BucketRefused, BucketUnavailable, Failure, InvalidRequest, JobFailed
 from service.failures import CODES, table
 from service.ids import new_id, utcnow
 from service.jobs import lease as leases
@@ -123,6 +123,8 @@ PRODUCERS["invalid_request"] = lambda _: failure_of(InvalidRequest("no such task
 PRODUCERS["missing_extra"] = lambda _: failure_of(InvalidRequest("not installed", code="missing_extra"))
 PRODUCERS["store_unavailable"] = lambda _: failure_of(OperationalError("SELECT 1", {}, Exception("gone")))
 PRODUCERS["out_of_memory"] = lambda _: failure_of(torch.OutOfMemoryError("CUDA out of memory"))
+PRODUCERS["bucket_unavailable"] = lambda _: failure_of(BucketUnavailable("it does not answer"))
+PRODUCERS["bucket_refused"] = lambda _: failure_of(BucketRefused("it refuses: AccessDenied"))
 PRODUCERS["io_error"] = lambda _: failure_of(OSError(28, "No space left on device"))
 PRODUCERS["internal_error"] = lambda _: failure_of(ZeroDivisionError("a bug"))
 

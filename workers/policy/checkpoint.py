@@ -13,8 +13,7 @@ from typing import Any
 import orjson
 
 from service.errors import RatchetError
-
-MANIFEST = "manifest.json"
+from service.store.bucket import MANIFEST
 
 
 class CheckpointBroken(RatchetError):

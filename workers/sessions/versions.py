@@ -59,7 +59,7 @@ class Versions:
                 raise refused(
                     "checkpoint_mismatch", f"{checkpoint_id} is no adapter of the base that is sampled here", "/checkpoint"
                 )
-            folder = self._store.blobs.path(row.path) if checkpoint_id in self._loaded else verified(self._store, row)
+            folder = self._store.blobs.fetch(row.path) if checkpoint_id in self._loaded else verified(self._store, row)
         except NotFound as error:
             raise refused("checkpoint_not_found", error.detail, "/checkpoint") from error
         except CheckpointBroken as error:

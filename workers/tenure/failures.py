@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from sqlalchemy.exc import InterfaceError, OperationalError
 
-from service.errors import Failure, InvalidRequest, JobFailed
+from service.errors import BucketRefused, BucketUnavailable, Failure, InvalidRequest, JobFailed
 from service.failures import CODES
 from workers.policy.errors import PolicyFailed, Subject
 
@@ -29,6 +29,8 @@ def failure_of(error: Exception) -> Failure:
     if isinstance(error, InvalidRequest):  # the API could open it, but this worker cannot: an extra is missing, for example
         code = error.code if error.code in CODES else "invalid_request"
         return Failure(code, error.detail, hint=error.hint, pointer=error.errors[0].pointer if error.errors else None)
+    if isinstance(error, BucketUnavailable | BucketRefused):
+        return Failure(error.code, error.detail, hint=error.hint)
     if isinstance(error, OperationalError | InterfaceError):
         return Failure("store_unavailable", "the database did not answer")
     if name == "OutOfMemoryError" or isinstance(error, MemoryError):

@@ -41,6 +41,12 @@ def start_checkpoint(store: Store, job: Job, checkpoint_id: str) -> Path:
 
 def verified(store: Store, row: Checkpoint) -> Path:
     """The checkpoint's folder. Raises CheckpointBroken."""
-    folder = store.blobs.path(row.path)
-    verify(folder, row.manifest_sha256)
+    folder = store.blobs.fetch(row.path)
+    try:
+        verify(folder, row.manifest_sha256)
+    except CheckpointBroken:
+        if store.blobs.bucket is None:
+            raise
+        folder = store.blobs.fetch(row.path, anew=True)  # this machine's copy was broken; the bucket's may be whole
+        verify(folder, row.manifest_sha256)
     return folder
