@@ -25,7 +25,7 @@ ENV PATH=/opt/venv/bin:$PATH
 WORKDIR /src
 COPY pyproject.toml constraints.txt ./
 RUN python -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
-print(*p["dependencies"], *p["optional-dependencies"]["reasoning-gym"], *p["optional-dependencies"]["otel"], sep="\n")' > requirements.txt \
+extras = p["optional-dependencies"]; print(*p["dependencies"], *extras["reasoning-gym"], *extras["otel"], *extras["s3"], sep="\n")' > requirements.txt \
  && pip install --no-cache-dir -c constraints.txt -r requirements.txt
 
 FROM dependencies AS worker-dependencies
