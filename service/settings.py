@@ -143,6 +143,14 @@ class Settings(BaseSettings):
         float, Field(gt=0, description="a webhook that has only failed for so long is disabled")
     ] = 5 * 86_400.0
     torch_threads: Annotated[int, Field(ge=1, description="CPU threads of one worker; small models are fastest with one")] = 1
+    warm_base_s: Annotated[
+        float,
+        Field(
+            ge=0,
+            description="how long an idle worker keeps the base of its last LoRA job, so that the next one of the same base "
+            "loads no model; 0: not at all",
+        ),
+    ] = 600.0
     device: Annotated[Literal["auto", "cpu", "cuda"], Field(description="where a worker trains")] = "auto"
     gpus_per_job: Annotated[
         int | None,

@@ -29,6 +29,7 @@ from workers.loops.progress import Progress
 from workers.loops.served import Served
 from workers.policy.learner import Learner, Start
 from workers.policy.policy import Policy
+from workers.policy.warm import WarmBase
 from workers.ranks.opening import Opening
 from workers.ranks.policies import open_spread
 from workers.ranks.ranks import Ranks
@@ -52,6 +53,7 @@ def run_next(rung_by: str) -> None:
         return
     lease, job = claimed
     if job.kind in operations.KINDS:
+        _warm_base().drop()
         Host(keeper, os.environ[WORKER_ID]).run(lease, job)
     else:
         run(keeper, lease, job)
@@ -62,6 +64,12 @@ def _keeper() -> Keeper:
     """The one keeper of this process. It lives as long as the process, so that no time is lost between two jobs."""
     settings = get_settings()
     return Keeper(open_store(settings), settings, Doorbell(settings)).start()
+
+
+@cache
+def _warm_base() -> WarmBase:
+    """What this process keeps from one job to the next."""
+    return WarmBase(get_settings().warm_base_s)
 
 
 def run(keeper: Keeper, lease: Lease, job: Job) -> None:
@@ -89,6 +97,8 @@ def _managed(tenure: Tenure) -> None:
             tenure.settle(obeyed(interrupted.wish))
         except Exception as error:
             tenure.settle(_failed(tenure, attempt, error))
+        else:
+            _warm_base().keep(attempt.policy.base)
 
 
 # For each kind of job, the function that runs it from its claim to its end.
@@ -156,7 +166,8 @@ def _policies(
     )
     device, count = "cuda" if has_gpu(settings) else "cpu", spec.resources.gpus
     if count == 1:
-        return opening.policies(device)
+        return opening.policies(device, load=_warm_base().load)
+    _warm_base().drop()
     return open_spread(opening, device, closing.enter_context(Ranks(count, device)))
 
 

@@ -110,6 +110,11 @@ class Adapters:
         peft.set_adapter(next(iter(self._frozen)), inference_mode=True)  # peft warns if the active one is deleted
         peft.delete_adapter(name)
 
+    def clear(self) -> None:
+        """Remove all adapters."""
+        for name in list(self._frozen):
+            self.remove(name)
+
     @contextmanager
     def only(self, name: str | None) -> Iterator[None]:
         """Inside the `with` block the model uses only this adapter, or none. Its weights get gradients unless frozen.

@@ -7,7 +7,7 @@ import inspect
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,7 +102,7 @@ def saved_adapter(folder: Path) -> LoraConfig:
 
 
 def _load(spec: ModelSpec, device: torch.device, folder: Path | None, revision: str | None = None) -> Loaded:
-    dtype = _dtype(spec, device)
+    dtype = dtype_of(spec, device)
     if folder is None and spec.source == "tiny":
         config = spec.tiny or TinyConfig()
         tokenizer = tiny_tokenizer(config.context)
@@ -113,10 +113,18 @@ def _load(spec: ModelSpec, device: torch.device, folder: Path | None, revision: 
     return _load_pretrained(source, None if folder is not None else revision or spec.revision, device, dtype)
 
 
-def _dtype(spec: ModelSpec, device: torch.device) -> torch.dtype:
+def dtype_of(spec: ModelSpec, device: torch.device) -> torch.dtype:
     if spec.dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return torch.bfloat16 if spec.dtype == "bfloat16" else torch.float32
+
+
+def commit_of(source: str, revision: str | None) -> str | None:
+    """The commit at which a hub model would be loaded now; None if that cannot be found out."""
+    with suppress(OSError):
+        path = cached_file(source, "config.json", revision=revision)
+        return None if path is None else extract_commit_hash(path, None)
+    return None
 
 
 def _load_pretrained(source: str, revision: str | None, device: torch.device, dtype: torch.dtype) -> Loaded:

@@ -1,5 +1,6 @@
 """What the ranks of an attempt open: each the same policies, on its own device."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,9 +28,11 @@ class Opening:
     reference_from: Path | None = None  # the checkpoint that the job itself started from
     revision: str | None = None  # the commit of a hub model, once rank 0 has found it out
 
-    def policies(self, device: str, kind: type[Learner] = Learner) -> tuple[Learner, Policy | None]:
-        """A learner on a base of its own, and the reference."""
-        base = Base.load(self.model, device=device, threads=self.threads, checkpoint=self.start.weights, revision=self.revision)
+    def policies(
+        self, device: str, kind: type[Learner] = Learner, load: Callable[..., Base] = Base.load
+    ) -> tuple[Learner, Policy | None]:
+        """A learner on a base of its own, and the reference. `load`: in place of `Base.load`."""
+        base = load(self.model, device=device, threads=self.threads, checkpoint=self.start.weights, revision=self.revision)
         learner = kind(
             base,
             adapter_of(self.model),
