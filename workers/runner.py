@@ -150,7 +150,7 @@ def _policies(
     tenure: Tenure, spec: RLSpec | SupervisedSpec, start_from: Path | None, resume_from: Path | None, closing: ExitStack
 ) -> tuple[Learner, Policy | None]:
     """A learner with its own base, loaded from one of these checkpoints; and the reference, if the objective needs one."""
-    settings, start = tenure.settings, spec.model.from_checkpoint
+    settings, start, count = tenure.settings, spec.model.from_checkpoint, spec.resources.gpus
     weights = resume_from or start_from
     with_optimizer = start is not None and start.load == "weights+optimizer"
     opening = Opening(
@@ -163,8 +163,9 @@ def _policies(
         settings.torch_threads,
         reference=isinstance(spec, RLSpec) and "ref_log_probs" in uses(spec.objective, OF_A_JOB).needed,
         reference_from=start_from,
+        sharded_over=count if spec.resources.sharding == "optimizer" else 1,
     )
-    device, count = "cuda" if has_gpu(settings) else "cpu", spec.resources.gpus
+    device = "cuda" if has_gpu(settings) else "cpu"
     if count == 1:
         return opening.policies(device, load=_warm_base().load)
     _warm_base().drop()

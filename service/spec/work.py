@@ -1,8 +1,8 @@
 """The sections that all kinds of work share, whoever runs the loop: name, model, resources, limits and seed."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from service.spec.model import ModelSpec
 from service.spec.section import MOST_S, Section
@@ -56,9 +56,22 @@ class Resources(Section):
         int,
         Field(ge=1, le=MOST_GPUS, description="GPUs of one job, all of one machine; on a worker without GPUs: processes"),
     ] = 1
+    sharding: Annotated[
+        Literal["none", "optimizer"],
+        Field(
+            description="what each of several GPUs holds a part of · none: nothing · optimizer: AdamW's moments, and the "
+            "float32 masters of bfloat16 weights"
+        ),
+    ] = "none"
     priority: Annotated[
         int, Field(ge=0, le=100, description="of several queued jobs the one with the highest priority is taken first")
     ] = 50
+
+    @model_validator(mode="after")
+    def something_to_share(self) -> Self:
+        if self.sharding != "none" and self.gpus == 1:
+            raise ValueError(f"sharding: {self.sharding} is over several GPUs: ask for gpus: 2 or more, or leave sharding out")
+        return self
 
 
 class WorkSpec(Section):

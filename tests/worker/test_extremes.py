@@ -79,6 +79,7 @@ NAMES = {
     "stop",
     "class",
     "gpus",
+    "sharding",
 }
 TEXTS = {"reference": "{a}", "pattern": "[0-9]+", "schema": {"type": "integer"}, "metric": "eval/reward/mean"}
 # What is not of this process.

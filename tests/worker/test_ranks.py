@@ -63,21 +63,21 @@ def curves(stack: Any, job: Job) -> list[tuple[str, int, float]]:
 @pytest.mark.timeout(300)
 @SQLITE
 def test_a_job_on_two_ranks_is_like_one_on_one_rank_and_comes_through_the_death_of_either(stack: Any, specs: Any) -> None:
-    def submit(gpus: int) -> Job:
+    def submit(gpus: int, **sharding: str) -> Job:
         objective = {"preset": "gspo", "kl": {"place": "loss", "coef": 0.01}}
-        spec = specs.rl(objective=objective, limits={"max_steps": 24}, resources={"gpus": gpus})
+        spec = specs.rl(objective=objective, limits={"max_steps": 24}, resources={"gpus": gpus, **sharding})
         return stack.submit(spec)
 
     stack.start_worker(RATCHET_GPUS_PER_JOB="2")
-    one, two = (stack.succeeded(submit(gpus).id) for gpus in (1, 2))
-    assert two.resolved["ranks"] == 2 and two.resource_class == "any:2"
+    one, two = (stack.succeeded(job.id) for job in (submit(1), submit(2, sharding="optimizer")))
+    assert (two.resolved["ranks"], two.resolved["sharding"]) == (2, "optimizer") and two.resource_class == "any:2"
     ours, theirs = curves(stack, one), curves(stack, two)
     assert [point[:2] for point in ours] == [point[:2] for point in theirs] and len(ours) > 70
     assert [point[2] for point in theirs] == pytest.approx([point[2] for point in ours], abs=1e-5)
     weights = stack.weights(two)
     torch.testing.assert_close(weights, stack.weights(one), atol=1e-5, rtol=0)
 
-    disturbed = submit(2)
+    disturbed = submit(2)  # each rank with all of the optimizer's state: that gives the same bits
     stack.until(disturbed.id, lambda _: bool(followers(stack)))
     (follower,) = followers(stack)
     os.kill(parent(follower), signal.SIGKILL)

@@ -17,6 +17,7 @@ import orjson
 import peft
 import torch
 import transformers
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
@@ -24,7 +25,7 @@ from service.spec.model import Full, Lora
 from service.spec.training import OptimizerSpec
 from workers.policy.base import Base
 from workers.policy.load import MODEL, model_folder
-from workers.policy.optimizer import AddUp, Optimizer, StepSettings
+from workers.policy.optimizer import FILE, WHOLE, AddUp, HandOut, Optimizer, Part, StepSettings
 from workers.policy.policy import Policy
 from workers.policy.score.layout import Items, Sequence, batches_of
 from workers.policy.score.log_probs import LogProbsAlone
@@ -60,8 +61,10 @@ class Learner(Policy):
         steps: int,
         seed: int,
         start: Start = Start(),
+        part: Part = WHOLE,
     ) -> None:
-        """A learner for `steps` optimizer steps. `name` is its adapter's name, unique on the base.
+        """A learner for `steps` optimizer steps. `name` is its adapter's name, unique on the base; `part`: of the optimizer's
+        step, where other processes do the rest.
 
         Raises PolicyFailed checkpoint_mismatch or lora_target_modules; a base with other learners is then unchanged.
         """
@@ -71,7 +74,7 @@ class Learner(Policy):
         self._accumulated, self._poisoned = 0, False  # since the last step
         trained = self._weights(adapter, start.weights)
         try:
-            self._optimizer = Optimizer(trained, optimizer, steps)
+            self._optimizer = Optimizer(trained, optimizer, steps, part)
             trainer: dict[str, Any] = {}
             if start.optimizer is not None:
                 trainer = orjson.loads((start.optimizer / TRAINER).read_bytes())
@@ -168,6 +171,14 @@ class Learner(Policy):
         """Call this before each optimizer step: it adds the gradients of other processes to these."""
         self._optimizer.add_up = add_up
 
+    def hand_out_weights(self, hand_out: HandOut) -> None:
+        """Call this after each optimizer step of which this learner does a part: it brings the weights of the others."""
+        self._optimizer.hand_out = hand_out
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """What this process keeps of it, by the names on the disk."""
+        return self._optimizer.state()
+
     def digest(self) -> bytes:
         """Of the weights that are trained: learners with the same one have the same weights, to the bit."""
         return self._optimizer.digest()
@@ -183,7 +194,7 @@ class Learner(Policy):
             self.base.adapters.save(self.adapter, folder / MODEL)
         self.text.save(folder / MODEL)
         if optimizer:
-            self._optimizer.save(folder)
+            save_file(self.optimizer_state(), folder / FILE)
         trainer = {
             "optimizer_steps": self._optimizer.steps_done,
             "source": self.base.source,

@@ -2,16 +2,19 @@
 
 Weights in bfloat16 have float32 master copies here. A relative step of 1e-5 is lost in bfloat16's 8 bits, so the update goes
 to the master, and the weight is its rounded copy. Gradients are summed over micro-batches in float32, too.
+
+Several processes that train the same weights may share the work of the step: each keeps masters and moments of some of the
+weights, steps these, and gets the others from their owners. The result is the same to the bit.
 """
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from service.spec.training import OptimizerSpec, Schedule
@@ -49,20 +52,46 @@ class StepSettings(NamedTuple):
 
 # Adds the gradients of other processes to those of these weights.
 AddUp = Callable[[list[nn.Parameter]], None]
+# Replaces each of these weights by its owner's; the owners are numbers of processes.
+HandOut = Callable[[list[nn.Parameter], list[int]], None]
+
+
+class Part(NamedTuple):
+    """Which of the processes that share the step this one is."""
+
+    rank: int
+    ranks: int
+
+
+WHOLE = Part(0, 1)
+
+
+def owners(sizes: Sequence[int], ranks: int) -> list[int]:
+    """For each weight the process that keeps its moments: the largest first, each to the one that has least."""
+    loads, found = [0] * ranks, [0] * len(sizes)
+    for place in sorted(range(len(sizes)), key=lambda place: -sizes[place]):
+        found[place] = loads.index(min(loads))
+        loads[found[place]] += sizes[place]
+    return found
 
 
 class Optimizer:
     """`steps_done` counts the calls of `step`, including skipped ones."""
 
     add_up: AddUp | None = None
+    hand_out: HandOut | None = None  # needed if the step is shared
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], spec: OptimizerSpec, steps: int) -> None:
+    def __init__(self, parameters: Mapping[str, nn.Parameter], spec: OptimizerSpec, steps: int, part: Part = WHOLE) -> None:
         self._spec, self._steps = spec, steps
         self._parameters = dict(parameters)
-        self._masters = {name: _master(parameter) for name, parameter in self._parameters.items()}
+        self._owners = owners([parameter.numel() for parameter in self._parameters.values()], part.ranks)
+        self._is_shared = part.ranks > 1
+        own = {name for name, owner in zip(self._parameters, self._owners, strict=True) if owner == part.rank}
+        self._masters = {name: _master(weight, hollow=name not in own) for name, weight in self._parameters.items()}
+        self._own = {name: self._masters[name] for name in self._masters if name in own}
         self.steps_done = 0
         betas = (spec.betas[0], spec.betas[1])
-        trained = list(self._masters.values())
+        trained = [{"params": list(self._own.values())}]  # none, where there are more processes than weights
         # Fused: one pass over all weights, four times as fast as the plain loop on small models.
         self._adamw = torch.optim.AdamW(trained, spec.learning_rate, betas, spec.eps, spec.weight_decay, fused=True)
 
@@ -87,6 +116,9 @@ class Optimizer:
                 group |= {"lr": how.learning_rate, "betas": how.betas, "eps": how.eps, "weight_decay": how.weight_decay}
             self._adamw.step()
             self._copy_masters()
+            if self._is_shared:
+                assert self.hand_out is not None
+                self.hand_out(list(self._parameters.values()), self._owners)
         self.zero_grad()
         self.steps_done += 1
         return {"grad_norm": norm, "learning_rate": how.learning_rate, "skipped": skipped}
@@ -97,19 +129,20 @@ class Optimizer:
         return StepSettings(rate, (spec.betas[0], spec.betas[1]), spec.eps, spec.weight_decay, spec.max_grad_norm)
 
     def digest(self) -> bytes:
-        """The sha256 of all masters."""
+        """The sha256 of all masters; of all weights, where the step is shared."""
         whole = hashlib.sha256()
-        for master in self._masters.values():
-            whole.update(master.detach().cpu().contiguous().numpy().data)
+        for weight in (self._parameters if self._is_shared else self._masters).values():
+            whole.update(weight.detach().cpu().flatten().view(torch.uint8).numpy().data)
         return whole.digest()
 
-    def save(self, folder: Path) -> None:
+    def state(self) -> dict[str, Tensor]:
+        """Moments and masters that this process keeps, by their names on the disk."""
         tensors: dict[str, Tensor] = {}
-        for name, master in self._masters.items():
+        for name, master in self._own.items():
             tensors |= {f"{kind}/{name}": value.contiguous() for kind, value in self._adamw.state[master].items()}
             if master is not self._parameters[name]:
                 tensors[f"{MASTER}/{name}"] = master.detach()
-        save_file(tensors, folder / FILE)
+        return tensors
 
     def load(self, folder: Path) -> None:
         """Load moments and masters. The learning rate and all other settings stay those of this optimizer's spec."""
@@ -122,6 +155,8 @@ class Optimizer:
                     raise _mismatch(
                         f"{name} has shape {list(master.shape)} in the model and {list(value.shape)} in the optimizer"
                     )
+            if name not in self._own:
+                continue
             if state:
                 self._adamw.state[master] = {kind: value.to(master.device) for kind, value in state.items()}
             if saved_master is not None and master is not self._parameters[name]:
@@ -134,16 +169,18 @@ class Optimizer:
 
     @torch.no_grad()
     def _copy_masters(self) -> None:
-        for name, master in self._masters.items():
+        for name, master in self._own.items():
             if master is not self._parameters[name]:
                 self._parameters[name].copy_(master)
 
 
-def _master(parameter: nn.Parameter) -> nn.Parameter:
-    """The weight itself if it is float32; else a float32 copy, which collects the weight's gradients."""
+def _master(parameter: nn.Parameter, *, hollow: bool) -> nn.Parameter:
+    """The weight itself if it is float32; else a float32 copy, which collects the weight's gradients. A hollow one holds no
+    numbers and does that alone."""
     if parameter.dtype == torch.float32:
         return parameter
-    master = nn.Parameter(parameter.detach().float())
+    one = parameter.new_zeros((), dtype=torch.float32)
+    master = nn.Parameter(one.expand(parameter.shape) if hollow else parameter.detach().float())
 
     def collect(parameter: Tensor) -> None:
         assert parameter.grad is not None

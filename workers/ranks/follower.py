@@ -19,7 +19,7 @@ from workers.policy.learner import Learner
 from workers.policy.optimizer import StepSettings
 from workers.policy.policy import Policy, Scores
 from workers.policy.score.layout import Sequence as TokenSequence
-from workers.ranks.gradients import add_up, join, leave
+from workers.ranks.gradients import add_up, hand_out, join, leave
 from workers.ranks.line import hear, portable, say
 from workers.ranks.opening import Opening
 from workers.rollout.engine import Completion, Request
@@ -38,9 +38,10 @@ class Follower:
         if device == "cuda":
             device = f"cuda:{self._rank}"
             torch.cuda.set_device(self._rank)
-        self._learner, self._reference = opening.policies(device)
+        self._learner, self._reference = opening.policies(device, rank=self._rank)
         self._learner.rank = self._rank
         self._learner.add_up_gradients(add_up)
+        self._learner.hand_out_weights(hand_out)
         return self._learner.digest()
 
     def join(self, folder: Path) -> None:
@@ -68,6 +69,9 @@ class Follower:
 
     def digest(self) -> bytes:
         return self._learner.digest()
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        return {name: tensor.cpu() for name, tensor in self._learner.optimizer_state().items()}
 
     def _policy(self, whose: str) -> Policy:
         policy: Learner | Policy | None = self._learner if whose == "learner" else self._reference

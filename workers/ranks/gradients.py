@@ -1,8 +1,11 @@
-"""The ranks' gradients become their sum, the same to the bit on each of them."""
+"""The ranks' gradients become their sum, the same to the bit on each of them; and their weights those of each one's owner."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -37,32 +40,53 @@ def add_up(weights: Sequence[nn.Parameter]) -> None:
     optimizer that is not the same as a gradient of 0.
 
     Raises JobFailed rank_lost."""
-    try:
+    with _or_lost("add up their gradients"):
         held = torch.tensor([weight.grad is not None for weight in weights], dtype=torch.int32, device=weights[0].device)
         dist.all_reduce(held, dist.ReduceOp.MAX)
         wanted = [weight for weight, any_has in zip(weights, held.tolist(), strict=True) if any_has]
-        gradients = [torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in wanted]
-        for bucket in _buckets(gradients):
-            _add_up(bucket)
+        gradients = [_zeros_like(weight) if weight.grad is None else weight.grad for weight in wanted]
+        _together(gradients, dist.all_reduce)
         for weight, gradient in zip(wanted, gradients, strict=True):
             weight.grad = gradient
+
+
+@torch.no_grad()
+def hand_out(weights: Sequence[nn.Parameter], owners: Sequence[int]) -> None:
+    """Replace each weight by that of the rank which owns it. Raises JobFailed rank_lost."""
+    with _or_lost("hand out their weights"):
+        for owner in sorted(set(owners)):
+            own = [weight.detach() for weight, of in zip(weights, owners, strict=True) if of == owner]
+            _together(own, partial(dist.broadcast, src=owner))
+
+
+@contextmanager
+def _or_lost(what: str) -> Iterator[None]:
+    try:
+        yield
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:  # gloo's and NCCL's
-        raise JobFailed("rank_lost", f"the ranks could not add up their gradients: {str(error)[:300]}") from error
+        raise JobFailed("rank_lost", f"the ranks could not {what}: {str(error)[:300]}") from error
 
 
-def _add_up(gradients: list[Tensor]) -> None:
-    if len(gradients) == 1 and gradients[0].is_contiguous():
-        dist.all_reduce(gradients[0])
-        return
-    flat = torch.cat([gradient.flatten() for gradient in gradients])
-    dist.all_reduce(flat)
-    for gradient, total in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
-        gradient.copy_(total.view_as(gradient))
+def _zeros_like(weight: Tensor) -> Tensor:
+    """With memory of their own, though the weight may have none."""
+    return torch.zeros(weight.shape, dtype=weight.dtype, device=weight.device)
 
 
-def _buckets(tensors: list[Tensor]) -> list[list[Tensor]]:
+def _together(tensors: Sequence[Tensor], change: Callable[[Tensor], Any]) -> None:
+    """Let `change` change the tensors, many at a time."""
+    for bucket in _buckets(tensors):
+        if len(bucket) == 1 and bucket[0].is_contiguous():
+            change(bucket[0])
+            continue
+        flat = torch.cat([tensor.flatten() for tensor in bucket])
+        change(flat)
+        for tensor, changed in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
+            tensor.copy_(changed.view_as(tensor))
+
+
+def _buckets(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
     """In order, each of at most BUCKET numbers, but of at least one tensor."""
     buckets: list[list[Tensor]] = []
     room = 0

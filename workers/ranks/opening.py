@@ -9,6 +9,7 @@ from service.spec.training import OptimizerSpec
 from workers.policy.base import Base
 from workers.policy.learner import Learner, Start
 from workers.policy.load import adapter_of
+from workers.policy.optimizer import WHOLE, Part
 from workers.policy.policy import Policy
 from workers.policy.reference import open_reference
 
@@ -27,9 +28,10 @@ class Opening:
     reference: bool = False  # whether the objective needs one
     reference_from: Path | None = None  # the checkpoint that the job itself started from
     revision: str | None = None  # the commit of a hub model, once rank 0 has found it out
+    sharded_over: int = 1  # ranks that share the optimizer's state and step
 
     def policies(
-        self, device: str, kind: type[Learner] = Learner, load: Callable[..., Base] = Base.load
+        self, device: str, kind: type[Learner] = Learner, load: Callable[..., Base] = Base.load, rank: int = 0
     ) -> tuple[Learner, Policy | None]:
         """A learner on a base of its own, and the reference. `load`: in place of `Base.load`."""
         base = load(self.model, device=device, threads=self.threads, checkpoint=self.start.weights, revision=self.revision)
@@ -41,5 +43,6 @@ class Opening:
             steps=self.steps,
             seed=self.seed,
             start=self.start,
+            part=WHOLE if self.sharded_over == 1 else Part(rank, self.sharded_over),
         )
         return learner, open_reference(learner, self.model, self.reference_from) if self.reference else None

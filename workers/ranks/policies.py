@@ -71,6 +71,7 @@ class SpreadReference(Spread):
 
 class SpreadLearner(Spread, Learner):
     whose = "learner"
+    sharded = False  # whether each rank keeps a part of the optimizer's state
 
     def _shares(
         self, sequences: list[TokenSequence], loss: Loss, wanted: list[int], temperature: float, most: int
@@ -107,10 +108,17 @@ class SpreadLearner(Spread, Learner):
         return self.ranks.meet(("step", settings, poisoned), lambda: own(settings, poisoned=poisoned))[0]
 
     def save(self, folder: Path, *, optimizer: bool = True) -> None:
-        """As a learner alone does. Raises JobFailed ranks_disagree if the weights of another rank have gone their own way."""
+        """As a learner alone does. Raises JobFailed ranks_disagree if the weights of another rank have gone their own way, and
+        rank_lost if a part of the optimizer's state went with a rank."""
         if not self.ranks.ended:  # else an attempt that lost a rank saves what it has
             self.ranks.agree(self.ranks.together([("digest",)] * (self.ranks.count - 1), self.digest))
         super().save(folder, optimizer=optimizer)
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        if not self.sharded:
+            return super().optimizer_state()
+        parts = self.ranks.together([("optimizer_state",)] * (self.ranks.count - 1), super().optimizer_state)
+        return {name: tensor for part in parts for name, tensor in part.items()}
 
 
 def split_sequences(sequences: list[TokenSequence], ranks: int) -> list[list[int]]:
@@ -123,7 +131,9 @@ def open_spread(opening: Opening, device: str, ranks: Ranks) -> tuple[SpreadLear
         raise JobFailed("gpus_missing", f"resources.gpus is {ranks.count}, and this worker sees {there}")
     learner, reference = opening.policies(device, SpreadLearner)
     assert isinstance(learner, SpreadLearner)
-    learner.ranks = ranks
+    learner.ranks, learner.sharded = ranks, opening.sharded_over > 1
     ranks.open(opening, learner)
     learner.facts["ranks"] = ranks.count
+    if learner.sharded:
+        learner.facts["sharding"] = "optimizer"
     return learner, None if reference is None else SpreadReference(reference.base, reference.adapter, ranks)

@@ -22,7 +22,7 @@ from typing import Any, Self, TypeVar
 
 from service.errors import JobFailed
 from workers.policy.learner import Learner
-from workers.ranks.gradients import add_up, join, leave
+from workers.ranks.gradients import add_up, hand_out, join, leave
 from workers.ranks.line import hear, say
 from workers.ranks.opening import Opening
 
@@ -83,6 +83,7 @@ class Ranks:
             self.meet(("join", folder), lambda: join(folder, 0, self.count, own.base.device))
             self._joined = True
         own.add_up_gradients(add_up)
+        own.hand_out_weights(hand_out)
 
     def agree(self, digests: Sequence[bytes]) -> None:
         """Raise JobFailed ranks_disagree unless all ranks hold the same weights."""

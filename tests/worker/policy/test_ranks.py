@@ -19,7 +19,8 @@ from chaos.rig import Child, Zygote
 from service.errors import JobFailed
 from service.spec.model import Full, Lora, ModelSpec, TinyConfig
 from service.spec.training import OptimizerSpec
-from workers.policy.learner import Learner, Start
+from workers.policy.learner import TRAINER, Learner, Start
+from workers.policy.optimizer import FILE, Optimizer, Part, owners
 from workers.policy.score.layout import Sequence
 from workers.ranks.opening import Opening
 from workers.ranks.policies import SpreadLearner, open_spread
@@ -88,8 +89,8 @@ def ranks(started: list[Ranks], new_ranks: Callable[..., Ranks]) -> Ranks:
     return started[0] if started and not started[0].ended else new_ranks()
 
 
-def opening(adapter: Full | Lora, start: Start = ANEW, **more: Any) -> Opening:
-    model = ModelSpec(source="tiny", tiny=TINY, adapter=adapter, dtype="float32")
+def opening(adapter: Full | Lora, start: Start = ANEW, dtype: Any = "float32", **more: Any) -> Opening:
+    model = ModelSpec(source="tiny", tiny=TINY, adapter=adapter, dtype=dtype)
     return Opening(model, "mine", OptimizerSpec(learning_rate=1e-3), 8, 0, start, 1, **more)
 
 
@@ -97,8 +98,8 @@ def alone(adapter: Full | Lora, start: Start = ANEW) -> Learner:
     return opening(adapter, start).policies("cpu")[0]
 
 
-def spread(ranks: Ranks, adapter: Full | Lora, start: Start = ANEW) -> SpreadLearner:
-    return open_spread(opening(adapter, start), "cpu", ranks)[0]
+def spread(ranks: Ranks, adapter: Full | Lora, start: Start = ANEW, **more: Any) -> SpreadLearner:
+    return open_spread(opening(adapter, start, **more), "cpu", ranks)[0]
 
 
 def learn(policy: Learner, steps: range, sequences: Callable[..., list[Sequence]]) -> list[float]:
@@ -149,6 +150,72 @@ def test_two_ranks_learn_what_one_learns_and_each_goes_on_from_the_others_checkp
     one.save(tmp_path / "end")
     again.save(tmp_path / "again")
     assert_same(tmp_path / "end", tmp_path / "again")
+
+
+@pytest.mark.parametrize(
+    ("adapter", "dtype"),
+    [(Full(), "float32"), (Full(), "bfloat16"), (Lora(rank=4, alpha=8, dropout=0.5), "float32")],
+    ids=["full", "full, half precision", "lora"],
+)
+def test_a_shared_optimizer_gives_the_same_bits_and_a_checkpoint_for_any_number_of_ranks(
+    ranks: Ranks, adapter: Any, dtype: str, tmp_path: Path, some_sequences: Any
+) -> None:
+    """Half of the moments each, and of the masters."""
+
+    def run(policy: Learner, steps: range, name: str) -> tuple[list[float], dict[str, bytes]]:
+        seen = learn(policy, steps, some_sequences)
+        policy.save(tmp_path / name)
+        files = (path for path in (tmp_path / name).rglob("*") if path.suffix == ".safetensors" or path.name == TRAINER)
+        return seen, {path.name: path.read_bytes() for path in files}
+
+    shared: Any = {"dtype": dtype, "sharded_over": 2}
+    plain = run(spread(ranks, adapter, dtype=dtype), range(2), "plain")
+    policy = spread(ranks, adapter, **shared)
+    assert run(policy, range(2), "shared") == plain and len(plain[1]) == 3
+    held = [
+        sum(tensor.nbytes for tensor in state.values())
+        for state in ranks.together([("optimizer_state",)], super(SpreadLearner, policy).optimizer_state)
+    ]
+    whole = sum(tensor.nbytes for tensor in load_file(tmp_path / "shared" / FILE).values())
+    assert sum(held) == whole and max(held) < 0.6 * whole
+
+    from_plain = Start(tmp_path / "plain", tmp_path / "plain")
+    undisturbed = run(policy, range(2, 4), "end")
+    assert run(spread(ranks, adapter, from_plain, **shared), range(2, 4), "again") == undisturbed
+    again = run(spread(ranks, adapter, Start(tmp_path / "shared", tmp_path / "shared"), dtype=dtype), range(2, 4), "two")
+    assert again == undisturbed
+    if dtype == "float32" and isinstance(adapter, Full):
+        run(alone(adapter, Start(tmp_path / "shared", tmp_path / "shared")), range(2, 4), "one")
+        assert_same(tmp_path / "end", tmp_path / "one")
+
+
+def test_weights_are_owned_by_all_ranks_alike_and_by_as_many_as_there_are() -> None:
+    sizes = [100, 7, 60, 40, 3, 30]
+    found = owners(sizes, 3)
+    assert found[0] == 0 and sorted(set(found)) == [0, 1, 2]
+    assert max(sum(size for size, of in zip(sizes, found, strict=True) if of == rank) for rank in range(3)) == 100
+    assert owners([5, 5], 4) == [0, 1] and owners(sizes, 1) == [0] * 6
+    weight = torch.nn.Parameter(torch.ones(3))
+    idle = Optimizer({"w": weight}, OptimizerSpec(learning_rate=0.1), 4, Part(1, 2))
+    taken: list[list[int]] = []
+    idle.hand_out = lambda weights, owners: taken.append(owners)
+    weight.grad = torch.ones(3)
+    assert idle.step()["grad_norm"] == pytest.approx(3**0.5) and taken == [[0]]
+    assert idle.state() == {} and torch.equal(weight, torch.ones(3)), "its owner steps it"
+
+
+def test_what_a_lost_rank_held_of_the_optimizer_is_not_saved_as_if_it_were_there(
+    ranks: Ranks, tmp_path: Path, some_sequences: Any
+) -> None:
+    policy = spread(ranks, Full(), sharded_over=2)
+    learn(policy, range(1), some_sequences)
+    os.kill(ranks.pids[0], signal.SIGSTOP)  # or it might have answered before it is killed
+    os.kill(ranks.pids[0], signal.SIGKILL)
+    for _ in range(2):
+        with pytest.raises(JobFailed) as caught:
+            policy.save(tmp_path / "off")
+        assert caught.value.code == "rank_lost"
+    assert not (tmp_path / "off" / FILE).exists()
 
 
 def test_answers_and_scores_are_those_of_one_rank(ranks: Ranks, some_sequences: Any) -> None:
