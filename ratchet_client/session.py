@@ -17,6 +17,7 @@ import asyncio
 import json
 from collections import deque
 from collections.abc import Awaitable, Callable, Generator, Mapping, Sequence
+from contextlib import suppress
 from functools import wraps
 from math import ceil
 from threading import Thread
@@ -37,7 +38,7 @@ P = ParamSpec("P")
 
 JSON, TENSORS = "application/json", "application/vnd.safetensors"
 HOLD_S = 30.0  # the service is asked to hold a request for so long
-GATHER_S = 0.002  # what nobody waits for yet is sent after so long, together with what came meanwhile
+GATHER_S = 0.002  # what nobody waits for is sent after so long, together with what came meanwhile
 AT_ONCE = 256  # operations in one request
 BODY_AT_FAULT = frozenset({400, 413, 415, 422})  # nothing was logged, and other bodies may fare better
 POLLS = 8  # answers that are waited for at once
@@ -62,6 +63,7 @@ class AsyncHandle(Generic[T]):
     async def result(self, timeout_s: float | None = None) -> T:
         """What came of it. Raises RatchetOperationError if it failed, RatchetApiError if it was refused, TimeoutError."""
         self._wanted = True
+        self._session.somebody_waits.set()
         try:
             async with asyncio.timeout(timeout_s):
                 await self._settled.wait()
@@ -152,6 +154,7 @@ class AsyncSession:
         self._path = f"/v1/sessions/{part(session_id)}/operations"
         self._outbox = deque[AsyncHandle[Any]]()
         self._arrived = asyncio.Event()
+        self.somebody_waits = asyncio.Event()  # for a handle that was not wanted when it came
         self._sender: asyncio.Task[None] | None = None
         self._polls = asyncio.Semaphore(POLLS)
         self._broken: RatchetError | None = None
@@ -204,7 +207,9 @@ class AsyncSession:
         try:
             while self._outbox:
                 if not any(handle.wanted for handle in self._outbox):
-                    await asyncio.sleep(GATHER_S)
+                    self.somebody_waits.clear()
+                    with suppress(TimeoutError):
+                        await asyncio.wait_for(self.somebody_waits.wait(), GATHER_S)
                 await self._deliver(self._together())
         except Exception as error:
             self._break(RatchetError(f"operations of {self.id} could not be sent: {error!r}"))

@@ -173,8 +173,10 @@ class Adapters:
 
     def save(self, name: str, folder: Path) -> None:
         """Write a plain peft adapter into the folder."""
-        # save_embedding_layers: "auto" would ask the hub about the base.
         peft = self._peft_of(name)
+        # Peft's card has only blanks to fill in, and takes longer than the weights of a small adapter.
+        peft.create_or_update_model_card = lambda output_dir: None
+        # save_embedding_layers: "auto" would ask the hub about the base.
         peft.save_pretrained(str(folder), selected_adapters=[name], save_embedding_layers=False)
         if (own := folder / name).is_dir():  # peft's own default name has no folder of its own
             for path in own.iterdir():
