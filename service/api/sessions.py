@@ -4,6 +4,7 @@
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
 from datetime import datetime
+from functools import partial
 from typing import Annotated, Any, Literal, Self
 
 from fastapi import APIRouter, Query, Request, Response
@@ -15,7 +16,7 @@ from service.api.jobs import JobsQuery
 from service.api.views import JobPage, JobSummary, JobView
 from service.edge.arrays import parse_arrays
 from service.edge.auth import Caller, CallerDep, ShareDep
-from service.edge.bodies import DocumentDep, TurnDep, documented, limited, media_type
+from service.edge.bodies import TINY_BYTES, DocumentDep, TurnDep, documented, limited, media_type
 from service.edge.context import Context, ContextDep
 from service.edge.idempotency import IdempotencyKeyDep, once
 from service.edge.negotiation import accepted, wait_s
@@ -199,9 +200,10 @@ async def append_operations(
         ids = await run_in_threadpool(_log, context, caller, session_id, wanted)
     found = await _wait(context, caller, share, session_id, ids, seconds)
     if many:
-        response = await run_in_threadpool(_several, context, caller, ids, found)
+        answered = partial(_several, context, caller, ids, found)
     else:
-        response = await run_in_threadpool(_one, context, caller, ids[0], answer_as, found)
+        answered = partial(_one, context, caller, ids[0], answer_as, found)
+    response = answered() if _is_quick(ids, found) else await run_in_threadpool(answered)
     if seconds > 0:
         response.headers["Preference-Applied"] = "wait"
     return response
@@ -238,7 +240,8 @@ async def read_operation(
     answer_as = accepted(request, (JSON, TENSORS))
     operation_id = await run_in_threadpool(_id_of, context, caller, session_id, operation)
     found = await _wait(context, caller, share, session_id, [operation_id], wait_s(request))
-    return await run_in_threadpool(_one, context, caller, operation_id, answer_as, found)
+    answered = partial(_one, context, caller, operation_id, answer_as, found)
+    return answered() if _is_quick([operation_id], found) else await run_in_threadpool(answered)
 
 
 def _asked(raw: bytes, sent_as: str) -> tuple[bool, list[Asked], Graders]:
@@ -300,6 +303,11 @@ async def _wait(context: Context, caller: Caller, share: Share, session_id: str,
     with context.open_answers.hold(caller.key_id):
         async with share.resting():
             return {} if context.stopping.is_set() else await context.answers.wait(session_id, ids, seconds)
+
+
+def _is_quick(ids: list[str], found: Found) -> bool:
+    """Whether a thread would take longer than to write the answer."""
+    return all(id_ in found for id_ in ids) and sum(len(found[id_].answer or b"") for id_ in ids) <= TINY_BYTES
 
 
 def _row(context: Context, caller: Caller, operation_id: str, found: Found) -> Operation | Outcome:

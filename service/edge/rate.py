@@ -15,6 +15,7 @@ from math import ceil
 from secrets import token_hex
 from time import monotonic
 from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
 
 import redis
 import redis.asyncio
@@ -31,20 +32,21 @@ CONNECTIONS = 32  # of one API process
 ASK_AGAIN_S = 5.0  # pause before the next try after Redis failed
 MAX_LOCAL = 10_000  # buckets in the memory of one process
 
-# It uses the clock of Redis, so the clocks of the API's machines need not agree. A bucket expires when it is full again.
+# Takes as many of the tokens that are asked for as there are; returns how many, and how many there were before. It uses the
+# clock of Redis, so the clocks of the API's machines need not agree. A bucket expires when it is full again.
 TAKE = """
 local edition = redis.call('GET', KEYS[2])
-if ARGV[1] == '' then return {edition, 1, '0'} end
-local rate, burst = tonumber(ARGV[1]), tonumber(ARGV[2])
+if ARGV[1] == '' then return {edition, 0, '0'} end
+local rate, burst, asked = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
 local time = redis.call('TIME')
 local now = time[1] + time[2] / 1e6
 local kept = redis.call('HMGET', KEYS[1], 'tokens', 'at')
 local passed = math.max(0, now - (tonumber(kept[2]) or now))
 local tokens = math.min(burst, (tonumber(kept[1]) or burst) + passed * rate)
-local taken = tokens >= 1 and 1 or 0
+local taken = math.min(asked, math.floor(tokens))
 redis.call('HSET', KEYS[1], 'tokens', string.format('%.9f', tokens - taken), 'at', string.format('%.6f', now))
 redis.call('PEXPIRE', KEYS[1], math.ceil(burst / rate * 1000) + 1000)
-return {edition, taken, string.format('%.9f', tokens - taken)}
+return {edition, taken, string.format('%.9f', tokens)}
 """
 
 
@@ -84,6 +86,14 @@ class RateReply(NamedTuple):
     edition: bytes | None
 
 
+class _Together:
+    """Requests of one key that are counted by one question, in their order."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.reply: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+
+
 class Limiter:
     """For the event loop's thread only."""
 
@@ -93,6 +103,8 @@ class Limiter:
         self._redis = redis.asyncio.Redis.from_url(url, retry=Retry(NoBackoff(), 0), max_connections=CONNECTIONS)
         self._take = self._redis.register_script(TAKE)
         self._turns = asyncio.Semaphore(CONNECTIONS)  # first come, first served
+        self._gathering: dict[tuple[str, Rate | None], _Together] = {}
+        self._asking: WeakValueDictionary[tuple[str, Rate | None], asyncio.Lock] = WeakValueDictionary()
         self._clock = clock
         self._ask_again_at = 0.0
         self._local: OrderedDict[str, tuple[float, float]] = OrderedDict()  # key id -> tokens, time of the count
@@ -102,15 +114,45 @@ class Limiter:
         return self._default if requests_per_s is None or burst is None else Rate(requests_per_s, burst)
 
     async def take(self, key_id: str, rate: Rate | None) -> RateReply:
-        """Take one token, if there is one. Never raises."""
-        arguments = ["", ""] if rate is None else [rate.requests_per_s, rate.burst]
-        reply = await self._asked(lambda: self._take(keys=[f"ratchet:rate:{key_id}", KEYS_EDITION], args=arguments))
+        """Take one token, if there is one. Never raises.
+
+        While Redis is asked for a key, further requests of the key gather, and the next question is for all of them.
+        """
+        together, place = self._gathering.get((key_id, rate)), 0
+        if together is None:
+            together = _Together()
+            together.count = 1
+            reply = await self._ask_for(together, key_id, rate)
+        else:
+            place, together.count = together.count, together.count + 1
+            reply = await asyncio.shield(together.reply)
         if rate is None:
             return RateReply(None, reply and reply[0])
         if reply is None:
             return RateReply(self._take_here(key_id, rate), None)
-        edition, allowed, tokens = reply
-        return RateReply(Turn(bool(allowed), float(tokens), rate), edition)
+        edition, taken, tokens = reply
+        return RateReply(Turn(place < taken, float(tokens) - min(place + 1, taken), rate), edition)
+
+    async def _ask_for(self, together: _Together, key_id: str, rate: Rate | None) -> Any:
+        """Take tokens for all who gather until it is their turn to be asked for."""
+        whose = key_id, rate
+        asking = self._asking.setdefault(whose, asyncio.Lock())
+        self._gathering[whose] = together
+
+        async def ask() -> Any:
+            async with asking:
+                del self._gathering[whose]
+                bucket = ["", "", ""] if rate is None else [rate.requests_per_s, rate.burst, together.count]
+                return await self._take(keys=[f"ratchet:rate:{key_id}", KEYS_EDITION], args=bucket)
+
+        reply = None
+        try:
+            reply = await self._asked(ask)
+        finally:
+            if self._gathering.get(whose) is together:
+                del self._gathering[whose]
+            together.reply.set_result(reply)
+        return reply
 
     async def edition(self) -> bytes | None:
         """The edition of the keys; created if there is none. Never raises; None while Redis is away."""
