@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
 from service.edge.auth import Caller, CallerDep, ShareDep
-from service.edge.bodies import DocumentDep
+from service.edge.bodies import TINY_BYTES, DocumentDep
 from service.edge.context import Context, ContextDep
 from service.edge.problems import problem
 from service.errors import InvalidRequest, NotFound
@@ -22,7 +22,7 @@ from service.sessions.codec import unpack
 from service.states import HELD, Status
 from service.store import jobs, operations, tinker
 from service.store.operations import Outcome
-from service.store.tables import Job, Operation, TinkerModel, TinkerSampler
+from service.store.tables import Operation, TinkerModel, TinkerSampler
 from service.tinker import answers, compression, paths
 from service.tinker.face import PREFIX
 from service.tinker.log import REFUSED
@@ -39,6 +39,7 @@ SAVED_BY = {
     "sampler_weights": "save_weights_for_sampler",
     "external_weights": "save_weights_external",
 }
+ALONE = frozenset({"sample", "forward", "forward_backward", "optim_step"})  # results for which nothing else is read
 AWAY_S = 1.0  # it repeats after a 5xx without any pause
 
 
@@ -50,12 +51,10 @@ class Gone(NotFound):
 
 @dataclass(frozen=True)
 class Waiting:
-    """Not done yet. `state`: a word of the wire, and why."""
+    """Not done yet."""
 
     job_id: str
     operation_id: str
-    state: str
-    reason: str | None
 
 
 @dataclass(frozen=True)
@@ -74,16 +73,23 @@ async def retrieve_future(
         found = await run_in_threadpool(_look, context, caller, ticket)
         if isinstance(found, Waiting) and not context.stopping.is_set():
             async with share.resting():
-                done = await context.answers.wait(found.job_id, [found.operation_id], HOLD_S)
-            found = await run_in_threadpool(_look, context, caller, ticket, done.get(found.operation_id))
+                done = (await context.answers.wait(found.job_id, [found.operation_id], HOLD_S)).get(found.operation_id)
+            if done is not None and done.kind in ALONE and len(done.answer or b"") <= TINY_BYTES:
+                found = _look(context, caller, ticket, done)
+            else:
+                found = await run_in_threadpool(_look, context, caller, ticket, done)
     except Gone as error:
         return problem(request, error, status=410)
     except OperationalError:
         await asyncio.sleep(AWAY_S)
         raise
     if isinstance(found, Waiting):
-        return JSONResponse({"queue_state": found.state, "queue_state_reason": found.reason}, 408)
-    content, headers = await run_in_threadpool(compression.compressed, request, found.content)
+        state, reason = await run_in_threadpool(_standing, context, found.job_id)
+        return JSONResponse({"queue_state": state, "queue_state_reason": reason}, 408)
+    if len(found.content) <= TINY_BYTES:
+        content, headers = compression.compressed(request, found.content)
+    else:
+        content, headers = await run_in_threadpool(compression.compressed, request, found.content)
     return Response(content, 200, headers, found.media_type)
 
 
@@ -104,6 +110,8 @@ def cancel_future(context: ContextDep, caller: CallerDep, document: DocumentDep)
 
 def _look(context: Context, caller: Caller, ticket: Ticket, done: Outcome | None = None) -> Waiting | Result:
     """`done`: what came of the ticket's operation, where the caller's right to it was checked before."""
+    if done is not None and done.kind in ALONE and done.error is None and done.answer is not None:
+        return _result(done, None, ticket)
     with context.store.begin(readonly=True) as session:
         if ticket.model_id is not None:
             return _made(session, caller, ticket.model_id)
@@ -112,8 +120,7 @@ def _look(context: Context, caller: Caller, ticket: Ticket, done: Outcome | None
             error = row.error or unpack(row.request or b"")[0]["error"]
             return _failed(error)
         if row.status == "waiting":
-            job = jobs.find(session, row.job_id, light=True)
-            return Waiting(row.job_id, row.id, *_standing(job))
+            return Waiting(row.job_id, row.id)
         if row.error is not None:
             return _failed(row.error)
         if row.answer is None:
@@ -121,7 +128,7 @@ def _look(context: Context, caller: Caller, ticket: Ticket, done: Outcome | None
                 raise Gone("the answer of this request has expired")
             detail = "the answer of this request has expired; what it did is done, so do not send it again"
             return _failed({"detail": detail, "category": "user"})
-        model = None if ticket.sampler_id is not None else tinker.model_of_job(session, row.job_id)
+        model = None if row.kind in ALONE else tinker.model_of_job(session, row.job_id)
     return _result(row, model, ticket)
 
 
@@ -149,8 +156,10 @@ def _operation(session: Session, caller: Caller, ticket: Ticket) -> Operation:
     return row
 
 
-def _standing(job: Job | None) -> tuple[str, str | None]:
-    """What the client shows while it waits."""
+def _standing(context: Context, job_id: str) -> tuple[str, str | None]:
+    """What the client shows while it waits: a word of the wire, and why."""
+    with context.store.begin(readonly=True) as session:
+        job = jobs.find(session, job_id, light=True)
     if job is None or job.status in HELD:
         return "active", None
     if job.status == Status.PAUSED and job.status_reason != IDLE:
