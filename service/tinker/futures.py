@@ -74,7 +74,7 @@ async def retrieve_future(
         if isinstance(found, Waiting) and not context.stopping.is_set():
             async with share.resting():
                 done = (await context.answers.wait(found.job_id, [found.operation_id], HOLD_S)).get(found.operation_id)
-            if done is not None and done.kind in ALONE and len(done.answer or b"") <= TINY_BYTES:
+            if done is not None and _is_alone(done) and len(done.answer or b"") <= TINY_BYTES:
                 found = _look(context, caller, ticket, done)
             else:
                 found = await run_in_threadpool(_look, context, caller, ticket, done)
@@ -108,9 +108,14 @@ def cancel_future(context: ContextDep, caller: CallerDep, document: DocumentDep)
     return Response(status_code=204)
 
 
+def _is_alone(done: Outcome) -> bool:
+    """Whether the store need not be read for this result."""
+    return done.kind in ALONE and done.error is None and done.answer is not None
+
+
 def _look(context: Context, caller: Caller, ticket: Ticket, done: Outcome | None = None) -> Waiting | Result:
     """`done`: what came of the ticket's operation, where the caller's right to it was checked before."""
-    if done is not None and done.kind in ALONE and done.error is None and done.answer is not None:
+    if done is not None and _is_alone(done):
         return _result(done, None, ticket)
     with context.store.begin(readonly=True) as session:
         if ticket.model_id is not None:
