@@ -140,14 +140,14 @@ class Limiter:
         self._gathering[whose] = together
 
         async def ask() -> Any:
-            async with asking:
-                del self._gathering[whose]
-                bucket = ["", "", ""] if rate is None else [rate.requests_per_s, rate.burst, together.count]
-                return await self._take(keys=[f"ratchet:rate:{key_id}", KEYS_EDITION], args=bucket)
+            del self._gathering[whose]
+            bucket = ["", "", ""] if rate is None else [rate.requests_per_s, rate.burst, together.count]
+            return await self._take(keys=[f"ratchet:rate:{key_id}", KEYS_EDITION], args=bucket)
 
         reply = None
         try:
-            reply = await self._asked(ask)
+            async with asking:
+                reply = await self._asked(ask)
         finally:
             if self._gathering.get(whose) is together:
                 del self._gathering[whose]

@@ -44,15 +44,13 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 class Up:
     """One `ratchet up` on a free port, in a session of its own."""
 
-    def __init__(self, data_dir: Path) -> None:
+    def __init__(self, data_dir: Path, **environment: str) -> None:
         self.data_dir = data_dir
         self.log = data_dir.parent / f"up-{time.monotonic_ns()}.log"
         up = [*RATCHET, "up", "--data-dir", str(data_dir), "--port", "0"]
         with self.log.open("wb") as log:
-            environment = {**os.environ, "PYTHONFAULTHANDLER": "1"}
-            self.process = subprocess.Popen(
-                up, stdout=log, stderr=log, cwd=data_dir.parent, env=environment, start_new_session=True
-            )
+            env = {**os.environ, "PYTHONFAULTHANDLER": "1", **environment}
+            self.process = subprocess.Popen(up, stdout=log, stderr=log, cwd=data_dir.parent, env=env, start_new_session=True)
         self.until(lambda: "is ready at" in self.said())
 
     def said(self) -> str:
@@ -135,7 +133,7 @@ def folder() -> Iterator[Path]:
 def shared() -> Iterator[Up]:
     """For tests that end nothing but what comes back by itself."""
     with tempfile.TemporaryDirectory(prefix="ratchet-up-") as folder:
-        up = Up(Path(folder) / "data")
+        up = Up(Path(folder) / "data", RATCHET_SERVES="training")  # these are about jobs and sessions
         yield up
         up.stop(within_s=60)
 
