@@ -133,7 +133,7 @@ def _load(tenure: Tenure, spec: RLSpec | SupervisedSpec, closing: ExitStack) -> 
         rewards = closing.enter_context(Rewards(spec.reward, job_id=job.id, secrets=secrets, networks=networks))
     start = spec.model.from_checkpoint
     start_from = None if start is None else start_checkpoint(store, job, start.id)
-    resume_from = newest_checkpoint(store, job)
+    resume_from = newest_checkpoint(tenure)
     policy, reference = _policies(tenure, spec, start_from, resume_from, closing)
     if isinstance(spec, RLSpec) and isinstance(spec.rollout.engine, VllmEngine):
         served = closing.enter_context(Served(tenure, spec.rollout.engine, policy))

@@ -298,6 +298,7 @@ def commit_snapshot(
     answered: Answered | None = None,
     overwrite: bool = False,
     keep_last: int | None = None,
+    broken: Collection[str] = (),
     spent: Spent = NOTHING,
 ) -> list[str]:
     """Record a session's checkpoint, and what it makes needless, in one transaction. A repeat does nothing.
@@ -306,6 +307,7 @@ def commit_snapshot(
     answered     the save_checkpoint that asked for it
     overwrite    a checkpoint of the same name and purpose is deleted, unless it is pinned or in use: it then loses its name
     keep_last    how many checkpoints without a name stay
+    broken       ids of those that cannot be read: they do not count, and go with the ones that do not stay
 
     Returns the blob paths of deleted checkpoints, which the caller must remove.
     """
@@ -325,7 +327,8 @@ def commit_snapshot(
             operations.forget_requests(session, job.id, replay_from)
         if keep_last is not None:
             unnamed = [there for there in checkpoints.of_job(session, job.id) if there.name is None]
-            gone, _ = checkpoints.remove(session, [there.id for there in unnamed[keep_last:]], now)
+            kept_ids = {there.id for there in [there for there in unnamed if there.id not in broken][:keep_last]}
+            gone, _ = checkpoints.remove(session, [there.id for there in unnamed if there.id not in kept_ids], now)
             removed += gone
         return [there.path for there in removed]
 
@@ -341,16 +344,19 @@ def rest(store: Store, lease: Lease, done: int, *, spent: Spent = NOTHING) -> St
     return _end(store, lease, spent, do)
 
 
-def retain(store: Store, lease: Lease, keep: CheckpointsSpec, best: Sequence[KeepBest] = ()) -> list[str]:
+def retain(
+    store: Store, lease: Lease, keep: CheckpointsSpec, best: Sequence[KeepBest] = (), broken: Collection[str] = ()
+) -> list[str]:
     """Mark as deleted the checkpoints that keep_last, keep_best and the rules in `best` do not keep. Returns their blob paths,
-    which the caller must remove.
+    which the caller must remove. `broken`: ids of those that cannot be read, of which none is kept in place of a sound one.
 
     A checkpoint stays if it is pinned, or if a job that has not ended resumes from it or starts from it.
     """
     with _holding(store, lease) as (session, job):
         there = checkpoints.of_job(session, job.id)
+        sound = [row for row in there if row.id not in broken]
         rules = [*best, *([keep.keep_best] if keep.keep_best else [])]
-        kept_ids = {row.id for row in (*there[: keep.keep_last], *(row for rule in rules for row in best_of(there, rule)))}
+        kept_ids = {row.id for row in (*sound[: keep.keep_last], *(row for rule in rules for row in best_of(sound, rule)))}
         removed, _ = checkpoints.remove(session, [row.id for row in there if row.id not in kept_ids], clock.now(session))
         return [row.path for row in removed]
 

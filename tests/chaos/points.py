@@ -195,7 +195,7 @@ def _switch_replay_off() -> None:
     from workers.sessions.session import Session
 
     def replays_nothing(self: Session) -> None:
-        rows = self._since(self.saved.replay_from)
+        rows = self._since(self.place.replay_from)
         self.place.seq = max([self.place.seq, *(row.seq for row in rows if row.status != "waiting")])
 
     Session._replay = replays_nothing

@@ -210,6 +210,14 @@ def test_retention_keeps_the_last_and_the_best(store: Store, held: Lease, keep: 
     assert leases.retain(store, held, keep) == []
 
 
+def test_retention_keeps_no_broken_checkpoint_in_place_of_a_sound_one(store: Store, held: Lease) -> None:
+    rows = [checkpoint(step, best=best) for step, best in [(1, 0.5), (2, None), (3, 0.9), (4, None)]]
+    for row in rows:
+        leases.commit_checkpoint(store, held, row)
+    keep, broken = CheckpointsSpec(keep_last=2, keep_best=KeepBest(count=1)), {rows[2].id}
+    assert leases.retain(store, held, keep, broken=broken) == [rows[2].path]
+
+
 def test_retention_spares_what_another_job_starts_from(store: Store, doorbell: Doorbell, new_job: NewJob, held: Lease) -> None:
     rows = [checkpoint(step) for step in (1, 2, 3)]
     leases.commit_checkpoint(store, held, rows[0])

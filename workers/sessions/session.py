@@ -37,7 +37,7 @@ from workers.sessions.evaluating import evaluate
 from workers.sessions.requests import Request, refused
 from workers.sessions.sampling import sample, seed_of
 from workers.sessions.training import MUTATING, STEPS, TRAINING, Done, Trainer
-from workers.tenure.resume import newest_checkpoint, start_checkpoint, verified
+from workers.tenure.resume import sound, start_checkpoint, verified
 from workers.tenure.session import Named, Saving, SessionTenure
 from workers.tenure.tenure import Contents
 
@@ -78,7 +78,10 @@ class Session:
 
     def __init__(self, tenure: SessionTenure, spec: SessionSpec, load_base: Callable[[Path | None], Base]) -> None:
         self.tenure, self.spec, self._load_base = tenure, spec, load_base
-        self.place, self.saved = Place(), Place()
+        self.place = Place()
+        # The newest snapshot of its own, which nobody can delete or overwrite. A checkpoint with a name is as good to load, but
+        # the log reaches back as if there were none.
+        self.saved = Place()
         self.ended = False
         self._answers: list[Answered] = []  # of operations that have run, and are not stored yet
         self._changed = False  # the weights, since they were last copied for a snapshot
@@ -98,9 +101,14 @@ class Session:
     def _load(self) -> None:
         self.end_saving()
         self._uncopied = 0
-        snapshot = newest_checkpoint(self.tenure.store, self.tenure.job)
-        self.saved = Place() if snapshot is None else Place.load(snapshot)
-        self.place = Place(self.saved.seq, self.saved.gradient_from, self.saved.step)
+        store = self.tenure.store
+        with store.begin(readonly=True) as session:
+            rows = checkpoints.of_job(session, self.tenure.job.id)
+        newest = sound(self.tenure, rows)
+        own = newest if newest is None or newest.name is None else sound(self.tenure, [row for row in rows if row.name is None])
+        snapshot = None if newest is None else store.blobs.path(newest.path)
+        self.place = Place() if snapshot is None else Place.load(snapshot)
+        self.saved = Place() if own is None else Place.load(store.blobs.path(own.path))
         self.close()
         self._trainer, self._changed = (
             self._trained_from(self._start() if snapshot is None else Start(snapshot, snapshot)),
@@ -160,7 +168,7 @@ class Session:
 
     def _replay(self) -> None:
         """Run what the weights do not hold yet of the operations that were answered."""
-        at, snapshot = self.saved.replay_from, self.saved.seq
+        at, snapshot = self.place.replay_from, self.place.seq
         while rows := self._since(at):
             for row in rows:
                 if row.seq != at:  # a gap
@@ -250,7 +258,7 @@ class Session:
             known_metrics.check(done.metrics, "session", strict=self.tenure.settings.strict_metrics)
             self.place.seq = row.seq
             self._answers.append(Answered(row.id, done.answer, step=self.place.step, metrics=done.metrics))
-            copied = self.saved if self._saving is None else self._saving[1]
+            copied = self._saving[1] if self._saving is not None and self._saving[0].is_snapshot else self.saved
             if self.place.step - max(copied.step, self._uncopied) >= self.spec.checkpoints.every_steps:
                 self._snapshot_by_itself()
         else:
@@ -318,7 +326,7 @@ class Session:
             Contents(place.step, learner.kind, write, {}),
             named,
             # If this one cannot be read, the one before and the log behind that must do; after the end nothing replays.
-            replay_from=(place if final else self.saved).replay_from if training else None,
+            replay_from=None if named.name is not None else (place if final else self.saved).replay_from,
             keep_last=self.spec.checkpoints.keep_last if named.name is None else None,
             answered=answered,
             row_id=checkpoint_id,
@@ -355,7 +363,9 @@ class Session:
             log.warning("a checkpoint of %s could not be written", self.tenure.job.id, exc_info=True)
             return
         if training:
-            self.saved, self._suspect = place, False
+            self._suspect = False
+        if saving.is_snapshot:
+            self.saved = place
 
     def save_checkpoint(self, request: Request, row: Logged) -> None:
         head = request.head

@@ -1,6 +1,7 @@
 """The checkpoints that an attempt may start from, each verified before it is used."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 from service.errors import JobFailed, NotFound
@@ -8,19 +9,29 @@ from service.store import checkpoints
 from service.store.session import Store
 from service.store.tables import Checkpoint, Job
 from workers.policy.checkpoint import CheckpointBroken, verify
+from workers.tenure.tenure import Tenure
 
 log = logging.getLogger(__name__)
 
 
-def newest_checkpoint(store: Store, job: Job) -> Path | None:
-    """The newest complete checkpoint of this job. Torn or altered ones are skipped, and the log names them."""
-    with store.begin(readonly=True) as session:
-        rows = checkpoints.of_job(session, job.id)
+def newest_checkpoint(tenure: Tenure) -> Path | None:
+    """The newest complete checkpoint of this job, see `sound`."""
+    with tenure.store.begin(readonly=True) as session:
+        rows = checkpoints.of_job(session, tenure.job.id)
+    row = sound(tenure, rows)
+    return None if row is None else tenure.store.blobs.path(row.path)
+
+
+def sound(tenure: Tenure, rows: Sequence[Checkpoint]) -> Checkpoint | None:
+    """The first of these that is complete. Torn or altered ones are skipped: the log names them, and the tenure keeps none of
+    them in place of a sound one."""
     for row in rows:
         try:
-            return verified(store, row)
+            verified(tenure.store, row)
+            return row
         except CheckpointBroken as broken:
-            log.error("job %s: checkpoint %s is broken (%s); trying the one before", job.id, row.id, broken)
+            log.error("job %s: checkpoint %s is broken (%s); trying the one before", tenure.job.id, row.id, broken)
+            tenure.broken.add(row.id)
     return None
 
 

@@ -42,6 +42,11 @@ class Saving:
     keep_last: int | None
     answered: Answered | None
 
+    @property
+    def is_snapshot(self) -> bool:
+        """Of the session's own, which no client can delete or overwrite."""
+        return self.named.name is None
+
 
 class SessionTenure(Tenure):
     """The log's tail has only the lines of its own operations, see `working`. All guests of a process have one patience: a
@@ -124,6 +129,7 @@ class SessionTenure(Tenure):
                 answered=saving.answered,
                 overwrite=named.overwrite,
                 keep_last=saving.keep_last,
+                broken=self.broken,
                 spent=spent,
             )
         )

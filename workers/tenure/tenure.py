@@ -57,6 +57,7 @@ class Tenure:
         self.meter = Meter(Phase.LOADING, self._trace)
         self.saved_at: int | None = None  # the step of the newest checkpoint
         self.budget_spent = False  # the budget of the job or its project is used up
+        self.broken = set[str]()  # checkpoints of the job that were found to be broken
         self._keeper, self._tail = keeper, LogTail(keeper.settings)
         self._hold = Hold(lease, stall_timeout_s=stall_timeout_s, tail=self._tail)
 
@@ -139,7 +140,7 @@ class Tenure:
         row = self._write(contents, final=final)
         spent = self.meter.take()
         self._hold.patiently(lambda: leases.commit_checkpoint(self.store, self.lease, row, spent=spent))
-        for path in self._hold.patiently(lambda: leases.retain(self.store, self.lease, keep, best)):
+        for path in self._hold.patiently(lambda: leases.retain(self.store, self.lease, keep, best, self.broken)):
             self.store.blobs.delete(path)
         self.saved_at = contents.step
         log.info("job %s: checkpoint %s at step %d", self.job.id, row.id, self.saved_at)

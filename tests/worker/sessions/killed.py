@@ -68,7 +68,7 @@ POINTS: dict[str, Callable[[int], None]] = {
 
 def replays_nothing(self: Session) -> None:
     """A wrong build: it believes that the snapshot holds everything."""
-    rows = self._since(self.saved.replay_from)
+    rows = self._since(self.place.replay_from)
     self.place.seq = max([self.place.seq, *(row.seq for row in rows if row.status != "waiting")])
 
 

@@ -14,6 +14,7 @@ import torch
 from session_operations import FULL, LORA, forward_backward, loop, row, train_step
 
 from chaos.rig import Zygote
+from service.store import checkpoints, clock
 from workers.policy.learner import Learner
 from workers.sessions.session import Session
 from workers.tenure.tenure import Tenure
@@ -285,6 +286,47 @@ def test_a_broken_snapshot_is_replaced_by_the_one_before_and_the_log(rig: Any, w
     rig.work()
     assert same(rig.weights(job), rig.weights(quiet))
     assert rig.job(job).status == "paused"
+
+
+@SQLITE
+@pytest.mark.parametrize("name", [lambda step: {"name": "latest", "overwrite": True}, lambda step: {"name": f"s{step}"}])
+def test_a_client_that_saves_at_each_step_has_snapshots_to_fall_back_to(rig: Any, name: Callable[[int], Any]) -> None:
+    """Whether it overwrites one name or deletes what it saved before: what it names is no part of the session's own safety."""
+    job, quiet = (rig.session(checkpoints={"every_steps": 2}) for _ in range(2))
+    for one in (job, quiet):
+        for step in range(5):
+            rig.send(one, *loop(1, first=step), {"kind": "save_checkpoint", **name(step)})
+        rig.work()
+    newest, *_ = saved = rig.checkpoints(job)
+    assert newest.name is not None and rig.job(job).checkpoint_id == newest.id
+    tear(rig, newest)
+    with rig.store.begin() as session:
+        checkpoints.remove(session, [one.id for one in saved if one.name is not None], clock.now(session))
+    for one in (job, quiet):
+        rig.send(one, *loop(1, first=5))
+    rig.work()
+    assert same(rig.weights(job), rig.weights(quiet))
+
+
+@SQLITE
+def test_after_a_fallback_the_broken_snapshot_goes_and_the_sound_one_stays(rig: Any) -> None:
+    job, quiet = (rig.session(checkpoints={"every_steps": 3}) for _ in range(2))
+    for one in (job, quiet):
+        rig.send(one, *loop(4))
+    rig.work()
+    broken, before = rig.checkpoints(job)
+    tear(rig, broken)
+    for step in (4, 5):  # each time a snapshot is saved: the next must be replaceable, too
+        for one in (job, quiet):
+            rig.send(one, *loop(1, first=step))
+        rig.work()
+        newest, older = rig.checkpoints(job)
+        assert older.id == before.id and newest.step == step + 1
+        tear(rig, newest)
+    rig.send(job, *loop(1, first=6))
+    rig.send(quiet, *loop(1, first=6))
+    rig.work()
+    assert same(rig.weights(job), rig.weights(quiet))
 
 
 @SQLITE
