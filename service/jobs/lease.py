@@ -265,7 +265,7 @@ def answer_operations(
     """Store what came of some operations, in one transaction, in their order. One that was answered before keeps its answer.
 
     Returns True if a budget is now spent. Safe to repeat, except that a repeat of a try that was committed counts `spent` again
-    only if some answer is new.
+    only if some answer is new, or its operation was withdrawn: what it took is counted all the same.
     """
     with _holding(store, lease, small=True) as (session, job):
         now = clock.now(session)
@@ -278,6 +278,9 @@ def answer_operations(
                 metrics.write(session, job.id, step, each.metrics, attempt=lease.attempt, now=now)
                 if new:
                     said.append(_step_event(step, job.max_steps, each.metrics))
+        if not is_new:
+            _, withdrawn = operations.outcomes(session.connection(), [each.id for each in answered])
+            is_new = bool(withdrawn)
         if said or step != job.step:
             events.append_all(session, job.id, said, now=now, step=step)
         if is_new:

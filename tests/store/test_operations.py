@@ -6,6 +6,7 @@ from pathlib import Path
 from threading import Barrier
 
 import pytest
+from sqlalchemy import func, select
 
 from service.doorbell import Doorbell
 from service.errors import Busy, Conflict, InvalidRequest, LeaseLost
@@ -20,7 +21,8 @@ from service.spec.session import SessionSpec
 from service.store import checkpoints, clock, jobs, operations
 from service.store.operations import Answered, Asked
 from service.store.session import Store
-from service.store.tables import Job, Operation
+from service.store.tables import Job, Operation, Usage
+from service.store.usage import Spent
 
 TINY = {"source": "tiny", "adapter": None, "from_checkpoint": None}
 LORA = {"source": "tiny", "adapter": {"kind": "lora", "rank": 4}}
@@ -124,6 +126,16 @@ def test_only_the_lease_s_holder_answers_and_only_once(session: Session, store: 
     with pytest.raises(LeaseLost):
         session.answer(lease, Answered(other, b"a zombie's"))
     assert session.row(2).status == "waiting"
+
+
+def test_what_was_computed_for_a_withdrawn_operation_is_metered(session: Session, store: Store) -> None:
+    kept, gone = session.append(step(1, lane="a"), step(1, lane="b"))
+    lease, spent = session.claim(), Spent(sampled_tokens=5)
+    lifecycle.withdraw_operation(store, gone)
+    for answered in (gone, kept, kept):  # the last is a repeat
+        leases.answer_operations(store, session.settings, lease, [Answered(answered, b"")], spent=spent)
+    with store.begin(readonly=True) as sql:
+        assert sql.scalar(select(func.sum(Usage.sampled_tokens)).where(Usage.job_id == session.id)) == 10
 
 
 def test_snapshot_forgets_what_no_replay_needs(session: Session) -> None:

@@ -8,7 +8,7 @@ import regex
 
 from service.errors import JobFailed
 from service.rewards import apart
-from service.rewards.apart import grade_apart
+from service.rewards.apart import GradedApart
 from service.rewards.rewards import Rewards
 from service.rewards.samples import Graded, Sample
 from service.spec.reward import RewardSpec
@@ -37,14 +37,14 @@ def test_grades_are_those_of_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
         here = rewards.grade(samples)
     monkeypatch.setattr(regex, "search", None)
     monkeypatch.setattr(regex, "finditer", None)
-    assert grade_apart(spec, samples, job_id="job") == here
+    assert GradedApart(spec, samples, job_id="job").result() == here
 
 
 def test_what_is_graded_when_the_time_is_over_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(apart, "WITHIN_S", 4.0)
     began = monotonic()
     spec, samples = reward({"kind": "regex", "pattern": "(a|aa)+$|b"}), answers("b", *["a" * 60 + "c"] * 20)
-    quick, *rest = grade_apart(spec, samples, job_id="job")
+    quick, *rest = GradedApart(spec, samples, job_id="job").result()
     assert 4 <= monotonic() - began < 12
     assert quick == Graded(1.0, {"regex": 1.0})
     assert len(rest) == 20 and all(one.total is None for one in rest)
@@ -52,9 +52,9 @@ def test_what_is_graded_when_the_time_is_over_stays(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_process_that_dies_and_graders_that_cannot_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    [one] = grade_apart(reward({"kind": "regex", "pattern": "("}), answers("b"), job_id="job")
+    [one] = GradedApart(reward({"kind": "regex", "pattern": "("}), answers("b"), job_id="job").result()
     assert one.errors == {"regex": "not graded: the graders' process ended with status 1"}
     (tmp_path / "rapidfuzz.py").write_text("raise ImportError('it is broken')")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(JobFailed, match="the grader similarity cannot work here: it is broken"):
-        grade_apart(reward({"kind": "similarity", "reference": "{answer}"}), answers("b"), job_id="job")
+        GradedApart(reward({"kind": "similarity", "reference": "{answer}"}), answers("b"), job_id="job").result()

@@ -35,6 +35,7 @@ from workers.sessions.requests import refused
 from workers.sessions.sampling import Finished, Sampling
 from workers.sessions.session import Session
 from workers.sessions.turns import FairTurns
+from workers.sessions.versions import OtherCommit
 from workers.tenure.failures import failure_of
 from workers.tenure.keeper import Keeper
 from workers.tenure.outcome import Failed, Outcome, Paused, obeyed
@@ -47,7 +48,7 @@ LOOK_S = 1.0  # between two looks at the store without a signal
 HURRIED_IDLE_S = 2.0  # how long a guest may be idle where other work waits
 SLICE_S, LONG_SLICE_S = 0.05, 0.25  # of sampling: while operations in order wait, and while none does
 PART_S = 0.05  # between two parts of an answer that is told while it grows
-WRITTEN_S = 0.01  # of waiting for a checkpoint to be durable, between two looks for other work
+WRITTEN_S = 0.01  # of waiting for a checkpoint to be durable, or for graders, between two looks for other work
 FIND_S = 0.02  # between two looks for operations to sample, while there is other work
 ROOM = 256  # rows in the engine; more are let in, fairly, as others end
 AT_ONCE = 64  # guests that join together
@@ -65,6 +66,8 @@ class Guest:
         self.following = deque[Logged]()  # the next ones in order, as far as they are known
         self.loose: dict[str, Logged] = {}  # of unordered lanes, that are not in the engine yet
         self.sampled = set[str]()  # ids of those that are
+        self.sampling: Sampling | None = None  # on its base; None: it trains all weights
+        self.others = dict[str, Sampling]()  # at other commits of that base, which it uses
         self.busy_at = monotonic()
 
     @property
@@ -92,9 +95,8 @@ class Host:
         self._keeper, self._owner = keeper, owner
         self._guests: dict[str, Guest] = {}
         self._turns, self._sampling_turns = FairTurns(), FairTurns()
-        self._base: Base | None = None
-        self._other_commits = WeakValueDictionary[str, Base]()  # while a guest uses them
-        self._sampling: Sampling | None = None
+        self._sampling: Sampling | None = None  # on the base that was loaded first
+        self._other_commits = WeakValueDictionary[str, Sampling]()  # on bases at other commits, while a guest uses them
         self._base_key: str | None = None
         self._classes = resource_classes(self.settings)
         self._looked_at = self._found_loose_at = 0.0
@@ -127,6 +129,8 @@ class Host:
         writing = [guest.session.writing for guest in self._guests.values() if guest.session is not None]
         if not worked and not sampled and (unwritten := [one for one in writing if one is not None]):
             wait(unwritten, WRITTEN_S, FIRST_COMPLETED)
+        elif not worked and not sampled and any(self._is_grading(guest) for guest in self._guests.values()):
+            sleep(WRITTEN_S)
         elif not worked and not sampled and self._guests:
             if self.doorbell.hear(self._heard, LOOK_S, what={"operation", "guest"}) == "guest":
                 self._looked_at = 0.0
@@ -158,33 +162,47 @@ class Host:
             else:
                 start = guest.spec.model.from_checkpoint
                 base = self._base_at(guest, None if start is None else start_checkpoint(self.store, job, start.id))
-                tenure.loaded({"source": base.source, "device": str(base.device)}, Phase.SAMPLING)
+                facts = {"source": base.source, "revision": base.revision, "device": str(base.device)}
+                tenure.loaded(facts, Phase.SAMPLING)
         guest.busy_at = monotonic()
 
     def _base_at(self, guest: Guest, weights: Path | None) -> Base:
         """The base that all share, loaded for the first of them; or one of its own for a session that trains all weights, or
         that belongs to another commit."""
-        model, device = guest.spec.model, "cuda" if has_gpu(self.settings) else "cpu"
-        commit = self._commit(guest, weights)
-        if self._base is not None and (commit is None or self._base.revision in (None, commit)):
-            return self._base
-        if commit is not None and (there := self._other_commits.get(commit)) is not None:
-            return there
-        base = Base.load(model, device=device, threads=self.settings.torch_threads, checkpoint=weights, revision=commit)
-        if self._base_key is not None and self._base is None:
-            self._base, self._sampling = base, Sampling(base, self.store, self._base_key)
+        if self._base_key is None:
+            return self._load(guest, weights, None)
+        guest.sampling = self._sampling_at(guest, self._commit(guest, weights), weights)
+        return guest.sampling.base
+
+    def _sampling_at(self, guest: Guest, commit: str | None, weights: Path | None = None) -> Sampling:
+        """On the base at this commit, if one is known; it is loaded if it is not there."""
+        first = self._sampling
+        if first is not None and (commit is None or first.base.revision in (None, commit)):
+            return first
+        there = None if commit is None else self._other_commits.get(commit)
+        if there is None:
+            there = Sampling(self._load(guest, weights, commit), self.store, self._base_key)
+        if first is None:
+            self._sampling = there
         elif commit is not None:
-            self._other_commits[commit] = base
-        return base
+            guest.others[commit] = self._other_commits[commit] = there
+        return there
+
+    def _load(self, guest: Guest, weights: Path | None, commit: str | None) -> Base:
+        device, threads = "cuda" if has_gpu(self.settings) else "cpu", self.settings.torch_threads
+        return Base.load(guest.spec.model, device=device, threads=threads, checkpoint=weights, revision=commit)
+
+    @property
+    def _samplings(self) -> list[Sampling]:
+        return [*([] if self._sampling is None else [self._sampling]), *self._other_commits.values()]
 
     def _commit(self, guest: Guest, weights: Path | None) -> str | None:
-        """The commit of its base on the hub that a session belongs to, as far as it is known: its adapter's, else that of its
+        """The commit of its base on the hub that a guest belongs to, as far as it is known: its adapter's, else that of its
         first load. A branch may have moved since; another guest's base at another commit is none of its."""
-        if guest.session is None or isinstance(guest.spec.model.adapter, Full):
-            return None
-        if weights is not None:
-            return saved_adapter(model_folder(weights, adapter_of(guest.spec.model))).revision
-        return guest.tenure.job.resolved.get("revision")
+        if weights is None:
+            return guest.tenure.job.resolved.get("revision")
+        adapter = adapter_of(guest.spec.model)
+        return None if isinstance(adapter, Full) else saved_adapter(model_folder(weights, adapter)).revision
 
     # ---------------------------------------------------------------- staying, and leaving
 
@@ -256,8 +274,8 @@ class Host:
         """Nothing of it stays in this process."""
         if self._guests.pop(guest.id, None) is None:
             return
-        if self._sampling is not None:
-            self._sampling.leave(guest.id)
+        for sampling in self._samplings:
+            sampling.leave(guest.id)
         if guest.session is not None:
             guest.session.close()
         guest.tenure.__exit__(None, None, None)
@@ -294,7 +312,8 @@ class Host:
     def _work(self) -> bool:
         """Run the operation whose turn it is, and small ones behind it. False if none waits."""
         self._find_following()
-        waiting = {guest.id: guest.project for guest in self._guests.values() if guest.following}
+        ready = [guest for guest in self._guests.values() if guest.following and guest.session and guest.session.is_ready]
+        waiting = {guest.id: guest.project for guest in ready}
         if not waiting:
             return False
         guest = self._guests[self._turns.next(waiting)]
@@ -308,6 +327,8 @@ class Host:
         for turn in range(1, TOGETHER + 1):
             row, since = guest.following[0], monotonic()
             session.do(row)
+            if session.is_grading:  # it keeps its turn
+                break
             guest.following.popleft()
             self._turns.spend(guest.project, guest.id, row.cost)
             guest.busy_at = monotonic()
@@ -320,6 +341,9 @@ class Host:
             if guest.busy_at + expected_s > began + TOGETHER_S:
                 break
         session.store_answers()
+
+    def _is_grading(self, guest: Guest) -> bool:
+        return guest.session is not None and guest.session.is_grading
 
     def _find_following(self) -> None:
         unknown = {g.id: g.done for g in self._guests.values() if g.session is not None and not g.following}
@@ -335,8 +359,10 @@ class Host:
         if monotonic() - self._found_loose_at >= FIND_S:
             self._find_loose()
         until, told_at = monotonic() + slice_s, monotonic()
-        while self._admit() and self._sampling is not None:
-            self._answer(self._sampling.step())
+        while self._admit():
+            for sampling in self._samplings:
+                if sampling.pending:
+                    self._answer(sampling.step())
             if monotonic() >= told_at + PART_S:
                 self._tell_parts()
                 told_at = monotonic()
@@ -346,18 +372,20 @@ class Host:
         return False
 
     def _tell_parts(self) -> None:
-        assert self._sampling is not None
-        for lane, parts in self._sampling.parts():
-            self.doorbell.tell(lane, parts)
+        for sampling in self._samplings:
+            for lane, parts in sampling.parts():
+                self.doorbell.tell(lane, parts)
 
     def _forget_withdrawn(self) -> None:
         """Operations that wait no more, though nobody here answered them: their callers went away."""
         known = {row_id for guest in self._guests.values() for row_id in (*guest.loose, *guest.sampled)}
-        if not known or self._sampling is None:
+        if not known:
             return
         with self.store.look() as connection:
             gone = operations.finished(connection, known)
-        self._sampling.withdraw(gone)
+        for sampling in self._samplings:
+            for owner, tokens in sampling.withdraw(gone).items():
+                self._guests[owner].tenure.meter.sampled(tokens)
         for guest in self._guests.values():
             guest.sampled -= gone
             for row_id in gone & guest.loose.keys():
@@ -374,14 +402,19 @@ class Host:
     def _admit(self) -> bool:
         """Let operations into the engine, as far as there is room. False if there is nothing in it."""
         while waiting := {guest.id: guest.project for guest in self._guests.values() if guest.loose}:
-            if self._sampling is not None and self._sampling.pending >= ROOM:
+            if self._pending >= ROOM:
                 break
             guest = self._guests[self._sampling_turns.next(waiting)]
             row = guest.loose.pop(next(iter(guest.loose)))
             self._sampling_turns.spend(guest.project, guest.id, row.cost)
             with self._alone(guest):
                 self._add(guest, row)
-        return self._sampling is not None and self._sampling.pending > 0
+        return self._pending > 0
+
+    @property
+    def _pending(self) -> int:
+        """Rows in the engines."""
+        return sum(sampling.pending for sampling in self._samplings)
 
     def _add(self, guest: Guest, row: Logged) -> None:
         guest.busy_at, job = monotonic(), guest.tenure.job
@@ -392,13 +425,16 @@ class Host:
             with self.store.begin() as session:
                 operations.at_work(session, row.id, attempt=guest.tenure.lease.attempt)
         try:
-            if self._sampling is None:
+            if guest.sampling is None:
                 raise refused(
                     "no_base",
                     "this session trains all weights, so that no other version can be sampled beside it",
                     hint="sample in order (with a seq), or a saved checkpoint",
                 )
-            self._sampling.add(guest.id, guest.project, guest.spec.seed, row)
+            try:
+                guest.sampling.add(guest.id, guest.project, guest.spec.seed, row)
+            except OtherCommit as other:
+                self._sampling_at(guest, other.commit).add(guest.id, guest.project, guest.spec.seed, row)
             guest.sampled.add(row.id)
         except (OperationalError, InterfaceError):
             guest.loose[row.id] = row

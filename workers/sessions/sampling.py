@@ -1,5 +1,6 @@
 """Sampling for operations: requests of many, and of several versions, in the one continuous batch of the base's engine."""
 
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -75,7 +76,7 @@ class Sampling:
         self._open: list[_Open] = []
 
     def add(self, owner: str, project: str, session_seed: int, row: Logged) -> None:
-        """Let the operation's requests wait for the engine. Raises InvalidRequest."""
+        """Let the operation's requests wait for the engine. Raises InvalidRequest, and OtherCommit."""
         request = Request.read(row.request)
         checkpoint = request.head["checkpoint"]
         prompts = prompts_of(request, self.base.text)
@@ -106,9 +107,14 @@ class Sampling:
         """Forget this owner's operations: they wait for another worker."""
         self._cancel([one for one in self._open if one.owner == owner])
 
-    def withdraw(self, ids: Collection[str]) -> None:
-        """Forget operations that nobody waits for any more."""
-        self._cancel([one for one in self._open if one.row.id in ids])
+    def withdraw(self, ids: Collection[str]) -> dict[str, int]:
+        """Forget operations that nobody waits for any more. Returns how many tokens were sampled for them, by owner."""
+        gone, tokens = [one for one in self._open if one.row.id in ids], Counter[str]()
+        for one in gone:
+            answered = sum(len(answer.tokens) for answer in one.answers.values())
+            tokens[one.owner] += answered + sum(map(len, self.base.engine.so_far(list(one.tickets)).values()))
+        self._cancel(gone)
+        return tokens
 
     def _cancel(self, gone: list[_Open]) -> None:
         for one in gone:

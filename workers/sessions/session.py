@@ -33,7 +33,7 @@ from workers.policy.learner import Learner, Start
 from workers.policy.load import adapter_of
 from workers.policy.reference import open_reference
 from workers.sessions.errors import LOST, told
-from workers.sessions.evaluating import evaluate
+from workers.sessions.evaluating import Evaluation
 from workers.sessions.requests import Request, refused
 from workers.sessions.sampling import sample, seed_of
 from workers.sessions.training import MUTATING, STEPS, TRAINING, Done, Trainer
@@ -87,6 +87,7 @@ class Session:
         self._changed = False  # the weights, since they were last copied for a snapshot
         self._uncopied = 0  # the step at which that failed
         self._saving: tuple[Saving, Place] | None = None  # what is copied and not durable yet, and where that stood
+        self._evaluation: Evaluation | None = None  # of the next operation, whose answers are being graded
         self._suspect = tenure.job.crashes > 0  # an operation may have killed its worker
         self._loads, self._trainer = 0, None
 
@@ -445,14 +446,36 @@ class Session:
         self._answer(row, Answered(row.id, done.answer))
 
     def eval(self, request: Request, row: Logged) -> None:
-        """Answers of the weights as they are now, graded; the metrics are of the session's step."""
-        done = evaluate(self.trainer.learner, request, seed_of(request, self.spec.seed, row), self.tenure.job.id)
+        """Answers of the weights as they are now, graded; the metrics are of the session's step.
+
+        The first call samples, and `is_grading` from then on; the second one answers. A suspect does both at once.
+        """
+        if self._evaluation is None:
+            seed = seed_of(request, self.spec.seed, row)
+            self._evaluation = Evaluation(self.trainer.learner, request, seed, self.tenure.job.id)
+            if not self._suspect:
+                return
+        evaluation, self._evaluation = self._evaluation, None
+        done = evaluation.result()
         self.tenure.meter.sampled(done.sampled)
         known_metrics.check(done.metrics, "session", strict=self.tenure.settings.strict_metrics)
         self._answer(row, Answered(row.id, done.answer, metrics=done.metrics))
 
+    @property
+    def is_grading(self) -> bool:
+        """The operation that was begun last is not answered yet: another process grades, and others may go on."""
+        return self._evaluation is not None
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether `do` has something to do."""
+        return self._evaluation is None or self._evaluation.done
+
     def close(self) -> None:
         """Nothing of it stays on the base, nor of what nobody has heard of."""
+        if self._evaluation is not None:
+            self._evaluation.close()
+            self._evaluation = None
         if self._saving is not None:
             self.tenure.drop(self._saving[0])
             self._saving = None

@@ -17,6 +17,14 @@ from workers.tenure.resume import verified
 KEPT = 16  # versions that nobody samples just now stay loaded, as long as there are no more
 
 
+class OtherCommit(Exception):
+    """The version belongs to another commit of the base: its branch on the hub has moved."""
+
+    def __init__(self, commit: str) -> None:
+        super().__init__(commit)
+        self.commit = commit
+
+
 class Versions:
     """`take` a version before sampling it, and `give_back` it afterwards."""
 
@@ -27,7 +35,7 @@ class Versions:
         self._count = 0
 
     def take(self, project: str, checkpoint_id: str) -> str:
-        """The name of the version's adapter on the base. Raises InvalidRequest."""
+        """The name of the version's adapter on the base. Raises InvalidRequest, and OtherCommit."""
         folder = self._folder(project, checkpoint_id)  # even if it is loaded: it may be deleted, or another project's
         if checkpoint_id not in self._loaded:
             self._count += 1
@@ -67,6 +75,5 @@ class Versions:
         adapter = model_folder(folder, model.adapter or Lora())
         commit, ours = saved_adapter(adapter).revision, self._base.revision
         if commit is not None and ours is not None and commit != ours:
-            detail = f"{checkpoint_id} belongs to commit {commit} of its base; its branch has moved, and {ours} is sampled here"
-            raise refused("checkpoint_mismatch", detail, "/checkpoint", hint="give model.revision a commit, not a branch")
+            raise OtherCommit(commit)
         return adapter

@@ -9,6 +9,7 @@ from sqlalchemy import select
 from ratchet_client.operations import evaluate
 from service.rewards import apart
 from service.store.tables import Metric
+from workers.sessions import evaluating
 
 SQLITE = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 PROMPTS = ["rev 12>", "rev 345>"]
@@ -67,3 +68,23 @@ def test_grading_that_takes_too_long_ends_and_holds_up_nobody(rig: Any, monkeypa
     assert told["rewards"] == [[None]] and told["metrics"]["eval/reward/error_rate"] == 1
     assert told["errors"] == [[{"number": "not graded: the answers of an evaluation are graded for 0.2 s in all"}]]
     assert rig.job(job).step == rig.job(beside).step == 1
+
+
+@SQLITE
+def test_others_go_on_while_answers_are_graded(rig: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    job, beside = rig.session(), rig.session()
+
+    class Slow(apart.GradedApart):
+        """Not done before the neighbour is."""
+
+        @property
+        def done(self) -> bool:
+            return rig.operation(beside, 6).status == "done" and super().done
+
+    monkeypatch.setattr(evaluating, "GradedApart", Slow)
+    rig.send(job, evaluate([{"prompt": PROMPTS[0]}], [{"kind": "length", "max_tokens": 9}], max_tokens=5).head, *loop(1))
+    rig.send(beside, *loop(2))
+    rig.work()
+    assert rig.answer(job, 1)["rewards"] == [[1.0]]
+    assert rig.operation(job, 1).finished_at >= rig.operation(beside, 6).finished_at
+    assert rig.job(job).step == 1

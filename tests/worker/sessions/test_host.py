@@ -162,6 +162,34 @@ def test_a_session_stays_at_its_commit_when_the_branch_moves(rig: Any, monkeypat
 
 
 @SQLITE
+def test_a_sampler_stays_at_its_commit_and_samples_versions_of_others_at_theirs(
+    rig: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, asked, newest = Base.load, list[str | None](), ["a" * 40]
+
+    def load(*args: Any, revision: str | None = None, **more: Any) -> Base:
+        base = plain(*args, **more)
+        asked.append(revision)
+        base.revision = revision or newest[0]
+        return base
+
+    monkeypatch.setattr(Base, "load", load)
+    job = rig.session()
+    rig.send(job, *loop(1), {"kind": "save_checkpoint", "name": "v", "purpose": "sampler"}, SAMPLE)
+    rig.work()
+    version, sampler = rig.answer(job, 4)["checkpoint_id"], rig.sampler()
+    for newest[0] in ("b" * 40, "c" * 40):
+        asked.clear()
+        rig.send_loose(sampler, SAMPLE, lane=f"{newest[0]} version", checkpoint=version)
+        rig.send_loose(sampler, SAMPLE, lane=f"{newest[0]} base")
+        rig.work()
+        assert rig.answer(sampler, 1, f"{newest[0]} version") == rig.answer(job, 5)
+        assert rig.answer(sampler, 1, f"{newest[0]} base")
+        assert asked == [None if newest[0][0] == "b" else "b" * 40, "a" * 40]
+        assert rig.job(sampler).resolved["revision"] == "b" * 40
+
+
+@SQLITE
 def test_a_dead_client_s_session_leaves_when_its_heartbeat_is_missed(rig: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Long before it has been idle for long enough, while that of a client which is heard of stays."""
     rig.settings = rig.settings.model_copy(update={"session_idle_s": 30.0, "tinker_silence_s": 0.5})

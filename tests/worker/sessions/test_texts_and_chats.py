@@ -5,12 +5,14 @@ from typing import Any
 
 import pytest
 from policy_chats import ASKED, USER, chat_model, tokenizer
+from sqlalchemy import func, select
 
 from service.jobs import lifecycle
 from service.sessions.codec import pack
 from service.sessions.sessions import sampler_of
 from service.store import operations
 from service.store.operations import Asked
+from service.store.tables import Usage
 
 pytestmark = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 SAMPLING = {"max_tokens": 4, "temperature": 0.0, "top_p": 1.0, "top_k": 0, "stop": [], "stop_ids": [], "ends": False}
@@ -112,4 +114,7 @@ def test_withdrawn_operations_leave_the_engine(rig: Any, chatty: str, monkeypatc
     with rig.store.begin(readonly=True) as session:
         assert operations.at(session, chatty, "a", 1) is None
     assert 0 < steps < 60
+    with rig.store.begin(readonly=True) as session:
+        metered = session.scalar(select(func.sum(Usage.sampled_tokens)).where(Usage.job_id == chatty))
+    assert 120 < metered < 240  # what was drawn for the withdrawn one counts
     assert len(rig.answer(chatty, 1, "b")["tokens"][0]) == 120
