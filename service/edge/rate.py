@@ -1,7 +1,7 @@
 """Rate limits: a token bucket for each key, in Redis, shared by all API processes.
 
 While Redis is away or slow, each process uses buckets of its own. No request fails because of Redis or waits for it longer
-than a second; at worst a key gets its rate once from each process.
+than two seconds; at worst a key gets its rate once from each process.
 
 Redis returns the token together with the edition of the keys, which changes with each revocation: see `service.edge.keyring`.
 """

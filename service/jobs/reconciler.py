@@ -180,21 +180,20 @@ def sweep(store: Store, now: datetime) -> list[str]:
     with store.begin(readonly=True) as session:
         claimed = checkpoints.live_paths(session) | datasets.live_paths(session)
     gone = [f"{TEMPORARY}/{path.name}" for path in _abandoned(store.blobs, now)]
+    for path in gone:
+        store.blobs.forget(path)
     orphans = [path for path in store.blobs.unclaimed(claimed) if _is_older(store.blobs.path(path), now - ORPHAN_AFTER)]
-    if orphans and not any(store.blobs.path(path).exists() for path in claimed):
-        log.error("%d blobs in %s are unknown to this database, and none is known: not swept", len(orphans), store.blobs.root)
-        orphans = []
-    if store.blobs.bucket is not None:
+    if store.blobs.bucket is None:
+        place, any_known = str(store.blobs.root), any(store.blobs.path(path).exists() for path in claimed)
+    else:
         there, others = store.blobs.bucket.blobs(claimed)
         for path in store.blobs.unused(claimed & there, (now - UNUSED_AFTER).timestamp()):
             store.blobs.forget(path)
-        old = [path for path, changed_at in others.items() if changed_at < now - TEMPORARY_AFTER and path not in orphans]
-        if old and not there:
-            log.error("%d blobs in the bucket are unknown to this database, and none is known: not swept", len(old))
-            old = []
-        orphans += old
-    for path in gone:
-        store.blobs.forget(path)
+        orphans += [path for path, changed_at in others.items() if changed_at < now - TEMPORARY_AFTER and path not in orphans]
+        place, any_known = store.blobs.bucket.url, bool(there)
+    if orphans and not any_known:
+        log.error("%d blobs in %s are unknown to this database, and none is known: not swept", len(orphans), place)
+        orphans = []
     for path in orphans:
         store.blobs.delete(path)
     return gone + orphans

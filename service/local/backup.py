@@ -33,6 +33,7 @@ from service.settings import Settings
 from service.states import HELD, Status
 from service.store import checkpoints, datasets, jobs, workers
 from service.store.blobs import Blobs
+from service.store.bucket import Bucket, blob_of
 from service.store.session import Store, alembic_config, make_engine, open_store, upgrade
 from service.store.tables import Base
 
@@ -100,12 +101,14 @@ def _copy_blobs(source: Blobs, copy: Blobs, paths: set[str]) -> None:
             continue
         folder = copy.temporary_dir()
         try:
-            if source.fetch(path).is_dir():
+            if source.bucket is not None and not source.path(path).exists():
+                if not source.bucket.get(path, folder / "blob"):
+                    raise FileNotFoundError(path)
+            elif source.path(path).is_dir():
                 shutil.copytree(source.path(path), folder / "blob")
-                copy.commit_dir(folder / "blob", path)
             else:
                 shutil.copyfile(source.path(path), folder / "blob")
-                copy.commit_file(folder / "blob", path)
+            copy.commit_dir(folder / "blob", path)
         except (FileNotFoundError, shutil.Error) as error:  # copytree collects what it misses
             if source.path(path).exists():
                 raise BackupFailed(f"{path} could not be copied: {error}") from error
@@ -216,6 +219,7 @@ def restore(settings: Settings, folder: Path) -> dict[str, Any]:
     blobs = settings.blobs_dir
     if blobs.exists() and any(blobs.iterdir()):
         raise BackupFailed(f"{blobs} is not empty; a restore takes a new data directory")
+    _fill_bucket(settings, folder / BLOBS)
     restore_sql: dict[bool, Callable[[str, Path], None]] = {True: _restore_sqlite, False: _restore_postgresql}
     restore_sql[make_url(settings.sql_url).get_backend_name() == "sqlite"](settings.sql_url, folder)
     if (folder / BLOBS).is_dir():
@@ -223,12 +227,27 @@ def restore(settings: Settings, folder: Path) -> dict[str, Any]:
     upgrade(settings.sql_url)
     store = open_store(settings)
     try:
-        for path in sorted(live_paths(store)):
-            if store.blobs.path(path).exists():
-                store.blobs.upload(path)
         return {**facts, "queued": _settle(store, datetime.fromisoformat(facts["made_at"]))}
     finally:
         store.close()
+
+
+def _fill_bucket(settings: Settings, copy: Path) -> None:
+    """Upload the backup's blobs, before anything else is written: it can be repeated. Raises BackupFailed if the bucket holds
+    blobs of another database: the sweep of the restored one would delete them."""
+    if settings.blob_url is None:
+        return
+    bucket = Bucket(settings.blob_url)
+    files = (file.relative_to(copy).as_posix() for file in copy.rglob("*") if file.is_file())
+    ours = {blob for file in files if (blob := blob_of(file))}
+    _, others = bucket.blobs(ours)
+    if others:
+        raise BackupFailed(
+            f"{settings.blob_url} holds {len(others)} blobs that this backup does not know, such as {min(others)}; "
+            "restore into another prefix (RATCHET_BLOB_URL), or the restored service would delete them"
+        )
+    for blob in sorted(ours):
+        bucket.put(copy / blob, blob)
 
 
 def _facts(folder: Path) -> dict[str, Any]:

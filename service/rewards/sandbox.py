@@ -68,12 +68,15 @@ class Sandbox:
     def _ask(self, request: tuple[Any, ...]) -> Outcome:
         code = None
         for _ in range(2):  # a second try, because the child may have been ended from outside
-            answer = self._exchange(request, self._within_s + GRACE_S)
+            began, longest_s = monotonic(), self._within_s + GRACE_S
+            answer = self._exchange(request, longest_s)
             if answer is not None:
                 return NotGraded(answer["error"]) if "error" in answer else float(answer["score"])
             code = self._end()
             if code == -signal.SIGPROF:
                 return NotGraded(f"took longer than {self._within_s:g} s to grade")
+            if monotonic() - began >= longest_s:
+                return NotGraded(f"was not graded within {longest_s:g} s")
         return NotGraded(f"the grader's process ended with status {code} on this answer")
 
     def _exchange(self, request: tuple[Any, ...], within_s: float) -> dict[str, Any] | None:

@@ -11,12 +11,16 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
+from threading import Lock
 from uuid import uuid4
+from weakref import WeakValueDictionary
 
 from service.errors import BucketRefused, BucketUnavailable, DiskFull
 from service.store.bucket import Bucket
 
 log = logging.getLogger(__name__)
+
+_fetching = WeakValueDictionary[str, Lock]()  # by path, while a blob is downloaded
 
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT})  # the disk is full, or this user's quota is used up
 TEMPORARY = "tmp"  # beside the blobs, on the same file system, so that a rename need not copy
@@ -71,19 +75,20 @@ class Blobs:
             return path
         if anew:
             self._delete_here(path)
-        with suppress(FileNotFoundError):
-            os.utime(path)  # it is in use: see `unused`
+        with _fetching.setdefault(str(path), Lock()):  # of many that want it one downloads it
+            with suppress(FileNotFoundError):
+                os.utime(path)  # it is in use: see `unused`
+                return path
+            folder = self.temporary_dir()
+            try:
+                if self.bucket.get(relative, folder / "blob"):
+                    _fsync_all(folder / "blob")
+                    self._rename(folder / "blob", relative)
+            except FileExistsError:
+                pass  # another process was faster
+            finally:
+                self.discard(folder)
             return path
-        folder = self.temporary_dir()
-        try:
-            if self.bucket.get(relative, folder / "blob"):
-                _fsync_all(folder / "blob")
-                self._rename(folder / "blob", relative)
-        except FileExistsError:
-            pass  # another process was faster
-        finally:
-            self.discard(folder)
-        return path
 
     def temporary_dir(self, attempt: tuple[str, int] | None = None) -> Path:
         """Create a private folder to write into. If it is left behind, it is swept after a day.
@@ -104,11 +109,6 @@ class Blobs:
         """Make a file a blob, as commit_dir does with a folder."""
         _fsync_all(temporary)
         return self._commit(temporary, relative)
-
-    def upload(self, relative: str) -> None:
-        """Put a blob of this machine into the bucket, if there is one."""
-        if self.bucket is not None:
-            self.bucket.put(self.path(relative), relative)
 
     def _commit(self, temporary: Path, relative: str) -> Path:
         self._refuse_taken(relative)

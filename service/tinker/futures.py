@@ -78,14 +78,14 @@ async def retrieve_future(
                 found = _look(context, caller, ticket, done)
             else:
                 found = await run_in_threadpool(_look, context, caller, ticket, done)
+        if isinstance(found, Waiting):
+            state, reason = await run_in_threadpool(_standing, context, found.job_id)
+            return JSONResponse({"queue_state": state, "queue_state_reason": reason}, 408)
     except Gone as error:
         return problem(request, error, status=410)
     except OperationalError:
         await asyncio.sleep(AWAY_S)
         raise
-    if isinstance(found, Waiting):
-        state, reason = await run_in_threadpool(_standing, context, found.job_id)
-        return JSONResponse({"queue_state": state, "queue_state_reason": reason}, 408)
     if len(found.content) <= TINY_BYTES:
         content, headers = compression.compressed(request, found.content)
     else:

@@ -10,12 +10,12 @@ from threading import Thread
 from typing import Any
 
 import pytest
-from pydantic import ValidationError
+from pydantic import SecretStr, ValidationError
 
 from service.errors import BucketRefused, BucketUnavailable
 from service.ids import new_id, utcnow
 from service.jobs import datasets, reconciler
-from service.local import doctor
+from service.local import backup, doctor
 from service.settings import Settings
 from service.store import bucket
 from service.store.blobs import Blobs
@@ -117,6 +117,28 @@ def test_a_dataset_goes_the_same_way_and_the_sweep_finds_what_no_row_names(s3: A
     assert reconciler.sweep(other, later) == [] and left in keys(s3)  # a bucket of which the database knows nothing
     store.close()
     other.close()
+
+
+@SQLITE
+def test_a_backup_copies_the_bucket_and_is_restored_into_one_that_holds_nothing_else(
+    s3: Any, settings: Settings, tmp_path: Path
+) -> None:
+    served = settings.model_copy(update={"blob_url": URL})
+    store = open_store(served)
+    kept = datasets.ingest(store, "default", "rows", iter([b'{"q": 1}\n']), 1000)
+    store.blobs.forget(kept.path)
+    backup.backup(served, tmp_path / "copy")
+    assert not store.blobs.path(kept.path).exists()  # it went straight into the backup
+    store.close()
+    there = {"data_dir": tmp_path / "new", "database_url": SecretStr(f"sqlite:///{tmp_path / 'new.db'}")}
+    write(Blobs(tmp_path / "stranger", Bucket(URL)))
+    with pytest.raises(backup.BackupFailed, match=f"holds 1 blobs .* such as {CHECKPOINT}"):
+        backup.restore(served.model_copy(update=there), tmp_path / "copy")
+    assert not (tmp_path / "new.db").exists()
+    empty = served.model_copy(update={**there, "blob_url": "s3://models/other"})
+    backup.restore(empty, tmp_path / "copy")
+    Bucket("s3://models/other").get(kept.path, tmp_path / "rows")
+    assert (tmp_path / "rows").read_bytes() == b'{"q": 1}\n'
 
 
 def test_copies_that_nobody_uses_are_removed_from_this_machine_alone(machines: tuple[Blobs, Blobs], s3: Any) -> None:

@@ -42,6 +42,7 @@ MADE_OF: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
     "Retry": (("no answer", 2.5), {}),
     "RatchetApiError": ((429, PROBLEM), {"retry_after_s": 1.5}),
     "RatchetOperationError": (({"id": "op_1", "seq": 3, "kind": "forward", "error": LOST},), {}),
+    "OtherCommit": (("a" * 40,), {}),
     "RatchetLossPending": (("loss_1", "queued"), {}),
 }
 

@@ -105,7 +105,7 @@ class Adapters:
         self._at_work = None
         if not self._frozen:
             peft.unload()
-            self._peft = None
+            self._peft, self._mixed = None, []
             return
         peft.set_adapter(next(iter(self._frozen)), inference_mode=True)  # peft warns if the active one is deleted
         peft.delete_adapter(name)

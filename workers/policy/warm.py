@@ -18,6 +18,7 @@ import torch
 
 from service.spec.model import Full, ModelSpec, TinyConfig
 from workers.policy.base import Base
+from workers.policy.chat import Chat
 from workers.policy.load import adapter_of, commit_of, dtype_of, model_folder, pick_device, saved_adapter
 
 log = logging.getLogger(__name__)
@@ -84,6 +85,7 @@ class WarmBase:
         if origin is None or self._keep_s == 0:
             return
         base.adapters.clear()
+        base.text.chat = Chat(base.text.tokenizer)  # it remembers what the template showed of this job's messages
         if base.engine.pending or not self._roomy(base):
             return
         kept = self._kept = _Kept(base, origin)
