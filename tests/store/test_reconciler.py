@@ -44,8 +44,8 @@ def change(store: Store, job_id: str, **values: Any) -> None:
 
 @pytest.fixture
 def after_lease(settings: Settings) -> datetime:
-    """A moment when leases taken now have ended."""
-    return utcnow() + timedelta(seconds=settings.lease_ttl_s + 5)
+    """A moment when leases taken within the next minute have ended."""
+    return utcnow() + timedelta(seconds=settings.lease_ttl_s + 60)
 
 
 # ---------------------------------------------------------------- lost leases
