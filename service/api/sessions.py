@@ -306,7 +306,7 @@ async def _wait(context: Context, caller: Caller, share: Share, session_id: str,
 
 
 def _is_quick(ids: list[str], found: Found) -> bool:
-    """Whether a thread would take longer than to write the answer."""
+    """Whether all are answered, and in so few bytes that a change of threads takes longer than to write them."""
     return all(id_ in found for id_ in ids) and sum(len(found[id_].answer or b"") for id_ in ids) <= TINY_BYTES
 
 

@@ -17,8 +17,8 @@ from ratchet_client import RatchetError
 from service.cli.completion import complete_checkpoint
 from service.cli.connection import connect
 from service.cli.output import say
+from service.settings import BUCKETS
 
-SCHEMES = ("s3", "gs", "az")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 LOADING = "## How to load it"
 MERGED = f"""{LOADING}
@@ -102,8 +102,8 @@ def _merged(checkpoint: Path, model: Mapping[str, Any], out: Path) -> Path:
 
 def _bucket(url: str) -> Any:
     parts = urlsplit(url)
-    if parts.scheme not in SCHEMES:
-        raise RatchetError(f"{parts.scheme}:// is no kind of bucket that this can write to; these are: {', '.join(SCHEMES)}")
+    if parts.scheme not in BUCKETS:
+        raise RatchetError(f"{parts.scheme}:// is no kind of bucket that this can write to; these are: {', '.join(BUCKETS)}")
     if parts.username is not None or parts.password is not None:
         raise RatchetError("a URL must not hold a key: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or the like")
     try:

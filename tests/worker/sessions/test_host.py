@@ -135,9 +135,12 @@ def test_an_idle_session_comes_back_unharmed(rig: Any) -> None:
     assert same(rig.weights(evicted), rig.weights(quiet))
 
 
-@SQLITE
-def test_a_session_stays_at_its_commit_when_the_branch_moves(rig: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After a restart, with a snapshot or without one, and beside a neighbour of another commit."""
+Hub = tuple[list[str | None], list[str]]
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Hub:
+    """Bases as if from a hub: the revisions that were asked for, and the commit at which the branch is, to be moved."""
     plain, asked, newest = Base.load, list[str | None](), ["a" * 40]
 
     def load(*args: Any, revision: str | None = None, **more: Any) -> Base:
@@ -147,6 +150,13 @@ def test_a_session_stays_at_its_commit_when_the_branch_moves(rig: Any, monkeypat
         return base
 
     monkeypatch.setattr(Base, "load", load)
+    return asked, newest
+
+
+@SQLITE
+def test_a_session_stays_at_its_commit_when_the_branch_moves(rig: Any, hub: Hub) -> None:
+    """After a restart, with a snapshot or without one, and beside a neighbour of another commit."""
+    asked, newest = hub
     saved, fresh = rig.session(), rig.session()
     rig.send(saved, *loop(1))
     rig.send(fresh, {**SAMPLE})  # changes no weight, so that it has no snapshot
@@ -162,18 +172,8 @@ def test_a_session_stays_at_its_commit_when_the_branch_moves(rig: Any, monkeypat
 
 
 @SQLITE
-def test_a_sampler_stays_at_its_commit_and_samples_versions_of_others_at_theirs(
-    rig: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    plain, asked, newest = Base.load, list[str | None](), ["a" * 40]
-
-    def load(*args: Any, revision: str | None = None, **more: Any) -> Base:
-        base = plain(*args, **more)
-        asked.append(revision)
-        base.revision = revision or newest[0]
-        return base
-
-    monkeypatch.setattr(Base, "load", load)
+def test_a_sampler_stays_at_its_commit_and_samples_versions_of_others_at_theirs(rig: Any, hub: Hub) -> None:
+    asked, newest = hub
     job = rig.session()
     rig.send(job, *loop(1), {"kind": "save_checkpoint", "name": "v", "purpose": "sampler"}, SAMPLE)
     rig.work()
