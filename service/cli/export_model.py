@@ -17,7 +17,6 @@ from ratchet_client import RatchetError
 from service.cli.completion import complete_checkpoint
 from service.cli.connection import connect
 from service.cli.output import say
-from service.settings import BUCKETS
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 LOADING = "## How to load it"
@@ -101,6 +100,8 @@ def _merged(checkpoint: Path, model: Mapping[str, Any], out: Path) -> Path:
 
 
 def _bucket(url: str) -> Any:
+    from service.settings import BUCKETS  # not at the top, as everywhere in the command line: it takes long to load
+
     parts = urlsplit(url)
     if parts.scheme not in BUCKETS:
         raise RatchetError(f"{parts.scheme}:// is no kind of bucket that this can write to; these are: {', '.join(BUCKETS)}")
