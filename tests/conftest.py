@@ -4,6 +4,7 @@ RATCHET_TEST_POSTGRES_URL and RATCHET_TEST_REDIS_URL say where the servers are (
 reached skips the tests that need it, except where the environment variable CI is set: there they fail.
 """
 
+import gc
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -50,6 +51,19 @@ def _absent(what: str, error: Exception) -> None:
     if os.environ.get("CI"):
         pytest.fail(message)
     pytest.skip(message)
+
+
+# What is imported and collected is no garbage: to look for it there would take a tenth of the suite's time.
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 # ---------------------------------------------------------------- databases

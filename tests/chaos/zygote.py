@@ -13,6 +13,7 @@ is to wait for it; else whoever has died is gone at once.
 import array
 import ctypes
 import fcntl
+import gc
 import importlib
 import json
 import os
@@ -60,8 +61,11 @@ def main(descriptor: int) -> None:
 
 def _load() -> None:
     """All that takes time; nothing that reads settings, opens a connection, or starts a thread."""
+    gc.disable()  # nothing of it is garbage
     for name in LOADED:
         importlib.import_module(name)
+    gc.freeze()
+    gc.enable()
     threads = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("Threads:"))
     assert threads.split() == ["Threads:", "1"], "a process with threads must not fork"
 

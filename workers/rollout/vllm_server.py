@@ -18,7 +18,7 @@ from pydantic import SecretStr
 
 from service.errors import JobFailed
 from service.jobs.resolve_rollout import NETWORKS
-from service.outgoing import AddressNotAllowed, NameNotAllowed, checked
+from service.outgoing import AddressNotAllowed, NameNotAllowed, certificates, checked
 from service.spec.addresses import Networks, address_refused, name_refused
 from service.spec.training import VllmEngine
 
@@ -197,7 +197,7 @@ class Server:
         if self._client is None:
             limits = httpx.Limits(max_connections=self.spec.at_once, max_keepalive_connections=self.spec.at_once)
             # `timeout_s` bounds the whole request. No proxy from the environment, because it would choose the address.
-            self._client = httpx.AsyncClient(transport=httpx.AsyncHTTPTransport(limits=limits), timeout=None)
+            self._client = httpx.AsyncClient(transport=httpx.AsyncHTTPTransport(verify=certificates(), limits=limits), timeout=None)
         headers = {"Accept-Encoding": "identity"}
         if self._key is not None:
             headers["Authorization"] = f"Bearer {self._key.get_secret_value()}"

@@ -121,7 +121,7 @@ class Served:
     def key(self, project: str | None = None) -> httpx.Client:
         with self.api.store.begin() as session:
             _, text = keys.create(session, project=project or f"tinker-{next(_projects)}", name="test")
-        return httpx.Client(base_url=self.api.url, headers={"X-API-Key": text}, timeout=60)
+        return httpx.Client(base_url=self.api.url, headers={"X-API-Key": text}, timeout=60, verify=False)
 
     def client(self, project: str | None = None) -> Wire:
         return Wire(self.key(project))
