@@ -26,6 +26,7 @@ POLICY_KL_K3, REF_KL_K3 = "policy/approx_kl_k3", "kl/ref_k3"
 NOISE_LOG_RATIO, NOISE_POOLED = "policy/noise_log_ratio", "policy/noise_pooled_log_ratio"
 RESCORE_DIFFERENCE = "rollout/rescore_difference"
 OVERLONG_SKIPPED, OVERLONG_TRUNCATED = "data/overlong_skipped", "data/overlong_truncated"
+STALENESS, WAITED_S = "rollout/staleness", "perf/waited_s"
 TOKENS_SAMPLED, TOKENS_TRAINED, STEP_S = "tokens/sampled", "tokens/trained", "perf/step_s"
 
 EVAL_TOKENS_SAMPLED = EVAL + TOKENS_SAMPLED
@@ -161,6 +162,13 @@ SECTIONS: Mapping[str, tuple[Metric, ...]] = MappingProxyType(
                 "up",
                 OBJECTIVE,
             ),
+            Metric(
+                STALENESS,
+                "steps",
+                "by which the weights that sampled are older than those that are trained (rollout.max_staleness: 1)",
+                "neither",
+                RL,
+            ),
             Metric("correction/weight_mean", "1", "mean weight of the correction, before its bounds", "neither", OBJECTIVE),
             Metric("correction/weight_min", "1", "least weight of the correction, before its bounds", "neither", OBJECTIVE),
             Metric("correction/weight_max", "1", "greatest weight of the correction, before its bounds", "neither", OBJECTIVE),
@@ -191,6 +199,7 @@ SECTIONS: Mapping[str, tuple[Metric, ...]] = MappingProxyType(
             Metric(TOKENS_TRAINED, "tokens", "answer tokens that were learned from, once for each epoch", "neither", STEPS),
             Metric("perf/sample_tokens_per_s", "tokens/s", "sampled tokens a second, grading included", "up", RL),
             Metric("perf/update_tokens_per_s", "tokens/s", "trained tokens a second, scoring included", "up", JOBS),
+            Metric(WAITED_S, "s", "waiting for answers that were sampled ahead (rollout.max_staleness: 1)", "down", RL),
             Metric(STEP_S, "s", "a training step, without evaluation and saving", "down", JOBS),
         ),
     }

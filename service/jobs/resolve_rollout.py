@@ -16,9 +16,20 @@ NETWORKS = "RATCHET_ROLLOUT_NETWORKS"
 
 def check_rollout(spec: RLSpec | SupervisedSpec, settings: Settings) -> list[FieldError]:
     """Errors for a rollout.engine that this service, or any vLLM server, cannot offer to this job."""
-    if not isinstance(spec, RLSpec) or not isinstance(engine := spec.rollout.engine, VllmEngine):
+    if not isinstance(spec, RLSpec):
         return []
+    if not isinstance(engine := spec.rollout.engine, VllmEngine):
+        return list(_of_taking_turns(spec))
     return [*_of_the_server(engine, settings), *_of_the_adapter(spec), *_of_temperatures(spec)]
+
+
+def _of_taking_turns(spec: RLSpec) -> Iterator[FieldError]:
+    if spec.rollout.max_staleness:
+        detail = (
+            "rollout.max_staleness needs an external engine, which samples while the worker learns: {kind: vllm, ...}; with "
+            f"the engine local it is 0, got {spec.rollout.max_staleness}"
+        )
+        yield FieldError("/rollout/max_staleness", detail, "not_served", spec.rollout.max_staleness, [0])
 
 
 def _of_the_server(engine: VllmEngine, settings: Settings) -> Iterator[FieldError]:
@@ -64,6 +75,14 @@ def rollout_warnings(spec: RLSpec) -> list[str]:
     corrected = spec.objective.correct.weighs or spec.objective.anchor == "rollout"
     if not isinstance(spec.rollout.engine, VllmEngine) or corrected:
         return []
+    if spec.rollout.max_staleness:
+        return [
+            (
+                "rollout.max_staleness is 1 and the objective takes no notice of it: answers are sampled by weights that are "
+                "a step older, which biases the gradient; advised is objective.anchor rollout (ratios against the policy that "
+                "sampled), or objective.correct {level: token, action: truncate, cap: 2}"
+            )
+        ]
     return [
         (
             "rollout.engine is vllm and objective.correct is none: sampler and trainer differ by rounding about each token, "

@@ -82,7 +82,9 @@ class HttpRewards(Grader):
         if self._client is None:
             limits = httpx.Limits(max_connections=AT_ONCE, max_keepalive_connections=AT_ONCE)
             # `_once` bounds the time of a whole attempt. No proxy from the environment, because it would choose the address.
-            self._client = httpx.AsyncClient(transport=httpx.AsyncHTTPTransport(verify=certificates(), limits=limits), timeout=None)
+            self._client = httpx.AsyncClient(
+                transport=httpx.AsyncHTTPTransport(verify=certificates(), limits=limits), timeout=None
+            )
         turns, size = asyncio.Semaphore(AT_ONCE), self._spec.batch_size
         async with asyncio.TaskGroup() as group:
             tasks = [

@@ -85,6 +85,15 @@ class RolloutSpec(Section):
             "and trainer · always: all answers are scored again"
         ),
     ] = "auto"
+    max_staleness: Annotated[
+        int,
+        Field(
+            ge=0,
+            le=1,
+            description="steps by which the weights that sample may be older than those that are trained · 0: sampling and "
+            "learning take turns · 1: an external engine samples the next step's answers while this one is learnt from",
+        ),
+    ] = 0
     mask_truncated: Annotated[
         bool,
         Field(description="ignore answers that max_completion_tokens cut off (the same as objective.select.truncated)"),

@@ -100,7 +100,9 @@ class Courier:
         # No connection is kept: it would be found by its address, under which another webhook's host may have another name.
         # `_send` bounds the time of a whole attempt. No proxy from the environment, because it would choose the address.
         limits = httpx.Limits(max_connections=AT_ONCE, max_keepalive_connections=0)
-        return httpx.AsyncClient(transport=httpx.AsyncHTTPTransport(verify=certificates(), limits=limits), timeout=None, follow_redirects=False)
+        return httpx.AsyncClient(
+            transport=httpx.AsyncHTTPTransport(verify=certificates(), limits=limits), timeout=None, follow_redirects=False
+        )
 
     async def _look(self, client: httpx.AsyncClient) -> int:
         """Claim what is due, as far as there are hands, and begin to send it. Returns how many were claimed."""

@@ -95,9 +95,7 @@ class Api:
 
     def anonymous(self, **headers: str) -> httpx.Client:
         # Without TLS it need not read certificates for 40 ms.
-        return httpx.Client(
-            base_url=self.url, headers=headers, timeout=30, event_hooks={"response": [conforms]}, verify=False
-        )
+        return httpx.Client(base_url=self.url, headers=headers, timeout=30, event_hooks={"response": [conforms]}, verify=False)
 
     def claim(self, job_id: str, owner: str = "wrk_test") -> tuple[Lease, Job]:
         """Take the job as a worker does, whatever else is queued."""

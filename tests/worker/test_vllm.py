@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from ipaddress import ip_network
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from typing import Any
 
 import pytest
@@ -20,14 +20,15 @@ from service.jobs import lease as leases
 from service.jobs import lifecycle
 from service.jobs.lifecycle import create_job
 from service.jobs.resolve import resolve
+from service.jobs.resolve_rollout import rollout_warnings
 from service.settings import Settings
-from service.spec.job import JobSpec
+from service.spec.job import JobSpec, RLSpec
 from service.spec.model import Lora, ModelSpec
 from service.spec.training import OptimizerSpec, VllmEngine
-from service.store import jobs, metrics
+from service.store import jobs, metrics, usage
 from service.validation import parse
 from workers import runner
-from workers.loops import managed
+from workers.loops import managed, rl
 from workers.policy.base import Base
 from workers.policy.learner import Learner
 from workers.rollout import vllm_server
@@ -257,6 +258,106 @@ def test_a_cancel_is_obeyed_before_the_server_was_ever_there(world: World, vllm:
         target=lambda: (until(lambda: bool(vllm.asked)), lifecycle.cancel(world.store, world.doorbell, "default", job_id))
     ).start()
     assert world.take(obeys=True).status == "cancelled"
+
+
+# ---------------------------------------------------------------- a step ahead
+
+AHEAD: dict[str, Any] = {"max_staleness": 1}
+TO_THE_SAMPLER = {"preset": "grpo", "anchor": "rollout"}  # ratios against the policy that sampled
+CORRECTED = {"preset": "grpo", "correct": {"level": "token", "action": "truncate", "cap": 2}}
+
+
+def test_the_next_step_is_sampled_while_one_is_learnt_from_by_the_weights_from_before(
+    world: World, vllm: Vllm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learning, learn, met = Event(), rl.learn, list[bool]()
+
+    def learn_and_tell(*arguments: Any, **named: Any) -> Any:
+        learning.set()
+        return learn(*arguments, **named)
+
+    def wait_until_it_learns(path: str, body: dict[str, Any]) -> None:
+        if path == "/v1/completions" and body["temperature"] and len(trained_on(vllm)) == 24:  # the last one of step 2
+            met.append(learning.wait(60))
+
+    monkeypatch.setattr(rl, "learn", learn_and_tell)
+    vllm.before = wait_until_it_learns
+    pays = {"graders": [{"kind": "regex", "pattern": "[0-9A-Z]"}]}  # some answers, so that the weights move
+    more = {**AHEAD, "group_size": 6}
+    job_id = world.submit(rollout=rollout(vllm, **more), objective=CORRECTED, reward=pays, data=reversing(eval_rows=0))
+    job = world.take()
+    assert (job.status, job.step) == ("succeeded", 3), job.error
+    assert met == [True], "step 1 was learnt from before the answers of step 2 had come"
+    curves = world.metrics(job_id)
+    assert curves["rollout/staleness"] == [(1, 0.0), (2, 1.0), (3, 1.0)]
+    versions = [body["model"].rsplit("-", 1)[1] for body in trained_on(vllm)]
+    assert versions == ["0"] * 24 + ["4"] * 12, "two prompts with six answers a step, four updates"
+    strays = [abs(value or 0) for _, value in curves["rollout/approx_kl_k3"]]
+    assert strays[0] < 1e-6 < min(strays[1:]), "the sampler is another policy by then, and the metrics say so"
+    assert vllm.adapters == [] and list(world.settings.rollout_adapters_dir.iterdir()) == []
+
+
+def trained_on(vllm: Vllm) -> list[dict[str, Any]]:
+    """What was asked for in training; the looks before the first step are greedy or name the base."""
+    return [body for body in vllm.paths("/v1/completions") if body["temperature"] and body["model"] != "base"]
+
+
+def test_with_a_step_ahead_the_same_prompts_are_drawn_with_the_same_seeds(world: World, vllm: Vllm) -> None:
+    drawn = []
+    for how in ({}, AHEAD):
+        vllm.asked.clear()
+        world.submit(rollout=rollout(vllm, **how), objective=TO_THE_SAMPLER)
+        assert world.take().status == "succeeded"
+        drawn.append(sorted((body["seed"], body["prompt"]) for body in trained_on(vllm)))
+    assert drawn[0] == drawn[1] and len(drawn[0]) == 3 * 4 + 2 * 3  # with the evaluations before and after
+
+
+def test_a_pause_ends_what_is_sampled_ahead_and_counts_it(world: World, vllm: Vllm) -> None:
+    paused, came = Event(), list[int]()
+
+    def hang(path: str, body: dict[str, Any]) -> Any:
+        if path == "/v1/completions" and len(trained_on(vllm)) == 12:  # the last one of step 3
+            lifecycle.pause(world.store, world.doorbell, "default", job_id)
+            paused.wait(60)
+            return error(503, "it ends")
+        return None
+
+    def count(path: str, answer: Any) -> None:
+        if path == "/v1/completions" and answer["model"] != "base" and trained_on(vllm):
+            came.append(len(answer["choices"][0]["token_ids"]))
+
+    vllm.before, vllm.after = hang, count
+    limits = {"max_steps": 4}
+    job_id = world.submit(rollout=rollout(vllm, **AHEAD), objective=TO_THE_SAMPLER, data=reversing(eval_rows=0), limits=limits)
+    job = world.take(obeys=True)
+    paused.set()
+    assert (job.status, job.step, job.error) == ("paused", 2, None)
+    with world.store.begin(readonly=True) as session:
+        assert usage.of_job(session, job_id).sampled_tokens == sum(came) and len(came) == 11
+    vllm.before = lambda path, body: None
+    lifecycle.resume(world.store, world.doorbell, "default", job_id)
+    job = world.take()
+    assert (job.status, job.step) == ("succeeded", 4), job.error
+    assert dict(world.metrics(job_id)["rollout/staleness"]) == {1: 0.0, 2: 1.0, 3: 0.0, 4: 1.0}
+    assert vllm.adapters == []
+
+
+def test_a_server_that_goes_away_while_a_step_is_learnt_from_is_told_of_at_the_next(world: World, vllm: Vllm) -> None:
+    vllm.before = lambda path, body: error(401, "no") if len(trained_on(vllm)) > 4 else None
+    world.submit(rollout=rollout(vllm, **AHEAD), objective=TO_THE_SAMPLER, data=reversing(eval_rows=0))
+    job = world.take()
+    assert (job.status, job.step, job.error["code"]) == ("paused", 1, "rollout_refused")
+    assert job.checkpoint_id is not None
+
+
+def test_to_be_a_step_ahead_needs_another_program_and_an_objective_that_knows(world: World, vllm: Vllm) -> None:
+    with pytest.raises(InvalidRequest, match="external engine") as caught:
+        world.submit(rollout={**ROLLOUT, **AHEAD})
+    assert [error.pointer for error in caught.value.errors] == ["/rollout/max_staleness"]
+    for objective, warns in (({"preset": "grpo"}, True), (CORRECTED, False), (TO_THE_SAMPLER, False)):
+        spec = parse(JobSpec, rl_spec(model=MODEL, rollout=rollout(vllm, **AHEAD), objective=objective))
+        assert isinstance(spec, RLSpec)
+        assert any("max_staleness" in warning for warning in rollout_warnings(spec)) == warns
 
 
 # ---------------------------------------------------------------- what is looked at before the first step

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from service.jobs.data import Data, Row
 from service.jobs.lease import RolloutRow
@@ -14,6 +15,9 @@ from workers.policy.errors import PolicyFailed
 from workers.policy.learner import Learner
 from workers.policy.policy import Policy
 from workers.tenure.tenure import EventRow, Tenure
+
+if TYPE_CHECKING:
+    from workers.loops.ahead import Ahead
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,7 @@ class Attempt:
     policy: Learner
     progress: Progress
     reference: Policy | None = None  # if the objective needs its log_probs
+    ahead: "Ahead | None" = None  # the next step's answers, while they are sampled
     skipped: int = 0  # rows of data.train that were left out because they are too long
 
     def overlong_metrics(self, cut: int) -> dict[str, float]:

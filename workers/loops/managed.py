@@ -39,6 +39,9 @@ def drive(attempt: Attempt) -> Outcome:
         return _driven(attempt)
     except Interrupted as interrupted:
         return obeyed(interrupted.wish)
+    finally:
+        if attempt.ahead is not None:
+            attempt.tenure.meter.sampled(attempt.ahead.end())
 
 
 def _driven(attempt: Attempt) -> Outcome:

@@ -5,20 +5,18 @@
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from time import perf_counter
 
 import torch
 from torch import Tensor
 
-from service.jobs.data import prompt_indices
-from service.metric_names import STEP_S, TOKENS_SAMPLED, TOKENS_TRAINED
+from service.metric_names import STALENESS, STEP_S, TOKENS_SAMPLED, TOKENS_TRAINED, WAITED_S
 from service.spec.job import RLSpec
 from service.states import Phase
-from workers.loops import noise, rescore, update
+from workers.loops import ahead, noise, rescore, update
 from workers.loops.attempt import Attempt, StepResult
 from workers.loops.nonfinite import Suspects, count_skipped, step_skipped
-from workers.loops.sampling import Group, draw_of, reward_errors, reward_metrics, rollout_rows, sample_and_grade
+from workers.loops.sampling import Group, grade, reward_errors, reward_metrics, rollout_rows
 from workers.loops.seen import Seen
 from workers.loops.update import Answers, Experience, How, minibatches, pad
 from workers.objectives.advantage import without_spread
@@ -34,14 +32,8 @@ def step(attempt: Attempt, step: int) -> StepResult:
     objective = Objective(spec.objective.resolve())  # resolved again: the stored one may be of an older version
     started = perf_counter()
     attempt.tenure.check(Phase.SAMPLING)
-    rows = attempt.data.train
-    indices = prompt_indices(len(rows), step, spec.rollout.prompts_per_step, spec.seed, spec.data.train.shuffle)
-    groups = sample_and_grade(
-        attempt,
-        [rows[i] for i in indices],
-        [rows.number(i) for i in indices],
-        replace(draw_of(attempt, purpose="rollout"), entropies=rescore.may_be_left_out(attempt)),
-    )
+    rollout = ahead.rollout(attempt, step)
+    groups = grade(attempt, rollout.asked, rollout.completions)
     updating = perf_counter()
     attempt.tenure.check(Phase.UPDATING)
     experience, metrics, events = gather(attempt, objective, groups, step)
@@ -49,11 +41,10 @@ def step(attempt: Attempt, step: int) -> StepResult:
         rounding, warnings = noise.noise(attempt, objective, experience.sequences, experience.old_log_probs, step)
         metrics |= rounding
         events += warnings
-    numbers = [rows.number(i) for i in indices]
     logged = step % spec.log_rollouts.every_steps == 0 or step in (1, spec.limits.max_steps)
     shown = groups[: spec.log_rollouts.groups] if logged else []
     seen = Seen(len(shown) * spec.rollout.group_size)
-    updated, skipped = learn(attempt, objective, experience, step, numbers, seen.look if shown else None)
+    updated, skipped = learn(attempt, objective, experience, step, rollout.asked.numbers, seen.look if shown else None)
     metrics |= updated
     events += skipped
     ended = perf_counter()
@@ -64,10 +55,12 @@ def step(attempt: Attempt, step: int) -> StepResult:
     metrics |= reward_metrics(groups) | {
         TOKENS_SAMPLED: float(sampled),
         TOKENS_TRAINED: float(trained),
-        "perf/sample_tokens_per_s": sampled / (updating - started),
+        "perf/sample_tokens_per_s": sampled / (updating - started - rollout.waited_s + rollout.seconds),
         "perf/update_tokens_per_s": trained / (ended - updating),
         STEP_S: ended - started,
     }
+    if spec.rollout.max_staleness:
+        metrics |= {STALENESS: float(rollout.staleness), WAITED_S: rollout.waited_s}
     completions = [completion for group in shown for completion in group.completions]
     told = seen.told(experience, completions, attempt.policy.text) if shown else []
     return StepResult(metrics, rollout_rows(attempt, shown, "train", step, told), events + reward_errors(groups, step))

@@ -6,6 +6,7 @@ from statistics import fmean, pstdev
 from typing import Any
 
 from service.errors import JobFailed
+from service.jobs.data import Prompt
 from service.jobs.lease import RolloutRow
 from service.metric_names import REWARD_MEAN
 from service.rewards.samples import Graded, Sample
@@ -13,7 +14,8 @@ from service.spec.job import RLSpec
 from service.spec.reward import RewardSpec
 from service.states import Phase
 from workers.loops.attempt import Attempt, prompt_tokens
-from workers.rollout.engine import Completion
+from workers.policy.policy import grouped
+from workers.rollout.engine import Completion, Request
 from workers.seeds import derive
 from workers.tenure.tenure import EventRow
 
@@ -60,12 +62,30 @@ def draw_of(attempt: Attempt, *, purpose: str, temperature: float | None = None)
     )
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What is sampled for some rows: `requests` for a group of answers to each prompt."""
+
+    rows: Sequence[dict[str, Any]]
+    numbers: Sequence[int]  # their places in their source
+    rendered: list[Prompt]
+    whole: list[list[int]]
+    prompts: list[list[int]]  # the same, cut where they were too long
+    requests: list[Request]
+    group_size: int
+
+
 def sample_and_grade(attempt: Attempt, rows: Sequence[dict[str, Any]], numbers: Sequence[int], draw: Draw) -> list[Group]:
     """One group per row. `numbers` are the rows' places in their source, for error messages."""
-    rendered = [attempt.data.prompt(row) for row in rows]
+    asked = ask(attempt, rows, numbers, draw, done=attempt.progress.step)
+    return grade(attempt, asked, attempt.policy.answer(asked.requests))
+
+
+def ask(attempt: Attempt, rows: Sequence[dict[str, Any]], numbers: Sequence[int], draw: Draw, *, done: int) -> Asked:
+    """The requests of a draw after `done` steps."""
     whole = [prompt_tokens(attempt, row, number) for row, number in zip(rows, numbers, strict=True)]
     prompts = fitted(attempt, whole, numbers, draw.max_tokens)
-    answers = attempt.policy.sample(
+    requests = attempt.policy.requests(
         prompts,
         group_size=draw.group_size,
         max_tokens=draw.max_tokens,
@@ -73,20 +93,25 @@ def sample_and_grade(attempt: Attempt, rows: Sequence[dict[str, Any]], numbers: 
         top_p=draw.top_p,
         top_k=draw.top_k,
         stop=draw.stop,
-        seed=derive(attempt.spec.seed, attempt.progress.step, draw.purpose),
+        seed=derive(attempt.spec.seed, done, draw.purpose),
         entropies=draw.entropies,
     )
-    attempt.tenure.meter.sampled(sum(len(answer.tokens) for group in answers for answer in group))
+    return Asked(rows, numbers, [attempt.data.prompt(row) for row in rows], whole, prompts, requests, draw.group_size)
+
+
+def grade(attempt: Attempt, asked: Asked, completions: list[Completion]) -> list[Group]:
+    """The groups of these completions, which answer the requests in their order."""
+    size, answers = asked.group_size, grouped(completions, asked.group_size)
+    attempt.tenure.meter.sampled(sum(len(completion.tokens) for completion in completions))
     attempt.tenure.check(Phase.GRADING)
     assert attempt.rewards is not None and attempt.spec.reward is not None
     samples = [
         Sample(prompt, answer.text, len(answer.tokens), answer.finish_reason == "length", row)
-        for prompt, row, group in zip(rendered, rows, answers, strict=True)
+        for prompt, row, group in zip(asked.rendered, asked.rows, answers, strict=True)
         for answer in group
     ]
     graded = attempt.rewards.grade(samples)
     rewards = settle_errors(attempt.spec.reward, graded)
-    size = draw.group_size
     return [
         Group(
             row,
@@ -94,9 +119,9 @@ def sample_and_grade(attempt: Attempt, rows: Sequence[dict[str, Any]], numbers: 
             group,
             graded[i * size : (i + 1) * size],
             rewards[i * size : (i + 1) * size],
-            cut=len(prompt) < len(whole[i]),
+            cut=len(prompt) < len(asked.whole[i]),
         )
-        for i, (row, prompt, group) in enumerate(zip(rows, prompts, answers, strict=True))
+        for i, (row, prompt, group) in enumerate(zip(asked.rows, asked.prompts, answers, strict=True))
     ]
 
 

@@ -8,6 +8,7 @@ A learner is a policy that changes; a reference is one that does not.
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +30,13 @@ class Scores:
     mask: Tensor  # [B, T] bool, True on the answers' tokens
 
 
+def grouped(answers: list[Completion], group_size: int) -> list[list[Completion]]:
+    """The answers of each prompt. Raises what an answer failed with."""
+    if failed := next((answer.error for answer in answers if answer.error is not None), None):
+        raise failed
+    return [answers[start : start + group_size] for start in range(0, len(answers), group_size)]
+
+
 class Policy:
     """`adapter` names one of the base's adapters; None: the base's own weights."""
 
@@ -36,7 +44,15 @@ class Policy:
         self.base, self.adapter, self.text = base, adapter, base.text
         self.engine: Engine = base.engine  # what samples; another one may stand in its place
 
-    def sample(
+    def sample(self, prompts: list[list[int]], *, group_size: int, **how: Any) -> list[list[Completion]]:
+        """`group_size` answers to each prompt; `how` as `requests` takes it. The same arguments give the same answers.
+
+        The log_probs are those of the distribution that was sampled from. At temperature 1 without top_p and top_k, and for
+        greedy answers, they are the policy's own. Raises JobFailed non_finite_logits.
+        """
+        return grouped(self.answer(self.requests(prompts, group_size=group_size, **how)), group_size)
+
+    def requests(
         self,
         prompts: list[list[int]],
         *,
@@ -48,23 +64,15 @@ class Policy:
         stop: Iterable[str] = (),
         seed: int,
         entropies: bool = False,
-    ) -> list[list[Completion]]:
-        """`group_size` answers to each prompt. The same arguments give the same answers; temperature 0 is greedy.
-
-        The log_probs are those of the distribution that was sampled from. At temperature 1 without top_p and top_k, and for
-        greedy answers, they are the policy's own. Raises JobFailed non_finite_logits.
-        """
+    ) -> list[Request]:
+        """`group_size` requests for each prompt, each with a seed of its own; temperature 0 is greedy."""
         stop = tuple(stop)
         how = SamplingParams(max_tokens, temperature, top_p, top_k, stop, tuple(self.text.stop_ids(stop)))
-        requests = [
+        return [
             Request(prompt, how, derive(seed, row * group_size + place, "answer"), self.adapter, entropies=entropies)
             for row, prompt in enumerate(prompts)
             for place in range(group_size)
         ]
-        answers = self.answer(requests)
-        if failed := next((answer.error for answer in answers if answer.error is not None), None):
-            raise failed
-        return [answers[start : start + group_size] for start in range(0, len(answers), group_size)]
 
     def answer(self, requests: list[Request]) -> list[Completion]:
         """The completions of these requests, in their order."""

@@ -15,7 +15,7 @@ from service.errors import JobFailed
 from workers.rollout.engine import Completion, Engine, Request
 from workers.rollout.local import Decode
 from workers.rollout.vllm_adapters import Adapters
-from workers.rollout.vllm_server import NonFinite, NoSuchModel, Server
+from workers.rollout.vllm_server import NonFinite, NoSuchModel, Server, Underway
 
 MOST_LOSSES = 5  # how often the server may lose an adapter that was just loaded, while one answer is sampled
 LEAST_LOG_PROB = -9999.0  # vLLM writes minus infinity so
@@ -56,6 +56,7 @@ class VllmEngine(Engine):
         self._waiting: dict[int, Request] = {}
         self._tasks: dict[int, asyncio.Task[Completion]] = {}
         self._done: list[tuple[int, Completion]] = []  # not yet returned by `step`
+        self.came: list[Completion] = []  # of the newest `begin`, in the order in which they came
 
     def submit(self, requests: Sequence[Request]) -> list[int]:
         """As the interface says; ValueError also for log-probs of prompts or of tokens that were not sampled."""
@@ -112,6 +113,35 @@ class VllmEngine(Engine):
         finally:
             self._done = strangers
         return [ours[ticket] for ticket in tickets]
+
+    def begin(self, requests: Sequence[Request]) -> Underway[list[Completion]]:
+        """As `run`, in a thread, while the caller goes on; `result` has the completions. Later changes of the weights do not
+        matter: all requests that name the adapter get its weights of now."""
+        assert not self.pending
+        name = self._server.run(self._adapters.current())
+        names = [self._server.spec.served_model if request.adapter is None else name for request in requests]
+        self.came = []
+        return self._server.begin(self._all(requests, names))
+
+    def result(self, underway: Underway[list[Completion]]) -> list[Completion]:
+        """Raises what `run` raises."""
+        return self._server.result(underway)
+
+    async def _all(self, requests: Sequence[Request], names: Sequence[str]) -> list[Completion]:
+        turns = asyncio.Semaphore(self._server.spec.at_once)
+
+        async def one(request: Request, name: str) -> Completion:
+            async with turns:
+                answer = await self._answer(request, name)
+            self.came.append(answer)
+            return answer
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(one(*each)) for each in zip(requests, names, strict=True)]
+        except ExceptionGroup as failed:
+            raise failed.exceptions[0] from None
+        return [task.result() for task in tasks]
 
     async def _move_on(self) -> list[tuple[int, Completion]]:
         room = self._server.spec.at_once - len(self._tasks)

@@ -9,9 +9,11 @@ import json
 import logging
 import random
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from concurrent.futures import Future
 from itertools import count
+from threading import Event, Thread
 from time import monotonic
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import httpx
 from pydantic import SecretStr
@@ -49,6 +51,54 @@ class NonFinite(Exception):
     """The server computed a log-prob that is not finite."""
 
 
+class Underway(Generic[T]):
+    """Work that a thread does on an event loop, while whoever wants it does something else. Until it is done or ended, nothing
+    else may run on that loop."""
+
+    def __init__(self, runner: asyncio.Runner, work: Coroutine[Any, Any, T]) -> None:
+        self.seconds = 0.0  # that it took, once it is done
+        self._loop, self._outcome, self._began = runner.get_loop(), Future[T](), Event()
+        self._task: asyncio.Task[Any] | None = None
+        self._thread = Thread(target=self._run, args=(runner, work), name="rollout ahead", daemon=True)
+        self._thread.start()
+
+    @property
+    def is_alive(self) -> bool:
+        return self._thread.is_alive()
+
+    def wait(self, check: Callable[[], object], every_s: float) -> None:
+        """Until it is done. `check` is called meanwhile; what it raises ends the waiting, not the work."""
+        while self._thread.is_alive():
+            self._thread.join(every_s)
+            check()
+
+    def outcome(self) -> T:
+        """What came of it, once it is done."""
+        return self._outcome.result()
+
+    def end(self) -> None:
+        """End it, if it is not done."""
+        self._began.wait()
+        if self._task is not None and self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._task.cancel)
+        self._thread.join()
+
+    def _run(self, runner: asyncio.Runner, work: Coroutine[Any, Any, T]) -> None:
+        async def noted() -> T:
+            self._task = asyncio.current_task()
+            self._began.set()
+            return await work
+
+        since = monotonic()
+        try:
+            self._outcome.set_result(runner.run(noted()))
+        except BaseException as error:
+            self._outcome.set_exception(error)
+        finally:
+            self.seconds = monotonic() - since
+            self._began.set()
+
+
 class Server:
     """One vLLM server. Not safe for several threads. `check` is called while requests are under way; what it raises ends
     them."""
@@ -59,18 +109,39 @@ class Server:
         self.spec, self._networks, self._key, self._check = spec, networks, key, check
         self._runner = asyncio.Runner()  # one event loop for the server's life, so that its connections are kept
         self._client: httpx.AsyncClient | None = None
+        self._underway: Underway[Any] | None = None
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """The result of this work."""
+        """The result of this work, which waits for what is under way."""
+        if self._underway is not None:
+            try:
+                self._underway.wait(self._check, WATCH_S)
+            except BaseException:
+                work.close()
+                raise
+            self._underway = None
         return self._runner.run(self._watched(work))
+
+    def begin(self, work: Coroutine[Any, Any, T]) -> Underway[T]:
+        """Have a thread do this work. Before anything else is asked of the server, it is waited for."""
+        assert self._underway is None or not self._underway.is_alive
+        self._underway = Underway(self._runner, work)
+        return self._underway
+
+    def result(self, underway: Underway[T]) -> T:
+        """What came of work that was begun."""
+        underway.wait(self._check, WATCH_S)
+        return underway.outcome()
 
     def end(self, tasks: Iterable[asyncio.Task[Any]]) -> None:
         """End tasks that `run` left under way."""
         self._runner.run(_ended(list(tasks)))
 
     def forget_wishes(self) -> None:
-        """Call `check` no more: what follows is the end."""
+        """Call `check` no more, and end what is under way: what follows is the end."""
         self._check = lambda: None
+        if self._underway is not None:
+            self._underway.end()
 
     def close(self) -> None:
         if self._client is not None:
@@ -197,7 +268,9 @@ class Server:
         if self._client is None:
             limits = httpx.Limits(max_connections=self.spec.at_once, max_keepalive_connections=self.spec.at_once)
             # `timeout_s` bounds the whole request. No proxy from the environment, because it would choose the address.
-            self._client = httpx.AsyncClient(transport=httpx.AsyncHTTPTransport(verify=certificates(), limits=limits), timeout=None)
+            self._client = httpx.AsyncClient(
+                transport=httpx.AsyncHTTPTransport(verify=certificates(), limits=limits), timeout=None
+            )
         headers = {"Accept-Encoding": "identity"}
         if self._key is not None:
             headers["Authorization"] = f"Bearer {self._key.get_secret_value()}"
