@@ -43,6 +43,7 @@ bench: $(VENV)/.for-developing ## measure what docs/performance.md holds (MODEL=
 	$(BIN)/python bench/scaling.py
 	$(BIN)/python bench/own_cost.py --backend sqlite
 	$(BIN)/python bench/warm_base.py
+	$(BIN)/python bench/saving.py
 	$(BIN)/python bench/routes.py --backend sqlite
 	$(if $(MODEL),$(BIN)/python bench/shared_prompt.py --model $(MODEL) --prompts 256)
 	$(if $(MODEL),$(BIN)/python bench/sampling.py --model $(MODEL) --cases ragged$(comma)equal)

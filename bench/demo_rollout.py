@@ -16,7 +16,9 @@ import random
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median
 from tempfile import TemporaryDirectory
@@ -52,6 +54,17 @@ WAYS = {
 }
 
 
+@dataclass(frozen=True)
+class WarmedUp:
+    folder: Path
+    ids: dict[str, str]  # the files of the rows, by what they are for
+    state: dict[str, torch.Tensor]
+
+    def attempt(self, spec: Any, steps: int) -> Attempt:
+        """One that has done nothing yet, for so many optimizer steps."""
+        return attempt_at(spec, self.folder, self.state, steps)
+
+
 class Clock:
     """In place of a tenure: CPU seconds by phase."""
 
@@ -84,7 +97,18 @@ def exact(attempt: Attempt) -> float:
     return reward_metrics(sample_and_grade(attempt, [rows[i] for i in some], some, draw))[REWARD_MEAN]
 
 
-def warmed_up(folder: Path, ids: dict[str, str], seed: int) -> dict[str, torch.Tensor]:
+@contextmanager
+def warmed_up(seed: int) -> Iterator[WarmedUp]:
+    """The demo's rows in a folder, and the weights that its reinforcement learning starts from."""
+    with TemporaryDirectory() as name:
+        folder, rows = Path(name), make_rows(seed)
+        ids = {part: f"ds_{part.replace('_', '')}" for part in rows}
+        for part, some in rows.items():
+            (folder / ids[part]).write_bytes(b"\n".join(map(orjson.dumps, some)))
+        yield WarmedUp(folder, ids, _warm_up(folder, ids, seed))
+
+
+def _warm_up(folder: Path, ids: dict[str, str], seed: int) -> dict[str, torch.Tensor]:
     attempt = attempt_at(parse(JobSpec, warm_up_spec(ids, seed)), folder, None, 300)
     for step in range(1, 301):
         supervised.step(attempt, step)
@@ -131,18 +155,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
     quiet_libraries()
-    with TemporaryDirectory() as name:
-        folder = Path(name)
-        rows = make_rows(asked.seed)
-        ids = {part: f"ds_{part.replace('_', '')}" for part in rows}
-        for part, some in rows.items():
-            (folder / ids[part]).write_bytes(b"\n".join(map(orjson.dumps, some)))
-        state = warmed_up(folder, ids, asked.seed)
+    with warmed_up(asked.seed) as demo:
         attempts: dict[str, Attempt] = {}
         for way, off in WAYS.items():
-            spec = gspo_spec(ids, "ckpt_none", asked.seed) | {"model": {"source": "tiny"}}
+            spec = gspo_spec(demo.ids, "ckpt_none", asked.seed) | {"model": {"source": "tiny"}}
             spec["rollout"]["rescore"] = "always" if "rescore" in off else "auto"
-            attempts[way] = attempt_at(parse(JobSpec, spec), folder, state, 80 * 4)
+            attempts[way] = demo.attempt(parse(JobSpec, spec), 80 * 4)
         spent: dict[str, list[tuple[float, dict[str, float]]]] = {way: [] for way in WAYS}
         for _ in range(asked.steps):
             for way in random.sample(list(WAYS), len(WAYS)):

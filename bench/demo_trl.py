@@ -14,16 +14,14 @@ import random
 import time
 from pathlib import Path
 from statistics import median
-from tempfile import TemporaryDirectory
 from typing import Any
 
-import orjson
 from demo_rollout import attempt_at, exact, quiet_libraries, warmed_up
 from loopback import machine
 from peer import takes_python, trl
 from transformers import AutoModelForCausalLM
 
-from service.cli.demo import gspo_spec, make_rows
+from service.cli.demo import gspo_spec
 from service.spec.job import JobSpec, RLSpec
 from service.validation import parse
 from workers.loops import rl
@@ -37,15 +35,10 @@ def main() -> None:
     takes_python(parser)
     asked = parser.parse_args()
     quiet_libraries()
-    with TemporaryDirectory() as name:
-        folder = Path(name)
-        rows = make_rows(asked.seed)
-        ids = {part: f"ds_{part.replace('_', '')}" for part in rows}
-        for part, some in rows.items():
-            (folder / ids[part]).write_bytes(b"\n".join(map(orjson.dumps, some)))
-        state = warmed_up(folder, ids, asked.seed)
-        spec: Any = parse(JobSpec, gspo_spec(ids, "ckpt_none", asked.seed) | {"model": {"source": "tiny"}})
-        attempt, before = (attempt_at(spec, folder, state, 4 * asked.steps) for _ in range(2))
+    with warmed_up(asked.seed) as demo:
+        folder = demo.folder
+        spec: Any = parse(JobSpec, gspo_spec(demo.ids, "ckpt_none", asked.seed) | {"model": {"source": "tiny"}})
+        attempt, before = (demo.attempt(spec, 4 * asked.steps) for _ in range(2))
         before.policy.base.model.save_pretrained(folder / "model")
         before.policy.text.save(folder / "model")
         write_settings(folder, spec, 4 * asked.steps)

@@ -234,13 +234,18 @@ def finite(values: Mapping[str, float | None]) -> dict[str, float | None]:
     return {name: value if value is not None and isfinite(value) else None for name, value in values.items()}
 
 
-def commit_checkpoint(store: Store, lease: Lease, row: CheckpointRow, *, spent: Spent = NOTHING) -> None:
-    """Point the job at a checkpoint whose folder is in the blob store: a resume now starts there. A repeat does nothing."""
+def commit_checkpoint(
+    store: Store, lease: Lease, row: CheckpointRow, *, spent: Spent = NOTHING, after: Spent = NOTHING
+) -> None:
+    """Point the job at a checkpoint whose folder is in the blob store: a resume now starts there. A repeat does nothing.
+
+    `after`: what steps have committed since the checkpoint's content was copied, which it does not cover.
+    """
     with _holding(store, lease) as (session, job):
-        _put_checkpoint(session, job, lease, row, spent)
+        _put_checkpoint(session, job, lease, row, spent, after)
 
 
-def _put_checkpoint(session: Session, job: Job, lease: Lease, row: CheckpointRow, spent: Spent) -> None:
+def _put_checkpoint(session: Session, job: Job, lease: Lease, row: CheckpointRow, spent: Spent, after: Spent = NOTHING) -> None:
     if session.get(Checkpoint, row.id) is not None:
         return
     now = clock.now(session)
@@ -251,7 +256,7 @@ def _put_checkpoint(session: Session, job: Job, lease: Lease, row: CheckpointRow
     session.flush()
     usage.add(session, job, spent, now)
     if row.purpose == "training":
-        usage.save(session, job)
+        usage.save(session, job, now, after)
     said = {"checkpoint_id": row.id, "step": row.step} | ({} if row.name is None else {"name": row.name})
     events.append(session, job.id, "checkpoint_saved", said, now=now)
 

@@ -39,6 +39,13 @@ class Spent:
     phase_s: Mapping[str, float] = field(default_factory=dict)
     ran_s: float | None = None  # seconds that the attempt has run so far, by its worker's monotonic clock
 
+    def __add__(self, other: "Spent") -> "Spent":
+        both = {
+            phase: self.phase_s.get(phase, 0.0) + other.phase_s.get(phase, 0.0) for phase in {**self.phase_s, **other.phase_s}
+        }
+        tokens = self.sampled_tokens + other.sampled_tokens, self.trained_tokens + other.trained_tokens
+        return Spent(*tokens, both, other.ran_s)
+
 
 NOTHING = Spent()
 
@@ -49,9 +56,15 @@ def add(session: Session, job: Job, spent: Spent, now: datetime, *, steps: int =
         return
     seconds = {f"{phase}_s": spent.phase_s.get(phase, 0.0) for phase in Phase}
     tokens = {"sampled_tokens": spent.sampled_tokens, "trained_tokens": spent.trained_tokens}
-    amounts = {**tokens, **seconds, "unsaved_s": sum(spent.phase_s.values())}
-    amounts |= {f"unsaved_{name}": count for name, count in tokens.items()}
-    _put(session, job, job.attempt, now, {**amounts, "steps": steps})
+    _put(session, job, job.attempt, now, {**tokens, **seconds, **_unsaved(spent), "steps": steps})
+
+
+def _unsaved(spent: Spent) -> dict[str, float]:
+    return {
+        "unsaved_sampled_tokens": spent.sampled_tokens,
+        "unsaved_trained_tokens": spent.trained_tokens,
+        "unsaved_s": sum(spent.phase_s.values()),
+    }
 
 
 def waited(session: Session, job: Job, attempt: int, now: datetime) -> None:
@@ -73,9 +86,11 @@ def _put(session: Session, job: Job, attempt: int, now: datetime, amounts: Mappi
     session.connection().execute(_PUT[name_of(session)], row)
 
 
-def save(session: Session, job: Job) -> None:
-    """A checkpoint covers what the current attempt has spent so far: nothing is unsaved."""
+def save(session: Session, job: Job, now: datetime, after: Spent = NOTHING) -> None:
+    """A checkpoint covers what the current attempt has spent so far, except what it spent `after` the checkpoint's copy."""
     session.execute(_of_attempt(job).values({f"unsaved_{name}": 0 for name in AMOUNTS}))
+    if after != NOTHING:
+        _put(session, job, job.attempt, now, _unsaved(after))
 
 
 def close(session: Session, job: Job, ran_s: float, now: datetime, *, wasted: bool) -> None:
@@ -88,7 +103,7 @@ def close(session: Session, job: Job, ran_s: float, now: datetime, *, wasted: bo
     if wasted:
         moved = {f"wasted_{name}": getattr(Usage, f"wasted_{name}") + getattr(Usage, f"unsaved_{name}") for name in AMOUNTS}
         session.execute(_of_attempt(job).values(moved))
-    save(session, job)
+    save(session, job, now)
 
 
 def _of_attempt(job: Job) -> Any:

@@ -12,6 +12,7 @@ import signal
 import time
 from collections import Counter
 from pathlib import Path
+from threading import RLock, get_ident
 from typing import Any
 
 FOLDER = "RATCHET_CHAOS_POINTS"
@@ -55,6 +56,7 @@ APPEND_POINT = "between append and answer"
 API_POINTS = ("between commit and ring", "between file and row", APPEND_POINT)
 
 _passes: Counter[str] = Counter()
+_writing = RLock()  # of the thread that has a writing transaction, on SQLite
 
 
 def arm(folder: Path, point: str, *, at_pass: int = 1, do: str = "kill") -> Path:
@@ -102,7 +104,8 @@ def _obey(do: str, order: Path) -> None:
     if do == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     elif do == "stop":
-        os.kill(os.getpid(), signal.SIGSTOP)
+        with _writing:  # a writer of checkpoints is stopped, and the thread beside it must not keep SQLite locked meanwhile
+            signal.pthread_kill(get_ident(), signal.SIGSTOP)  # here, and not when the main thread gets to it
     elif do == "full":
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     elif do == "slow":
@@ -164,6 +167,7 @@ def install_in_worker() -> None:
         return claimed
 
     lease.claim = claim
+    _note_who_writes()
     if os.environ.get(FENCING) == "off":
         _switch_fencing_off()
     if os.environ.get(REPLAY) == "off":
@@ -172,6 +176,22 @@ def install_in_worker() -> None:
         workers.tenure.resume.verify = lambda folder, manifest_sha256=None: None
     callers = (workers.runner, keeper, tenure)
     assert all(caller.leases is lease for caller in callers), "the wrappers must be what the product calls"
+
+
+def _note_who_writes() -> None:
+    from contextlib import contextmanager, nullcontext
+
+    from service.store.session import Store
+
+    begin = Store.begin
+
+    @contextmanager
+    def noted(self: Store, *, readonly: bool = False) -> Any:
+        held = nullcontext() if readonly or self.engine.dialect.name != "sqlite" else _writing
+        with held, begin(self, readonly=readonly) as session:
+            yield session
+
+    Store.begin = noted
 
 
 def _switch_fencing_off() -> None:

@@ -17,7 +17,7 @@ from service.settings import Settings
 from service.store import jobs, usage
 from service.store.session import Store
 from service.store.tables import Job, Usage
-from service.store.usage import Spent, Totals
+from service.store.usage import NOTHING, Spent, Totals
 
 NewJob = Callable[..., Job]
 
@@ -49,10 +49,10 @@ def step(store: Store, lease: Lease, number: int, *, sampled: int = 100, trained
     return leases.commit_step(store, lease, number, metrics, spent=spent)
 
 
-def save(store: Store, lease: Lease, number: int) -> CheckpointRow:
+def save(store: Store, lease: Lease, number: int, *, after: Spent = NOTHING) -> CheckpointRow:
     id_ = new_id("ckpt")
     row = CheckpointRow(id_, number, "full", {"source": "tiny"}, f"checkpoints/{id_}", 10, "0" * 64, {}, True, False)
-    leases.commit_checkpoint(store, lease, row, spent=Spent(phase_s={"saving": 1.0}))
+    leases.commit_checkpoint(store, lease, row, spent=Spent(phase_s={"saving": 1.0}), after=after)
     return row
 
 
@@ -101,6 +101,21 @@ def test_what_came_after_the_last_checkpoint_is_wasted(
     assert (found.trained_tokens, found.wasted_trained_tokens) == (30, 10)
     # Two steps of 2 s and a second of saving were kept.
     assert (found.worker_s, found.wasted_s) == (pytest.approx(read(store, job.id).run_s), pytest.approx(found.worker_s - 5.0))
+
+
+def test_a_checkpoint_does_not_cover_the_steps_that_came_while_it_was_written(
+    store: Store, settings: Settings, doorbell: Doorbell, new_job: NewJob
+) -> None:
+    job, held = new_job(), take(store, settings)
+    for number in (1, 2, 3):
+        step(store, held, number)
+    one = Spent(100, 10, {"sampling": 1.5, "updating": 0.5})
+    save(store, held, 1, after=one + one)
+    leases.worker_lost(store, doorbell, "w")
+    found = totals(store, job.id)
+    assert (found.sampled_tokens, found.wasted_sampled_tokens) == (300, 200)
+    assert (found.trained_tokens, found.wasted_trained_tokens) == (30, 20)
+    assert found.wasted_s == pytest.approx(found.worker_s - 3.0)
 
 
 def test_a_step_that_is_repeated_after_a_crash_is_spent_twice_and_useful_once(

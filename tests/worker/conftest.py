@@ -1,5 +1,6 @@
 """Real Celery workers, in processes of their own, over a real store and a private redis-server."""
 
+import json
 import os
 import shutil
 import signal
@@ -147,6 +148,30 @@ def shared(tmp_path_factory: pytest.TempPathFactory, sqlite_template: Path, new_
         stack.start_worker()
         yield stack
         stack.stop()
+
+
+@pytest.fixture
+def run_killed(settings: Settings, zygote: Zygote, tmp_path: Path) -> Callable[..., list[int]]:
+    """`run_killed(*points)`: how each attempt ended, KILLED or 0."""
+    sent = {
+        "environment": "development",
+        "data_dir": str(settings.data_dir),
+        "database_url": settings.sql_url,
+        "redis_url": settings.redis_url.get_secret_value(),
+        "device": "cpu",
+        "session_idle_s": 0.05,
+    }
+
+    def run(*points: str) -> list[int]:
+        log = tmp_path / "killed.log"
+        child = zygote.child(["worker.killed", json.dumps(sent), *points], dict(os.environ), log)
+        try:
+            assert child.wait(110) == 0, log.read_text()[-3000:]
+        finally:
+            child.kill()
+        return [os.waitstatus_to_exitcode(status) for status in json.loads(log.read_text().splitlines()[-1])]
+
+    return run
 
 
 @pytest.fixture(scope="session")

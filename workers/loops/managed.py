@@ -2,7 +2,8 @@
 
 A loop module only defines one training step (`TrainingStep`). The driver here checks for wishes, evaluates, commits, saves and
 stops early. Metrics are committed before the checkpoint that covers them. This order makes a resume exact: a process that dies
-in between repeats the step from the previous checkpoint and writes the same rows again.
+in between repeats the step from the previous checkpoint and writes the same rows again. A checkpoint on the way only stops the
+loop for a copy; it becomes durable and visible during the steps that follow.
 """
 
 import logging
@@ -71,7 +72,7 @@ def _driven(attempt: Attempt) -> Outcome:
             _save(attempt)
             raise hopeless
         if _is_to_be_saved(attempt, evaluated=evaluates) and ended is None and progress.step < spec.limits.max_steps:
-            _save(attempt)
+            _save(attempt, behind=True)
     _save(attempt, final=True)
     ended = ended or "max_steps"
     return Succeeded(progress.result(ended), ended)
@@ -85,6 +86,7 @@ def _is_to_be_saved(attempt: Attempt, *, evaluated: bool) -> bool:
 
 def _interrupted(attempt: Attempt) -> Outcome | None:
     """The outcome if the job must stop here, because of a wish of its owner or worker or a spent budget; else None."""
+    attempt.tenure.finish_saving(if_done=True)  # a failure ends the attempt, now and not at its next checkpoint
     wish = attempt.tenure.check()
     if wish is None and not attempt.tenure.budget_spent:
         return None
@@ -173,7 +175,7 @@ def _commit(attempt: Attempt, result: StepResult) -> None:
     attempt.tenure.commit_step(progress.step, result.metrics, result.rollouts, events)
 
 
-def _save(attempt: Attempt, *, final: bool = False) -> None:
+def _save(attempt: Attempt, *, final: bool = False, behind: bool = False) -> None:
     progress = attempt.progress
 
     def write(folder: Path) -> None:
@@ -182,7 +184,7 @@ def _save(attempt: Attempt, *, final: bool = False) -> None:
 
     measured = progress.last if progress.evaluated_at == progress.step else {}
     contents = Contents(progress.step, attempt.policy.kind, write, measured)
-    attempt.tenure.save(contents, attempt.spec.checkpoints, attempt.spec.kept_best, final=final)
+    attempt.tenure.save(contents, attempt.spec.checkpoints, attempt.spec.kept_best, final=final, behind=behind)
 
 
 def _is_due(step: int, every: int, last: int) -> bool:

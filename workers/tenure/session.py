@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Self
@@ -14,11 +14,9 @@ from service.states import Phase, Status
 from service.store.checkpoints import Purpose
 from service.store.tables import Job
 from workers.tenure.keeper import Keeper
-from workers.tenure.tenure import Contents, Lease, Tenure
+from workers.tenure.tenure import WRITERS, Contents, Lease, Tenure
 
 log = logging.getLogger(__name__)
-
-WRITERS = ThreadPoolExecutor(2, "writer")  # of checkpoints, for all sessions of the process
 
 
 @dataclass(frozen=True)

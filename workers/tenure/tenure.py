@@ -2,16 +2,18 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from functools import partial
 from itertools import count
 from pathlib import Path
+from threading import Lock
 from types import TracebackType
 from typing import Any, Self
 
 from service import tracing
-from service.errors import Failure
+from service.errors import Failure, LeaseLost
 from service.failures import CODES
 from service.ids import new_id
 from service.jobs import lease as leases
@@ -19,7 +21,7 @@ from service.jobs.lease import CheckpointRow, Lease, RolloutRow
 from service.spec.job import CheckpointsSpec, KeepBest
 from service.states import Phase, Status, Wish
 from service.store.tables import Job
-from service.store.usage import Spent
+from service.store.usage import NOTHING, Spent
 from workers.policy.checkpoint import write_manifest
 from workers.tenure.keeper import Hold, Keeper
 from workers.tenure.log_tail import LogTail
@@ -30,6 +32,7 @@ log = logging.getLogger(__name__)
 
 RETRY_FIRST_S, RETRY_LAST_S = 5.0, 300.0  # the pause before a retry doubles from first to last
 EventRow = tuple[str, dict[str, Any]]  # type and data
+WRITERS = ThreadPoolExecutor(2, "writer")  # of checkpoints, for all that this process holds
 
 
 @dataclass(frozen=True)
@@ -45,8 +48,8 @@ class Contents:
 class Tenure:
     """Use `with Tenure(keeper, lease, job, ...) as tenure:`. The lease is renewed until the attempt is settled.
 
-    Only for the main thread. If the lease is lost, every method that writes raises LeaseLost and writes nothing. Writes are
-    retried while the store is down and the lease may still be ours.
+    Only for the main thread; what a writer's does stands in `_finish`. If the lease is lost, every method that writes raises
+    LeaseLost and writes nothing. Writes are retried while the store is down and the lease may still be ours.
     """
 
     def __init__(self, keeper: Keeper, lease: Lease, job: Job, *, stall_timeout_s: float) -> None:
@@ -55,11 +58,14 @@ class Tenure:
         names = {"job_id": job.id, "kind": job.kind, "attempt": lease.attempt}
         self._trace = tracing.Stages("attempt", parent=job.resolved.get("traceparent"), **names)
         self.meter = Meter(Phase.LOADING, self._trace)
-        self.saved_at: int | None = None  # the step of the newest checkpoint
+        self.saved_at: int | None = None  # the step of the newest checkpoint, which may still be on its way to the disk
         self.budget_spent = False  # the budget of the job or its project is used up
         self.broken = set[str]()  # checkpoints of the job that were found to be broken
         self._keeper, self._tail = keeper, LogTail(keeper.settings)
         self._hold = Hold(lease, stall_timeout_s=stall_timeout_s, tail=self._tail)
+        self._saving: Future[None] | None = None  # the checkpoint that is copied and not visible yet
+        self._since_copy = NOTHING  # committed since: that checkpoint does not cover it
+        self._committing = Lock()  # steps and checkpoints, which tell the ledger what is covered
 
     def __enter__(self) -> Self:
         self._tail.__enter__()
@@ -68,6 +74,8 @@ class Tenure:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._keeper.let_go(self._hold)
+        if self._saving is not None:  # the lease is lost: what is written now, no row will name
+            wait([self._saving])
         self._tail.__exit__(kind, error, trace)
         self._trace.end(None if kind is None else kind.__name__)
         self._tell_followers()
@@ -126,32 +134,77 @@ class Tenure:
             again = next(tries) > 0
             return leases.commit_step(self.store, self.lease, step, metrics, rollouts, events, spent=spent, again=again)
 
-        self.budget_spent = self._hold.patiently(commit)
+        with self._committing:
+            self.budget_spent = self._hold.patiently(commit)
+            self._since_copy += spent
         self._tell_followers()
 
-    def save(self, contents: Contents, keep: CheckpointsSpec, best: Sequence[KeepBest] = (), *, final: bool = False) -> None:
+    def save(
+        self,
+        contents: Contents,
+        keep: CheckpointsSpec,
+        best: Sequence[KeepBest] = (),
+        *,
+        final: bool = False,
+        behind: bool = False,
+    ) -> None:
         """Write a checkpoint atomically, point the job at it, and release older ones.
 
-        A second call at the same step does nothing, unless it is the final one.
+        A second call at the same step does nothing, unless it is the final one. `behind`: return when the content is
+        copied; a thread does the rest. There is one at a time, so that they become visible in order: a second call first waits
+        for the one before, and raises what that failed with.
         """
+        self.finish_saving()
         if self.saved_at == contents.step and not final:
             return
         self.check(Phase.SAVING)
-        row = self._write(contents, final=final)
-        spent = self.meter.take()
-        self._hold.patiently(lambda: leases.commit_checkpoint(self.store, self.lease, row, spent=spent))
+        folder = self._filled(contents)
+        spent, self._since_copy = self.meter.take(), NOTHING
+        self.saved_at = contents.step
+        self._saving = WRITERS.submit(self._finish, folder, contents, keep, best, spent, final=final)
+        if not behind:
+            self.finish_saving()
+
+    def finish_saving(self, *, if_done: bool = False) -> None:
+        """Wait for the checkpoint that is being written, if there is one, and raise what it failed with.
+
+        `if_done`: do not wait.
+        """
+        if self._saving is None or (if_done and not self._saving.done()):
+            return
+        if not if_done:
+            self.check(Phase.SAVING)
+        saving, self._saving = self._saving, None
+        try:
+            saving.result()
+        except BaseException:
+            self.saved_at = None
+            self.blame(Phase.SAVING)
+            raise
+
+    def _finish(
+        self,
+        folder: Path,
+        contents: Contents,
+        keep: CheckpointsSpec,
+        best: Sequence[KeepBest],
+        spent: Spent,
+        *,
+        final: bool,
+    ) -> None:
+        """In the writer's thread: make the copy durable, then visible."""
+        row = self._seal(folder, contents, final=final, checkpoint_id=new_id("ckpt"))
+        with self._committing:
+            after = self._since_copy
+            self._hold.patiently(lambda: leases.commit_checkpoint(self.store, self.lease, row, spent=spent, after=after))
         for path in self._hold.patiently(lambda: leases.retain(self.store, self.lease, keep, best, self.broken)):
             self.store.blobs.delete(path)
-        self.saved_at = contents.step
-        log.info("job %s: checkpoint %s at step %d", self.job.id, row.id, self.saved_at)
+        log.info("job %s: checkpoint %s at step %d", self.job.id, row.id, row.step)
         self._tell_followers()
 
-    def _write(self, contents: Contents, *, final: bool, checkpoint_id: str | None = None) -> CheckpointRow:
-        """Write the folder into the blob store. An incomplete folder is removed at once, because the disk may be full."""
-        return self._seal(self._filled(contents), contents, final=final, checkpoint_id=checkpoint_id or new_id("ckpt"))
-
     def _filled(self, contents: Contents) -> Path:
-        """A temporary folder with the content: a copy, which is not durable yet."""
+        """A temporary folder with the content: a copy in the system's page cache, which is not durable yet. An incomplete one
+        is removed at once, because the disk may be full."""
         folder = self.store.blobs.temporary_dir((self.job.id, self.lease.attempt))
         try:
             contents.write(folder)
@@ -186,10 +239,19 @@ class Tenure:
     # ---------------------------------------------------------------- the end
 
     def settle(self, outcome: Outcome) -> None:
-        """Record how the attempt ended. The lease is then released."""
+        """Record how the attempt ended. The lease is then released. Raises what a checkpoint that is being written fails with,
+        unless the attempt has failed already."""
         if isinstance(outcome, Failed):
             self._describe(outcome)
             self._trace.end(outcome.failure.code)
+        try:
+            self.finish_saving()
+        except LeaseLost:
+            raise
+        except Exception:
+            if not isinstance(outcome, Failed):
+                raise
+            log.warning("job %s: a checkpoint before the failure could not be saved", self.job.id, exc_info=True)
         end = self._ending(outcome)
         self._end(lambda spent: end(self.store, self.lease, spent=spent))
         if isinstance(outcome, Drained):

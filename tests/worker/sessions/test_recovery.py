@@ -1,8 +1,6 @@
 """A worker that dies at any point: no gradient is lost, none is counted twice, the weights are the same to the bit."""
 
 import errno
-import json
-import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +11,6 @@ import pytest
 import torch
 from session_operations import FULL, LORA, forward_backward, loop, row, train_step
 
-from chaos.rig import Zygote
 from service.store import checkpoints, clock
 from workers.policy.learner import Learner
 from workers.sessions.session import Session
@@ -22,30 +19,6 @@ from workers.tenure.tenure import Tenure
 SQLITE = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 KILLED = -signal.SIGKILL
 DROPOUT = {**LORA, "adapter": {"kind": "lora", "rank": 4, "alpha": 8, "dropout": 0.2}}
-
-
-@pytest.fixture
-def run_killed(rig: Any, zygote: Zygote, tmp_path: Path) -> Callable[..., list[int]]:
-    """`run_killed(*points)`: how each attempt ended, KILLED or 0."""
-    settings = {
-        "environment": "development",
-        "data_dir": str(rig.settings.data_dir),
-        "database_url": rig.settings.sql_url,
-        "redis_url": rig.settings.redis_url.get_secret_value(),
-        "device": "cpu",
-        "session_idle_s": 0.05,
-    }
-
-    def run(*points: str) -> list[int]:
-        log = tmp_path / "killed.log"
-        child = zygote.child(["worker.sessions.killed", json.dumps(settings), *points], dict(os.environ), log)
-        try:
-            assert child.wait(110) == 0, log.read_text()[-3000:]
-        finally:
-            child.kill()
-        return [os.waitstatus_to_exitcode(status) for status in json.loads(log.read_text().splitlines()[-1])]
-
-    return run
 
 
 def work_of_a_session() -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Workers that are killed at chosen points: `python -m worker.sessions.killed SETTINGS POINT...`, an attempt for each point.
+"""Workers that are killed at chosen points: `python -m worker.killed SETTINGS POINT...`, an attempt for each point.
 
 A point is `WHERE:N`: the process kills itself with SIGKILL at the Nth time that it comes there; `none` runs until all rest.
 Each answer is stored by itself, except with `together/WHERE:N`: then those of two that follow each other are. With
@@ -17,7 +17,9 @@ from typing import Any
 from service.doorbell import Doorbell
 from service.jobs import lease as leases
 from service.settings import Settings
+from service.store import operations
 from service.store.session import open_store
+from workers import runner
 from workers.policy.learner import Learner
 from workers.sessions import host as module
 from workers.sessions.host import Host
@@ -59,6 +61,8 @@ POINTS: dict[str, Callable[[int], None]] = {
     "while_saving": lambda number: dies(Learner, "save", number, after=True),
     "after_saving": lambda number: dies(SessionTenure, "end_saving", number, after=True),
     "before_it_is_visible": lambda number: dies(SessionTenure, "end_saving", number),
+    "before_its_row": lambda number: dies(leases, "commit_checkpoint", number),
+    "after_its_row": lambda number: dies(leases, "commit_checkpoint", number, after=True),
     "before_settling": lambda number: dies(SessionTenure, "finish", number),
     "replaying": lambda number: dies(Session, "_again", number, after=True),
     "in_sample": lambda number: dies(Sampling, "add", number),
@@ -85,7 +89,10 @@ def attempt(settings: Settings, point: str, owner: str) -> None:
     store, doorbell = open_store(settings), Doorbell(settings)
     with Keeper(store, settings, doorbell) as keeper:
         while (claimed := leases.claim(store, settings, owner, {"any"})) is not None:
-            Host(keeper, owner).run(*claimed)
+            if claimed[1].kind in operations.KINDS:
+                Host(keeper, owner).run(*claimed)
+            else:
+                runner.run(keeper, *claimed)
 
 
 def main() -> None:
