@@ -82,7 +82,7 @@ def test_a_training_process_that_does_not_obey_is_killed_and_its_job_settled(
 
 def test_a_frozen_training_process_is_killed_and_what_was_saved_is_kept(shared: Any, specs: Any) -> None:
     job_id = shared.submit(specs.rl(limits={"max_steps": 5000})).id
-    child = shared.until(job_id, lambda job: job.step >= 3).resolved["process"]["pid"]
+    child = shared.until(job_id, lambda job: job.checkpoint_id is not None).resolved["process"]["pid"]
     freeze(child, shared.settings.data_dir / "ratchet.db")
     lifecycle.pause(shared.store, shared.doorbell, "default", job_id, grace_s=60.0)
     lifecycle.pause(shared.store, shared.doorbell, "default", job_id, grace_s=0.5)  # asked again with less patience
