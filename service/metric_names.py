@@ -8,6 +8,7 @@ only.
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from types import MappingProxyType
 from typing import Literal
 
@@ -220,6 +221,7 @@ def find(name: str) -> Metric | None:
     return _PLAIN.get(name) or next((metric for pattern, metric in _PATTERNS if pattern.fullmatch(name)), None)
 
 
+@lru_cache(1024)  # asked of every metric at every step
 def is_live(name: str) -> bool:
     found = find(name)
     return found is not None and found.live

@@ -12,7 +12,7 @@ from datetime import datetime, timedelta
 from math import isfinite
 from typing import Any
 
-from sqlalchemy import update
+from sqlalchemy import Connection, update
 from sqlalchemy.orm import Session
 
 from service.doorbell import Doorbell
@@ -24,6 +24,7 @@ from service.spec.job import CheckpointsSpec, KeepBest
 from service.states import HELD, Phase, Status, Wish
 from service.store import checkpoints, clock, events, jobs, metrics, operations, rollouts, usage, workers
 from service.store.checkpoints import CheckpointRow
+from service.store.jobs import SmallJob
 from service.store.operations import Answered
 from service.store.rollouts import RolloutRow
 from service.store.session import Store
@@ -56,7 +57,17 @@ def _holding(store: Store, lease: Lease, *, small: bool = False) -> Iterator[tup
         yield session, job
 
 
-def _lost(lease: Lease, job: Job | None) -> LeaseLost:
+@contextmanager
+def _stepping(store: Store, lease: Lease) -> Iterator[tuple[Connection, SmallJob]]:
+    """The same for what every step does, without the ORM, which would take longer than the database."""
+    with store.write() as connection:
+        job = jobs.lock_small(connection, lease.job_id)
+        if job is None or job.attempt != lease.attempt or job.lease_owner != lease.owner:
+            raise _lost(lease, job)
+        yield connection, job
+
+
+def _lost(lease: Lease, job: Job | SmallJob | None) -> LeaseLost:
     now_is = "gone" if job is None else f"{job.status}, attempt {job.attempt}"
     return LeaseLost(f"attempt {lease.attempt} of {lease.job_id} no longer holds the job (it is {now_is})")
 
@@ -211,21 +222,21 @@ def commit_step(
     `again`: the answer to the last try was lost. If that try was committed, nothing is written, so that no event is sent and
     no usage is counted twice.
     """
-    with _holding(store, lease, small=True) as (session, job):
-        if again and metrics.written(session, job.id, step, attempt=lease.attempt):
-            return usage.is_spent(session, job)
-        now, steps = clock.now(session), max(0, step - job.step)  # 0 for an evaluation at the current step
-        metrics.write(session, job.id, step, metrics_, attempt=lease.attempt, now=now)
-        rollouts.write(session, job.id, rollouts_, attempt=lease.attempt, now=now)
+    with _stepping(store, lease) as (connection, job):
+        if again and metrics.written(connection, job.id, step, attempt=lease.attempt):
+            return usage.is_spent(connection, job)
+        now, steps = clock.now(connection), max(0, step - job.step)  # 0 for an evaluation at the current step
+        metrics.write(connection, job.id, step, metrics_, attempt=lease.attempt, now=now)
+        rollouts.write(connection, job.id, rollouts_, attempt=lease.attempt, now=now)
         said = [_step_event(step, job.max_steps, metrics_), *events_]
-        events.append_all(session, job.id, said, now=now, step=step)
-        usage.add(session, job, spent, now, steps=steps)
-        return usage.is_spent(session, job)
+        events.append_all(connection, job.id, said, now=now, step=step)
+        usage.add(connection, job, spent, now, steps=steps)
+        return usage.is_spent(connection, job)
 
 
 def _step_event(step: int, max_steps: int, metrics_: Mapping[str, float | None]) -> tuple[str, dict[str, Any]]:
     """What followers are told of a job's step."""
-    headline = {name: value for name, value in finite(metrics_).items() if is_live(name)}
+    headline = finite({name: value for name, value in metrics_.items() if is_live(name)})
     return "step", {"step": step, "max_steps": max_steps, "metrics": headline}
 
 

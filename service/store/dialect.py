@@ -6,7 +6,7 @@ Statements that run often are built once, with `for_both` and bind parameters: t
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from sqlalchemy import Table
+from sqlalchemy import Connection, Table
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import DeclarativeBase, Session
 
@@ -23,8 +23,16 @@ def for_both(build: Callable[[Callable[..., Any]], Any]) -> dict[str, Any]:
     return {name: build(insert_) for name, insert_ in INSERTS.items()}
 
 
-def name_of(session: Session) -> str:
-    return session.get_bind().dialect.name
+def name_of(session: Session | Connection) -> str:
+    return session.dialect.name if isinstance(session, Connection) else session.get_bind().dialect.name
+
+
+def connection_of(session: Session | Connection) -> Connection:
+    """For statements on tables. What the session holds back goes before them."""
+    if isinstance(session, Connection):
+        return session
+    session.flush()
+    return session.connection()
 
 
 def table_of(mapped: type[DeclarativeBase]) -> Table:

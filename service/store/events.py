@@ -9,7 +9,7 @@ from sqlalchemy.orm import Session
 
 from service.errors import NotFound
 from service.store import clock, webhooks
-from service.store.dialect import table_of
+from service.store.dialect import connection_of, table_of
 from service.store.tables import Event, Job
 
 
@@ -19,7 +19,7 @@ def append(session: Session, job_id: str, type_: str, data: dict[str, Any], *, n
 
 
 def append_all(
-    session: Session,
+    session: Session | Connection,
     job_id: str,
     events: Sequence[tuple[str, dict[str, Any]]],
     *,
@@ -31,8 +31,8 @@ def append_all(
     Raises NotFound (no job).
     """
     now = now or clock.now(session)
-    session.flush()
-    row = session.connection().execute(_TAKE, {"of_job": job_id, "count": len(events), "now": now, "to_step": step}).first()
+    taken = {"of_job": job_id, "count": len(events), "now": now, "to_step": step}
+    row = connection_of(session).execute(_TAKE, taken).first()
     if row is None:
         raise NotFound(f"no job {job_id}")
     last, project = row
@@ -49,7 +49,12 @@ def begin(session: Session, job: Job, events: Sequence[tuple[str, dict[str, Any]
 
 
 def _write(
-    session: Session, job_id: str, project: str, first: int, events: Sequence[tuple[str, dict[str, Any]]], now: datetime
+    session: Session | Connection,
+    job_id: str,
+    project: str,
+    first: int,
+    events: Sequence[tuple[str, dict[str, Any]]],
+    now: datetime,
 ) -> None:
     """The events, and what webhooks hear of them."""
     rows = [
@@ -57,7 +62,7 @@ def _write(
         for i, (type_, data) in enumerate(events)
     ]
     if rows:
-        session.connection().execute(_WRITE, rows)
+        connection_of(session).execute(_WRITE, rows)
     webhooks.tell(session, project, job_id, first, events, now)
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 from sqlalchemy import (
     ColumnElement,
@@ -25,6 +25,7 @@ from sqlalchemy.orm import Session, defer, load_only
 
 from service.errors import NotFound
 from service.states import FINAL, HELD, Status
+from service.store.dialect import table_of
 from service.store.paging import newest_first
 from service.store.tables import Checkpoint, Job, Worker
 
@@ -45,6 +46,27 @@ def find(session: Session, job_id: str, *, lock: bool = False, light: bool = Fal
 def lock(session: Session, job_id: str) -> Job | None:
     """A job of any project, locked, for one of many small writes: only its state, lease, step and budget are loaded."""
     return session.scalar(_LOCK, {"job_id": job_id})
+
+
+class SmallJob(NamedTuple):
+    """What one of many small writes needs to know of its job, without the ORM."""
+
+    id: str
+    project: str
+    key_id: str | None
+    status: str
+    attempt: int
+    lease_owner: str | None
+    step: int
+    max_steps: int
+    budget_tokens: int | None
+    budget_worker_s: float | None
+
+
+def lock_small(connection: Connection, job_id: str) -> SmallJob | None:
+    """A job of any project, locked, as it is now: what was read does not change with what is written."""
+    row = connection.execute(_LOCK_SMALL, {"job_id": job_id}).first()
+    return None if row is None else SmallJob(*row)
 
 
 _ONE = select(Job).where(Job.id == bindparam("job_id")).execution_options(populate_existing=True)
@@ -70,6 +92,12 @@ _SMALL = (
 _LOCK = _ONE.options(
     load_only(*(getattr(Job, name) for name in ("id", *_SMALL, "base_key", "budget_tokens", "budget_worker_s"))),
 ).with_for_update(key_share=True)
+
+_LOCK_SMALL = (
+    select(*(table_of(Job).c[name] for name in SmallJob._fields))
+    .where(table_of(Job).c.id == bindparam("job_id"))
+    .with_for_update(key_share=True)
+)
 
 
 def hold(session: Session, project: str, job_id: str) -> None:

@@ -6,10 +6,10 @@ from datetime import datetime
 from math import isfinite
 from typing import Any
 
-from sqlalchemy import ColumnElement, delete, func, select
+from sqlalchemy import ColumnElement, Connection, delete, func, select
 from sqlalchemy.orm import Session
 
-from service.store.dialect import name_of, replacing
+from service.store.dialect import connection_of, name_of, replacing
 from service.store.tables import Metric
 
 FEW = 1000  # points
@@ -25,7 +25,15 @@ class Series:
     max: list[float | None] | None = None
 
 
-def write(session: Session, job_id: str, step: int, values: Mapping[str, float | None], *, attempt: int, now: datetime) -> None:
+def write(
+    session: Session | Connection,
+    job_id: str,
+    step: int,
+    values: Mapping[str, float | None],
+    *,
+    attempt: int,
+    now: datetime,
+) -> None:
     """Write the metrics of one step. A value that is not finite is stored as null."""
     rows = [
         {
@@ -39,13 +47,13 @@ def write(session: Session, job_id: str, step: int, values: Mapping[str, float |
         for name, value in values.items()
     ]
     if rows:
-        session.connection().execute(_WRITE[name_of(session)], rows)
+        connection_of(session).execute(_WRITE[name_of(session)], rows)
 
 
 _WRITE = replacing(Metric, newest="attempt")
 
 
-def written(session: Session, job_id: str, step: int, *, attempt: int) -> bool:
+def written(session: Session | Connection, job_id: str, step: int, *, attempt: int) -> bool:
     """Whether this attempt has written this step."""
     query = select(Metric.step).where(Metric.job_id == job_id, Metric.step == step, Metric.attempt == attempt).limit(1)
     return session.scalar(query) is not None

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import delete, select, tuple_
+from sqlalchemy import Connection, delete, select, tuple_
 from sqlalchemy.orm import Session
 
 from service.errors import FieldError, InvalidRequest
-from service.store.dialect import name_of, replacing
+from service.store.dialect import connection_of, name_of, replacing
 from service.store.tables import Rollout
 
 
@@ -25,10 +25,10 @@ class RolloutRow:
     samples: list[dict[str, Any]]
 
 
-def write(session: Session, job_id: str, rows: Sequence[RolloutRow], *, attempt: int, now: datetime) -> None:
+def write(session: Session | Connection, job_id: str, rows: Sequence[RolloutRow], *, attempt: int, now: datetime) -> None:
     common = {"job_id": job_id, "attempt": attempt, "created_at": now}
     if rows:
-        session.connection().execute(_WRITE[name_of(session)], [{**common, **vars(row)} for row in rows])
+        connection_of(session).execute(_WRITE[name_of(session)], [{**common, **vars(row)} for row in rows])
 
 
 _WRITE = replacing(Rollout, newest="attempt")

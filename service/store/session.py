@@ -52,6 +52,12 @@ class Store:
             yield session
 
     @contextmanager
+    def write(self) -> Iterator[Connection]:
+        """A writing transaction without a Session: for the one that every step makes."""
+        with self.engine.connect() as connection, connection.begin():
+            yield connection
+
+    @contextmanager
     def look(self) -> Iterator[Connection]:
         """A readonly transaction without a Session, at a third of the cost: for the one query that every request makes."""
         with self._reading.connect() as connection, connection.begin():

@@ -10,12 +10,13 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Literal
 
-from sqlalchemy import ColumnElement, bindparam, cast, func, literal, select, update
+from sqlalchemy import ColumnElement, Connection, bindparam, cast, func, literal, select, update
 from sqlalchemy.orm import Session
 
 from service.metric_names import EVAL_TOKENS_SAMPLED, STEP_S, TOKENS_SAMPLED, TOKENS_TRAINED
 from service.states import HELD, Phase
-from service.store.dialect import for_both, insert, name_of, table_of
+from service.store.dialect import connection_of, for_both, insert, name_of, table_of
+from service.store.jobs import SmallJob
 from service.store.tables import Budget, Checkpoint, Job, Metric, Usage
 
 TOKENS = ("sampled_tokens", "trained_tokens")
@@ -50,7 +51,7 @@ class Spent:
 NOTHING = Spent()
 
 
-def add(session: Session, job: Job, spent: Spent, now: datetime, *, steps: int = 0) -> None:
+def add(session: Session | Connection, job: Job | SmallJob, spent: Spent, now: datetime, *, steps: int = 0) -> None:
     """Add to what the current attempt spent, as unsaved."""
     if not (spent.sampled_tokens or spent.trained_tokens or spent.phase_s or steps):
         return
@@ -78,12 +79,18 @@ def failed(session: Session, job: Job, code: str, now: datetime) -> None:
     _put(session, job, job.attempt if job.status in HELD else 0, now, {}, failure=code)
 
 
-def _put(session: Session, job: Job, attempt: int, now: datetime, amounts: Mapping[str, float], **values: str) -> None:
+def _put(
+    session: Session | Connection,
+    job: Job | SmallJob,
+    attempt: int,
+    now: datetime,
+    amounts: Mapping[str, float],
+    **values: str,
+) -> None:
     """Add `amounts` to the attempt's row of this day, and set `values` in it."""
     place = {"job_id": job.id, "attempt": attempt, "day": f"{now:%Y-%m-%d}", "project": job.project, "key_id": job.key_id}
-    session.flush()
     row = {**place, **dict.fromkeys(_ADDED, 0), "failure": None, **amounts, **values}
-    session.connection().execute(_PUT[name_of(session)], row)
+    connection_of(session).execute(_PUT[name_of(session)], row)
 
 
 def save(session: Session, job: Job, now: datetime, after: Spent = NOTHING) -> None:
@@ -181,7 +188,7 @@ class Totals:
 NO_TOTALS = Totals(None, 0, 0, 0, dict.fromkeys(Phase, 0.0), 0, 0, 0.0)  # of a job that no worker has taken yet
 
 
-def of_job(session: Session, job_id: str) -> Totals:
+def of_job(session: Session | Connection, job_id: str) -> Totals:
     return _totals(session.execute(_OF_JOB, {"job_id": job_id}))[0]
 
 
@@ -221,7 +228,7 @@ def attempts(session: Session, job_id: str) -> list[AttemptSums]:
 
 
 def report(
-    session: Session,
+    session: Session | Connection,
     project: str | None,
     *,
     group_by: GroupBy | None = None,
@@ -275,12 +282,12 @@ def whole(session: Session) -> Whole:
 # ---------------------------------------------------------------- budgets
 
 
-def is_spent(session: Session, job: Job) -> bool:
+def is_spent(session: Session | Connection, job: Job | SmallJob) -> bool:
     """Whether the job's own budget, or its project's, is used up."""
     bounded = job.budget_tokens is not None or job.budget_worker_s is not None
     if bounded and _exceeds(of_job(session, job.id), job.budget_tokens, job.budget_worker_s):
         return True
-    budget = session.connection().execute(_BUDGET, {"of": job.project}).first()
+    budget = connection_of(session).execute(_BUDGET, {"of": job.project}).first()
     if budget is None or (budget.tokens is None and budget.worker_s is None):
         return False
     return _exceeds(report(session, job.project, first_day=budget.since)[0], budget.tokens, budget.worker_s)

@@ -8,7 +8,7 @@ from secrets import token_bytes
 from types import MappingProxyType
 from typing import Any
 
-from sqlalchemy import ColumnElement, delete, func, or_, select, update
+from sqlalchemy import ColumnElement, Connection, delete, func, or_, select, update
 from sqlalchemy.orm import Session
 
 from service.errors import Conflict, NotFound
@@ -57,11 +57,28 @@ def type_of(event: str, data: dict[str, Any]) -> str | None:
 
 
 def tell(
-    session: Session, project: str, job_id: str, first: int, events: Sequence[tuple[str, dict[str, Any]]], now: datetime
+    session: Session | Connection,
+    project: str,
+    job_id: str,
+    first: int,
+    events: Sequence[tuple[str, dict[str, Any]]],
+    now: datetime,
 ) -> None:
     """Write a delivery for each webhook of the project that wants one of these events, numbered from `first`."""
     told = [(type_, first + i, event, data) for i, (event, data) in enumerate(events) if (type_ := type_of(event, data))]
-    hooks = _listening(session, project) if told else []
+    if not told:
+        return
+    if isinstance(session, Session):
+        _tell(session, project, job_id, told, now)
+        return
+    with Session(session) as joined:  # the connection's transaction, which it does not end
+        _tell(joined, project, job_id, told, now)
+
+
+def _tell(
+    session: Session, project: str, job_id: str, told: Sequence[tuple[str, int, str, dict[str, Any]]], now: datetime
+) -> None:
+    hooks = _listening(session, project)
     if not hooks:
         return
     job = session.execute(select(Job.name, Job.kind, Job.user_metadata, Job.tags).where(Job.id == job_id)).one()

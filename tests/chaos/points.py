@@ -191,7 +191,14 @@ def _note_who_writes() -> None:
         with held, begin(self, readonly=readonly) as session:
             yield session
 
-    Store.begin = noted
+    write = Store.write
+
+    @contextmanager
+    def noted_write(self: Store) -> Any:
+        with _writing if self.engine.dialect.name == "sqlite" else nullcontext(), write(self) as connection:
+            yield connection
+
+    Store.begin, Store.write = noted, noted_write
 
 
 def _switch_fencing_off() -> None:
@@ -202,11 +209,16 @@ def _switch_fencing_off() -> None:
     from service.store import jobs
 
     @contextmanager
-    def holding(store: Any, held: Any) -> Any:
+    def holding(store: Any, held: Any, *, small: bool = False) -> Any:
         with store.begin() as session:
             yield session, jobs.find(session, held.job_id, lock=True, light=True)
 
-    lease._holding = holding
+    @contextmanager
+    def stepping(store: Any, held: Any) -> Any:
+        with store.write() as connection:
+            yield connection, jobs.lock_small(connection, held.job_id)
+
+    lease._holding, lease._stepping = holding, stepping
     lease.renew_all = lambda store, settings, held: dict.fromkeys(held)  # nor does it learn from its renewals
 
 

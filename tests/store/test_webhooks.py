@@ -130,6 +130,27 @@ def test_steps_ask_for_no_webhooks(store: Store, settings: Settings, new_job: Ne
     leases.commit_step(store, claimed[0], 1, {"loss": 1.0}, [])
 
 
+def test_what_a_step_tells_is_written_with_the_step_or_not_at_all(
+    store: Store, settings: Settings, new_job: NewJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hook, _ = hook_of(store, "http://127.0.0.1/", events=("job.evaluation",)), new_job()
+    claimed = leases.claim(store, settings, "w", {"any"})
+    assert claimed is not None
+    told = [("evaluation", {"step": 1, "metrics": {"eval/loss": 2.0}})]
+
+    def broken(*_: Any) -> bool:
+        raise RuntimeError("after all was written")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(leases.usage, "is_spent", broken)
+        with pytest.raises(RuntimeError):
+            leases.commit_step(store, claimed[0], 1, {"loss": 1.0}, [], told)
+    assert outbox(store, hook) == []
+    leases.commit_step(store, claimed[0], 1, {"loss": 1.0}, [], told)
+    (row,) = outbox(store, hook)
+    assert json.loads(row.body)["data"]["details"] == told[0][1]
+
+
 # ---------------------------------------------------------------- what arrives
 
 
