@@ -165,7 +165,10 @@ class OperationView(TypedDict):
     status: Literal["waiting", "done", "failed"]
     error: dict[str, Any] | None  # code, detail, category ("user" or "server")
     result: dict[str, Any] | None
+    summary: dict[str, Any] | None  # in lists: metrics; checkpoint_id, name, step; how many answers and tokens
+    attempt: int | None
     created_at: str
+    started_at: str | None
     finished_at: str | None
     expires_at: str | None
 

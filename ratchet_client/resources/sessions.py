@@ -85,9 +85,20 @@ class Sessions(Jobs):
         path = f"/v1/sessions/{part(session_id)}/operations/{part(str(operation))}"
         return self._transport.json("GET", path, **self._waiting(wait_s))
 
-    def list_operations(self, session_id: str, *, after: int | None = None, limit: int | None = None) -> OperationPage:
-        """In their order, without results. `after` is a seq."""
-        return self._get(f"/v1/sessions/{part(session_id)}/operations", {"after": after, "limit": limit})
+    def list_operations(
+        self,
+        session_id: str,
+        *,
+        after: int | None = None,
+        limit: int | None = None,
+        newest_first: bool = False,
+        before: str | None = None,
+    ) -> OperationPage:
+        """In their order, without results; `after` is a seq. Newest first they are those of samplers, too, and end before the
+        operation with the id `before`."""
+        order = "newest_first" if newest_first else None
+        query = {"after": after, "limit": limit, "order": order, "before": before}
+        return self._get(f"/v1/sessions/{part(session_id)}/operations", query)
 
     def _append(self, session_id: str, body: dict[str, Any], wait_s: float) -> Any:
         path = f"/v1/sessions/{part(session_id)}/operations"

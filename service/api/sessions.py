@@ -28,7 +28,7 @@ from service.jobs import lifecycle
 from service.rewards.texts import has_texts, wrong_graders
 from service.sessions import sessions
 from service.sessions.body import Eval, OperationBody, Operations, asked
-from service.sessions.codec import as_json
+from service.sessions.codec import as_json, summary
 from service.sessions.tensors import asked_of_tensors
 from service.spec.reward import Grader
 from service.spec.session import SessionSpec
@@ -41,6 +41,7 @@ router = APIRouter(prefix="/v1/sessions", tags=["sessions"])
 
 JSON, TENSORS = "application/json", "application/vnd.safetensors"
 SMALL_BYTES = 2**16
+SUMMED_BYTES = 2**16  # of an answer: what a list looks into
 ONE = TypeAdapter(OperationBody)
 Found = Mapping[str, Outcome]  # by id
 Graders = Mapping[str, Sequence[Grader]]  # by pointer
@@ -71,13 +72,22 @@ class OperationView(BaseModel):
     result: Annotated[
         dict[str, Any] | None, Field(description="metrics, log_probs and so on; null while it waits, and when it has expired")
     ]
+    summary: Annotated[
+        dict[str, Any] | None,
+        Field(
+            description="in lists, of a result that is there: metrics; checkpoint_id, name, step; how many answers and tokens. "
+            "Empty where the result is too long to look into"
+        ),
+    ] = None
+    attempt: Annotated[int | None, Field(description="the attempt that answered it")]
     created_at: datetime
+    started_at: Annotated[datetime | None, Field(description="when that attempt began with it; null until it is finished")]
     finished_at: datetime | None
     expires_at: Annotated[datetime | None, Field(description="until then the result can be fetched")]
 
     @classmethod
     def of(cls, row: Operation | Outcome, result: dict[str, Any] | None = None) -> Self:
-        names = cls.model_fields.keys() - {"object", "session_id", "result"}
+        names = cls.model_fields.keys() - {"object", "session_id", "result", "summary"}
         return cls(**{name: getattr(row, name) for name in names}, session_id=row.job_id, result=result)
 
 
@@ -89,6 +99,9 @@ class OperationViews(BaseModel):
 
 
 class OperationPage(Page[OperationView]):
+    last_id: Annotated[  # pyright: ignore[reportIncompatibleVariableOverride]
+        str | None, Field(description="pass it as `after` (newest first: `before`) to get the next page")
+    ]
     next_seq: Annotated[int, Field(description="the seq that the session's next operation has")]
     waiting: Annotated[int, Field(description="how many operations wait in the session")]
 
@@ -100,8 +113,15 @@ class SessionsQuery(JobsQuery):
 class OperationsQuery(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
-    after: Annotated[int, Field(ge=0, lt=2**53, description="operations with a higher seq")] = 0
+    after: Annotated[int, Field(ge=0, lt=2**53, description="oldest first: operations with a higher seq")] = 0
     limit: Annotated[int, Field(ge=1, le=100)] = 20
+    order: Annotated[
+        Literal["oldest_first", "newest_first"],
+        Field(description="by seq, of the ordered operations; or by when they came, newest first, of all of them"),
+    ] = "oldest_first"
+    before: Annotated[
+        str | None, Field(max_length=64, description="newest first: only operations that came before the one with this id")
+    ] = None
 
 
 BINARY: dict[str, Any] = {"schema": {"type": "string", "format": "binary"}}
@@ -213,16 +233,23 @@ async def append_operations(
 def list_operations(
     context: ContextDep, caller: CallerDep, session_id: str, query: Annotated[OperationsQuery, Query()]
 ) -> OperationPage:
-    """A session's operations without their results, in their order."""
-    job = sessions.get(context.store, caller.project, session_id)
+    """The operations of a session or sampler without their results: in their order, or newest first."""
+    job, is_back = sessions.get(context.store, caller.project, session_id), query.order == "newest_first"
     with context.store.begin(readonly=True) as session:
-        rows, has_more = operations.page(session, job.id, after=query.after, limit=query.limit)
-        seqs = [str(row.seq) for row in rows]
+        if is_back:
+            rows, has_more = operations.newest(session, job.id, before=query.before, limit=query.limit)
+        else:
+            rows, has_more = operations.page(session, job.id, after=query.after, limit=query.limit)
+        answers = operations.beginnings(session, [row.id for row in rows], SUMMED_BYTES)
+        views = [OperationView.of(row) for row in rows]
+        for view in views:
+            view.summary = summary(answers[view.id]) if view.id in answers else None
+        cursors = [row.id if is_back else str(row.seq) for row in rows]
         return OperationPage(
-            data=[OperationView.of(row) for row in rows],
+            data=views,
             has_more=has_more,
-            first_id=seqs[0] if seqs else None,
-            last_id=seqs[-1] if seqs else None,
+            first_id=cursors[0] if cursors else None,
+            last_id=cursors[-1] if cursors else None,
             next_seq=operations.next_seq(session, job.id),
             waiting=operations.load(session, job.id).count,
         )

@@ -1,5 +1,6 @@
 """How the operations of a session are shown."""
 
+from collections.abc import Sequence
 from datetime import datetime
 
 from ratchet_client import Ratchet
@@ -19,7 +20,7 @@ def print_newest(ratchet: Ratchet, session_id: str) -> None:
         print_operations(newest)
 
 
-def print_operations(views: list[OperationView]) -> None:
+def print_operations(views: Sequence[OperationView]) -> None:
     rows = [
         (view["seq"], view["kind"], status_text(view["status"]), ago(view["created_at"]), _took(view), _error(view))
         for view in views

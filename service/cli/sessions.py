@@ -67,11 +67,14 @@ def operations(
     seq: Annotated[int | None, typer.Argument(min=1, help="only this one, with what came of it")] = None,
     limit: Annotated[int, typer.Option(min=1, max=100, help="how many")] = 20,
     after: Annotated[int | None, typer.Option(min=0, help="those behind this seq; default: the newest")] = None,
+    newest_first: Annotated[bool, typer.Option("--newest-first", help="the newest first, and those of samplers, too")] = False,
+    before: Annotated[str | None, typer.Option(help="newest first: those that came before the one with this id")] = None,
     as_json: Json = False,
 ) -> None:
     """List a session's operations in their order: the newest, or those behind a seq.
 
     $ ratchet operations job_01k...
+    $ ratchet operations job_01k... --newest-first
     $ ratchet operations job_01k... 17 --json | jq .result.metrics
     """
     with connect(context) as ratchet:
@@ -81,14 +84,18 @@ def operations(
                 print_json(view)
             else:
                 metrics = (view["result"] or {}).get("metrics")
-                print_facts({**view, "object": None, "result": None, "metrics": metrics})
+                print_facts({**view, "object": None, "result": None, "summary": None, "metrics": metrics})
             return
-        if after is None:
-            after = max(0, ratchet.list_operations(session_id, limit=1)["next_seq"] - 1 - limit)
-        page = ratchet.list_operations(session_id, after=after, limit=limit)
+        newest_first = newest_first or before is not None
+        if newest_first:
+            page = ratchet.list_operations(session_id, newest_first=True, before=before, limit=limit)
+        else:
+            if after is None:
+                after = max(0, ratchet.list_operations(session_id, limit=1)["next_seq"] - 1 - limit)
+            page = ratchet.list_operations(session_id, after=after, limit=limit)
     if as_json:
         print_json(page)
         return
     print_operations(page["data"])
     if page["has_more"]:
-        complain(f"more: ratchet operations {session_id} --after {page['last_id']}")
+        complain(f"more: ratchet operations {session_id} --{'before' if newest_first else 'after'} {page['last_id']}")

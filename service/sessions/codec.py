@@ -31,7 +31,7 @@ from itertools import pairwise
 from math import isfinite
 from typing import Any
 
-from service.relay.tensors import Tensor, Tensors, decode, encode
+from service.relay.tensors import LENGTH_BYTES, METADATA, Tensor, Tensors, decode, encode
 
 HEAD = "head"
 TYPECODES = {"I64": "q", "I32": "i", "F32": "f", "F64": "d"}
@@ -49,6 +49,23 @@ def unpack(raw: bytes | memoryview) -> tuple[dict[str, Any], Tensors]:
     """Head and tensors. Raises BadTensors, or KeyError if there is no head."""
     tensors, metadata = decode(raw)
     return json.loads(metadata[HEAD]), tensors
+
+
+def summary(beginning: bytes) -> dict[str, Any]:
+    """What is short of an answer, from its first bytes: metrics, the checkpoint, how many answers and tokens. Empty where the
+    header does not fit into them."""
+    length = int.from_bytes(beginning[:LENGTH_BYTES], "little")
+    if len(beginning) < LENGTH_BYTES + length:
+        return {}
+    header = json.loads(beginning[LENGTH_BYTES : LENGTH_BYTES + length])
+    head = json.loads(header[METADATA][HEAD])
+    told = {name: head[name] for name in SHORT if head.get(name) is not None}
+    if "finish_reasons" in head:
+        told |= {"answers": len(head["finish_reasons"]), "tokens": header["tokens"]["shape"][0]}
+    return told
+
+
+SHORT = ("metrics", "checkpoint_id", "name", "step")
 
 
 def as_json(raw: bytes) -> dict[str, Any]:

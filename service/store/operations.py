@@ -2,11 +2,12 @@
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
-from datetime import datetime
+from datetime import datetime, timedelta
 from hashlib import sha256
+from time import monotonic
 from typing import Any, Literal
 
-from sqlalchemy import Connection, bindparam, delete, func, or_, select, update
+from sqlalchemy import Connection, LargeBinary, bindparam, delete, func, or_, select, tuple_, update
 from sqlalchemy.orm import Session, defer
 
 from service.errors import InvalidRequest, NotFound
@@ -41,6 +42,7 @@ class Answered:
     error: dict[str, Any] | None = None
     step: int | None = None  # the optimizer steps that its session has done by then
     metrics: Mapping[str, float | None] | None = None  # of that step
+    began: float | None = None  # when the work on it began: `time.monotonic()` of this process
 
 
 def append(session: Session, job_id: str, asked: Asked, now: datetime) -> tuple[Operation, bool]:
@@ -119,6 +121,30 @@ def page(
     return rows[:limit], len(rows) > limit
 
 
+def newest(session: Session, job_id: str, *, before: str | None = None, limit: int = 20) -> tuple[list[Operation], bool]:
+    """Operations of all lanes that came before the one with this id (None: the newest), newest first; of those that came
+    together, the higher seq first. Returns the rows, and whether there are more. Raises NotFound if there is no such id."""
+    query = select(Operation).where(Operation.job_id == job_id)
+    if before is not None:
+        place = session.execute(select(*_PLACE).where(Operation.job_id == job_id, Operation.id == before)).one_or_none()
+        if place is None:
+            raise NotFound(f"no operation {before[:40]} in session {job_id}, or its time is over")
+        query = query.where(tuple_(*_PLACE) < tuple(place))
+    query = query.options(*WITHOUT_BYTES).order_by(*(column.desc() for column in _PLACE)).limit(limit + 1)
+    rows = list(session.scalars(query))
+    return rows[:limit], len(rows) > limit
+
+
+_PLACE = (Operation.created_at, Operation.seq, Operation.id)
+
+
+def beginnings(session: Session, ids: Collection[str], size_bytes: int) -> dict[str, bytes]:
+    """The first bytes of these operations' answers, by id, as far as there are any."""
+    beginning = func.substr(Operation.answer, 1, size_bytes, type_=LargeBinary)
+    query = select(Operation.id, beginning).where(Operation.id.in_(ids), Operation.answer.is_not(None))
+    return {id_: bytes(raw) for id_, raw in session.execute(query)}
+
+
 def finished(connection: Connection, ids: Collection[str]) -> set[str]:
     """Which of these no longer wait: answered, failed, or gone."""
     return set(ids) - set(connection.scalars(_STILL, {"ids": list(ids)}))
@@ -136,7 +162,9 @@ class Outcome:
     status: State
     answer: bytes | None
     error: dict[str, Any] | None
+    attempt: int | None
     created_at: datetime
+    started_at: datetime | None
     finished_at: datetime | None
     expires_at: datetime | None
 
@@ -268,6 +296,7 @@ def answer(session: Session, job_id: str, answered: Answered, *, attempt: int, n
         "answer": answered.answer,
         "error": answered.error,
         "attempt": attempt,
+        "started_at": None if answered.began is None else now - timedelta(seconds=monotonic() - answered.began),
         "finished_at": now,
         "expires_at": expires_at,
     }
@@ -279,7 +308,7 @@ def answer(session: Session, job_id: str, answered: Answered, *, attempt: int, n
     return True
 
 
-_ANSWERED = ("status", "answer", "error", "attempt", "finished_at", "expires_at")
+_ANSWERED = ("status", "answer", "error", "attempt", "started_at", "finished_at", "expires_at")
 _ANSWER = (
     update(_T)
     .where(_T.c.id == bindparam("one"), *_WAITS)

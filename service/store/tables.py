@@ -264,6 +264,7 @@ class Operation(Base):
     __table_args__ = (
         UniqueConstraint("job_id", "lane", "seq"),
         Index("ix_operations_job_status", "job_id", "status", "lane", "seq"),
+        Index("ix_operations_newest", "job_id", "created_at", "seq"),
     )
 
     id: Mapped[str] = mapped_column(Id, primary_key=True)
@@ -280,6 +281,7 @@ class Operation(Base):
     error: Mapped[dict[str, Any] | None]
     attempt: Mapped[int | None]  # the attempt that answered it
     created_at: Mapped[datetime]
+    started_at: Mapped[datetime | None]  # when that attempt began with it; null until it has finished
     finished_at: Mapped[datetime | None]
     expires_at: Mapped[datetime | None] = mapped_column(index=True)  # when the answer is forgotten
 

@@ -13,7 +13,7 @@ import pytest
 from service.jobs import lease as leases
 from service.relay.tensors import Tensor, encode
 from service.rewards import texts
-from service.sessions.codec import pack, unpack
+from service.sessions.codec import pack, summary, unpack
 from service.spec.session import base_key
 from service.store import operations
 from service.store.operations import Answered
@@ -65,6 +65,39 @@ def answer_next(api: Any, session: dict[str, Any], seq: int, answered: Callable[
     row = logged(api, session, seq)
     leases.answer_operations(api.store, api.settings, lease, [answered(row.id)])
     api.doorbell.signal(session["id"], "events")
+
+
+def test_operations_newest_first_say_what_came_of_them(api: Any, client: httpx.Client) -> None:
+    session = start(client)
+    url = f"/v1/sessions/{session['id']}/operations"
+    for seq in (1, 2, 3):
+        send(client, session, seq, STEP)
+    metrics = {"grad_norm": 0.5, "skipped": 0}
+    lease, _ = api.claim(session["id"])
+    stored = [
+        Answered(logged(api, session, 1).id, pack({"metrics": metrics}, {}), began=monotonic()),
+        Answered(logged(api, session, 2).id, error={"code": "x", "detail": "y", "category": "user"}),
+    ]
+    leases.answer_operations(api.store, api.settings, lease, stored)
+    page = client.get(url, params={"order": "newest_first", "limit": 2}).json()
+    assert [(view["seq"], view["status"], view["summary"]) for view in page["data"]] == [
+        (3, "waiting", None),
+        (2, "failed", None),
+    ]
+    assert page["has_more"] and page["waiting"] == 1
+    rest = client.get(url, params={"order": "newest_first", "before": page["last_id"]}).json()
+    (first,) = rest["data"]
+    assert (first["seq"], first["attempt"], first["summary"]) == (1, 1, {"metrics": metrics}) and not rest["has_more"]
+    assert first["created_at"] <= first["started_at"] <= first["finished_at"]
+    assert client.get(url, params={"order": "newest_first", "before": session["id"]}).status_code == 404
+    assert client.get(url, params={"order": "newest"}).status_code == 422
+
+
+def test_an_answer_s_beginning_tells_what_is_short_of_it() -> None:
+    head = {"finish_reasons": ["stop", "length"], "texts": ["a" * 50, "b"], "name": None}
+    raw = pack(head, {"tokens": integers(1, 2, 3)})
+    assert summary(raw[:-8]) == {"answers": 2, "tokens": 3}  # without its tensors
+    assert summary(raw[:60]) == summary(b"") == {}
 
 
 def test_session_is_a_job(api: Any, client: httpx.Client) -> None:

@@ -14,7 +14,7 @@ import pytest
 from playwright.sync_api import Page, Request, expect, sync_playwright
 
 from job_specs import reversing, rl_spec
-from ratchet_client import Ratchet
+from ratchet_client import Ratchet, RatchetOperationError
 
 CHROMIUM = shutil.which("chromium")
 HOSTILE = "<img src=x onerror=alert(1)>"
@@ -142,6 +142,38 @@ def test_a_job_is_watched_and_steered_in_a_browser(stack: Any, page: Page) -> No
             for each in ratchet.list_jobs()["data"]:
                 if "cancel" in each["allowed_actions"]:
                     ratchet.cancel_job(each["id"])
+
+
+@pytest.mark.timeout(240)
+def test_a_session_s_operations_are_watched(stack: Any, page: Page) -> None:
+    wrongs = wrongs_of(page)
+    page.set_viewport_size({"width": 1280, "height": 800})
+    tiny = {"source": "tiny", "adapter": {"kind": "lora", "rank": 2}}
+    row = {"tokens": [5, 6], "target_tokens": [6, 7]}
+    with Ratchet(stack.url, stack.key) as ratchet, ratchet.session(model=tiny) as session:
+        try:
+            session.forward_backward([row])
+            with pytest.raises(RatchetOperationError):
+                session.forward_backward([{**row, "tokens": [5, 2**30]}])
+            session.sample([HOSTILE[:3]], num_samples=2, max_tokens=3)
+            page.goto(stack.url)
+            page.evaluate("key => sessionStorage.setItem('ratchet.key', key)", stack.key)
+            page.goto(f"{stack.url}/#/jobs/{session.id}/operations")
+            page.reload()
+            lines = page.locator("#tab tbody tr")
+            expect(lines).to_have_count(3)
+            expect(lines.nth(0)).to_contain_text("2 answers, ")
+            expect(lines.nth(1)).to_contain_text("token")  # what is wrong with the one that failed
+            expect(lines.nth(1).locator(".badge")).to_have_text("failed")
+            expect(lines.nth(2)).to_contain_text("loss:sum")
+            session.optim_step({"learning_rate": 1e-3})
+            expect(lines).to_have_count(4)  # by itself
+            expect(lines.nth(0)).to_contain_text("grad_norm")
+            page.set_viewport_size(PHONE)  # pyright: ignore[reportArgumentType]
+            assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
+            assert wrongs == []
+        finally:
+            ratchet.cancel_job(session.id)
 
 
 def sign_in(page: Page, url: str, key: str) -> None:

@@ -4,12 +4,14 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from threading import Barrier
+from time import monotonic
+from typing import Any
 
 import pytest
-from sqlalchemy import func, select
+from sqlalchemy import event, func, select, text
 
 from service.doorbell import Doorbell
-from service.errors import Busy, Conflict, InvalidRequest, LeaseLost
+from service.errors import Busy, Conflict, InvalidRequest, LeaseLost, NotFound
 from service.ids import new_id
 from service.jobs import lease as leases
 from service.jobs import lifecycle
@@ -288,3 +290,43 @@ def test_a_project_has_one_sampler_of_a_base(store: Store, settings: Settings, d
     assert sampler_of(store, doorbell, settings, "other", TINY).id not in made
     lifecycle.cancel(store, doorbell, "default", made.pop())
     assert sampler_of(store, doorbell, settings, "default", TINY).status == "queued"
+
+
+def test_newest_first_in_pages_with_all_lanes(session: Session, store: Store) -> None:
+    ids = session.append(*map(step, range(1, 5)))  # together
+    ids += [session.append(step(1, lane=lane))[0] for lane in "ba"]
+    ids += session.append(step(5))
+    with store.begin(readonly=True) as sql:
+        found, before = list[str](), None
+        while True:
+            rows, has_more = operations.newest(sql, session.id, before=before, limit=3)
+            found, before = [*found, *(row.id for row in rows)], rows[-1].id
+            if not has_more:
+                break
+        assert found == ids[::-1]
+        with pytest.raises(NotFound):
+            operations.newest(sql, session.id, before="op_unknown")
+
+
+def test_newest_first_uses_its_index(session: Session, store: Store) -> None:
+    session.append(*map(step, range(1, 4)))
+    with store.begin(readonly=True) as sql:
+        statements = list[tuple[str, Any]]()
+        event.listen(sql.connection(), "before_cursor_execute", lambda *said: statements.append((said[2], said[3])))
+        (last,) = operations.newest(sql, session.id, limit=1)[0]
+        operations.newest(sql, session.id, before=last.id, limit=1)
+        if sql.connection().dialect.name == "postgresql":
+            sql.execute(text("SET LOCAL enable_seqscan = off"))  # three rows are read faster without an index
+        explain = "EXPLAIN QUERY PLAN " if sql.connection().dialect.name == "sqlite" else "EXPLAIN "
+        for statement, parameters in [statements[0], statements[2]]:
+            plan = sql.connection().exec_driver_sql(explain + statement, parameters).all()
+            assert "ix_operations_newest" in str(plan)
+
+
+def test_when_the_work_on_it_began_is_told_by_the_store_s_clock(session: Session) -> None:
+    timed, untimed = session.append(step(1), step(2))
+    session.answer(session.claim(), Answered(timed, b"", began=monotonic() - 5), Answered(untimed, b""))
+    row = session.row(1)
+    assert row.started_at is not None and row.finished_at is not None
+    assert 5 <= (row.finished_at - row.started_at).total_seconds() < 60
+    assert session.row(2).started_at is None

@@ -451,10 +451,10 @@ class Host:
                     continue
                 guest.sampled.discard(one.row.id)
                 if isinstance(one.result, Exception):
-                    answered.append(Answered(one.row.id, error=told(one.result)))
+                    answered.append(Answered(one.row.id, error=told(one.result), began=one.began))
                 else:
                     guest.tenure.meter.sampled(one.result.sampled)
-                    answered.append(Answered(one.row.id, one.result.answer))
+                    answered.append(Answered(one.row.id, one.result.answer, began=one.began))
             guest.busy_at = monotonic()
             with self._alone(guest):
                 guest.tenure.answer(answered)

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from time import monotonic
 from typing import Any
 
 import torch
@@ -59,6 +60,7 @@ class _Open:
     tickets: dict[int, int]  # ticket -> place
     answers: dict[int, Completion] = field(default_factory=dict)
     unfolding: dict[int, Unfolding] = field(default_factory=dict)  # by place, where parts are told
+    began: float = field(default_factory=monotonic)
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ class Finished:
     owner: str
     row: Logged
     result: Done | Exception
+    began: float
 
 
 class Sampling:
@@ -101,7 +104,7 @@ class Sampling:
         self._open = [one for one in self._open if one not in ready]
         for one in ready:
             self._give_back(one.checkpoint)
-        return [Finished(one.owner, one.row, self._result(one)) for one in ready]
+        return [Finished(one.owner, one.row, self._result(one), one.began) for one in ready]
 
     def leave(self, owner: str) -> None:
         """Forget this owner's operations: they wait for another worker."""

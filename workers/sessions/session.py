@@ -10,6 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from time import monotonic
 from typing import Any, Self
 
 import orjson
@@ -89,6 +90,7 @@ class Session:
         self._saving: tuple[Saving, Place] | None = None  # what is copied and not durable yet, and where that stood
         self._evaluation: Evaluation | None = None  # of the next operation, whose answers are being graded
         self._suspect = tenure.job.crashes > 0  # an operation may have killed its worker
+        self._began = 0.0  # when the work on the operation of now began
         self._loads, self._trainer = 0, None
 
     # ---------------------------------------------------------------- loading, and doing again
@@ -226,6 +228,8 @@ class Session:
         The answer of an operation that trains waits for `store_answers`, so that several are stored at once; until then a
         crash undoes the operation, which nobody has heard of.
         """
+        if self._evaluation is None:
+            self._began = monotonic()
         with self.tenure.working():
             try:
                 if self._suspect:
@@ -258,7 +262,7 @@ class Session:
             self.tenure.meter.trained(done.trained)
             known_metrics.check(done.metrics, "session", strict=self.tenure.settings.strict_metrics)
             self.place.seq = row.seq
-            self._answers.append(Answered(row.id, done.answer, step=self.place.step, metrics=done.metrics))
+            self._answers.append(Answered(row.id, done.answer, step=self.place.step, metrics=done.metrics, began=self._began))
             copied = self._saving[1] if self._saving is not None and self._saving[0].is_snapshot else self.saved
             if self.place.step - max(copied.step, self._uncopied) >= self.spec.checkpoints.every_steps:
                 self._snapshot_by_itself()
@@ -278,7 +282,7 @@ class Session:
 
     def _answer(self, row: Logged | Operation, answered: Answered) -> None:
         self.place.seq = row.seq
-        self._answers.append(replace(answered, step=self.place.step))
+        self._answers.append(replace(answered, step=self.place.step, began=self._began))
         self.store_answers()
 
     def _error(self, row: Logged, error: Exception) -> dict[str, Any]:
@@ -329,7 +333,7 @@ class Session:
             # If this one cannot be read, the one before and the log behind that must do; after the end nothing replays.
             replay_from=None if named.name is not None else (place if final else self.saved).replay_from,
             keep_last=self.spec.checkpoints.keep_last if named.name is None else None,
-            answered=answered,
+            answered=None if answered is None else replace(answered, began=self._began),
             row_id=checkpoint_id,
             final=final,
         )
@@ -356,7 +360,7 @@ class Session:
         except Exception as error:
             self._changed = self._changed or training
             if saving.answered is not None:
-                self.tenure.answer([Answered(saving.answered.id, error=told(error))])
+                self.tenure.answer([replace(saving.answered, answer=None, error=told(error))])
                 if saving.named.name is None:  # weights that were loaded, which no replay would find again
                     self._load()
             elif raises:
@@ -432,7 +436,7 @@ class Session:
         checkpoint_id = new_id("ckpt")
         self._save(Named(), checkpoint_id, final=True)
         self.end_saving(raises=True)
-        answered = Answered(row.id, pack({"checkpoint_id": checkpoint_id}, {}))
+        answered = Answered(row.id, pack({"checkpoint_id": checkpoint_id}, {}), began=self._began)
         self.tenure.finish({"ended": "finished", "steps": self.place.step}, answered)
         self.place.seq, self.ended = row.seq, True
 

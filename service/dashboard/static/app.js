@@ -22,7 +22,7 @@ const SHORTCUTS = [
   ["x", "choose it for a comparison"],
   ["c", "compare what is chosen"],
   ["n and b", "the next page of the list, and back"],
-  ["1 to 7", "the tabs of a job"],
+  ["1 to 8", "the tabs of a job"],
   ["[ and ]", "samples of the step before, and after"],
   ["P, R, X, F", "pause, resume, cancel, fork this job (it asks first)"],
   ["t", "light or dark"],

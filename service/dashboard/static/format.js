@@ -37,6 +37,12 @@ export function time(text) {
   return text ? new Date(text).toLocaleString([], {dateStyle: "medium", timeStyle: "medium"}) : "–";
 }
 
+/** The time of day; with the date if that is not today. */
+export function clock(text) {
+  const moment = new Date(text);
+  return moment.toDateString() === new Date().toDateString() ? moment.toLocaleTimeString([], {hourCycle: "h23"}) : time(text);
+}
+
 export function ago(text) {
   const seconds = Math.max(0, (Date.now() - new Date(text)) / 1000);
   return seconds < 5 ? "now" : `${duration(seconds)} ago`;

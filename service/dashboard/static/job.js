@@ -6,12 +6,14 @@ import {badge, field, h, replace, setText} from "./dom.js";
 import {ago, count, duration} from "./format.js";
 import * as curves from "./curves.js";
 import * as samples from "./samples.js";
+import * as operations from "./operations.js";
 import * as told from "./told.js";
 import * as checkpoints from "./checkpoints.js";
 import * as spec from "./spec.js";
 
 const TABS = [["curves", "Curves", curves.open], ["samples", "Samples", samples.open], ["events", "Events", told.events], ["attempts", "Attempts", told.attempts],
-  ["checkpoints", "Checkpoints", checkpoints.open], ["spec", "Spec", spec.open], ["advice", "Advice", told.advice]];
+  ["checkpoints", "Checkpoints", checkpoints.open], ["spec", "Spec", spec.open], ["advice", "Advice", told.advice], ["operations", "Operations", operations.open]];
+const HAVE_OPERATIONS = ["session", "sampler"]; // kinds of jobs
 
 export function open(context) {
   const {rest: [id, tab = "curves"], signal, keys, title, fail} = context;
@@ -84,8 +86,12 @@ export function open(context) {
     whole: once(() => get(`/v1/jobs/${id}`, {}, signal)),
   };
 
+  const into = () => tabs.querySelector("[aria-current]")?.scrollIntoView({block: "nearest", inline: "nearest"});
+
   async function begin() {
     const first = await look();
+    for (const link of tabs.children) link.hidden = link.dataset.tab === "operations" && !HAVE_OPERATIONS.includes(first.kind);
+    into();
     replace(place, TABS.find(([key]) => key === tab)?.[2](job) ?? "");
     poll(async () => again(), LOOK_MS, signal).catch(() => {});
     await follow(id, first.last_event, {
@@ -104,12 +110,12 @@ export function open(context) {
   }
 
   begin().catch(fail);
-  setTimeout(() => tabs.querySelector("[aria-current]")?.scrollIntoView({block: "nearest", inline: "nearest"}));
+  setTimeout(into);
   TABS.forEach(([key], i) => { keys[i + 1] = () => { location.hash = `#/jobs/${id}/${key}`; }; });
   for (const [key, action] of [["P", "pause"], ["R", "resume"], ["X", "cancel"], ["F", "fork"]]) {
     keys[key] = () => shown?.allowed_actions.includes(action) && session.may("write") && ACTIONS[action](shown, again);
   }
-  const tabs = h("nav", {class: "tabs", "aria-label": "Parts of the job"}, TABS.map(([key, text]) => h("a", {href: `#/jobs/${id}/${key}`, "aria-current": key === tab ? "page" : null}, text)));
+  const tabs = h("nav", {class: "tabs", "aria-label": "Parts of the job"}, TABS.map(([key, text]) => h("a", {href: `#/jobs/${id}/${key}`, "data-tab": key, hidden: key === "operations", "aria-current": key === tab ? "page" : null}, text)));
   return [h("div", {class: "head"}, name, state, line), bar, facts, wrong, buttons,
     tabs, place];
 }
