@@ -124,19 +124,19 @@ def inside(span: Any) -> Iterator[None]:
 
 
 class Stages:
-    """A span whose inside is a sequence of others, one after another: an attempt and its phases."""
+    """A span whose inside is a sequence of others, one after another: an attempt or an operation and its phases."""
 
-    def __init__(self, name: str, *, parent: str | None, **facts: Any) -> None:
+    def __init__(self, name: str, *, parent: str | None, links: Iterable[str | None] = (), **facts: Any) -> None:
         self._facts = facts
-        self._whole = begin(name, parent=parent, **facts)
-        self._parent = None if self._whole is None else of(self._whole)
+        self._whole = begin(name, parent=parent, links=links, **facts)
+        self.traceparent = None if self._whole is None else of(self._whole)
         self._stage: Any = None
 
     def enter(self, name: str) -> None:
         """End the stage before, and begin this one."""
         if self._whole is not None:
             end(self._stage)
-            self._stage = begin(name, parent=self._parent, **self._facts)
+            self._stage = begin(name, parent=self.traceparent, **self._facts)
 
     def end(self, error: str | None = None) -> None:
         end(self._stage, error)

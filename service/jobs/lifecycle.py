@@ -124,13 +124,13 @@ def append_operations(
     A session that rests because it was idle is queued again; one that its owner paused keeps them until it is resumed.
     Raises NotFound, Conflict `session_over`, InvalidRequest `seq_reused`, Busy if too much waits already.
     """
-    wakes = False
+    wakes, trace = False, tracing.here()
     with store.begin() as session:
         job, now = jobs.lock(session, job_id), clock.now(session)
         if job is None or job.project != project or job.kind not in operations.KINDS:
             raise NotFound(f"no session {job_id} in this project")
         before = operations.load(session, job.id)
-        appended = [operations.append(session, job_id, each, now) for each in asked]
+        appended = [operations.append(session, job_id, each, now, trace) for each in asked]
         rows, fresh = [row for row, _ in appended], [row for row, new in appended if new]
         if fresh and job.status in FINAL:
             raise Conflict(

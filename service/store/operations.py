@@ -45,7 +45,9 @@ class Answered:
     began: float | None = None  # when the work on it began: `time.monotonic()` of this process
 
 
-def append(session: Session, job_id: str, asked: Asked, now: datetime) -> tuple[Operation, bool]:
+def append(
+    session: Session, job_id: str, asked: Asked, now: datetime, traceparent: str | None = None
+) -> tuple[Operation, bool]:
     """Log the operation. Returns its row without the request, and whether it is new: a repeat gets the first one's row.
 
     Raises InvalidRequest `seq_reused` if its seq was used with another body.
@@ -63,6 +65,7 @@ def append(session: Session, job_id: str, asked: Asked, now: datetime) -> tuple[
         "cost": asked.cost,
         "status": "waiting",
         "created_at": now,
+        **({} if traceparent is None else {"traceparent": traceparent}),
     }
     if session.connection().scalar(_APPEND[name_of(session)], row) is not None:
         return Operation(**{name: value for name, value in row.items() if name != "request"}), True
@@ -229,6 +232,7 @@ class Logged:
     request: bytes
     cost: int
     attempt: int | None  # the attempt that was at it before, see `at_work`
+    traceparent: str | None = None
 
 
 def ready(connection: Connection, done: Mapping[str, int]) -> list[Logged]:

@@ -284,6 +284,7 @@ class Operation(Base):
     started_at: Mapped[datetime | None]  # when that attempt began with it; null until it has finished
     finished_at: Mapped[datetime | None]
     expires_at: Mapped[datetime | None] = mapped_column(index=True)  # when the answer is forgotten
+    traceparent: Mapped[str | None] = mapped_column(String(64))  # of the request that it came with, while that is traced
 
 
 class Rollout(Base):

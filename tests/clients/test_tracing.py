@@ -107,6 +107,36 @@ def test_a_batch_links_the_loss_requests_that_it_computed(traced: tuple[Any, Col
     assert [link.span_id for link in batch.links] == [asked.span_id] and batch.trace_id != asked.trace_id
 
 
+def test_operations_of_every_wire_belong_to_their_requests(traced: tuple[Any, Collector]) -> None:
+    """The last one: the worker stays with its sessions for a while."""
+    running, collector = traced
+    headers = {"Authorization": f"Bearer {running.key}"}
+    row = {"tokens": [5, 6], "target_tokens": [6, 7]}
+    tiny = {"source": "tiny", "adapter": {"kind": "lora", "rank": 2}}
+    with httpx.Client(base_url=running.url, headers=headers, timeout=60) as client:
+
+        def post(path: str, **body: Any) -> Any:
+            return client.post(path, json=body).raise_for_status().json()
+
+        session_id = post("/v1/sessions", model=tiny)["id"]
+        post(f"/v1/sessions/{session_id}/operations", seq=1, kind="forward", loss="cross_entropy", rows=[row])
+        post("/v1/completions", model="tiny", prompt=SECRET[:2], max_tokens=2)
+        own = post("/api/v1/create_session", tags=[], sdk_version="0")["session_id"]
+        base = {"session_id": own, "sampling_session_seq_id": 0, "base_model": "tiny"}
+        sampler = post("/api/v1/create_sampling_session", **base)["sampling_session_id"]
+        prompt = {"chunks": [{"type": "encoded_text", "tokens": [5, 6]}]}
+        post("/api/v1/asample", sampling_session_id=sampler, seq_id=0, prompt=prompt, sampling_params={"max_tokens": 2})
+    routes = ("POST /v1/sessions/{session_id}/operations", "POST /v1/completions", "POST /api/v1/asample")
+    there = collector.wait_for(*routes)
+    deadline = time.monotonic() + 60
+    while len(operations := [span for _, span in collector.spans() if span.name == "operation"]) < len(routes):
+        assert time.monotonic() < deadline, len(operations)
+        time.sleep(0.05)
+    parents = {(span.trace_id, span.parent_span_id) for span in operations}
+    assert parents == {(there[route][1].trace_id, there[route][1].span_id) for route in routes}
+    assert SECRET.encode() not in b"".join(collector.raw)
+
+
 def test_nothing_is_made_where_no_endpoint_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tracing, "_tracer", None)
     for name in tracing.ENDPOINTS:

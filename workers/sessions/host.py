@@ -388,6 +388,7 @@ class Host:
                 self._guests[owner].tenure.meter.sampled(tokens)
         for guest in self._guests.values():
             guest.sampled -= gone
+            guest.tenure.forget_traces(gone)
             for row_id in gone & guest.loose.keys():
                 del guest.loose[row_id]
 
@@ -424,6 +425,7 @@ class Host:
                 return
             with self.store.begin() as session:
                 operations.at_work(session, row.id, attempt=guest.tenure.lease.attempt)
+        trace = guest.tenure.trace(row, Phase.SAMPLING)
         try:
             if guest.sampling is None:
                 raise refused(
@@ -432,9 +434,9 @@ class Host:
                     hint="sample in order (with a seq), or a saved checkpoint",
                 )
             try:
-                guest.sampling.add(guest.id, guest.project, guest.spec.seed, row)
+                guest.sampling.add(guest.id, guest.project, guest.spec.seed, row, trace)
             except OtherCommit as other:
-                self._sampling_at(guest, other.commit).add(guest.id, guest.project, guest.spec.seed, row)
+                self._sampling_at(guest, other.commit).add(guest.id, guest.project, guest.spec.seed, row, trace)
             guest.sampled.add(row.id)
         except (OperationalError, InterfaceError):
             guest.loose[row.id] = row

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from service import tracing
 from service.store.operations import Logged
 from service.store.session import Store
 from workers.policy.base import Base
@@ -57,6 +58,7 @@ class _Open:
     prompts: Prompts
     told: dict[str, Tensor]
     checkpoint: str | None
+    trace: str | None  # the traceparent of its span
     tickets: dict[int, int]  # ticket -> place
     answers: dict[int, Completion] = field(default_factory=dict)
     unfolding: dict[int, Unfolding] = field(default_factory=dict)  # by place, where parts are told
@@ -77,9 +79,12 @@ class Sampling:
     def __init__(self, base: Base, store: Store, key: str | None) -> None:
         self.base, self.versions = base, Versions(base, store, key)
         self._open: list[_Open] = []
+        self._batch: Any = None  # the span of those that share the engine, as long as they are the same
+        self._batched: list[str] | None = None  # their traceparents
 
-    def add(self, owner: str, project: str, session_seed: int, row: Logged) -> None:
-        """Let the operation's requests wait for the engine. Raises InvalidRequest, and OtherCommit."""
+    def add(self, owner: str, project: str, session_seed: int, row: Logged, trace: str | None = None) -> None:
+        """Let the operation's requests wait for the engine. `trace`: its span's traceparent. Raises InvalidRequest, and
+        OtherCommit."""
         request = Request.read(row.request)
         checkpoint = request.head["checkpoint"]
         prompts = prompts_of(request, self.base.text)
@@ -91,11 +96,14 @@ class Sampling:
         except BaseException:
             self._give_back(checkpoint)
             raise
+        self._end_batch()
         places = {ticket: place for place, ticket in enumerate(tickets)}
-        self._open.append(_Open(owner, row, request, prompts, told, checkpoint, places))
+        self._open.append(_Open(owner, row, request, prompts, told, checkpoint, trace, places))
 
     def step(self) -> list[Finished]:
         """Move every row on by a token. Returns the operations that are finished by it."""
+        if tracing.is_on() and self._batched is None:
+            self._begin_batch()
         for ticket, answer in self.base.engine.step():
             opened = next((one for one in self._open if ticket in one.tickets), None)
             if opened is not None:
@@ -104,6 +112,8 @@ class Sampling:
         self._open = [one for one in self._open if one not in ready]
         for one in ready:
             self._give_back(one.checkpoint)
+        if ready:
+            self._end_batch()
         return [Finished(one.owner, one.row, self._result(one), one.began) for one in ready]
 
     def leave(self, owner: str) -> None:
@@ -119,7 +129,19 @@ class Sampling:
         self._cancel(gone)
         return tokens
 
+    def _begin_batch(self) -> None:
+        """A span of its own where several operations are sampled at once, since it belongs to several traces."""
+        self._batched = [one.trace for one in self._open if one.trace is not None]
+        if len(self._batched) > 1:
+            self._batch = tracing.begin("sampling batch", links=self._batched, operations=len(self._open))
+
+    def _end_batch(self) -> None:
+        tracing.end(self._batch)
+        self._batch = self._batched = None
+
     def _cancel(self, gone: list[_Open]) -> None:
+        if gone:
+            self._end_batch()
         for one in gone:
             self.base.engine.cancel(list(one.tickets))
             self._give_back(one.checkpoint)

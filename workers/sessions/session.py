@@ -45,6 +45,13 @@ from workers.tenure.tenure import Contents
 log = logging.getLogger(__name__)
 
 FILE = "session.json"
+PHASES = {  # of operations that do not train, as their spans name them
+    "sample": Phase.SAMPLING,
+    "eval": Phase.SAMPLING,
+    "save_checkpoint": Phase.SAVING,
+    "load_checkpoint": Phase.LOADING,
+    "finish": Phase.SAVING,
+}
 REPLAYED_AT_ONCE = 16  # operations read together
 
 
@@ -194,7 +201,7 @@ class Session:
             self._answer(row, Answered(row.id, error=LOST))
             return
         assert row.request is not None
-        self.do(Logged(row.id, row.job_id, row.lane, row.seq, row.kind, row.request, row.cost, row.attempt))
+        self.do(Logged(row.id, row.job_id, row.lane, row.seq, row.kind, row.request, row.cost, row.attempt, row.traceparent))
         self.end_saving()
 
     def _since(self, seq: int) -> list[Operation]:
@@ -234,6 +241,8 @@ class Session:
             try:
                 if self._suspect:
                     self._mark(row)
+                if not self.is_grading:
+                    self.tenure.trace(row, PHASES.get(row.kind, Phase.UPDATING))
                 self._do(Request.read(row.request), row)
             except (LeaseLost, OperationalError, InterfaceError):  # the lease is lost, or the store is away
                 raise
@@ -457,6 +466,7 @@ class Session:
         if self._evaluation is None:
             seed = seed_of(request, self.spec.seed, row)
             self._evaluation = Evaluation(self.trainer.learner, request, seed, self.tenure.job.id)
+            self.tenure.trace(row, Phase.GRADING)
             if not self._suspect:
                 return
         evaluation, self._evaluation = self._evaluation, None

@@ -1,17 +1,20 @@
 """The tenure of a session or sampler: beside others in one process, with operations in place of steps."""
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from types import TracebackType
 from typing import Any, Self
 
+from service import tracing
 from service.jobs import lease as leases
 from service.jobs.lease import Answered, CheckpointRow
 from service.spec.work import WorkLimits
 from service.states import Phase, Status
 from service.store.checkpoints import Purpose
+from service.store.operations import Logged
 from service.store.tables import Job
 from workers.tenure.keeper import Keeper
 from workers.tenure.tenure import WRITERS, Contents, Lease, Tenure
@@ -52,10 +55,15 @@ class SessionTenure(Tenure):
 
     def __init__(self, keeper: Keeper, lease: Lease, job: Job) -> None:
         super().__init__(keeper, lease, job, stall_timeout_s=WorkLimits().stall_timeout_s)
+        self._operations: dict[str, tracing.Stages] = {}  # spans of those at work, by id
 
     def __enter__(self) -> Self:
         self._keeper.hold(self._hold)
         return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.forget_traces(list(self._operations))
+        super().__exit__(kind, error, trace)
 
     @contextmanager
     def working(self) -> Iterator[None]:
@@ -72,12 +80,47 @@ class SessionTenure(Tenure):
         self._hold.patiently(lambda: leases.set_resolved(self.store, self.lease, dict(facts)))
         self.check(phase)
 
+    # ---------------------------------------------------------------- traces
+
+    def trace(self, row: Logged, phase: Phase) -> str | None:
+        """The work on the operation enters a phase. Its span begins with the first one, is a child of the request that it came
+        with, links the attempt, and ends when the answer is stored. Returns its traceparent; None while nothing is traced."""
+        if not tracing.is_on():
+            return None
+        span = self._operations.get(row.id)
+        if span is None:
+            facts = {
+                "operation_id": row.id,
+                "kind": row.kind,
+                "seq": row.seq,
+                "job_id": self.job.id,
+                "attempt": self.lease.attempt,
+            }
+            span = tracing.Stages("operation", parent=row.traceparent, links=[self._trace.traceparent], **facts)
+            self._operations[row.id] = span
+        span.enter(phase)
+        return span.traceparent
+
+    def _end_traces(self, answered: Iterable[Answered]) -> None:
+        for each in answered:
+            if (span := self._operations.pop(each.id, None)) is not None:
+                span.end(None if each.error is None else each.error["code"])
+
+    def forget_traces(self, ids: Iterable[str]) -> None:
+        """Nobody here answers these operations."""
+        for id_ in ids:
+            if (span := self._operations.pop(id_, None)) is not None:
+                span.end("not_answered")
+
+    # ---------------------------------------------------------------- what the work leaves behind
+
     def answer(self, answered: Sequence[Answered]) -> None:
         """Store what came of some operations, in one transaction, and set `budget_spent`."""
         spent = self.meter.take()
         self.budget_spent = self._hold.patiently(
             lambda: leases.answer_operations(self.store, self.settings, self.lease, answered, spent=spent)
         )
+        self._end_traces(answered)
         self._tell_followers()
 
     def begin_saving(
@@ -131,6 +174,7 @@ class SessionTenure(Tenure):
                 spent=spent,
             )
         )
+        self._end_traces([] if saving.answered is None else [saving.answered])
         for path in removed:
             self.store.blobs.delete(path)
         self._tell_followers()
@@ -149,6 +193,7 @@ class SessionTenure(Tenure):
     def finish(self, result: dict[str, Any], answered: Answered) -> None:
         """The session's last operation is done, and with it the session."""
         self._end(lambda spent: leases.finish(self.store, self.settings, self.lease, result, answered, spent=spent))
+        self._end_traces([answered])
 
     def rest(self, done: int) -> None:
         """The session was idle: it leaves this process until an operation comes. `done`: the last one in order that ran."""
