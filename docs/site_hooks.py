@@ -31,7 +31,7 @@ def on_page_markdown(markdown: str, **_: object) -> str:
     markdown = OUTSIDE.sub(lambda link: "index.md" if link[1] == "README.md" else f"source/{link[1]}.md", markdown)
     return re.sub(
         r"^```math\n(.*?)^```$",
-        lambda fence: f"<p>{convert(fence[1].strip(), display='block')}</p>",
+        lambda fence: f'<p class="formula">{convert(fence[1].strip(), display="block")}</p>',
         markdown,
         flags=re.DOTALL | re.MULTILINE,
     )

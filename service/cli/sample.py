@@ -79,6 +79,8 @@ def sample(
         "seed": seed,
         "options": options,
     }
+    if sys.stderr.isatty():
+        complain("loading torch and the model: some seconds ...")
     with _model_process() as ask:
         answers = {name: _answers(ask({**request, **place})) for name, place in _places(context, checkpoints)}
     if as_json:

@@ -1,4 +1,4 @@
-"""Commands that run the stack on this machine: up, demo."""
+"""Commands that run the stack on this machine: up, down, demo."""
 
 from collections.abc import Callable
 from contextlib import suppress
@@ -20,6 +20,7 @@ DEFAULT_DATA_DIR = Path(".ratchet")
 
 def register(app: typer.Typer) -> None:
     command(app, up)
+    command(app, down)
     command(app, demo)
     command(app, backup)
     command(app, restore)
@@ -55,6 +56,31 @@ def up(
         raise typer.Exit(exits.REFUSED) from None
     except ValidationError as error:
         complain(f"error: {why_refused(error)}")
+        raise typer.Exit(exits.REFUSED) from None
+
+
+def down(
+    context: typer.Context,
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(envvar="RATCHET_DATA_DIR", help="the directory that it runs from  [default: .ratchet]"),
+    ] = None,
+) -> None:
+    """Stop the stack that runs on this machine.
+
+    $ ratchet down
+    $ ratchet down --data-dir ~/.ratchet
+
+    As Ctrl-C does in the terminal of `ratchet up`: the running job is saved, and everything is stopped when this returns. The
+    next `ratchet up` on the directory goes on where it was.
+    """
+    from service.local.down import down as run
+
+    target = context.find_object(Target) or Target()
+    try:
+        run(data_dir or target.data_dir or DEFAULT_DATA_DIR, _say)
+    except ServiceError as error:
+        complain(f"error: {error.detail}")
         raise typer.Exit(exits.REFUSED) from None
 
 

@@ -13,6 +13,8 @@ from service.errors import RatchetError
 from service.settings import Settings
 from service.spec.addresses import literal
 
+LOCK = "lock"  # in the data directory: the process that runs from there holds it, and its number is in it
+
 
 class CannotStart(RatchetError):
     """The stack cannot be started; the message says why and what to do."""
@@ -25,7 +27,7 @@ def locked(data_dir: Path) -> Iterator[None]:
     """Lock the data directory until this process ends, however it ends. Raises CannotStart if another process has it."""
     try:
         data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        file = (data_dir / "lock").open("a+")
+        file = (data_dir / LOCK).open("a+")
     except OSError as error:
         raise CannotStart(
             f"cannot use {data_dir} as the data directory: {error.strerror}. Name another with --data-dir"

@@ -45,6 +45,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROO
 LANGUAGES = {"sh", "python", "yaml", "json", "http", "math", "text", "promql"}
 HELD_BACK = {
     "ratchet up": "it stays until Ctrl-C; test_up.py",
+    "ratchet down": "it stops what other pages need; test_up.py",
     "ratchet demo": "a minute; it runs in CI by itself",
     "ratchet export": "it imports heavy packages; test_sinks.py",
     "ratchet sample": "it loads torch; test_sample.py",

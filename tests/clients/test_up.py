@@ -216,6 +216,18 @@ def test_the_first_loop_of_the_readme_runs_as_it_is_printed(
     assert first.startswith("0 0.") and second.startswith("1 0.") and checkpoint.startswith("ckpt_")
 
 
+def test_down_stops_it_from_another_terminal(folder: Path, start: Callable[[Path], Up], cli: Callable[..., Any]) -> None:
+    nothing = cli("down", "--data-dir", str(folder / "data"))
+    assert nothing.code == 1 and "no `ratchet up` runs from" in nothing.err
+    up = start(folder / "data")
+    family = up.family()
+    assert cli("down", "--data-dir", str(up.data_dir)).code == 0
+    assert up.process.wait(60) == 0, up.said()
+    assert_all_gone(family)
+    again = cli("down", "--data-dir", str(up.data_dir))
+    assert again.code == 1 and "no `ratchet up` runs from" in again.err
+
+
 def test_a_killed_up_leaves_nothing_and_the_next_one_goes_on(
     folder: Path, start: Callable[[Path], Up], monkeypatch: pytest.MonkeyPatch
 ) -> None:
