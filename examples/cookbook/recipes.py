@@ -62,20 +62,14 @@ RECIPES = {
     "chat_sl-file": Recipe(
         "chat_sl.train", ["dataset=conversations.jsonl", "batch_size=8", "learning_rate=1e-3", "rolling_save_every=1"], [NLL]
     ),
-    "rl_basic": Recipe(
+    "rl_basic": Recipe(  # its batch is 128 prompts of 16 answers
         "rl_basic",
-        [
-            "dataset_builder.batch_size=4",
-            "dataset_builder.group_size=4",
-            "max_tokens=24",
-            "kl_penalty_coef=0.1",
-            f"kl_reference_config.base_model={PLAIN}",
-        ],
+        ["max_tokens=8", "kl_penalty_coef=0.1", f"kl_reference_config.base_model={PLAIN}"],
         [REWARD, KL, "kl_policy_base"],
-        steps=2,
+        steps=1,
         unnamed=LOOP,
     ),
-    "sl_basic": Recipe("sl_basic", ["dataset_builder.common_config.batch_size=8", "learning_rate=1e-3"], [NLL], unnamed=LOOP),
+    "sl_basic": Recipe("sl_basic", ["learning_rate=1e-3"], [NLL], steps=2, unnamed=LOOP),
     "rl_loop": Recipe(
         "rl_loop",
         ["loss_fn=importance_sampling", "batch_size=4", "group_size=4", "max_tokens=24"],
@@ -148,10 +142,10 @@ def data_sets() -> dict[str, dict[str, list[dict[str, Any]]]]:
         about = {"domain": "Chemistry", "details": {"level": "L3"}, "type": "mcq-4-choices", "answerKey": "A"}
         return {"question": ask, "choices": {"label": [*"ABCD"], "text": text}, **about}
 
-    maths = lambda seed: [{"question": ask, "answer": f"#### {answer}"} for ask, answer in sums(seed, 64)]  # noqa: E731
+    maths = lambda seed: [{"question": ask, "answer": f"#### {answer}"} for ask, answer in sums(seed, 128)]  # noqa: E731
     return {
         "openai/gsm8k": {"train": maths(0), "test": maths(1)[:8]},
-        "HuggingFaceH4/no_robots": {"train": chat(0, 64), "test": chat(1, 8)},
+        "HuggingFaceH4/no_robots": {"train": chat(0, 256), "test": chat(1, 8)},
         "Anthropic/hh-rlhf": {"train": pairs(0, 64), "test": pairs(1, 8)},
         "zwhe99/DeepMath-103K": {"train": [{"question": ask, "final_answer": answer} for ask, answer in sums(0, 64)]},
         "hicai-zju/SciKnowEval": {"test": [chosen(*each) for each in sums(0, 64)]},
@@ -159,6 +153,7 @@ def data_sets() -> dict[str, dict[str, list[dict[str, Any]]]]:
 
 
 def write_data(work: Path) -> None:
+    shutil.rmtree(work / "cache", ignore_errors=True)  # `datasets` would not see that a file has changed
     for name, splits in data_sets().items():
         folder = work / name
         folder.mkdir(parents=True, exist_ok=True)
@@ -236,7 +231,8 @@ def run(name: str, recipe: Recipe, work: Path, steps: int, more: list[str]) -> R
     }
     arguments = [f"{key}={value}" for key, value in common.items() if key not in recipe.unnamed]
     command = [sys.executable, "-m", f"tinker_cookbook.recipes.{recipe.module}", *arguments, *recipe.args]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TINKER_TELEMETRY": "0"}
+    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TINKER_TELEMETRY": "0"}
+    environment = {**os.environ, **offline, "HF_DATASETS_CACHE": str(work / "cache")}
     began, status = time.monotonic(), 0
     with log.with_suffix(".log").open("wb") as out:
         for most in (steps // 2, steps) if recipe.resumes else (steps,):

@@ -15,7 +15,7 @@ from service.store.session import Store
 POLL_S = 2.0  # the delay of an answer whose signal was lost
 
 
-class _Waiter:
+class Waiter:
     """A caller who waits for some operations of a session."""
 
     def __init__(self, ids: Collection[str]) -> None:
@@ -28,12 +28,16 @@ class Answers:
 
     def __init__(self, signals: Signals, store: Store) -> None:
         self._signals, self._store = signals, store
-        self._waiters: dict[str, set[_Waiter]] = {}  # by session
+        self._waiters: dict[str, set[Waiter]] = {}  # by session
 
     async def wait(self, job_id: str, ids: Collection[str], timeout_s: float) -> dict[str, Outcome]:
         """What came of these operations, by id, as soon as none of them waits any more, or after `timeout_s`. Those that still
         wait, or are gone, are left out."""
-        waiter, mine = _Waiter(ids), self._waiters.get(job_id)
+        return (await self.watch(job_id, ids, timeout_s)).found
+
+    async def watch(self, job_id: str, ids: Collection[str], timeout_s: float) -> Waiter:
+        """The same; unless it is `over`, some of them were seen to wait until the end."""
+        waiter, mine = Waiter(ids), self._waiters.get(job_id)
         if mine is None:
             mine = self._waiters[job_id] = set()
             asyncio.create_task(self._look(job_id, mine), name=f"answers-{job_id}")  # noqa: RUF006  it ends with its waiters
@@ -42,11 +46,11 @@ class Answers:
             with suppress(TimeoutError):
                 async with asyncio.timeout(timeout_s):
                     await waiter.over.wait()
-            return waiter.found
+            return waiter
         finally:
             mine.discard(waiter)
 
-    async def _look(self, job_id: str, mine: set[_Waiter]) -> None:
+    async def _look(self, job_id: str, mine: set[Waiter]) -> None:
         """Read what is answered at each signal, as long as somebody waits."""
         try:
             with self._signals.watch(job_id) as bell:

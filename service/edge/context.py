@@ -11,7 +11,7 @@ from service.edge.answers import Answers
 from service.edge.keyring import Keyring
 from service.edge.limits import OpenAnswers
 from service.edge.rate import Limiter
-from service.edge.remembered import Remembered
+from service.edge.remembered import Recent, Remembered
 from service.edge.shares import Shares, Turns
 from service.edge.tails import Tails
 from service.relay.queue import RequestQueue
@@ -24,6 +24,8 @@ CHECKS = {"per_key": 1, "in_all": 2}  # specs and datasets: seconds of Python, a
 VIEWS = {"per_key": 1, "in_all": 4}  # jobs with their specs: a spec of 16 MiB takes a second
 PREVIEWS = {"per_key": 1, "in_all": 2}  # each starts a process that imports the graders
 CONVERSIONS = {"per_key": 2, "in_all": 4}  # loss requests: each may briefly take ten times its size in memory
+POLLED_FOR_S = 5.0  # a request that still waited so shortly ago, by (project, request): the session and the operation
+STANDS_FOR_S = 5.0  # so old may be what pollers are told of why their session waits
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,8 @@ class Context:
     stopping: Event = field(default_factory=Event)  # set when the server is told to stop: streams and long polls end
     keyring: Keyring = field(default_factory=Keyring)
     ledger: Remembered[Whole] = field(default_factory=Remembered)
+    polled: Recent[tuple[str, str], tuple[str, str]] = field(default_factory=lambda: Recent(10_000, POLLED_FOR_S))
+    standings: Recent[str, tuple[str, str | None]] = field(default_factory=lambda: Recent(1_000, STANDS_FOR_S))
     checks: Turns = field(default_factory=lambda: Turns(**CHECKS))
     views: Turns = field(default_factory=lambda: Turns(**VIEWS))
     previews: Turns = field(default_factory=lambda: Turns(**PREVIEWS))

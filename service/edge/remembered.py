@@ -1,11 +1,14 @@
-"""A cache for one costly result. It keeps the result so long that computing takes a bounded part of the time."""
+"""Small caches: for one costly result, which is kept so long that computing takes a bounded part of the time; and for what was
+seen a moment ago."""
 
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
 from threading import Lock
 from time import monotonic
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
+K = TypeVar("K", bound=Hashable)
 
 TIMES_ITS_COST = 20.0
 
@@ -27,3 +30,21 @@ class Remembered(Generic[T]):
                 now = self._clock()
                 self._until = now + TIMES_ITS_COST * (now - started)
             return self._kept[0]
+
+
+class Recent(Generic[K, T]):
+    """The newest `most` entries, each for `for_s` seconds. For one thread."""
+
+    def __init__(self, most: int, for_s: float, clock: Callable[[], float] = monotonic) -> None:
+        self._most, self._for_s, self._clock = most, for_s, clock
+        self._kept: OrderedDict[K, tuple[float, T]] = OrderedDict()
+
+    def put(self, key: K, value: T) -> None:
+        self._kept.pop(key, None)
+        self._kept[key] = (self._clock() + self._for_s, value)
+        if len(self._kept) > self._most:
+            self._kept.popitem(last=False)
+
+    def get(self, key: K) -> T | None:
+        until, value = self._kept.get(key, (0.0, None))
+        return value if self._clock() < until else None

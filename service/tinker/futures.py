@@ -69,17 +69,21 @@ async def retrieve_future(
 ) -> Response:
     """200 with the result, or with {error, category}; 408 if it is not there within HOLD_S; 410 for a sample that is lost."""
     ticket = Ticket.parse(parse(RetrieveFuture, document.data).request_id)
+    key = (caller.project, str(ticket))
     try:
-        found = await run_in_threadpool(_look, context, caller, ticket)
+        polled = context.polled.get(key)  # so that of a thousand polls that are repeated none reads the store
+        found = Waiting(*polled) if polled else await run_in_threadpool(_look, context, caller, ticket)
         if isinstance(found, Waiting) and not context.stopping.is_set():
             async with share.resting():
-                done = (await context.answers.wait(found.job_id, [found.operation_id], HOLD_S)).get(found.operation_id)
+                waiter = await context.answers.watch(found.job_id, [found.operation_id], HOLD_S)
+            done = waiter.found.get(found.operation_id)
             if done is not None and _is_alone(done) and len(done.answer or b"") <= TINY_BYTES:
                 found = _look(context, caller, ticket, done)
-            else:
+            elif waiter.over.is_set():
                 found = await run_in_threadpool(_look, context, caller, ticket, done)
         if isinstance(found, Waiting):
-            state, reason = await run_in_threadpool(_standing, context, found.job_id)
+            context.polled.put(key, (found.job_id, found.operation_id))
+            state, reason = await _standing(context, found.job_id)
             return JSONResponse({"queue_state": state, "queue_state_reason": reason}, 408)
     except Gone as error:
         return problem(request, error, status=410)
@@ -161,8 +165,16 @@ def _operation(session: Session, caller: Caller, ticket: Ticket) -> Operation:
     return row
 
 
-def _standing(context: Context, job_id: str) -> tuple[str, str | None]:
+async def _standing(context: Context, job_id: str) -> tuple[str, str | None]:
     """What the client shows while it waits: a word of the wire, and why."""
+    standing = context.standings.get(job_id)
+    if standing is None:
+        standing = await run_in_threadpool(_stands, context, job_id)
+        context.standings.put(job_id, standing)
+    return standing
+
+
+def _stands(context: Context, job_id: str) -> tuple[str, str | None]:
     with context.store.begin(readonly=True) as session:
         job = jobs.find(session, job_id, light=True)
     if job is None or job.status in HELD:

@@ -8,6 +8,7 @@ from datetime import timedelta
 import httpx
 import pytest
 
+from service.edge.remembered import Recent
 from service.sessions.codec import unpack
 from service.store import clock, operations
 from service.tinker import futures, log, sampling
@@ -110,6 +111,21 @@ def test_not_yet_is_408_with_a_reason_and_the_poll_is_held(served, wire, monkeyp
     answer = wire.post("retrieve_future", request_id=waiting, allow_metadata_only=True)
     assert answer.status_code == 408 and time.monotonic() - began >= 0.3
     assert answer.json()["queue_state"] in ("active", "paused_capacity")
+    wire.forward_backward(model_id, [5], seq_id=1)
+    assert wire.done(waiting).metrics["loss:sum"]
+
+
+def test_a_poll_that_is_repeated_is_known_and_still_sees_the_end(served, wire, monkeypatch):
+    """A thousand samples that are waited for are polled a thousand times in half a minute."""
+    monkeypatch.setattr(futures, "HOLD_S", 0.2)
+    monkeypatch.setattr(Recent, "get", lambda self, key: self._kept.get(key, (0.0, None))[1])  # however slow the machine
+    model_id, looks, look = wire.model(), [], futures._look
+    monkeypatch.setattr(futures, "_look", lambda *given: looks.append(given[2]) or look(*given))
+    waiting = wire.forward_backward(model_id, [5], seq_id=2)  # seq 1 has not come
+    for _ in range(3):
+        assert wire.post("retrieve_future", request_id=waiting).status_code == 408
+    assert len(looks) == 1
+    assert served.client().post("retrieve_future", request_id=waiting).status_code == 404
     wire.forward_backward(model_id, [5], seq_id=1)
     assert wire.done(waiting).metrics["loss:sum"]
 
