@@ -349,6 +349,13 @@ def test_a_job_and_a_loop_of_ones_own_as_in_the_readme(place: Place) -> None:
     assert run(loss, place)["answer"]["data"][0]["status"] == "ok"
 
 
+@pytest.mark.usefixtures("_in_a_fresh_folder")
+def test_the_programs_of_the_first_hour(place: Place) -> None:
+    loop, chat = python("docs/first-hour.md", "my first loop", "OpenAI(")
+    assert "reward/mean" in run(loop, place)["metrics"]
+    run(chat, place)
+
+
 def test_the_loss_as_one_function(place: Place) -> None:
     for page in ("README.md", "examples/loss_client/README.md"):
         (block,) = python(page, "ratchet_loss(")
