@@ -252,7 +252,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="a folder with a model; without it a small one is made")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--only-prepare", action="store_true")
-    given = parser.parse_args()
+    given = parser.parse_intermixed_args()
     work = given.work.absolute()
     work.mkdir(parents=True, exist_ok=True)
     write_data(work)
