@@ -130,6 +130,11 @@ class Keeper:
         with self._changing:
             return list(self._holds)
 
+    def progress(self) -> None:
+        """The main thread is at work for one of those that it holds, and the others wait for their turn."""
+        for hold in self.held():
+            hold.progress_at = monotonic()
+
     def _run(self) -> None:
         while not self._closed:
             try:

@@ -12,7 +12,7 @@ from service import tracing
 from service.jobs import lease as leases
 from service.jobs.lease import Answered, CheckpointRow
 from service.spec.work import WorkLimits
-from service.states import Phase, Status
+from service.states import Phase, Status, Wish
 from service.store.checkpoints import Purpose
 from service.store.operations import Logged
 from service.store.tables import Job
@@ -64,6 +64,12 @@ class SessionTenure(Tenure):
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.forget_traces(list(self._operations))
         super().__exit__(kind, error, trace)
+
+    def check(self, phase: Phase | None = None) -> Wish | None:
+        """As of every tenure; and progress of all guests, for one thread works for all of them in turn."""
+        wish = super().check(phase)
+        self._keeper.progress()
+        return wish
 
     @contextmanager
     def working(self) -> Iterator[None]:

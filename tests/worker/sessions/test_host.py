@@ -19,7 +19,9 @@ from service.validation import parse
 from workers.policy.base import Base
 from workers.sessions.host import Host
 from workers.sessions.session import Session
+from workers.sessions.training import TRAINING
 from workers.sessions.turns import FairTurns, Turns
+from workers.tenure.keeper import Keeper
 
 SQLITE = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 SAMPLE = {"kind": "sample", "prompts": [[5, 6, 7]], "num_samples": 2, "seed": 3, "sampling": {"max_tokens": 6}}
@@ -133,6 +135,28 @@ def test_an_idle_session_comes_back_unharmed(rig: Any) -> None:
     rig.send(quiet, *loop(3))
     rig.work()
     assert same(rig.weights(evicted), rig.weights(quiet))
+
+
+@SQLITE
+def test_work_for_one_is_progress_of_all(rig: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is computed, or done again, for an hour does not make another look as if the process hung."""
+    busy, resting = rig.session(), rig.session()
+    rig.send(resting, *loop(1))
+    rig.send(busy, *loop(1), train_step())
+    plain, long_ago, ages = TRAINING["train_step"], -1e6, list[float]()
+
+    def hours(*arguments: Any) -> Any:
+        holds = rig.keeper.held()
+        for hold in holds:
+            hold.progress_at = monotonic() + long_ago
+        done = plain(*arguments)
+        ages.extend(monotonic() - hold.progress_at for hold in holds)
+        return done
+
+    monkeypatch.setitem(TRAINING, "train_step", hours)
+    monkeypatch.setattr(Keeper, "tick", lambda self, *, renew=False: None)  # it would end this process
+    rig.work()
+    assert len(ages) == 2 and max(ages) < 1000, ages
 
 
 Hub = tuple[list[str | None], list[str]]
