@@ -46,6 +46,13 @@ def _no_settings_from_outside() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True)
+def _mkl_as_it_was() -> None:
+    """A base with several threads sets this variable, and MKL reads it once a process: one that a later test starts would
+    compute other bits than this one."""
+    os.environ.pop("MKL_CBWR", None)
+
+
 def _absent(what: str, error: Exception) -> None:
     message = f"{what} cannot be reached: {error}"
     if os.environ.get("CI"):
