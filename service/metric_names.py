@@ -27,6 +27,7 @@ POLICY_KL_K3, REF_KL_K3 = "policy/approx_kl_k3", "kl/ref_k3"
 NOISE_LOG_RATIO, NOISE_POOLED = "policy/noise_log_ratio", "policy/noise_pooled_log_ratio"
 RESCORE_DIFFERENCE = "rollout/rescore_difference"
 OVERLONG_SKIPPED, OVERLONG_TRUNCATED = "data/overlong_skipped", "data/overlong_truncated"
+DISAGREEMENT = "rollout/approx_kl_k3"
 STALENESS, WAITED_S = "rollout/staleness", "perf/waited_s"
 TOKENS_SAMPLED, TOKENS_TRAINED, STEP_S = "tokens/sampled", "tokens/trained", "perf/step_s"
 

@@ -9,12 +9,21 @@ from dataclasses import dataclass
 from math import isfinite
 from statistics import fmean
 
-from service.metric_names import CLIP_HIGH, CLIP_LOW, EVAL_GREEDY_REWARD_MEAN, EVAL_REWARD_MEAN, POLICY_KL_K3, REWARD_MEAN
+from service.metric_names import (
+    CLIP_HIGH,
+    CLIP_LOW,
+    DISAGREEMENT,
+    EVAL_GREEDY_REWARD_MEAN,
+    EVAL_REWARD_MEAN,
+    POLICY_KL_K3,
+    REWARD_MEAN,
+    STALENESS,
+)
 
 FLAT, GRADIENT, ENTROPY = "reward/zero_variance_fraction", "optimizer/grad_norm", "policy/entropy"
 LENGTH, TRUNCATED, ERRORS = "completion/length_mean", "completion/truncated_fraction", "reward/error_rate"
 LEAST_RATIO, MOST_RATIO, SKIPPED = "policy/ratio_min", "policy/ratio_max", "optimizer/skipped"
-DISAGREEMENT, SPREAD = "rollout/approx_kl_k3", "reward/std"
+SPREAD = "reward/std"
 
 Values = Mapping[str, float]
 
@@ -334,7 +343,9 @@ def _skipped(curves: Curves) -> Iterator[Advice]:
 
 
 def _disagreement(curves: Curves) -> Iterator[Advice]:
-    apart = curves.get(DISAGREEMENT)
+    apart, stale = curves.get(DISAGREEMENT), curves.get(STALENESS)
+    if stale is not None and len(stale) and stale.last > 0:  # the weights differ by a step, as the spec wants it
+        return
     if apart is not None and len(apart) and apart.last > 0.01:
         yield Advice(
             "sampler_disagrees",

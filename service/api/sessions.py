@@ -41,7 +41,7 @@ router = APIRouter(prefix="/v1/sessions", tags=["sessions"])
 
 JSON, TENSORS = "application/json", "application/vnd.safetensors"
 SMALL_BYTES = 2**16
-SUMMED_BYTES = 2**16  # of an answer: what a list looks into
+SUMMED_BYTES = 2**13  # of an answer: what a list looks into
 ONE = TypeAdapter(OperationBody)
 Found = Mapping[str, Outcome]  # by id
 Graders = Mapping[str, Sequence[Grader]]  # by pointer

@@ -18,7 +18,7 @@ from service.jobs.lifecycle import create_job
 from service.jobs.resolve import resolve
 from service.settings import Settings
 from service.spec.job import JobSpec
-from service.store import checkpoints, events, jobs
+from service.store import checkpoints, events, jobs, usage
 from service.store.session import Store
 from service.store.tables import Checkpoint, Job
 from service.validation import parse
@@ -115,7 +115,7 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_attempt_as_ever(
     plain = Tenure._seal
 
     def seal(self: Tenure, *args: Any, **kwargs: Any) -> Any:
-        if args[1].step == 8:
+        if args[1].step >= 8:
             raise error
         return plain(self, *args, **kwargs)
 
@@ -132,6 +132,30 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_attempt_as_ever(
     quiet = rig.submit(spec)
     rig.work()
     assert_same(rig.weights(job_id), rig.weights(quiet))
+
+
+def test_after_one_that_failed_the_newer_state_is_saved(
+    rig: Rig, spec: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, failed = Tenure._seal, list[int]()
+
+    def seal(self: Tenure, *args: Any, **kwargs: Any) -> Any:
+        if args[1].step == 4 and not failed:
+            failed.append(4)
+            raise OSError(5, "Input/output error")
+        return plain(self, *args, **kwargs)
+
+    monkeypatch.setattr(Tenure, "_seal", seal)
+    job_id = rig.submit(spec)
+    rig.work()
+    saved = rig.told(job_id, "checkpoint_saved")
+    assert failed == [4] and (rig.job(job_id).status, rig.job(job_id).attempt) == ("succeeded", 1)
+    assert 4 <= saved[0] <= 8 and saved[-1] == 10, saved
+    quiet = rig.submit(spec)
+    rig.work()
+    assert_same(rig.weights(job_id), rig.weights(quiet))
+    with rig.store.begin(readonly=True) as session:
+        assert usage.of_job(session, job_id).tokens == usage.of_job(session, quiet).tokens
 
 
 def test_the_loop_goes_on_while_a_checkpoint_is_written_and_the_next_one_waits(

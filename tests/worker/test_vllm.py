@@ -28,7 +28,7 @@ from service.spec.training import OptimizerSpec, VllmEngine
 from service.store import jobs, metrics, usage
 from service.validation import parse
 from workers import runner
-from workers.loops import managed, rl
+from workers.loops import ahead, managed, rl
 from workers.policy.base import Base
 from workers.policy.learner import Learner
 from workers.rollout import vllm_server
@@ -348,6 +348,28 @@ def test_a_server_that_goes_away_while_a_step_is_learnt_from_is_told_of_at_the_n
     job = world.take()
     assert (job.status, job.step, job.error["code"]) == ("paused", 1, "rollout_refused")
     assert job.checkpoint_id is not None
+
+
+def test_what_was_sampled_counts_though_the_next_step_cannot_be_sampled_ahead(
+    world: World, vllm: Vllm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, plain = list[int](), ahead.asked_of
+
+    def asked_of(attempt: Any, step: int) -> Any:
+        asked.append(step)
+        if asked.count(2) == 1 and step == 2:
+            raise JobFailed("prompt_too_long", "only this time")
+        return plain(attempt, step)
+
+    monkeypatch.setattr(ahead, "asked_of", asked_of)
+    job_id = world.submit(rollout=rollout(vllm, **AHEAD), objective=TO_THE_SAMPLER, data=reversing(eval_rows=0))
+    job = world.take()
+    assert (job.status, job.step, asked) == ("succeeded", 3, [1, 2, 2, 3]), job.error
+    assert dict(world.metrics(job_id)["rollout/staleness"]) == {1: 0.0, 2: 0.0, 3: 1.0}
+    with world.store.begin(readonly=True) as session:
+        assert usage.of_job(session, job_id).sampled_tokens == sum(
+            value or 0 for _, value in world.metrics(job_id)["tokens/sampled"]
+        )
 
 
 def test_to_be_a_step_ahead_needs_another_program_and_an_objective_that_knows(world: World, vllm: Vllm) -> None:

@@ -4,9 +4,11 @@ answers, with the weights from before that step.
 What was sampled ahead is in no checkpoint. A resumed job samples its first step anew, with the weights that it has.
 """
 
+import logging
 from dataclasses import dataclass, replace
 from time import perf_counter
 
+from service.errors import LeaseLost
 from service.jobs.data import prompt_indices
 from service.spec.job import RLSpec
 from workers.loops import rescore
@@ -15,6 +17,9 @@ from workers.loops.sampling import Asked, ask, draw_of
 from workers.rollout.engine import Completion
 from workers.rollout.vllm import VllmEngine
 from workers.rollout.vllm_server import Underway
+from workers.tenure.outcome import Interrupted
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -55,13 +60,26 @@ def rollout(attempt: Attempt, step: int) -> Rollout:
         completions = attempt.policy.answer(asked.requests)
         seconds = perf_counter() - since
         found = Rollout(asked, completions, 0, seconds, seconds)
-    spec, engine = attempt.spec, attempt.policy.engine
+    attempt.tenure.meter.sampled(sum(len(completion.tokens) for completion in completions))
+    spec = attempt.spec
     assert isinstance(spec, RLSpec)
     if spec.rollout.max_staleness and step < spec.limits.max_steps:
-        assert isinstance(engine, VllmEngine)
-        asked = asked_of(attempt, step + 1)
-        attempt.ahead = Ahead(step + 1, asked, engine, engine.begin(asked.requests))
+        attempt.ahead = _begun(attempt, step + 1)
     return found
+
+
+def _begun(attempt: Attempt, step: int) -> Ahead | None:
+    """None if that step cannot be sampled now; it will tell why when its turn comes."""
+    engine = attempt.policy.engine
+    assert isinstance(engine, VllmEngine)
+    try:
+        asked = asked_of(attempt, step)
+        return Ahead(step, asked, engine, engine.begin(asked.requests))
+    except (LeaseLost, Interrupted):
+        raise
+    except Exception:
+        log.warning("step %d of %s could not be sampled ahead", step, attempt.tenure.job.id, exc_info=True)
+        return None
 
 
 def asked_of(attempt: Attempt, step: int) -> Asked:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from service.metric_names import LOSS, POLICY_KL_K3, POLICY_LOSS, REF_KL_K3
+from service.metric_names import DISAGREEMENT, LOSS, POLICY_KL_K3, POLICY_LOSS, REF_KL_K3, STALENESS
 from workers.loops.progress import Progress
 from workers.tenure.tenure import EventRow
 
@@ -27,7 +27,7 @@ BOUNDS: dict[str, Bound] = {
     REF_KL_K3: Bound(
         10.0, "the policy is far from the reference; raise objective.kl.coef, or lower optimizer.learning_rate", FAR
     ),
-    "rollout/approx_kl_k3": Bound(
+    DISAGREEMENT: Bound(
         1.0, "sampler and trainer disagree about the same weights; use model.dtype: float32, or report the model's family"
     ),
     POLICY_LOSS: Bound(
@@ -45,6 +45,8 @@ BOUNDS: dict[str, Bound] = {
 def implausible(progress: Progress, metrics: Mapping[str, float]) -> list[EventRow]:
     """A warning for each metric that is implausible now and was not at the step before."""
     now = {name for name, bound in BOUNDS.items() if abs(metrics.get(name, 0.0)) > bound.most}
+    if metrics.get(STALENESS):  # the sampler's weights are others, as the spec wants it
+        now.discard(DISAGREEMENT)
     fresh = [name for name in BOUNDS if name in now and name not in progress.implausible]
     progress.implausible = sorted(now)
     return [

@@ -86,7 +86,8 @@ def _is_to_be_saved(attempt: Attempt, *, evaluated: bool) -> bool:
 
 def _interrupted(attempt: Attempt) -> Outcome | None:
     """The outcome if the job must stop here, because of a wish of its owner or worker or a spent budget; else None."""
-    attempt.tenure.finish_saving(if_done=True)  # a failure ends the attempt, now and not at its next checkpoint
+    if attempt.tenure.could_not_save:
+        _save(attempt)  # now, and not at the next checkpoint: if this one fails, too, the attempt ends
     wish = attempt.tenure.check()
     if wish is None and not attempt.tenure.budget_spent:
         return None

@@ -78,7 +78,9 @@ class Asked:
 def sample_and_grade(attempt: Attempt, rows: Sequence[dict[str, Any]], numbers: Sequence[int], draw: Draw) -> list[Group]:
     """One group per row. `numbers` are the rows' places in their source, for error messages."""
     asked = ask(attempt, rows, numbers, draw, done=attempt.progress.step)
-    return grade(attempt, asked, attempt.policy.answer(asked.requests))
+    completions = attempt.policy.answer(asked.requests)
+    attempt.tenure.meter.sampled(sum(len(completion.tokens) for completion in completions))
+    return grade(attempt, asked, completions)
 
 
 def ask(attempt: Attempt, rows: Sequence[dict[str, Any]], numbers: Sequence[int], draw: Draw, *, done: int) -> Asked:
@@ -102,7 +104,6 @@ def ask(attempt: Attempt, rows: Sequence[dict[str, Any]], numbers: Sequence[int]
 def grade(attempt: Attempt, asked: Asked, completions: list[Completion]) -> list[Group]:
     """The groups of these completions, which answer the requests in their order."""
     size, answers = asked.group_size, grouped(completions, asked.group_size)
-    attempt.tenure.meter.sampled(sum(len(completion.tokens) for completion in completions))
     attempt.tenure.check(Phase.GRADING)
     assert attempt.rewards is not None and attempt.spec.reward is not None
     samples = [

@@ -97,7 +97,7 @@ class Session:
         self._saving: tuple[Saving, Place] | None = None  # what is copied and not durable yet, and where that stood
         self._evaluation: Evaluation | None = None  # of the next operation, whose answers are being graded
         self._suspect = tenure.job.crashes > 0  # an operation may have killed its worker
-        self._began = 0.0  # when the work on the operation of now began
+        self._began: float | None = None  # when the work on the operation of now began; None: it is given up without any
         self._loads, self._trainer = 0, None
 
     # ---------------------------------------------------------------- loading, and doing again

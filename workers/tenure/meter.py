@@ -36,3 +36,10 @@ class Meter:
         self._seconds.clear()
         self._sampled = self._trained = 0
         return spent
+
+    def give_back(self, spent: Spent) -> None:
+        """What was taken could not be written: the next `take` has it again."""
+        self._sampled += spent.sampled_tokens
+        self._trained += spent.trained_tokens
+        for phase, seconds in spent.phase_s.items():
+            self._seconds[phase] += seconds

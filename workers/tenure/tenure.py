@@ -63,7 +63,7 @@ class Tenure:
         self.broken = set[str]()  # checkpoints of the job that were found to be broken
         self._keeper, self._tail = keeper, LogTail(keeper.settings)
         self._hold = Hold(lease, stall_timeout_s=stall_timeout_s, tail=self._tail)
-        self._saving: Future[None] | None = None  # the checkpoint that is copied and not visible yet
+        self._saving: tuple[Future[None], Spent] | None = None  # the checkpoint that is copied and not visible yet
         self._since_copy = NOTHING  # committed since: that checkpoint does not cover it
         self._committing = Lock()  # steps and checkpoints, which tell the ledger what is covered
 
@@ -73,9 +73,9 @@ class Tenure:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._keeper.let_go(self._hold)
         if self._saving is not None:  # the lease is lost: what is written now, no row will name
-            wait([self._saving])
+            wait([self._saving[0]])  # if it takes long, the keeper ends the process
+        self._keeper.let_go(self._hold)
         self._tail.__exit__(kind, error, trace)
         self._trace.end(None if kind is None else kind.__name__)
         self._tell_followers()
@@ -152,32 +152,40 @@ class Tenure:
 
         A second call at the same step does nothing, unless it is the final one. `behind`: return when the content is
         copied; a thread does the rest. There is one at a time, so that they become visible in order: a second call first waits
-        for the one before, and raises what that failed with.
+        for the one before. If that failed, this one stands in for it, and raises what it fails with.
         """
-        self.finish_saving()
+        try:
+            self.finish_saving()
+        except LeaseLost:
+            raise
+        except Exception:
+            log.warning("job %s: the checkpoint before could not be saved; saving what is newer", self.job.id, exc_info=True)
+            behind = False
         if self.saved_at == contents.step and not final:
             return
         self.check(Phase.SAVING)
         folder = self._filled(contents)
         spent, self._since_copy = self.meter.take(), NOTHING
         self.saved_at = contents.step
-        self._saving = WRITERS.submit(self._finish, folder, contents, keep, best, spent, final=final)
+        self._saving = WRITERS.submit(self._finish, folder, contents, keep, best, spent, final=final), spent
         if not behind:
             self.finish_saving()
 
-    def finish_saving(self, *, if_done: bool = False) -> None:
-        """Wait for the checkpoint that is being written, if there is one, and raise what it failed with.
+    @property
+    def could_not_save(self) -> bool:
+        """Whether the checkpoint that was being written has failed."""
+        return self._saving is not None and self._saving[0].done() and self._saving[0].exception() is not None
 
-        `if_done`: do not wait.
-        """
-        if self._saving is None or (if_done and not self._saving.done()):
+    def finish_saving(self) -> None:
+        """Wait for the checkpoint that is being written, if there is one, and raise what it failed with."""
+        if self._saving is None:
             return
-        if not if_done:
-            self.check(Phase.SAVING)
-        saving, self._saving = self._saving, None
+        self.check(Phase.SAVING)
+        (saving, spent), self._saving = self._saving, None
         try:
             saving.result()
         except BaseException:
+            self.meter.give_back(spent)
             self.saved_at = None
             self.blame(Phase.SAVING)
             raise
@@ -198,7 +206,10 @@ class Tenure:
             after = self._since_copy
             self._hold.patiently(lambda: leases.commit_checkpoint(self.store, self.lease, row, spent=spent, after=after))
         for path in self._hold.patiently(lambda: leases.retain(self.store, self.lease, keep, best, self.broken)):
-            self.store.blobs.delete(path)
+            try:
+                self.store.blobs.delete(path)
+            except Exception:  # the checkpoint is there; what no row names, a sweep deletes
+                log.warning("job %s: %s could not be deleted", self.job.id, path, exc_info=True)
         log.info("job %s: checkpoint %s at step %d", self.job.id, row.id, row.step)
         self._tell_followers()
 
@@ -240,7 +251,7 @@ class Tenure:
 
     def settle(self, outcome: Outcome) -> None:
         """Record how the attempt ended. The lease is then released. Raises what a checkpoint that is being written fails with,
-        unless the attempt has failed already."""
+        unless the attempt has failed or was cancelled."""
         if isinstance(outcome, Failed):
             self._describe(outcome)
             self._trace.end(outcome.failure.code)
@@ -249,9 +260,9 @@ class Tenure:
         except LeaseLost:
             raise
         except Exception:
-            if not isinstance(outcome, Failed):
+            if not isinstance(outcome, Failed | Cancelled):
                 raise
-            log.warning("job %s: a checkpoint before the failure could not be saved", self.job.id, exc_info=True)
+            log.warning("job %s: a checkpoint before its end could not be saved", self.job.id, exc_info=True)
         end = self._ending(outcome)
         self._end(lambda spent: end(self.store, self.lease, spent=spent))
         if isinstance(outcome, Drained):

@@ -25,11 +25,11 @@ export function open(job) {
       page = await get(`/v1/sessions/${id}/operations`, {order: "newest_first", before: page?.last_id, limit: LIMIT}, signal);
       rows.push(...page.data);
     } while (page.has_more && rows.length < shown);
+    more.hidden = !page.has_more;
+    replace(line, `${count(page.waiting)} waiting · next seq ${page.next_seq}`);
     const now = JSON.stringify(rows);
     if (now === drawn) return; // what is read or marked stays as it is
     drawn = now;
-    more.hidden = !page.has_more;
-    replace(line, `${count(page.waiting)} waiting · next seq ${page.next_seq}`);
     if (!rows.length) return replace(place, empty("Nothing was asked of it yet.", `ratchet operations ${id}`));
     const at = place.firstChild?.scrollLeft ?? 0;
     replace(place, table("Operations", ["seq", "operation", "state", "sent", "started", "finished", "took", "attempt", "came of it"], rows.map(line_of)));

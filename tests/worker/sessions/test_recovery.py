@@ -122,6 +122,7 @@ def test_a_checkpoint_that_kills_its_worker_fails_and_not_the_session(rig: Any, 
     rig.send(job, *saves_in_the_middle())
     assert run_killed("held/after_answer:9", "while_saving:1", "none") == [KILLED, KILLED, 0]
     assert rig.error(job, 8)["code"] == "operation_lost"
+    assert rig.operation(job, 8).started_at is None  # nobody works on one that is given up
     assert [rig.operation(job, seq).status for seq in (7, 9, 10, 11)] == ["done"] * 4
     assert (rig.job(job).status, rig.job(job).step) == ("paused", 3)
 
