@@ -9,7 +9,9 @@
 
 The packages are not changed. The recipes name models and data sets of the hub, and the libraries prefer folders of those names
 (`Qwen/Qwen3-8B`, `openai/gsm8k`), so WORK gets some: the model is a small one made here, or the one given, and the rows are
-sums of two numbers. Ratchet must see the same models, so start it in WORK (or give it RATCHET_MODELS_DIR=WORK).
+sums of two numbers. WORK is a new folder, an empty one, or one that this script made (its file `.ratchet-cookbook` says so):
+any other is refused, for files in it could be lost. Ratchet must see the same models, so start it in WORK (or give it
+RATCHET_MODELS_DIR=WORK).
 """
 
 import argparse
@@ -29,6 +31,7 @@ CHAT, PLAIN = "Qwen/Qwen3-8B", "Qwen/Qwen3.5-9B-Base"  # the names in the recipe
 ARITHMETIC = ["env=arithmetic", "loss_fn=importance_sampling", "group_size=8", "groups_per_batch=6", "learning_rate=3e-4"]
 STREAM = ["stream_minibatch_config.groups_per_batch=6", "stream_minibatch_config.num_minibatches=2"]
 LOOP = ("renderer_name", "behavior_if_log_dir_exists")
+MARK = ".ratchet-cookbook"  # in the folders that are this script's to write and to delete in
 KL, REWARD, NLL = "optim/kl_sample_train_v1", "env/all/reward/total", "train_mean_nll"
 
 
@@ -152,6 +155,27 @@ def data_sets() -> dict[str, dict[str, list[dict[str, Any]]]]:
     }
 
 
+def claim(work: Path) -> None:
+    """Make WORK this script's own. Exits if something of somebody else's is in it."""
+    if work.is_dir() and not (work / MARK).is_file() and any(each.name != ".ratchet" for each in work.iterdir()):
+        sys.exit(f"{work} is not empty, and this script did not make it: files in it could be lost. Name a new folder")
+    work.mkdir(parents=True, exist_ok=True)
+    (work / MARK).touch()
+
+
+def place_model(work: Path, name: str, seed: int, given: Path | None) -> None:
+    """Let WORK/NAME be a link to the given model, or to a small one that is made once."""
+    model = given.absolute() if given else work / "small" / name
+    if not given and not model.exists():
+        write_model(model, seed)
+    link = work / name
+    link.parent.mkdir(parents=True, exist_ok=True)
+    if link.exists() and not link.is_symlink():
+        sys.exit(f"{link} is not a link of this script's. Move it elsewhere, and give it with --model")
+    link.unlink(missing_ok=True)
+    link.symlink_to(model)
+
+
 def write_data(work: Path) -> None:
     shutil.rmtree(work / "cache", ignore_errors=True)  # `datasets` would not see that a file has changed
     for name, splits in data_sets().items():
@@ -253,23 +277,19 @@ def main() -> None:
     parser.add_argument("--steps", type=int)
     parser.add_argument("--only-prepare", action="store_true")
     given = parser.parse_intermixed_args()
-    work = given.work.absolute()
-    work.mkdir(parents=True, exist_ok=True)
-    write_data(work)
-    for seed, name in enumerate((CHAT, PLAIN)):
-        folder = work / name
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        if given.model is not None:
-            if folder.is_dir() and not folder.is_symlink():
-                shutil.rmtree(folder)
-            folder.unlink(missing_ok=True)
-            folder.symlink_to(given.model.absolute())
-        elif not folder.exists():
-            write_model(folder, seed)
-    if given.only_prepare:
-        return
     more = [each for each in given.which if "=" in each]
     names = [each for each in given.which if "=" not in each] or list(RECIPES)
+    if unknown := [name for name in names if name not in RECIPES]:
+        parser.error(f"no recipe {', '.join(unknown)}. There are: {', '.join(RECIPES)}")
+    if given.model is not None and not given.model.is_dir():
+        parser.error(f"--model {given.model} is not a folder")
+    work = given.work.absolute()
+    claim(work)
+    write_data(work)
+    for seed, name in enumerate((CHAT, PLAIN)):
+        place_model(work, name, seed, given.model)
+    if given.only_prepare:
+        return
     failed = False
     for name in names:
         recipe = RECIPES[name]

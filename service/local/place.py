@@ -8,12 +8,14 @@ from base64 import urlsafe_b64encode
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from time import sleep
 
 from service.errors import RatchetError
 from service.settings import Settings
 from service.spec.addresses import literal
 
 LOCK = "lock"  # in the data directory: the process that runs from there holds it, and its number is in it
+LOCK_TRIES = 5
 
 
 class CannotStart(RatchetError):
@@ -33,18 +35,26 @@ def locked(data_dir: Path) -> Iterator[None]:
             f"cannot use {data_dir} as the data directory: {error.strerror}. Name another with --data-dir"
         ) from None
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not _took(file.fileno()):
             file.seek(0)
             raise CannotStart(
                 f"another `ratchet up` (process {file.read().strip() or 'unknown'}) runs from {data_dir}. "
                 "Stop it first, or name another directory with --data-dir"
-            ) from None
+            )
         file.truncate(0)
         file.write(f"{os.getpid()}\n")
         file.flush()
         yield
+
+
+def _took(file: int) -> bool:
+    """Take the lock, over a moment: a `ratchet down` that looks whether it is free holds it for an instant."""
+    for _ in range(LOCK_TRIES):
+        with suppress(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        sleep(0.05)
+    return False
 
 
 @contextmanager

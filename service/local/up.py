@@ -128,16 +128,20 @@ def _look(api: Api, children: list[Child]) -> None:
 
 
 class Stop:
-    """Whether a signal asked us to stop, and whether a second one asked us to hurry.
+    """Whether a signal asked us to stop, and whether a second Ctrl-C asked us to hurry.
 
+    No other signal hurries, however often it comes: `ratchet down` sends SIGTERM and a closed terminal SIGHUP, and both promise
+    that the running job is saved.
     It uses plain attributes, because the code that a signal interrupts may hold any lock, even that of an Event.
     """
 
     def __init__(self) -> None:
-        self.asked = self.hurry = False
+        self.asked = self.hurry = self._interrupted = False
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        self.hurry = self.asked
+        if number == signal.SIGINT:
+            self.hurry = self._interrupted
+            self._interrupted = True
         self.asked = True
 
 

@@ -21,8 +21,11 @@ import pytest
 from chaos.rig import Zygote
 from ratchet_client import Ratchet
 from ratchet_client.discovery import find
+from service.errors import NotFound
 from service.local import redis_server
-from service.local.place import CannotStart
+from service.local.down import down
+from service.local.place import CannotStart, locked
+from service.local.up import Stop
 from service.local.worker import is_alive
 
 RATCHET = [sys.executable, "-P", "-m", "service.cli"]
@@ -226,6 +229,65 @@ def test_down_stops_it_from_another_terminal(folder: Path, start: Callable[[Path
     assert_all_gone(family)
     again = cli("down", "--data-dir", str(up.data_dir))
     assert again.code == 1 and "no `ratchet up` runs from" in again.err
+
+
+@pytest.mark.parametrize("said", ["", "1\n", "4194304\n", "own"])
+def test_down_signals_nobody_who_does_not_hold_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str) -> None:
+    """Numbers of another machine: none yet, a process that is here, too, one that is not, this one."""
+    killed: list[tuple[int, int]] = []
+    monkeypatch.setattr(os, "kill", lambda *args: killed.append(args))
+    monkeypatch.setattr("service.local.down.LOOKS", 2)
+    with (tmp_path / "lock").open("w") as file:
+        file.write(f"{os.getpid()}\n" if said == "own" else said)
+        file.flush()
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(NotFound, match="on the machine or in the container"):
+            down(tmp_path, print)
+    assert not killed
+
+
+def test_down_waits_for_the_process_it_stopped_not_for_the_next_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, holder = (tmp_path / "lock").open("w+"), os.getpid() + 1
+    fcntl.flock(file, fcntl.LOCK_EX)
+    fd = tmp_path / "proc" / str(holder) / "fd"
+    fd.mkdir(parents=True)
+    (tmp_path / "proc" / "self").mkdir()
+    (fd / "3").symlink_to(tmp_path / "lock")
+    looks: list[float] = []
+
+    def look(seconds: float) -> None:  # the lock is never seen free: its number comes late, and the next `up` takes it at once
+        looks.append(seconds)
+        file.seek(0)
+        file.write(f"{holder if len(looks) == 1 else 1:<8}\n")
+        file.flush()
+        if len(looks) == 3:
+            (fd / "3").unlink()
+
+    killed: list[tuple[int, int]] = []
+    monkeypatch.setattr("service.local.down.PROC", tmp_path / "proc")
+    monkeypatch.setattr("service.local.down.sleep", look)
+    monkeypatch.setattr(os, "kill", lambda *args: killed.append(args))
+    with file:
+        down(tmp_path, print)
+    assert killed == [(holder, signal.SIGTERM)] and len(looks) == 3
+
+
+def test_up_starts_while_down_looks_whether_the_lock_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with (tmp_path / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        monkeypatch.setattr("service.local.place.sleep", lambda seconds: fcntl.flock(file, fcntl.LOCK_UN))
+        with locked(tmp_path):
+            assert (tmp_path / "lock").read_text() == f"{os.getpid()}\n"
+
+
+def test_only_a_second_ctrl_c_hurries() -> None:
+    stop = Stop()
+    for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+        stop(number, None)
+        assert stop.asked and not stop.hurry
+    stop(signal.SIGINT, None)
+    stop(signal.SIGTERM, None)
+    assert stop.hurry
 
 
 def test_a_killed_up_leaves_nothing_and_the_next_one_goes_on(
