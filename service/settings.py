@@ -87,7 +87,10 @@ class Settings(BaseSettings):
     lease_self_stop_s: Annotated[float, Field(gt=0, description="a worker that could not renew for this long stops")] = 45.0
     reconcile_every_s: Annotated[float, Field(gt=0, description="how often the reconciler looks")] = 10.0
     ring_again_s: Annotated[float, Field(gt=0, description="a queued job is rung again after this long")] = 30.0
-    drain_grace_s: Annotated[float, Field(ge=0, description="a stopping worker has this long to finish a checkpoint that is under way and to save its job")] = 60.0
+    drain_grace_s: Annotated[
+        float,
+        Field(ge=0, description="a stopping worker has this long to finish a checkpoint that is under way and to save its job"),
+    ] = 60.0
 
     max_waiting_operations: Annotated[
         int, Field(ge=1, description="operations that may wait in one session or sampler; beyond that new ones get 429")

@@ -9,6 +9,7 @@ import os
 import random
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -239,8 +240,8 @@ def wait_until(ready: Callable[[], bool], stack: subprocess.Popen[bytes], log: P
 
 def leave(stack: subprocess.Popen[bytes]) -> None:
     """Stop the stack in order. A second Ctrl-C is passed on and stops it at once. If it is killed, its children die with it."""
-    for _ in range(2):
-        stack.terminate()
+    for asked in (signal.SIGTERM, signal.SIGINT):
+        stack.send_signal(asked)
         try:
             stack.wait(LEAVE_WITHIN_S)
             return

@@ -128,7 +128,7 @@ def _look(api: Api, children: list[Child]) -> None:
 
 
 class Stop:
-    """Whether a signal asked us to stop, and whether a second Ctrl-C asked us to hurry.
+    """Whether a signal asked us to stop, and whether Ctrl-C asked us after that to hurry.
 
     No other signal hurries, however often it comes: `ratchet down` sends SIGTERM and a closed terminal SIGHUP, and both promise
     that the running job is saved.
@@ -136,12 +136,11 @@ class Stop:
     """
 
     def __init__(self) -> None:
-        self.asked = self.hurry = self._interrupted = False
+        self.asked = self.hurry = False
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT:
-            self.hurry = self._interrupted
-            self._interrupted = True
+            self.hurry = self.asked
         self.asked = True
 
 

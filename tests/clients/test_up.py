@@ -280,9 +280,12 @@ def test_up_starts_while_down_looks_whether_the_lock_is_free(tmp_path: Path, mon
             assert (tmp_path / "lock").read_text() == f"{os.getpid()}\n"
 
 
-def test_only_a_second_ctrl_c_hurries() -> None:
+@pytest.mark.parametrize(
+    "asked", [[signal.SIGHUP, signal.SIGTERM, signal.SIGTERM, signal.SIGHUP], [signal.SIGINT, signal.SIGTERM]]
+)
+def test_only_ctrl_c_hurries_and_only_once_a_stop_was_asked_for(asked: list[int]) -> None:
     stop = Stop()
-    for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+    for number in asked:
         stop(number, None)
         assert stop.asked and not stop.hurry
     stop(signal.SIGINT, None)
