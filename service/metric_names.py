@@ -201,7 +201,7 @@ SECTIONS: Mapping[str, tuple[Metric, ...]] = MappingProxyType(
             Metric(TOKENS_TRAINED, "tokens", "answer tokens that were learned from, once for each epoch", "neither", STEPS),
             Metric("perf/sample_tokens_per_s", "tokens/s", "sampled tokens a second, grading included", "up", RL),
             Metric("perf/update_tokens_per_s", "tokens/s", "trained tokens a second, scoring included", "up", JOBS),
-            Metric(WAITED_S, "s", "waiting for answers that were sampled ahead (rollout.max_staleness: 1)", "down", RL),
+            Metric(WAITED_S, "s", "how long a step waited for its answers (rollout.max_staleness: 1)", "down", RL),
             Metric(STEP_S, "s", "a training step, without evaluation and saving", "down", JOBS),
         ),
     }

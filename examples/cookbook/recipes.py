@@ -131,23 +131,25 @@ def data_sets() -> dict[str, dict[str, list[dict[str, Any]]]]:
     """Rows by data set and split, in the form that its owner gives them."""
 
     def chat(seed: int, count: int) -> list[dict[str, Any]]:
-        talk = lambda ask, say: [{"role": "user", "content": ask}, {"role": "assistant", "content": say}]  # noqa: E731
-        return [{"messages": talk(ask, f"It is {answer}.")} for ask, answer in sums(seed, count)]
+        return [
+            {"messages": [{"role": "user", "content": ask}, {"role": "assistant", "content": f"It is {answer}."}]}
+            for ask, answer in sums(seed, count)
+        ]
 
     def pairs(seed: int, count: int) -> list[dict[str, Any]]:
-        said = lambda ask, say: f"\n\nHuman: {ask}\n\nAssistant: {say}"  # noqa: E731
-        return [
-            {"chosen": said(ask, answer), "rejected": said(ask, "I would rather not say.")} for ask, answer in sums(seed, count)
-        ]
+        asked = [(f"\n\nHuman: {ask}\n\nAssistant: ", answer) for ask, answer in sums(seed, count)]
+        return [{"chosen": ask + answer, "rejected": ask + "I would rather not say."} for ask, answer in asked]
 
     def chosen(ask: str, answer: str) -> dict[str, Any]:
         text = [answer, str(int(answer) + 1), str(int(answer) + 2), str(int(answer) + 10)]
         about = {"domain": "Chemistry", "details": {"level": "L3"}, "type": "mcq-4-choices", "answerKey": "A"}
         return {"question": ask, "choices": {"label": [*"ABCD"], "text": text}, **about}
 
-    maths = lambda seed: [{"question": ask, "answer": f"#### {answer}"} for ask, answer in sums(seed, 128)]  # noqa: E731
+    def solved(seed: int, count: int) -> list[dict[str, Any]]:
+        return [{"question": ask, "answer": f"#### {answer}"} for ask, answer in sums(seed, count)]
+
     return {
-        "openai/gsm8k": {"train": maths(0), "test": maths(1)[:8]},
+        "openai/gsm8k": {"train": solved(0, 128), "test": solved(1, 8)},
         "HuggingFaceH4/no_robots": {"train": chat(0, 256), "test": chat(1, 8)},
         "Anthropic/hh-rlhf": {"train": pairs(0, 64), "test": pairs(1, 8)},
         "zwhe99/DeepMath-103K": {"train": [{"question": ask, "final_answer": answer} for ask, answer in sums(0, 64)]},

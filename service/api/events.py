@@ -9,12 +9,13 @@ from typing import Annotated, Any, Literal, Self
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from fastapi.responses import JSONResponse
 from fastapi.sse import EventSourceResponse, format_sse_event
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 from sqlalchemy import Row
 from starlette.concurrency import run_in_threadpool
 
 from service.edge.auth import Caller, CallerDep
 from service.edge.context import Context, ContextDep
+from service.edge.pages import EitherWay
 from service.edge.problems import responses
 from service.edge.tails import Look, TailLine
 from service.errors import Malformed, NotFound
@@ -56,10 +57,8 @@ class EventPage(BaseModel):
     last_id: Annotated[int | None, Field(description="pass it as `after` (newest first: `before`) to get the next page")]
 
 
-class EventsQuery(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-    after: Annotated[int, Field(ge=0, le=MAX_SEQ, description="only events with a greater `seq`")] = 0
+class EventsQuery(EitherWay):
+    after: Annotated[int, Field(ge=0, le=MAX_SEQ, description="oldest first: only events with a greater `seq`")] = 0
     limit: Annotated[int, Field(ge=1, le=1000, description="how many at most; a stream has no limit")] = 100
     order: Annotated[
         Literal["oldest_first", "newest_first"], Field(description="of a list; newest first it ends before `before`")

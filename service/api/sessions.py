@@ -20,7 +20,7 @@ from service.edge.bodies import TINY_BYTES, DocumentDep, TurnDep, documented, li
 from service.edge.context import Context, ContextDep
 from service.edge.idempotency import IdempotencyKeyDep, once
 from service.edge.negotiation import accepted, wait_s
-from service.edge.pages import Page
+from service.edge.pages import EitherWay, Page
 from service.edge.problems import BODY, responses
 from service.edge.shares import Share
 from service.errors import Conflict, InvalidRequest, NotFound, UnsupportedMedia
@@ -110,9 +110,7 @@ class SessionsQuery(JobsQuery):
     kind: Literal["session", "sampler"] = "session"  # pyright: ignore[reportIncompatibleVariableOverride]
 
 
-class OperationsQuery(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
+class OperationsQuery(EitherWay):
     after: Annotated[int, Field(ge=0, lt=2**53, description="oldest first: operations with a higher seq")] = 0
     limit: Annotated[int, Field(ge=1, le=100)] = 20
     order: Annotated[
@@ -235,7 +233,7 @@ def list_operations(
 ) -> OperationPage:
     """The operations of a session or sampler without their results: in their order, or newest first."""
     job, is_back = sessions.get(context.store, caller.project, session_id), query.order == "newest_first"
-    with context.store.begin(readonly=True) as session:
+    with context.store.begin(readonly=True) as session, below("/query"):
         if is_back:
             rows, has_more = operations.newest(session, job.id, before=query.before, limit=query.limit)
         else:

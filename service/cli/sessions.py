@@ -88,7 +88,7 @@ def operations(
             return
         newest_first = newest_first or before is not None
         if newest_first:
-            page = ratchet.list_operations(session_id, newest_first=True, before=before, limit=limit)
+            page = ratchet.list_operations(session_id, newest_first=True, before=before, after=after, limit=limit)
         else:
             if after is None:
                 after = max(0, ratchet.list_operations(session_id, limit=1)["next_seq"] - 1 - limit)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Annotated, Generic, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 T = TypeVar("T")
 
@@ -15,6 +15,21 @@ class PageQuery(BaseModel):
 
     after: Annotated[str | None, Field(max_length=128, description="last_id of the page before")] = None
     limit: Annotated[int, Field(ge=1, le=100, description="how many at most")] = 20
+
+
+class EitherWay(BaseModel):
+    """What lists take that are read from either end. What belongs to one way is refused with the other."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    order: Literal["oldest_first", "newest_first"] = "oldest_first"
+
+    @model_validator(mode="after")
+    def goes_one_way(self) -> Self:
+        other, names = ("newest_first", ("before", "without")) if self.order == "oldest_first" else ("oldest_first", ("after",))
+        if wrong := [name for name in names if getattr(self, name, None)]:
+            raise ValueError(f"{' and '.join(wrong)} go with order={other}, and the order is {self.order}")
+        return self
 
 
 class Page(BaseModel, Generic[T]):

@@ -7,12 +7,13 @@ from hashlib import sha256
 from time import monotonic
 from typing import Any, Literal
 
-from sqlalchemy import Connection, LargeBinary, bindparam, delete, func, or_, select, tuple_, update
+from sqlalchemy import Connection, LargeBinary, bindparam, delete, func, or_, select, update
 from sqlalchemy.orm import Session, defer
 
 from service.errors import InvalidRequest, NotFound
 from service.ids import new_id
 from service.store.dialect import for_both, name_of, table_of
+from service.store.paging import descending
 from service.store.tables import Job, Operation
 
 ORDERED = ""  # the lane in which operations run in the order of seq
@@ -126,16 +127,10 @@ def page(
 
 def newest(session: Session, job_id: str, *, before: str | None = None, limit: int = 20) -> tuple[list[Operation], bool]:
     """Operations of all lanes that came before the one with this id (None: the newest), newest first; of those that came
-    together, the higher seq first. Returns the rows, and whether there are more. Raises NotFound if there is no such id."""
-    query = select(Operation).where(Operation.job_id == job_id)
-    if before is not None:
-        place = session.execute(select(*_PLACE).where(Operation.job_id == job_id, Operation.id == before)).one_or_none()
-        if place is None:
-            raise NotFound(f"no operation {before[:40]} in session {job_id}, or its time is over")
-        query = query.where(tuple_(*_PLACE) < tuple(place))
-    query = query.options(*WITHOUT_BYTES).order_by(*(column.desc() for column in _PLACE)).limit(limit + 1)
-    rows = list(session.scalars(query))
-    return rows[:limit], len(rows) > limit
+    together, the higher seq first. Returns the rows, and whether there are more. Raises InvalidRequest for an unknown id."""
+    of_job = Operation.job_id == job_id
+    query = select(Operation).where(of_job).options(*WITHOUT_BYTES)
+    return descending(session, query, of_job, _PLACE, {"before": before}, limit=limit)
 
 
 _PLACE = (Operation.created_at, Operation.seq, Operation.id)

@@ -89,8 +89,21 @@ def test_operations_newest_first_say_what_came_of_them(api: Any, client: httpx.C
     (first,) = rest["data"]
     assert (first["seq"], first["attempt"], first["summary"]) == (1, 1, {"metrics": metrics}) and not rest["has_more"]
     assert first["created_at"] <= first["started_at"] <= first["finished_at"]
-    assert client.get(url, params={"order": "newest_first", "before": session["id"]}).status_code == 404
+    strange = client.get(url, params={"order": "newest_first", "before": session["id"]})
+    (wrong,) = strange.json()["errors"]
+    assert (strange.status_code, wrong["code"], wrong["pointer"]) == (422, "unknown_cursor", "/query/before")
     assert client.get(url, params={"order": "newest"}).status_code == 422
+
+
+@pytest.mark.parametrize("path", ["/v1/sessions/{}/operations", "/v1/jobs/{}/events"])
+def test_what_belongs_to_one_order_is_refused_with_the_other(client: httpx.Client, path: str) -> None:
+    url = path.format(start(client)["id"])
+    for wrong in ({"before": "1"}, {"order": "newest_first", "after": "1"}):
+        answer = client.get(url, params=wrong)
+        assert answer.status_code == 422 and "the order is" in answer.text, answer.text
+        (name,) = wrong.keys() - {"order"}
+        assert name in answer.json()["errors"][0]["detail"] and answer.json()["errors"][0]["pointer"] == "/query"
+    assert client.get(url, params={"after": "1"}).status_code == client.get(url, params={"order": "newest_first"}).status_code
 
 
 def test_an_answer_s_beginning_tells_what_is_short_of_it() -> None:

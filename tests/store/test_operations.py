@@ -11,7 +11,7 @@ import pytest
 from sqlalchemy import event, func, select, text
 
 from service.doorbell import Doorbell
-from service.errors import Busy, Conflict, InvalidRequest, LeaseLost, NotFound
+from service.errors import Busy, Conflict, InvalidRequest, LeaseLost
 from service.ids import new_id
 from service.jobs import lease as leases
 from service.jobs import lifecycle
@@ -304,8 +304,9 @@ def test_newest_first_in_pages_with_all_lanes(session: Session, store: Store) ->
             if not has_more:
                 break
         assert found == ids[::-1]
-        with pytest.raises(NotFound):
+        with pytest.raises(InvalidRequest, match="op_unknown") as caught:
             operations.newest(sql, session.id, before="op_unknown")
+        assert caught.value.errors[0].pointer == "/before"
 
 
 def test_newest_first_uses_its_index(session: Session, store: Store) -> None:

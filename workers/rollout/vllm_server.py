@@ -9,9 +9,9 @@ import json
 import logging
 import random
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
-from concurrent.futures import Future
+from contextlib import suppress
 from itertools import count
-from threading import Event, Thread
+from threading import Thread
 from time import monotonic
 from typing import Any, Generic, TypeVar
 
@@ -55,16 +55,11 @@ class Underway(Generic[T]):
     """Work that a thread does on an event loop, while whoever wants it does something else. Until it is done or ended, nothing
     else may run on that loop."""
 
-    def __init__(self, runner: asyncio.Runner, work: Coroutine[Any, Any, T]) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, T]) -> None:
         self.seconds = 0.0  # that it took, once it is done
-        self._loop, self._outcome, self._began = runner.get_loop(), Future[T](), Event()
-        self._task: asyncio.Task[Any] | None = None
-        self._thread = Thread(target=self._run, args=(runner, work), name="rollout ahead", daemon=True)
+        self._loop, self._task = loop, loop.create_task(work)
+        self._thread = Thread(target=self._run, name="rollout ahead", daemon=True)
         self._thread.start()
-
-    @property
-    def is_alive(self) -> bool:
-        return self._thread.is_alive()
 
     def wait(self, check: Callable[[], object], every_s: float) -> None:
         """Until it is done. `check` is called meanwhile; what it raises ends the waiting, not the work."""
@@ -74,29 +69,18 @@ class Underway(Generic[T]):
 
     def outcome(self) -> T:
         """What came of it, once it is done."""
-        return self._outcome.result()
+        return self._task.result()
 
     def end(self) -> None:
         """End it, if it is not done."""
-        self._began.wait()
-        if self._task is not None and self._thread.is_alive():
-            self._loop.call_soon_threadsafe(self._task.cancel)
+        self._loop.call_soon_threadsafe(self._task.cancel)
         self._thread.join()
 
-    def _run(self, runner: asyncio.Runner, work: Coroutine[Any, Any, T]) -> None:
-        async def noted() -> T:
-            self._task = asyncio.current_task()
-            self._began.set()
-            return await work
-
+    def _run(self) -> None:
         since = monotonic()
-        try:
-            self._outcome.set_result(runner.run(noted()))
-        except BaseException as error:
-            self._outcome.set_exception(error)
-        finally:
-            self.seconds = monotonic() - since
-            self._began.set()
+        with suppress(BaseException):  # `outcome` raises it
+            self._loop.run_until_complete(self._task)
+        self.seconds = monotonic() - since
 
 
 class Server:
@@ -124,8 +108,8 @@ class Server:
 
     def begin(self, work: Coroutine[Any, Any, T]) -> Underway[T]:
         """Have a thread do this work. Before anything else is asked of the server, it is waited for."""
-        assert self._underway is None or not self._underway.is_alive
-        self._underway = Underway(self._runner, work)
+        assert self._underway is None, "`run` has waited for it"
+        self._underway = Underway(self._runner.get_loop(), work)
         return self._underway
 
     def result(self, underway: Underway[T]) -> T:

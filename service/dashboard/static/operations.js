@@ -40,7 +40,12 @@ export function open(job) {
   poll(async () => {
     if (over) return; // nothing comes any more
     const ended = ENDED.includes(job.now.status);
-    await look();
+    try {
+      await look();
+    } catch (error) {
+      if (error.status !== 422) throw error;
+      return; // the last operation of a page has expired meanwhile: the next look begins anew
+    }
     over = ended;
   }, LOOK_MS, signal).catch(fail);
   return [line, place, more];
