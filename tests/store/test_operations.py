@@ -2,6 +2,7 @@
 
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from itertools import count
 from pathlib import Path
 from threading import Barrier
 from time import monotonic
@@ -292,7 +293,9 @@ def test_a_project_has_one_sampler_of_a_base(store: Store, settings: Settings, d
     assert sampler_of(store, doorbell, settings, "default", TINY).status == "queued"
 
 
-def test_newest_first_in_pages_with_all_lanes(session: Session, store: Store) -> None:
+def test_newest_first_in_pages_with_all_lanes(session: Session, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers = count(99, -1)  # ids of one millisecond come in any order
+    monkeypatch.setattr(operations, "new_id", lambda prefix: f"{prefix}_{next(numbers)}")
     ids = session.append(*map(step, range(1, 5)))  # together
     ids += [session.append(step(1, lane=lane))[0] for lane in "ba"]
     ids += session.append(step(5))

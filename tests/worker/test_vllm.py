@@ -270,24 +270,26 @@ CORRECTED = {"preset": "grpo", "correct": {"level": "token", "action": "truncate
 def test_the_next_step_is_sampled_while_one_is_learnt_from_by_the_weights_from_before(
     world: World, vllm: Vllm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    learning, learn, met = Event(), rl.learn, list[bool]()
+    learnt, learn, met = Event(), rl.learn, list[bool]()
 
     def learn_and_tell(*arguments: Any, **named: Any) -> Any:
-        learning.set()
-        return learn(*arguments, **named)
+        done = learn(*arguments, **named)
+        learnt.set()
+        return done
 
-    def wait_until_it_learns(path: str, body: dict[str, Any]) -> None:
-        if path == "/v1/completions" and body["temperature"] and len(trained_on(vllm)) == 24:  # the last one of step 2
-            met.append(learning.wait(60))
+    def wait_until_it_has_learnt(path: str, body: dict[str, Any]) -> None:
+        if path == "/v1/completions" and body["temperature"] and len(trained_on(vllm)) == 14:  # the second one of step 2
+            met.append(learnt.wait(60))
 
     monkeypatch.setattr(rl, "learn", learn_and_tell)
-    vllm.before = wait_until_it_learns
+    vllm.before = wait_until_it_has_learnt
     pays = {"graders": [{"kind": "regex", "pattern": "[0-9A-Z]"}]}  # some answers, so that the weights move
     more = {**AHEAD, "group_size": 6}
-    job_id = world.submit(rollout=rollout(vllm, **more), objective=CORRECTED, reward=pays, data=reversing(eval_rows=0))
+    one_by_one = rollout(vllm, engine={"at_once": 1, "timeout_s": 90}, **more)  # most are sent when the weights have changed
+    job_id = world.submit(rollout=one_by_one, objective=CORRECTED, reward=pays, data=reversing(eval_rows=0))
     job = world.take()
     assert (job.status, job.step) == ("succeeded", 3), job.error
-    assert met == [True], "step 1 was learnt from before the answers of step 2 had come"
+    assert met == [True], "step 1 was learnt from while answers of step 2 were waited for"
     curves = world.metrics(job_id)
     assert curves["rollout/staleness"] == [(1, 0.0), (2, 1.0), (3, 1.0)]
     versions = [body["model"].rsplit("-", 1)[1] for body in trained_on(vllm)]
