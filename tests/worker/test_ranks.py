@@ -64,9 +64,15 @@ def curves(stack: Any, job: Job) -> list[tuple[str, int, float]]:
 @SQLITE
 def test_a_job_on_two_ranks_is_like_one_on_one_rank_and_comes_through_the_death_of_either(stack: Any, specs: Any) -> None:
     def submit(gpus: int, **sharding: str) -> Job:
-        objective = {"preset": "gspo", "kl": {"place": "loss", "coef": 0.01}}
-        spec = specs.rl(objective=objective, limits={"max_steps": 24}, resources={"gpus": gpus, **sharding})
-        return stack.submit(spec)
+        sections = {
+            "objective": {"preset": "gspo", "kl": {"place": "loss", "coef": 0.01}},
+            # One that tells answers apart from the first step on: a gradient of rounding alone (all rewards equal, no KL yet)
+            # would be a step of full length to Adam, in any direction.
+            "reward": {"graders": [{"kind": "regex", "pattern": "[0-9]"}]},
+            "limits": {"max_steps": 24},
+            "resources": {"gpus": gpus, **sharding},
+        }
+        return stack.submit(specs.rl(**sections))
 
     stack.start_worker(RATCHET_GPUS_PER_JOB="2")
     one, two = (stack.succeeded(job.id) for job in (submit(1), submit(2, sharding="optimizer")))
