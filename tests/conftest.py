@@ -123,6 +123,21 @@ def postgres_migrated(new_postgres_database: Callable[[], str]) -> str:
     return url
 
 
+@pytest.fixture(scope="session")
+def postgres_emptied(postgres_migrated: str) -> Iterator[Callable[[], str]]:
+    """Empties that database, and answers its URL."""
+    engine = make_engine(postgres_migrated)
+    deletions = "; ".join(f"DELETE FROM {table.name}" for table in reversed(Base.metadata.sorted_tables))
+
+    def empty() -> str:
+        with engine.begin() as connection:
+            connection.exec_driver_sql(deletions)
+        return postgres_migrated
+
+    yield empty
+    engine.dispose()
+
+
 @pytest.fixture(params=["sqlite", "postgresql"])
 def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """A migrated, empty database. Choose one backend by @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)."""
@@ -130,13 +145,7 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
         path = tmp_path / "ratchet.db"
         shutil.copyfile(request.getfixturevalue("sqlite_template"), path)
         return f"sqlite:///{path}"
-    url = request.getfixturevalue("postgres_migrated")
-    engine = make_engine(url)
-    with engine.begin() as connection:
-        for table in reversed(Base.metadata.sorted_tables):
-            connection.execute(table.delete())
-    engine.dispose()
-    return url
+    return request.getfixturevalue("postgres_emptied")()
 
 
 # ---------------------------------------------------------------- Redis
