@@ -2,7 +2,7 @@
 was read is handed to all of them."""
 
 import asyncio
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 
 from starlette.concurrency import run_in_threadpool
@@ -22,6 +22,12 @@ class Waiter:
         self.left, self.found = set(ids), dict[str, Outcome]()
         self.over = asyncio.Event()  # all are there, or nobody looks any more
 
+    def take(self, found: Mapping[str, Outcome], gone: Collection[str]) -> None:
+        self.found |= {id_: found[id_] for id_ in self.left & found.keys()}
+        self.left -= found.keys() | set(gone)
+        if not self.left:
+            self.over.set()
+
 
 class Answers:
     """For the event loop's thread only."""
@@ -38,6 +44,7 @@ class Answers:
     async def watch(self, job_id: str, ids: Collection[str], timeout_s: float) -> Waiter:
         """The same; unless it is `over`, some of them were seen to wait until the end."""
         waiter, mine = Waiter(ids), self._waiters.get(job_id)
+        joins = mine is not None
         if mine is None:
             mine = self._waiters[job_id] = set()
             asyncio.create_task(self._look(job_id, mine), name=f"answers-{job_id}")  # noqa: RUF006  it ends with its waiters
@@ -45,6 +52,8 @@ class Answers:
         try:
             with suppress(TimeoutError):
                 async with asyncio.timeout(timeout_s):
+                    if joins:  # what was signalled before is not read again for those who come later
+                        waiter.take(*await run_in_threadpool(self._read, list(ids)))
                     await waiter.over.wait()
             return waiter
         finally:
@@ -59,10 +68,7 @@ class Answers:
                     asked = {id_ for waiter in mine for id_ in waiter.left}
                     found, gone = await run_in_threadpool(self._read, asked) if asked else ({}, set[str]())
                     for waiter in mine:
-                        waiter.found |= {id_: found[id_] for id_ in waiter.left & found.keys()}
-                        waiter.left -= found.keys() | gone
-                        if not waiter.left:
-                            waiter.over.set()
+                        waiter.take(found, gone)
                     if any(waiter.left for waiter in mine):
                         await bell.wait(POLL_S)
                     else:
