@@ -3,12 +3,12 @@
 from typing import Annotated, Any, Literal, Self
 
 from fastapi import APIRouter, Query
-from fastapi.responses import FileResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from service.edge.auth import CallerDep
 from service.edge.bodies import TurnDep
 from service.edge.context import ContextDep
+from service.edge.downloads import Download
 from service.edge.idempotency import IdempotencyKeyDep
 from service.edge.pages import Page
 from service.edge.problems import files_missing
@@ -23,6 +23,7 @@ router = APIRouter(prefix="/v1/files", tags=["openai"])
 
 PURPOSE = "fine-tune"
 READS, BODY = (400, 401, 403, 414, 429, 431, 500, 503), (408, 413, 415, 507)
+JSONL = {"application/jsonl": {"schema": {"type": "string"}}}
 Name = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f]*$")]
 
 
@@ -112,20 +113,21 @@ def retrieve_file(context: ContextDep, caller: CallerDep, file_id: str) -> FileV
 
 @router.get(
     "/{file_id}/content",
-    response_class=FileResponse,
+    response_class=Download,
     responses={
-        200: {"content": {"application/jsonl": {"schema": {"type": "string"}}}, "description": "The rows, one a line."},
+        200: {"content": JSONL, "description": "The rows, one a line."},
+        206: {"content": JSONL, "description": "The range of their bytes that the header Range names."},
         **responses(*READS, 404),
     },
 )
-def retrieve_file_content(context: ContextDep, caller: CallerDep, file_id: str) -> FileResponse:
+def retrieve_file_content(context: ContextDep, caller: CallerDep, file_id: str) -> Download:
     """The rows as they are stored: blank lines and a byte order mark are gone."""
     with context.store.begin(readonly=True) as session:
         dataset = datasets.get(session, caller.project, file_id)
     path = context.store.blobs.fetch(dataset.path)
     if not path.is_file():
         raise files_missing(f"file {file_id}")
-    return FileResponse(path, media_type="application/jsonl")
+    return Download(path, media_type="application/jsonl")
 
 
 @router.delete("/{file_id}", responses=responses(*READS, 404, 409))

@@ -10,12 +10,12 @@ from typing import Any
 from urllib.parse import quote
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import FileResponse
 from sqlalchemy.orm import Session
 
 from service.edge.auth import Caller, CallerDep
 from service.edge.bodies import DocumentDep, OptionalDocumentDep
 from service.edge.context import Context, ContextDep
+from service.edge.downloads import Download
 from service.edge.problems import files_missing
 from service.errors import FieldError, InvalidRequest, NotFound
 from service.ids import new_id
@@ -200,7 +200,7 @@ def external_weights_urls(
 
 
 @router.get("/files/{checkpoint_id}/{file:path}")
-def download_file(context: ContextDep, checkpoint_id: str, file: str, key: str, until: int, signature: str) -> FileResponse:
+def download_file(context: ContextDep, checkpoint_id: str, file: str, key: str, until: int, signature: str) -> Download:
     """One file, by a URL that `external_weights_urls` signed with the key of who asked for it."""
     with context.store.begin(readonly=True) as session:
         secret = keys.sha256_of(session, key)
@@ -215,7 +215,7 @@ def download_file(context: ContextDep, checkpoint_id: str, file: str, key: str, 
     path = context.store.blobs.path(f"{row.path}/{file}")
     if not path.is_file():
         raise files_missing(f"checkpoint {checkpoint_id}")
-    return FileResponse(path, media_type="application/octet-stream", filename=Path(file).name)
+    return Download(path, media_type="application/octet-stream", filename=Path(file).name)
 
 
 def _signed(secret: str, checkpoint_id: str, file: str, until: int) -> str:

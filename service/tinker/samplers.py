@@ -18,7 +18,7 @@ from service.store.tables import Checkpoint, TinkerModel, TinkerSampler, TinkerS
 from service.tinker import base_models, log, paths, sampling
 from service.tinker.face import PREFIX
 from service.tinker.requests import CreateSamplingSession, SampleAddress
-from service.tinker.tickets import Ticket
+from service.tinker.tickets import MOST_LAST_N, Ticket
 from service.tinker.training import sampler_id_of
 from service.validation import invalid, parse
 
@@ -79,7 +79,6 @@ def sample(context: ContextDep, caller: CallerDep, document: DocumentDep) -> dic
     """Log one prompt. What is wrong with it is told in its answer."""
     sent = parse(SampleAddress, document.data)
     sampler = _ready(context, caller, sent.sampling_session_id)
-    last_n = document.data.get("prompt_logprobs_last_n")
 
     def make() -> Asked:
         return sampling.asked(
@@ -92,7 +91,9 @@ def sample(context: ContextDep, caller: CallerDep, document: DocumentDep) -> dic
         )
 
     operation_id = log.append(context, caller, sampler.job_id, make, seq=sent.seq_id, lane=sampler.id)
-    ticket = Ticket(sampler_id=sampler.id, operation_id=operation_id, last_n=last_n if isinstance(last_n, int) else None)
+    last_n = document.data.get("prompt_logprobs_last_n")
+    is_right = type(last_n) is int and 0 < last_n <= MOST_LAST_N  # else it is refused, and its ticket must be one all the same
+    ticket = Ticket(sampler_id=sampler.id, operation_id=operation_id, last_n=last_n if is_right else None)
     count = document.data.get("num_samples", 1)
     ids = [f"{operation_id}:{i}" for i in range(count if isinstance(count, int) and 1 <= count <= 1024 else 1)]
     return {"request_id": str(ticket), "sample_sequence_ids": ids}

@@ -12,6 +12,7 @@ from typing import Self
 
 from service.errors import NotFound
 
+MOST_LAST_N = 999_999_999  # as many digits as a ticket may have; no prompt is as long
 OPERATION = r"op_[0-9a-z]{26}"
 FORMS = re.compile(
     rf"model=(?P<model>[^/;]+)|(?:(?P<sampler>[^/;]+)/)?(?P<operation>{OPERATION})"

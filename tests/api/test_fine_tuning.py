@@ -47,6 +47,12 @@ def test_a_file_is_a_dataset(client):
     assert client.get(f"/v1/datasets/{file['id']}").json()["rows"] == 3
     assert client.get(f"/v1/files/{file['id']}").json() == file
     assert client.get(f"/v1/files/{file['id']}/content").content == PAIRS
+    for asked, got in (("bytes=1-3", PAIRS[1:4]), ("bytes=-5", PAIRS[-5:]), (f"bytes={len(PAIRS) - 2}-", PAIRS[-2:])):
+        part = client.get(f"/v1/files/{file['id']}/content", headers={"Range": asked})
+        assert (part.status_code, part.content) == (206, got), asked
+    for asked in (f"bytes={len(PAIRS)}-", "bytes=3-1", "bytes=-0", "bytes=0-1,4-5", "lines=0-1", "x", ""):
+        whole = client.get(f"/v1/files/{file['id']}/content", headers={"Range": asked})
+        assert (whole.status_code, whole.content) == (200, PAIRS), f"{asked}: a range that is not there is ignored"
     second = upload(client, CHATS)
     listed = client.get("/v1/files", params={"limit": 1, "purpose": "fine-tune"}).json()
     assert ([one["id"] for one in listed["data"]], listed["has_more"]) == ([second["id"]], True)

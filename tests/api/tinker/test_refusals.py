@@ -92,6 +92,9 @@ def test_operations_that_are_wrong_fail_as_the_user_s_with_200_and_later_ones_go
         ({"sampling_params": {"stop": [""]}}, "stop"),
         ({"prompt_alt_tokens_k": 2}, "prompt_alt_tokens_k"),
         ({"prompt_logprobs_last_n": 1}, "prompt_logprobs_last_n"),
+        ({"prompt_logprobs": True, "prompt_logprobs_last_n": True}, "prompt_logprobs_last_n"),
+        ({"prompt_logprobs": True, "prompt_logprobs_last_n": -3}, "prompt_logprobs_last_n"),
+        ({"prompt_logprobs": True, "prompt_logprobs_last_n": 10**30}, "prompt_logprobs_last_n"),
         ({"target_prompt_logprobs": {"data": [1], "dtype": "int64", "shape": [5, 1]}}, "/target_prompt_logprobs/shape"),
     ],
 )

@@ -350,6 +350,8 @@ def test_files_are_downloaded_by_signed_urls_without_a_key(served, wire):
     assert urls.keys() == {"adapter_model.safetensors", "adapter_config.json"}
     good = urls["adapter_model.safetensors"]
     assert httpx.get(good).content == b"weights"
+    part = httpx.get(good, headers={"Range": "bytes=2-4"})
+    assert (part.status_code, part.content, part.headers["content-range"]) == (206, b"igh", "bytes 2-4/7")
     assert httpx.get(good.replace("signature=", "signature=0")).status_code == 404
     assert httpx.get(good.replace("adapter_model.safetensors", "adapter_config.json")).status_code == 404
     until = good.partition("until=")[2].partition("&")[0]
