@@ -54,7 +54,7 @@ def sampler_of(
     weights each checkpoint (from_checkpoint) is a base of its own.
     """
     parsed = ModelSpec.model_validate(model)
-    spec = SamplerSpec(name=f"sampler of {parsed.source or 'a checkpoint'}", model=parsed)
+    spec = SamplerSpec(name=f"sampler of {parsed.source or 'a checkpoint'}"[:200], model=parsed)
     resolved = resolve_session(store, settings, project, spec)
     assert resolved.base_key is not None
     with store.begin(readonly=True) as session:

@@ -237,7 +237,7 @@ def test_what_is_not_offered_is_refused(client: httpx.Client, body: dict[str, An
 
 
 @pytest.mark.parametrize(
-    "model", ["gpt-4o", "ckpt_01k0000000000000000000000", "job_01k0000000000000000000000", "../etc", "ckpt_"]
+    "model", ["gpt-4o", "ckpt_01k0000000000000000000000", "job_01k0000000000000000000000", "../etc", "ckpt_", "/m" * 150]
 )
 def test_unknown_models_are_a_404(client: httpx.Client, model: str) -> None:
     answer = chat(client, model=model)

@@ -126,6 +126,7 @@ def test_samples_that_are_wrong_fail_as_the_user_s(wire, body, word):
             "nothing would be trained",
         ),
         ("create_sampling_session", {"sampling_session_seq_id": 0, "base_model": "no such/model x"}, 422, "no such/model x"),
+        ("create_sampling_session", {"sampling_session_seq_id": 0, "base_model": "/m" * 150}, 422, "/m/m"),
         ("create_sampling_session", {"sampling_session_seq_id": 0}, 422, "base_model"),
         ("create_sampling_session", {"sampling_session_seq_id": 0, "model_path": "tinker://a/weights/b"}, 404, "never was"),
         ("load_weights", {"model_seq_id": 0, "path": f"tinker://{ABSENT}/weights/a", "optimizer": True}, 404, "never was"),
