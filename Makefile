@@ -16,7 +16,7 @@ comma := ,
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: bench docs help demo test gpu-test fuzz chaos soak check stack-test fmt openapi reference clean machine
+.PHONY: bench docs help demo test gpu-test fuzz fuzz-routes chaos soak check stack-test fmt openapi reference clean machine
 
 help: ## what there is
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -52,6 +52,9 @@ bench: $(VENV)/.for-developing ## measure what docs/performance.md holds (MODEL=
 
 fuzz: $(VENV)/.for-developing ## schemathesis over the whole API for ten minutes (FUZZ_S=600), and over the losses until 12,000 cases
 	RATCHET_TEST_FUZZ_S=$(or $(FUZZ_S),600) $(BIN)/python -m pytest tests/api/test_fuzz.py
+
+fuzz-routes: $(VENV)/.for-developing ## 10,000 calls (FUZZ_CALLS) of each route of sessions, the Tinker wire and OpenAI's that are nearly right; ARGS="-k optim_step"
+	RATCHET_TEST_FUZZ_CALLS=$(or $(FUZZ_CALLS),10000) $(BIN)/python -m pytest -s tests/api/test_route_fuzz.py $(ARGS)
 
 check: $(VENV)/.for-developing ## lint, types, layers, migrations, openapi.json, links of the pages, Dockerfile, compose file
 	$(BIN)/ruff check .
