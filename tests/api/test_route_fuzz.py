@@ -50,7 +50,7 @@ from service.tinker.messages import FLOAT32, INT64, ForwardBackwardRequest
 from service.tinker.routes import ROUTERS as TINKER
 from service.validation import parse
 
-CALLS = int(os.environ.get("RATCHET_TEST_FUZZ_CALLS", "20"))
+CALLS = int(os.environ.get("RATCHET_TEST_FUZZ_CALLS", "8"))
 SEED = os.environ.get("RATCHET_TEST_FUZZ_SEED", "1")
 MARK = "only-for-its-owner"  # in everything of the owner's that has a text
 INTERNAL = re.compile(
