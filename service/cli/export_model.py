@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
+from enum import StrEnum
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
@@ -31,6 +32,23 @@ model = AutoModelForCausalLM.from_pretrained(".")
 tokenizer = AutoTokenizer.from_pretrained(".")
 ```
 """
+GGUF = f"""{LOADING}
+
+`{{file}}` holds the whole model and its tokenizer, as llama.cpp and what is built on it read them:
+
+```sh
+llama-server -m {{file}}
+```
+"""
+
+
+class OutType(StrEnum):
+    """Of the matrices in a GGUF file; vectors stay float32."""
+
+    F32 = "f32"
+    F16 = "f16"
+    BF16 = "bf16"
+    Q8_0 = "q8_0"
 
 
 def export_checkpoint(
@@ -38,14 +56,19 @@ def export_checkpoint(
     checkpoint_id: Annotated[str, typer.Argument(metavar="CHECKPOINT", autocompletion=complete_checkpoint)],
     to: Annotated[str, typer.Option(metavar="WHERE", help="a new folder, or a bucket: s3://bucket/path, gs://, az://")],
     merged: Annotated[bool, typer.Option("--merged", help="merge an adapter into the base's weights")] = False,
+    gguf: Annotated[
+        OutType | None, typer.Option("--gguf", help="merge, and write one GGUF file with weights of this type")
+    ] = None,
 ) -> None:
     """Write a checkpoint's model as other tools load it, with a model card.
 
     $ ratchet export checkpoint ckpt_01k... --to additions
     $ ratchet export checkpoint ckpt_01k... --to s3://models/additions --merged
+    $ ratchet export checkpoint ckpt_01k... --to additions-gguf --gguf q8_0
 
     A LoRA checkpoint becomes a peft adapter, or with --merged a transformers folder (which needs what a worker needs, and the
-    base model); one of all weights is a transformers folder as it is. Buckets are found by the variables of their command
+    base model); one of all weights is a transformers folder as it is. With --gguf it is model-TYPE.gguf for
+    llama.cpp: Llama, Qwen2 and Qwen3 with a byte-level BPE tokenizer. Buckets are found by the variables of their command
     line tools: AWS_ACCESS_KEY_ID, AWS_REGION, AWS_ENDPOINT_URL ...
     """
     bucket = _bucket(to) if "://" in to else None
@@ -61,10 +84,12 @@ def export_checkpoint(
         tempfile.TemporaryDirectory(prefix=".ratchet-export-", dir=None if bucket else folder.parent) as temporary,
     ):  # beside the folder, so that it appears whole
         checkpoint = ratchet.get_checkpoint(checkpoint_id)
-        merging = merged and checkpoint["adapter"] == "lora"
+        merging = gguf is not None or (merged and checkpoint["adapter"] == "lora")
         got = ratchet.download_checkpoint(checkpoint_id, Path(temporary) / "checkpoint", optimizer=False)
-        made = _merged(got, checkpoint["model"], Path(temporary) / "merged") if merging else got / "model"
-        text = card(ratchet.checkpoint_card(checkpoint_id), checkpoint["model"], checkpoint["adapter"], merged=merging)
+        made = _merged(got, checkpoint["model"], Path(temporary) / "merged", gguf) if merging else got / "model"
+        text = card(
+            ratchet.checkpoint_card(checkpoint_id), checkpoint["model"], checkpoint["adapter"], merged=merging, gguf=gguf
+        )
         (made / "README.md").write_text(text, "utf-8")
         if bucket is not None:
             _upload(made, bucket, to)
@@ -75,24 +100,30 @@ def export_checkpoint(
     say(f"{checkpoint_id} written to {to}")
 
 
-def card(text: str, model: Mapping[str, Any], adapter: str, *, merged: bool) -> str:
+def card(text: str, model: Mapping[str, Any], adapter: str, *, merged: bool, gguf: OutType | None = None) -> str:
     """The checkpoint's card as a model card: with the fields that model hubs read, and paths from the exported folder."""
     is_adapter = adapter == "lora" and not merged
-    fields = {"library_name": "peft" if is_adapter else "transformers", "pipeline_tag": "text-generation"}
+    library = "gguf" if gguf else "peft" if is_adapter else "transformers"
+    fields = {"library_name": library, "pipeline_tag": "text-generation"}
     if HUB_ID.fullmatch(source := str(model.get("source"))):
         fields |= {"base_model": source}
     head = "".join(f"{name}: {json.dumps(value)}\n" for name, value in fields.items())
     if merged:
-        text = text.partition(LOADING)[0] + MERGED
+        text = text.partition(LOADING)[0] + (GGUF.format(file=f"model-{gguf}.gguf") if gguf else MERGED)
     text = re.sub(r'(from_pretrained\((?:base, )?)"model"', r'\1"."', text)
     return f"---\n{head}tags: [ratchet, reinforcement-learning]\n---\n\n{text}"
 
 
-def _merged(checkpoint: Path, model: Mapping[str, Any], out: Path) -> Path:
+def _merged(checkpoint: Path, model: Mapping[str, Any], out: Path, gguf: OutType | None) -> Path:
     if missing := [name for name in ("torch", "transformers", "peft") if find_spec(name) is None]:
         raise RatchetError(f"merging happens on this machine, where {missing[0]} is missing: pip install 'ratchet-rl[worker]'")
+    if gguf and find_spec("gguf") is None:
+        raise RatchetError("the package gguf is missing: pip install 'ratchet-rl[gguf]'")
     # -P: do not import a `workers` folder in the current directory.
     argv = [sys.executable, "-P", "-m", "workers.merge", str(checkpoint), str(out)]
+    if gguf:
+        out.mkdir()
+        argv[-1:] = [str(out / f"model-{gguf}.gguf"), gguf.value]
     done = subprocess.run(argv, input=json.dumps(model), capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise RatchetError(f"it could not be merged: {done.stderr.strip()[-2000:]}")

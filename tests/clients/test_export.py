@@ -1,6 +1,7 @@
 """`ratchet export checkpoint`: what is written loads in the real packages, from a folder and from a real S3 server."""
 
 import json
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,7 @@ def test_an_adapter_and_its_merged_model_say_the_same(
 ) -> None:
     checkpoint_id, model = checkpoint
 
-    def here(folder: Path, spec: Any, out: Path) -> Path:  # where torch is loaded already
+    def here(folder: Path, spec: Any, out: Path, _: Any) -> Path:  # where torch is loaded already
         merge(folder, ModelSpec.model_validate(spec), out)
         return out
 
@@ -94,6 +95,24 @@ def test_an_adapter_and_its_merged_model_say_the_same(
     assert again.code == 1 and "name a new folder" in again.err
     assert {path.name for path in tmp_path.iterdir()} >= {"adapter", "merged"}
     assert not list(tmp_path.glob(".ratchet-export-*"))
+
+
+def test_gguf_is_one_file_and_a_card_or_says_why_not(
+    checkpoint: tuple[str, ModelSpec], cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused = cli("export", "checkpoint", checkpoint[0], "--to", str(tmp_path / "gguf"), "--gguf", "f16")
+    assert refused.code == 1 and "none of the byte-level BPE" in refused.err and "--merged" in refused.err  # tiny: characters
+    assert not (tmp_path / "gguf").exists()
+
+    def writes_a_file(argv: list[str], **_: Any) -> Any:
+        Path(argv[-2]).write_bytes(b"GGUF")  # what tests/worker/test_gguf.py looks at
+        return subprocess.CompletedProcess(argv, 0)
+
+    monkeypatch.setattr(export_model.subprocess, "run", writes_a_file)
+    assert cli("export", "checkpoint", checkpoint[0], "--to", str(tmp_path / "gguf"), "--gguf", "q8_0").code == 0
+    assert {path.name for path in (tmp_path / "gguf").iterdir()} == {"README.md", "model-q8_0.gguf"}
+    text = (tmp_path / "gguf" / "README.md").read_text()
+    assert front_matter(text)["library_name"] == "gguf" and "llama-server -m model-q8_0.gguf" in text
 
 
 def test_a_bucket_gets_every_file_once(checkpoint: tuple[str, ModelSpec], cli: Cli, s3: Any, tmp_path: Path) -> None:
