@@ -47,3 +47,7 @@ export function ago(text) {
   const seconds = Math.max(0, (Date.now() - new Date(text)) / 1000);
   return seconds < 5 ? "now" : `${duration(seconds)} ago`;
 }
+
+export function stepsOf(number) {
+  return `${number} ${number === 1 ? "step" : "steps"}`;
+}
