@@ -163,7 +163,7 @@ def _policies(
         settings.torch_threads,
         reference=isinstance(spec, RLSpec) and "ref_log_probs" in uses(spec.objective, OF_A_JOB).needed,
         reference_from=start_from,
-        sharded_over=count if spec.resources.sharding == "optimizer" else 1,
+        sharding=spec.resources.sharding,
     )
     device = "cuda" if has_gpu(settings) else "cpu"
     if count == 1:

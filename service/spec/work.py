@@ -57,10 +57,11 @@ class Resources(Section):
         Field(ge=1, le=MOST_GPUS, description="GPUs of one job, all of one machine; on a worker without GPUs: processes"),
     ] = 1
     sharding: Annotated[
-        Literal["none", "optimizer"],
+        Literal["none", "optimizer", "full"],
         Field(
             description="what each of several GPUs holds a part of · none: nothing · optimizer: AdamW's moments, and the "
-            "float32 masters of bfloat16 weights"
+            "float32 masters of bfloat16 weights · full: these, the gradients and the weights (FSDP2), "
+            "which are gathered whole to sample"
         ),
     ] = "none"
     priority: Annotated[

@@ -143,7 +143,8 @@ def test_the_defaults_of_the_kinds() -> None:
         ("/reward/graders/0", {"kind": "http", "url": "http://me:pw@x/"}, "/reward/graders/0/url", "use `secret`"),
         ("/reward/max_error_rate", 1.5, "/reward/max_error_rate", "at most 1"),
         ("/resources", {"sharding": "optimizer"}, "/resources", "ask for gpus: 2 or more"),
-        ("/resources", {"gpus": 2, "sharding": "full"}, "/resources/sharding", "optimizer"),
+        ("/resources", {"gpus": 2, "sharding": "weights"}, "/resources/sharding", "optimizer"),
+        ("/resources", {"sharding": "full"}, "/resources", "ask for gpus: 2 or more"),
     ],
 )
 def test_what_is_wrong_is_said_where_it_stands(pointer: str, value: Any, at: str, says: str) -> None:

@@ -22,7 +22,7 @@ MOST_TOKENS = 4096  # prompts and answers that are scored again
 
 
 def is_due(attempt: Attempt, step: int) -> bool:
-    return attempt.policy.base.model.dtype != torch.float32 and step % EVERY_STEPS == 1
+    return attempt.policy.base.dtype != torch.float32 and step % EVERY_STEPS == 1
 
 
 def noise(
@@ -54,7 +54,7 @@ def noise(
     attempt.progress.noise_told = True
     ratio = pooled.exp()
     beyond = float(((((ratio < 1 - low) | (ratio > 1 + high)) & mask).sum(1) / lengths).mean())
-    dtype = str(attempt.policy.base.model.dtype).removeprefix("torch.")
+    dtype = str(attempt.policy.base.dtype).removeprefix("torch.")
     detail = (
         f"{NOISE_POOLED} is {metrics[NOISE_POOLED]:.2g} at step {step}, and the clips are {low:g} and {high:g}: rounding in "
         f"{dtype} alone takes {beyond:.0%} of the tokens' ratios beyond them, whatever was learned; use model.dtype: float32, "

@@ -36,7 +36,7 @@ def may_be_left_out(attempt: Attempt) -> bool:
         and rollout.engine == "local"
         and not attempt.progress.rescores
         and (rollout.top_p, rollout.top_k) == (1, 0)
-        and attempt.policy.base.model.dtype == torch.float32
+        and attempt.policy.base.dtype == torch.float32
         and "rollout_log_probs" not in uses(spec.objective, OF_A_JOB).needed
     )
 

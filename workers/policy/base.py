@@ -6,6 +6,7 @@ weights; that learner then cannot share the base.
 
 import logging
 import os
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Self
 
@@ -18,6 +19,7 @@ from workers.policy.adapters import Adapters
 from workers.policy.load import Loaded, adapter_of, load_model, pick_device, unsupported_if_it_fails
 from workers.policy.score.layout import auto_microbatch_tokens
 from workers.policy.score.log_probs import Scorer
+from workers.policy.shards import Shards
 from workers.policy.text import Text
 from workers.policy.trial import disagreement
 from workers.rollout.local import LocalEngine
@@ -31,12 +33,13 @@ class Base:
     def __init__(self, loaded: Loaded, *, source: str | None, full_from: Path | None) -> None:
         self.model: PreTrainedModel = loaded.model
         self.source, self.revision, self.full_from = source, loaded.revision, full_from
-        self.device = self.model.device
+        self.device, self.dtype = self.model.device, self.model.dtype
+        self.shards: Shards | None = None
         self.text = Text(loaded.tokenizer, self.model)
         self.scorer = Scorer(self.model)
         self.microbatch_tokens = auto_microbatch_tokens(self.model, self.device)
         self.parameters = sum(p.numel() for p in self.model.parameters())
-        self._trainable = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        self._trainable = {name for name, weight in self.model.named_parameters() if weight.requires_grad}
         self.model.requires_grad_(False)
         self.adapters = Adapters(self.model)
         self.engine = self._engine(slots=True)
@@ -78,7 +81,7 @@ class Base:
             raise ValueError(f"{off}: it keeps a state outside of its cache, or pads otherwise")
 
     def _disagreement(self) -> str | None:
-        return disagreement(self.engine, self.scorer, vocabulary=self.text.rows, dtype=self.model.dtype, device=self.device)
+        return disagreement(self.engine, self.scorer, vocabulary=self.text.rows, dtype=self.dtype, device=self.device)
 
     def _engine(self, *, slots: bool) -> LocalEngine:
         text, head_alone = self.text, self.scorer.head_on_answers_only
@@ -98,9 +101,18 @@ class Base:
         Raises ValueError if the base already has a learner.
         """
         self.adapters.close()
-        for parameter in self._trainable.values():
-            parameter.requires_grad_(True)
-        return self._trainable
+        weights = {name: weight for name, weight in self.model.named_parameters() if name in self._trainable}
+        for weight in weights.values():
+            weight.requires_grad_(True)
+        return weights
+
+    def shard(self, *, trained: bool) -> None:
+        """Keep a part of the weights only, before anything else is done with them: see `Shards`."""
+        self.shards = self.scorer.shards = Shards(self.model, trained=trained)
+
+    def whole(self) -> AbstractContextManager[None]:
+        """Inside, the model can be called at will, without gradients. Where it is sharded, all ranks must come here."""
+        return nullcontext() if self.shards is None else self.shards.whole()
 
 
 def _be_deterministic(device: torch.device, threads: int) -> None:

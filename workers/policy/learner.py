@@ -70,11 +70,13 @@ class Learner(Policy):
         """
         super().__init__(base, None if isinstance(adapter, Full) else name)
         self.kind, self._seed = adapter.kind, seed
+        self.sharded = self.adapter is None and base.shards is not None  # each rank holds a part of what is trained
         self.rank = 0  # of this process among those that train the same weights: each draws its own dropout
         self._accumulated, self._poisoned = 0, False  # since the last step
         trained = self._weights(adapter, start.weights)
         try:
-            self._optimizer = Optimizer(trained, optimizer, steps, part)
+            are_masters = self.sharded and base.dtype != torch.float32
+            self._optimizer = Optimizer(trained, optimizer, steps, part, are_masters=are_masters)
             trainer: dict[str, Any] = {}
             if start.optimizer is not None:
                 trainer = orjson.loads((start.optimizer / TRAINER).read_bytes())
@@ -179,8 +181,12 @@ class Learner(Policy):
         """What this process keeps of it, by the names on the disk."""
         return self._optimizer.state()
 
+    def base_state(self) -> dict[str, Tensor] | None:
+        """The whole weights of the model, if they are sharded, as `gathered` gives them."""
+        return None if self.base.shards is None else self.base.shards.state(self.base.dtype)
+
     def digest(self) -> bytes:
-        """Of the weights that are trained: learners with the same one have the same weights, to the bit."""
+        """Of the weights that are trained and not sharded: learners with the same one have the same weights, to the bit."""
         return self._optimizer.digest()
 
     def save(self, folder: Path, *, optimizer: bool = True) -> None:
@@ -189,7 +195,11 @@ class Learner(Policy):
         optimizer  False: leave its state out; training cannot go on exactly from such a folder
         """
         if self.adapter is None:
-            self.base.model.save_pretrained(folder / MODEL)
+            weights = self.base_state()
+            self.base.model.save_pretrained(folder / MODEL, state_dict=weights)
+            if weights is not None:  # whose dtype is not that of the parts
+                self.base.model.config.dtype = self.base.dtype
+                self.base.model.config.save_pretrained(folder / MODEL)
         else:
             self.base.adapters.save(self.adapter, folder / MODEL)
         self.text.save(folder / MODEL)
@@ -250,7 +260,7 @@ class Learner(Policy):
             "parameters": base.parameters + (0 if self.adapter is None else trained),
             "trainable_parameters": trained,
             "adapter": self.kind,
-            "dtype": str(base.model.dtype).removeprefix("torch."),
+            "dtype": str(base.dtype).removeprefix("torch."),
             "device": str(base.device),
             "threads": torch.get_num_threads(),
             "context": self.text.context,

@@ -4,7 +4,8 @@ Weights in bfloat16 have float32 master copies here. A relative step of 1e-5 is 
 to the master, and the weight is its rounded copy. Gradients are summed over micro-batches in float32, too.
 
 Several processes that train the same weights may share the work of the step: each keeps masters and moments of some of the
-weights, steps these, and gets the others from their owners. The result is the same to the bit.
+weights, steps these, and gets the others from their owners. The result is the same to the bit. Of weights that are sharded each
+keeps and steps its part of every one.
 """
 
 import hashlib
@@ -16,9 +17,11 @@ from typing import NamedTuple
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from service.spec.training import OptimizerSpec, Schedule
 from workers.policy.errors import PolicyFailed, Subject
+from workers.policy.shards import gathered, part_of
 
 FILE = "optimizer.safetensors"
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # what torch's AdamW keeps for each weight
@@ -81,8 +84,17 @@ class Optimizer:
     add_up: AddUp | None = None
     hand_out: HandOut | None = None  # needed if the step is shared
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], spec: OptimizerSpec, steps: int, part: Part = WHOLE) -> None:
-        self._spec, self._steps = spec, steps
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        spec: OptimizerSpec,
+        steps: int,
+        part: Part = WHOLE,
+        *,
+        are_masters: bool = False,
+    ) -> None:
+        """`are_masters`: these float32 weights are the masters of what the model computes with."""
+        self._spec, self._steps, self._are_masters = spec, steps, are_masters
         self._parameters = dict(parameters)
         self._owners = owners([parameter.numel() for parameter in self._parameters.values()], part.ranks)
         self._is_shared = part.ranks > 1
@@ -109,7 +121,8 @@ class Optimizer:
         how = settings or self._scheduled()
         # Scaled by 1 at most, and thus not at all, where there is no limit.
         most = math.inf if how.max_grad_norm is None else how.max_grad_norm
-        norm = float(nn.utils.clip_grad_norm_(self._masters.values(), most))
+        total = nn.utils.clip_grad_norm_(self._masters.values(), most)
+        norm = float(total.full_tensor() if isinstance(total, DTensor) else total)
         skipped = poisoned or not math.isfinite(norm)
         if not skipped:
             for group in self._adamw.param_groups:
@@ -129,19 +142,21 @@ class Optimizer:
         return StepSettings(rate, (spec.betas[0], spec.betas[1]), spec.eps, spec.weight_decay, spec.max_grad_norm)
 
     def digest(self) -> bytes:
-        """The sha256 of all masters; of all weights, where the step is shared."""
+        """The sha256 of all masters; of all weights, where the step is shared; of none that are sharded."""
         whole = hashlib.sha256()
         for weight in (self._parameters if self._is_shared else self._masters).values():
+            if isinstance(weight, DTensor):
+                continue
             whole.update(weight.detach().cpu().flatten().view(torch.uint8).numpy().data)
         return whole.digest()
 
     def state(self) -> dict[str, Tensor]:
-        """Moments and masters that this process keeps, by their names on the disk."""
+        """Moments and masters that this process keeps, by their names on the disk; of shards what `gathered` gives."""
         tensors: dict[str, Tensor] = {}
         for name, master in self._own.items():
-            tensors |= {f"{kind}/{name}": value.contiguous() for kind, value in self._adamw.state[master].items()}
-            if master is not self._parameters[name]:
-                tensors[f"{MASTER}/{name}"] = master.detach()
+            tensors |= {f"{kind}/{name}": gathered(value).contiguous() for kind, value in self._adamw.state[master].items()}
+            if self._has_master(name):
+                tensors[f"{MASTER}/{name}"] = gathered(master.detach())
         return tensors
 
     def load(self, folder: Path) -> None:
@@ -158,14 +173,17 @@ class Optimizer:
             if name not in self._own:
                 continue
             if state:
-                self._adamw.state[master] = {kind: value.to(master.device) for kind, value in state.items()}
-            if saved_master is not None and master is not self._parameters[name]:
-                master.data.copy_(saved_master)
+                self._adamw.state[master] = {kind: part_of(value, master) for kind, value in state.items()}
+            if saved_master is not None and self._has_master(name):
+                master.data.copy_(part_of(saved_master, master))
         if tensors:
             raise _mismatch(
                 f"it holds state of weights that are not trained here, for example {next(iter(tensors)).split('/', 1)[1]}"
             )
         self._copy_masters()
+
+    def _has_master(self, name: str) -> bool:
+        return self._are_masters or self._masters[name] is not self._parameters[name]
 
     @torch.no_grad()
     def _copy_masters(self) -> None:

@@ -4,6 +4,7 @@ LoRA on a plain source: the base without an adapter. LoRA from a checkpoint: a f
 Full weights: a base of its own.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -15,13 +16,14 @@ from workers.policy.load import adapter_of, model_folder
 from workers.policy.policy import Policy
 
 
-def open_reference(learner: Learner, model: ModelSpec, start: Path | None) -> Policy:
-    """`start`: the checkpoint that the job itself started from, even if it is resumed from another; None: the source."""
+def open_reference(learner: Learner, model: ModelSpec, start: Path | None, load: Callable[..., Base] = Base.load) -> Policy:
+    """`start`: the checkpoint that the job itself started from, even if it is resumed from another; None: the source.
+    `load`: in place of `Base.load`."""
     base = learner.base
     if learner.adapter is None:
         threads = torch.get_num_threads()
         device = str(base.device)
-        return Policy(Base.load(model, device=device, threads=threads, checkpoint=start, revision=learner.revision))
+        return Policy(load(model, device=device, threads=threads, checkpoint=start, revision=learner.revision))
     if start is None:
         return Policy(base)
     name = f"{learner.adapter}-start"

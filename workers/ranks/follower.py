@@ -10,7 +10,6 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from service.settings import get_settings
@@ -19,7 +18,7 @@ from workers.policy.learner import Learner
 from workers.policy.optimizer import StepSettings
 from workers.policy.policy import Policy, Scores
 from workers.policy.score.layout import Sequence as TokenSequence
-from workers.ranks.gradients import add_up, hand_out, join, leave
+from workers.ranks.gradients import add_up, device_of, hand_out, join, leave
 from workers.ranks.line import hear, portable, say
 from workers.ranks.opening import Opening
 from workers.rollout.engine import Completion, Request
@@ -35,20 +34,21 @@ class Follower:
 
     def open(self, opening: Opening, device: str) -> bytes:
         """Load the policies. Answers the digest of the weights to train."""
-        if device == "cuda":
-            device = f"cuda:{self._rank}"
-            torch.cuda.set_device(self._rank)
-        self._learner, self._reference = opening.policies(device, rank=self._rank)
+        self._learner, self._reference = opening.policies(str(device_of(device, self._rank)), rank=self._rank)
         self._learner.rank = self._rank
         self._learner.add_up_gradients(add_up)
         self._learner.hand_out_weights(hand_out)
         return self._learner.digest()
 
-    def join(self, folder: Path) -> None:
-        join(folder, self._rank, self._ranks, self._learner.base.device)
+    def ready(self) -> None:
+        """Answers once everything is imported."""
+
+    def join(self, folder: Path, device: str) -> None:
+        join(folder, self._rank, self._ranks, device_of(device, self._rank))
 
     def sample(self, requests: list[Request]) -> list[Completion]:
-        return self._learner.base.engine.run(requests)
+        with self._learner.base.whole():
+            return self._learner.base.engine.run(requests)
 
     def score(self, whose: str, sequences: list[TokenSequence], temperature: float, nudge: bool) -> Scores:
         scores = self._policy(whose).score(sequences, temperature=temperature, nudge=nudge)
@@ -69,6 +69,9 @@ class Follower:
 
     def digest(self) -> bytes:
         return self._learner.digest()
+
+    def base_state(self) -> None:
+        self._learner.base_state()
 
     def optimizer_state(self) -> dict[str, Tensor]:
         return {name: tensor.cpu() for name, tensor in self._learner.optimizer_state().items()}

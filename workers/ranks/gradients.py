@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from service.errors import JobFailed
 
@@ -30,6 +31,19 @@ def join(folder: Path, rank: int, ranks: int, device: torch.device) -> None:
     )
 
 
+def device_of(device: str, rank: int) -> torch.device:
+    """The rank's own; from now on it is this process's default."""
+    if device != "cuda":
+        return torch.device(device)
+    torch.cuda.set_device(rank)
+    return torch.device("cuda", rank)
+
+
+def lost_touch(error: BaseException) -> bool:
+    """Whether another rank did not answer gloo or NCCL, dead or not. Gloo's errors have no class of their own."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/transport" in str(error))
+
+
 def leave() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -37,9 +51,12 @@ def leave() -> None:
 
 def add_up(weights: Sequence[nn.Parameter]) -> None:
     """Replace the gradient of each weight by the sum over all ranks. A weight without a gradient on any rank keeps none: to an
-    optimizer that is not the same as a gradient of 0.
+    optimizer that is not the same as a gradient of 0. Those of sharded weights are sums already.
 
     Raises JobFailed rank_lost."""
+    weights = [weight for weight in weights if not isinstance(weight, DTensor)]
+    if not weights:
+        return
     with _or_lost("add up their gradients"):
         held = torch.tensor([weight.grad is not None for weight in weights], dtype=torch.int32, device=weights[0].device)
         dist.all_reduce(held, dist.ReduceOp.MAX)

@@ -22,7 +22,7 @@ from typing import Any, Self, TypeVar
 
 from service.errors import JobFailed
 from workers.policy.learner import Learner
-from workers.ranks.gradients import add_up, hand_out, join, leave
+from workers.ranks.gradients import add_up, device_of, hand_out, join, leave, lost_touch
 from workers.ranks.line import hear, say
 from workers.ranks.opening import Opening
 
@@ -76,14 +76,20 @@ class Ranks:
 
     def open(self, opening: Opening, own: Learner) -> None:
         """Let the ranks load what rank 0 has loaded as `own`. Raises JobFailed, of theirs too; ranks_disagree."""
+        self.join()
         opening = replace(opening, revision=own.revision)
         self.agree(self.together([("open", opening, self._device)] * (self.count - 1), own.digest))
-        if not self._joined:
-            folder = Path(self._folder.name)
-            self.meet(("join", folder), lambda: join(folder, 0, self.count, own.base.device))
-            self._joined = True
         own.add_up_gradients(add_up)
         own.hand_out_weights(hand_out)
+
+    def join(self) -> None:
+        """Let the ranks form a process group, if they have not. Raises JobFailed rank_lost."""
+        if self._joined:
+            return
+        self.together([("ready",)] * (self.count - 1), lambda: None)
+        folder = Path(self._folder.name)
+        self.meet(("join", folder, self._device), lambda: join(folder, 0, self.count, device_of(self._device, 0)))
+        self._joined = True
 
     def agree(self, digests: Sequence[bytes]) -> None:
         """Raise JobFailed ranks_disagree unless all ranks hold the same weights."""
@@ -98,7 +104,17 @@ class Ranks:
 
     def meet(self, call: Call, own: Callable[[], Result]) -> list[Any]:
         """`together`, where the ranks wait for each other inside the call: the process ends if one ends and `own` does not."""
-        return self.together([call] * (self.count - 1), lambda: self._meet(own))
+        with self.meeting():
+            return self.together([call] * (self.count - 1), own)
+
+    @contextmanager
+    def meeting(self) -> Iterator[None]:
+        """Inside, the ranks wait for each other."""
+        self._meets = True
+        try:
+            yield
+        finally:
+            self._meets = False
 
     def start(self, calls: Sequence[Call | None]) -> None:
         """Let each other rank begin with its call."""
@@ -136,8 +152,10 @@ class Ranks:
         try:
             yield
         except BaseException as error:
+            if self.ended:  # by this in a block inside, which knew the cause
+                raise
             follows = isinstance(error, RuntimeError) or _is_loss(error)
-            cause = self._cause() if follows and self._any_ended(within_s=1.0) else error
+            cause = self._cause() if follows and (self._any_ended(within_s=1.0) or lost_touch(error)) else error
             self._kill()
             if cause is not error:
                 raise cause from error
@@ -206,13 +224,6 @@ class Ranks:
             return own[0]
         how = "; ".join(f"the process of rank {rank} ended with status {status}" for rank, status in ended.items())
         return JobFailed("rank_lost", how or "the process of a rank does not answer")
-
-    def _meet(self, own: Callable[[], Result]) -> Result:
-        self._meets = True
-        try:
-            return own()
-        finally:
-            self._meets = False
 
     def _run(self) -> None:
         """`hear` and `tell` notice that a rank has ended. Where the ranks meet the main thread may not, if its GPU waits."""

@@ -1,5 +1,6 @@
 """Two ranks over gloo do what one does: the same tokens, and losses, gradients and weights that differ by rounding alone."""
 
+import gc
 import math
 import os
 import signal
@@ -14,11 +15,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
 
 from chaos.rig import Child, Zygote
 from service.errors import JobFailed
 from service.spec.model import Full, Lora, ModelSpec, TinyConfig
 from service.spec.training import OptimizerSpec
+from workers.policy.base import Base
+from workers.policy.errors import PolicyFailed
 from workers.policy.learner import TRAINER, Learner, Start
 from workers.policy.optimizer import FILE, Optimizer, Part, owners
 from workers.policy.score.layout import Sequence
@@ -31,7 +35,8 @@ from workers.tenure.failures import failure_of
 TINY = TinyConfig(hidden_size=32, layers=2, heads=4, intermediate_size=64, context=64)
 ANEW = Start()
 SAME: dict[str, Any] = {"atol": 1e-5, "rtol": 0}
-ADAPTERS = pytest.mark.parametrize("adapter", [Full(), Lora(rank=4, alpha=8, dropout=0.0)], ids=["full", "lora"])
+LORA = Lora(rank=4, alpha=8, dropout=0.0)
+ADAPTERS = pytest.mark.parametrize("adapter", [Full(), LORA], ids=["full", "lora"])
 
 
 class Follower(Child):
@@ -168,7 +173,7 @@ def test_a_shared_optimizer_gives_the_same_bits_and_a_checkpoint_for_any_number_
         files = (path for path in (tmp_path / name).rglob("*") if path.suffix == ".safetensors" or path.name == TRAINER)
         return seen, {path.name: path.read_bytes() for path in files}
 
-    shared: Any = {"dtype": dtype, "sharded_over": 2}
+    shared: Any = {"dtype": dtype, "sharding": "optimizer"}
     plain = run(spread(ranks, adapter, dtype=dtype), range(2), "plain")
     policy = spread(ranks, adapter, **shared)
     assert run(policy, range(2), "shared") == plain and len(plain[1]) == 3
@@ -189,6 +194,136 @@ def test_a_shared_optimizer_gives_the_same_bits_and_a_checkpoint_for_any_number_
         assert_same(tmp_path / "end", tmp_path / "one")
 
 
+def held() -> int:
+    """The bytes of all tensors of this process."""
+    gc.collect()
+    tensors = [one for one in gc.get_objects() if issubclass(type(one), torch.Tensor)]
+    tensors += [one.grad for one in tensors if one.is_leaf and one.grad is not None]
+    local = [one.to_local() if isinstance(one, DTensor) else one for one in tensors]
+    return sum({one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in local}.values())
+
+
+@pytest.mark.parametrize(
+    ("adapter", "dtype"),
+    [(Full(), "float32"), (Full(), "bfloat16"), (LORA, "float32")],
+    ids=["full", "full, half precision", "lora"],
+)
+def test_sharded_weights_learn_the_same_and_go_on_from_any_checkpoint(
+    ranks: Ranks, adapter: Any, dtype: str, tmp_path: Path, some_sequences: Any
+) -> None:
+    """Against one rank; in half precision, where rounding depends on which rows stand together, against two without shards."""
+
+    def other(start: Start = ANEW) -> Learner:
+        half = dtype == "bfloat16"
+        return spread(ranks, adapter, start, dtype=dtype) if half else opening(adapter, start).policies("cpu")[0]
+
+    def sharded(start: Start = ANEW) -> SpreadLearner:
+        return spread(ranks, adapter, start, dtype=dtype, sharding="full")
+
+    plain = other()
+    expected = learn(plain, range(2), some_sequences)
+    plain.save(tmp_path / "plain")
+    expected += learn(plain, range(2, 4), some_sequences)
+    plain.save(tmp_path / "end")
+    policy = sharded()
+    seen = learn(policy, range(2), some_sequences)
+    policy.save(tmp_path / "sharded")
+    assert_same(tmp_path / "plain", tmp_path / "sharded")
+    configs = [path.read_bytes() for path in sorted(tmp_path.glob("*/model/*config.json")) if path.parts[-3] != "end"]
+    assert configs[: len(configs) // 2] == configs[len(configs) // 2 :]
+    seen += learn(policy, range(2, 4), some_sequences)
+    assert seen == pytest.approx(expected, abs=1e-5)
+    for went_on, start in ((sharded, "plain"), (other, "sharded")):
+        again = went_on(Start(tmp_path / start, tmp_path / start))
+        assert learn(again, range(2, 4), some_sequences) == pytest.approx(expected[-4:], abs=1e-5)
+        again.save(tmp_path / f"from {start}")
+        assert_same(tmp_path / "end", tmp_path / f"from {start}")
+
+
+@ADAPTERS
+def test_sharded_weights_answer_and_score_alike_even_if_a_rank_has_no_row(
+    ranks: Ranks, adapter: Any, some_sequences: Any
+) -> None:
+    """The reference of full weights is sharded, too."""
+    alone = opening(adapter, reference=True).policies("cpu")
+    sharded = open_spread(opening(adapter, reference=True, sharding="full"), "cpu", ranks)
+    how: dict[str, Any] = {"group_size": 1, "max_tokens": 9, "temperature": 1.0, "seed": 3}
+    prompts = [prompt for prompt, _ in some_sequences(5, seed=9)]
+    for round_ in range(2):
+        for rows in (1, 5):
+            batch = some_sequences(rows, seed=rows)
+            steps = []
+            for policy, reference in (alone, sharded):
+                assert reference is not None
+                drawn = [[answer.tokens for answer in group] for group in policy.sample(prompts[:rows], **how)]
+                scores = policy.score(batch), reference.score(batch)
+                loss = policy.accumulate(batch, lambda log_probs, rows: log_probs.sum() / 9, microbatch_tokens=16)
+                steps.append((drawn, scores, loss, policy.step()["grad_norm"]))
+            (drawn, ours, *numbers), (again, theirs, *others) = steps
+            assert again == drawn and others == pytest.approx(numbers, abs=1e-5), round_
+            for one, two in zip(ours, theirs, strict=True):
+                torch.testing.assert_close(two.log_probs, one.log_probs, **SAME)
+                torch.testing.assert_close(two.entropy, one.entropy, **SAME)
+
+
+def test_a_rank_holds_half_of_sharded_weights_gradients_and_moments(ranks: Ranks, some_sequences: Any) -> None:
+    numbers: dict[str, list[float]] = {}
+    for sharding in ("none", "full"):
+        before = held()
+        policy = spread(ranks, Full(), sharding=sharding)
+        size = policy.base.parameters
+        learn(policy, range(1), some_sequences)
+        policy.sample([[3, 4]], group_size=2, max_tokens=3, temperature=1.0, seed=0)
+        policy.score(some_sequences(2))
+        between = held() - before
+        policy.accumulate(some_sequences(4), lambda log_probs, _: log_probs.sum())
+        numbers[sharding] = [between / size, (held() - before) / size]
+        del policy
+    # Of 4 + 8 and 4 + 4 + 8; keys, values and the like are the same.
+    assert [none - full for none, full in zip(*numbers.values(), strict=True)] == pytest.approx([6, 8], rel=0.1)
+
+
+@ADAPTERS
+def test_a_rank_that_dies_takes_its_part_of_the_weights_along(
+    ranks: Ranks, adapter: Any, tmp_path: Path, some_sequences: Any
+) -> None:
+    """Noticed in the middle of a pass. An adapter is whole on every rank, and is still saved."""
+    policy = spread(ranks, adapter, sharding="full")
+    learn(policy, range(1), some_sequences)
+    asked: list[int] = []
+
+    def loss(log_probs: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        if not asked:
+            asked.append(ranks.pids[0])
+            os.kill(ranks.pids[0], signal.SIGKILL)
+        return log_probs.sum()
+
+    with pytest.raises(JobFailed, match="rank 1 ended with status -9") as caught:
+        policy.accumulate(some_sequences(8), loss, microbatch_tokens=16)
+    assert caught.value.code == "rank_lost" and ranks.ended
+    if isinstance(adapter, Full):
+        with pytest.raises(JobFailed, match="have ended"):
+            policy.save(tmp_path / "off")
+    else:
+        policy.save(tmp_path / "whole")
+        assert (tmp_path / "whole" / FILE).exists()
+
+
+def test_a_rank_that_does_not_answer_in_a_pass_is_lost(ranks: Ranks) -> None:
+    with pytest.raises(JobFailed, match="does not answer") as caught, ranks.sound():
+        raise RuntimeError("[.../gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 45000ms for recv operation")
+    assert caught.value.code == "rank_lost" and ranks.ended
+
+
+def test_a_model_that_cannot_be_sharded_is_refused(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks.join()
+    base = Base.load(ModelSpec(source="tiny", tiny=TINY), device="cpu", threads=1)
+    base.model.lm_head.bias = torch.nn.Parameter(torch.zeros(3, dtype=torch.float64))
+    with pytest.raises(PolicyFailed, match="not of one dtype") as caught:
+        base.shard(trained=True)
+    assert caught.value.code == "model_unsupported"
+
+
 def test_weights_are_owned_by_all_ranks_alike_and_by_as_many_as_there_are() -> None:
     sizes = [100, 7, 60, 40, 3, 30]
     found = owners(sizes, 3)
@@ -207,7 +342,7 @@ def test_weights_are_owned_by_all_ranks_alike_and_by_as_many_as_there_are() -> N
 def test_what_a_lost_rank_held_of_the_optimizer_is_not_saved_as_if_it_were_there(
     ranks: Ranks, tmp_path: Path, some_sequences: Any
 ) -> None:
-    policy = spread(ranks, Full(), sharded_over=2)
+    policy = spread(ranks, Full(), sharding="optimizer")
     learn(policy, range(1), some_sequences)
     os.kill(ranks.pids[0], signal.SIGSTOP)  # or it might have answered before it is killed
     os.kill(ranks.pids[0], signal.SIGKILL)

@@ -8,6 +8,7 @@ models the whole forward runs, and logits are kept from the first position that 
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from transformers import PreTrainedModel
 from workers.policy.score.layout import Padded, Sequence, microbatches, pad
 from workers.policy.score.packed import BY_BATCH, hidden_states, pack, packed_batches
 from workers.policy.score.selected import frozen_head_log_probs, selected_log_probs
+from workers.policy.shards import Shards
 from workers.rollout.cache import FULL, windows
 
 # logits [N, V] and the targets of each row -> tensors [N, ...]
@@ -26,6 +28,7 @@ OfLogits = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
 CHUNK_BYTES = 2**28  # of float32 logits, of which several copies may be needed
 TRAINED_CHUNK_BYTES = 2**29  # with gradients: one copy, but more than one chunk means that each is computed twice
 FROZEN_CHUNK_BYTES = 2**26  # under a head that is not trained, where nothing is computed twice
+NOTHING = Sequence([0], [0])  # what a pass reads that is made for the other ranks' sake
 
 
 class Scorer:
@@ -36,6 +39,7 @@ class Scorer:
         self._keeps = "logits_to_keep" in inspect.signature(type(model).forward).parameters
         self.head_on_answers_only = _head_is_all_that_follows(model)
         self.packs = self.head_on_answers_only and _packs(model)
+        self.shards: Shards | None = None
 
     def __call__(self, batch: Padded, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """log_probs and entropies, both [N] float32, one per answer token; the entropies have no gradient."""
@@ -49,21 +53,20 @@ class Scorer:
         of their answers, each [b, T], 0 beyond an answer's end; T is the longest answer of all.
 
         share  prompts and answers that rows have in common may be computed once, if the model allows it and it is worth it
+
+        If the weights are sharded, batches without rows follow where other ranks have more.
         """
-        width, device = max((len(sequence.completion) for sequence in sequences), default=0), self._model.device
+        width = max((len(sequence.completion) for sequence in sequences), default=0)
         packed = packed_batches(sequences, tokens) if share and self.packs else None
-        for rows in microbatches(sequences, tokens) if packed is None else packed:
+        batches = list(microbatches(sequences, tokens)) if packed is None else packed
+        more = 0 if self.shards is None else self.shards.passes(len(batches)) - len(batches)
+        for rows in batches + [[]] * more:
             chosen = [sequences[row] for row in rows]
-            if packed is None:
-                batch = pad(chosen, pad_id, device)
-                found = self._at(batch.input_ids_B_L, batch.positions_N, batch.targets_N, of)
-                yield rows, [_spread(each, (batch.rows_N, batch.steps_N), (len(rows), width)) for each in found]
+            if packed is None or not rows:
+                forward = partial(self._padded, chosen, width, of, pad_id)
             else:
-                tree = pack(chosen, device)
-                hidden = hidden_states(self._model, tree).index_select(0, tree.positions_M)
-                found = self._from_hidden(hidden, tree.targets_M, of)
-                of_answers = [_spread(each, (tree.answers_M, tree.steps_M), (tree.answers, width)) for each in found]
-                yield rows, [each.index_select(0, tree.of_row_B) for each in of_answers]
+                forward = partial(self._packed, chosen, width, of)
+            yield rows, forward() if self.shards is None else self.shards.run(forward)
 
     def log_probs(self, input_ids_B_L: Tensor, positions_N: Tensor, targets_N: Tensor) -> Tensor:
         """The log-probs of `targets_N` [N] or [N, K] at these flat positions, float32 in the same shape."""
@@ -80,6 +83,21 @@ class Scorer:
 
         ids, values = self._at(input_ids_B_L, positions_N, positions_N, top)
         return ids, values
+
+    def _padded(self, sequences: list[Sequence], width: int, of: OfLogits, pad_id: int) -> list[Tensor]:
+        batch = pad(sequences or [NOTHING], pad_id, self._model.device)
+        found = self._at(batch.input_ids_B_L, batch.positions_N, batch.targets_N, of)
+        places, shape = (batch.rows_N, batch.steps_N), (len(sequences), width)
+        if not sequences:
+            places, found = (batch.rows_N[:0], batch.steps_N[:0]), tuple(each[:0] for each in found)
+        return [_spread(each, places, shape) for each in found]
+
+    def _packed(self, sequences: list[Sequence], width: int, of: OfLogits) -> list[Tensor]:
+        tree = pack(sequences, self._model.device)
+        hidden = hidden_states(self._model, tree).index_select(0, tree.positions_M)
+        found = self._from_hidden(hidden, tree.targets_M, of)
+        of_answers = [_spread(each, (tree.answers_M, tree.steps_M), (tree.answers, width)) for each in found]
+        return [each.index_select(0, tree.of_row_B) for each in of_answers]
 
     def _at(self, input_ids_B_L: Tensor, positions_N: Tensor, targets_N: Tensor, of: OfLogits) -> tuple[Tensor, ...]:
         """What `of` makes of the logits at these flat positions of [B x L], which rise, each with its targets."""
