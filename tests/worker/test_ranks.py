@@ -62,28 +62,32 @@ def curves(stack: Any, job: Job) -> list[tuple[str, int, float]]:
 
 @pytest.mark.timeout(300)
 @SQLITE
-def test_a_job_on_two_ranks_is_like_one_on_one_rank_and_comes_through_the_death_of_either(stack: Any, specs: Any) -> None:
+@pytest.mark.parametrize("sharding", ["optimizer", "full"])
+def test_a_job_on_two_ranks_is_like_one_on_one_rank_and_comes_through_the_death_of_either(
+    stack: Any, specs: Any, sharding: str
+) -> None:
     def submit(gpus: int, **sharding: str) -> Job:
         sections = {
             "objective": {"preset": "gspo", "kl": {"place": "loss", "coef": 0.01}},
             # One that tells answers apart from the first step on: a gradient of rounding alone (all rewards equal, no KL yet)
             # would be a step of full length to Adam, in any direction.
             "reward": {"graders": [{"kind": "regex", "pattern": "[0-9]"}]},
-            "limits": {"max_steps": 24},
+            "limits": {"max_steps": 16},
             "resources": {"gpus": gpus, **sharding},
         }
         return stack.submit(specs.rl(**sections))
 
     stack.start_worker(RATCHET_GPUS_PER_JOB="2")
-    one, two = (stack.succeeded(job.id) for job in (submit(1), submit(2, sharding="optimizer")))
-    assert (two.resolved["ranks"], two.resolved["sharding"]) == (2, "optimizer") and two.resource_class == "any:2"
+    one, two = (stack.succeeded(job.id) for job in (submit(1), submit(2, sharding=sharding)))
+    assert (two.resolved["ranks"], two.resolved["sharding"]) == (2, sharding) and two.resource_class == "any:2"
     ours, theirs = curves(stack, one), curves(stack, two)
-    assert [point[:2] for point in ours] == [point[:2] for point in theirs] and len(ours) > 70
+    assert [point[:2] for point in ours] == [point[:2] for point in theirs] and len(ours) > 50
     assert [point[2] for point in theirs] == pytest.approx([point[2] for point in ours], abs=1e-5)
     weights = stack.weights(two)
     torch.testing.assert_close(weights, stack.weights(one), atol=1e-5, rtol=0)
 
-    disturbed = submit(2)  # each rank with all of the optimizer's state: that gives the same bits
+    # Each rank with all of the optimizer's state gives the same bits as with its share of it. Sharded norms are sums of parts.
+    disturbed = submit(2, sharding="none" if sharding == "optimizer" else "full")
     stack.until(disturbed.id, lambda _: bool(followers(stack)))
     (follower,) = followers(stack)
     os.kill(parent(follower), signal.SIGKILL)
@@ -94,7 +98,7 @@ def test_a_job_on_two_ranks_is_like_one_on_one_rank_and_comes_through_the_death_
     killed = time.monotonic()
     stack.until(disturbed.id, lambda job: job.status == "queued")
     assert time.monotonic() - killed < 10
-    stack.until(disturbed.id, lambda job: job.attempt == 3 and job.step >= 12)
+    stack.until(disturbed.id, lambda job: job.attempt == 3 and job.step >= 8)
     (follower,) = followers(stack)
     again = stack.succeeded(disturbed.id)
     assert again.attempt == 3 and ended([follower])
