@@ -2,7 +2,8 @@
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from fractions import Fraction
 from functools import cache, lru_cache, partial
 from importlib import import_module
 from math import isfinite
@@ -96,13 +97,13 @@ def end_of(answer: str) -> str:
 
 def json_schema(schema: dict[str, Any]) -> Callable[[str], float]:
     """1 if the answer is JSON that fits the schema."""
-    from jsonschema.validators import validator_for
+    from jsonschema.validators import extend, validator_for
     from referencing import Registry
 
     from service.spec.schemas import ending_at_the_end
 
     # An empty registry: nothing is ever fetched.
-    validator = validator_for(schema)(ending_at_the_end(schema), registry=Registry())
+    validator = extend(validator_for(schema), {"multipleOf": _multiple_of})(ending_at_the_end(schema), registry=Registry())
 
     def score(answer: str) -> float:
         try:
@@ -156,6 +157,14 @@ def reasoning_gym(strict: bool) -> Callable[[str, dict[str, Any]], float]:
 
 def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
+
+
+def _multiple_of(validator: Any, factor: float, value: Any, schema: Any) -> Iterator[Any]:
+    """The decimals as they are written: jsonschema divides doubles, in which 19.99 is no multiple of 0.01."""
+    from jsonschema import ValidationError
+
+    if validator.is_type(value, "number") and Fraction(str(value)) % Fraction(str(factor)):
+        yield ValidationError(f"{value} is not a multiple of {factor}")
 
 
 def _finite(text: str) -> float:

@@ -10,6 +10,7 @@ from service.spec.reward import ContainsGrader, ExactGrader, LengthGrader, Regex
 from service.spec.templates import render
 
 PATTERN_WITHIN_S = 1.0
+NUMBER_AT_END = regex.compile(r"\d(?:[.,/:]|[eE][+-]?)?\Z")  # 42, and 42. of 42.5, 4e- of 4e-5
 
 
 def exact(spec: ExactGrader, sample: Sample) -> float:
@@ -75,7 +76,7 @@ def extract(pattern: str, answer: str, *, cut: bool = False) -> str | NotGraded 
     if group is None:
         return None
     text = last.group(group)
-    return None if cut and last.end(group) == len(answer) and text[-1:].isdigit() else text
+    return None if cut and last.end(group) == len(answer) and NUMBER_AT_END.search(text) else text
 
 
 def _too_slow(pattern: str) -> NotGraded:

@@ -120,6 +120,12 @@ def test_json_that_a_schema_cannot_look_at_is_wrong_and_no_error() -> None:
     assert totals(nested, '{"c":' * 900 + "{}" + "}" * 900, '{"c": {}}') == [0, 1]
 
 
+def test_multiples_are_those_of_the_decimals_as_written() -> None:
+    cents = {"kind": "json_schema", "schema": {"properties": {"price": {"multipleOf": 0.01}}}}
+    answers = [f'{{"price": {price}}}' for price in ("19.99", "0.07", "1e-2", "3", '"free"', "19.995", "1e-3")]
+    assert totals(cents, *answers) == [1, 1, 1, 1, 1, 0, 0]
+
+
 def test_the_end_of_a_schemas_pattern_is_the_end_of_the_text() -> None:
     cents = {"kind": "json_schema", "schema": {"type": "string", "pattern": r"^[$a]+\$$"}}
     assert totals(cents, '"a$"', '"a$\\n"', '"$$"', '"a"') == [1, 0, 1, 0]
@@ -181,6 +187,13 @@ def test_extract_finds_no_number_that_the_token_limit_cut_off() -> None:
     answers = [("#### 42", True), ("#### 42", False), ("#### 42\n", True)]
     graded = grade(grader, of=[Sample("p", text, 9, truncated, {}) for text, truncated in answers])
     assert [one.total for one in graded] == [0, 1, 1]
+
+
+@pytest.mark.parametrize("answer", ["it is 42", "it is 42.", "it is 4e-", "it is 4E", "it is 42,", "it is 42/"])
+def test_extract_finds_no_number_that_was_cut_behind_its_sign(answer: str) -> None:
+    grader = {"kind": "regex", "pattern": ".", "extract": r"is (\S+)"}
+    of = [Sample("p", answer, 9, cut, {}) for cut in (True, False)]
+    assert [one.total for one in grade(grader, of=of)] == [0, 1]
 
 
 def test_number_knows_when_the_token_limit_cut_an_answer_off() -> None:
