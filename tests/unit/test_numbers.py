@@ -59,6 +59,24 @@ GSM8K = "She sold 48/2 = <<48/2=24>>24 clips in May.\nShe sold 48+24 = <<48+24=7
 
 # reference, answers that are right, answers that are wrong
 TABLE: dict[str, tuple[str, list[str], list[str]]] = {
+    "introductions": (
+        "5",
+        ["Therefore, $x=5$.", "So, x = 5.", "Hence, $5$.", "Clearly, $2+3=5$.", r"\boxed{5=x}", r"\boxed{2+3=x}", r"\large 5"],
+        ["Therefore, $x=6$.", "Hence, 5, 6", r"\boxed{6=x}", r"\boxed{5=6}", "Therefore, 6"],
+    ),
+    "introduced pairs": ("(3, 4)", ["Therefore, $(3, 4)$.", "Thus, $(x, y) = (3, 4)$."], ["Therefore, $(4, 3)$."]),
+    "introduced lists": ("3, 4", ["Therefore, 3, 4.", "Thus, $x = 3$ and $x = 4$."], ["Therefore, 3, 5."]),
+    "exact beside rounded": (
+        r"2\sqrt{13}",
+        [r"\boxed{2\sqrt{13} \approx 7.21}", r"\boxed{x = 2\sqrt{13} ≈ 7.2}", "7.211103"],
+        [r"\boxed{2\sqrt{14} \approx 7.48}", r"\boxed{7.21}"],
+    ),
+    "a rounding beside its exact value": ("7.21", [r"\boxed{2\sqrt{13} \approx 7.21}"], [r"\boxed{2\sqrt{13}}"]),
+    "times of day": (
+        r"5:00\text{ p.m.}",
+        [r"\boxed{5:00 \text{ p.m.}}", "5:00 pm", r"\boxed{5:00\,\text{PM}}", r"\boxed{5:00}", "The answer is 5:00 p.m."],
+        [r"\boxed{5:00 \text{ a.m.}}", r"\boxed{5:30 \text{ p.m.}}", r"\boxed{5}"],
+    ),
     "final answers": (
         "42",
         [

@@ -13,6 +13,7 @@ MAX_TRIED = 5  # marks, or formulas after a mark, to try before giving up
 MAX_WORDS, MAX_SENTENCE = 40, 500  # a model that repeats itself must not keep the grader busy
 CALCULATED = re.compile(r"<<[^<>]*>>")  # GSM8K's calculator
 SEAMS = re.compile(r"(?<=[A-Za-z]{2}:)(?=[\d$\\(-])|(?<![\w-])[=-]+>|[→⇒]")  # where a word or an arrow touches a number
+APPROXIMATELY = re.compile(r"\\approx(?![a-zA-Z])|≈")
 ALLOWED = (
     "a number (1,000, 1.5e3, 3 1/2, 50%, 5 cm), a LaTeX formula, a list, tuple, interval or set of these, one word or "
     "\\text{...}, or a text with its final answer in \\boxed{...}, <answer> or after ####"
@@ -121,9 +122,19 @@ def _tails(sentence: str) -> Iterator[str]:
 
 
 def _read(text: str, percent: str) -> Iterator[Value]:
-    try:
-        read = value(text, percent)
-    except (Unreadable, RecursionError):
-        return
-    if not isinstance(read, Words) or len(read.text) == 1:
-        yield read
+    """What the text may mean: all of it, what follows an introduction (`Therefore, x = 5`), and the exact value beside its
+    rounding (`\\sqrt{2} \\approx 1.41`)."""
+    for part in (text, *APPROXIMATELY.split(text, maxsplit=1)[:-1]):
+        try:
+            read = value(part, percent)
+        except (Unreadable, RecursionError):
+            continue
+        if not isinstance(read, Words) or len(read.text) == 1:
+            yield read
+        if (
+            isinstance(read, Listing)
+            and not read.brackets
+            and isinstance(first := read.items[0], Words)
+            and len(first.text) > 1
+        ):
+            yield read.items[1] if len(read.items) == 2 else Listing("", read.items[1:])

@@ -22,7 +22,7 @@ ROOT = re.compile(r"(\\sqrt(?:\[3\])?) +(?:(\d+(?:\.\d+)?|[a-z])(?!\w)|\(([^()]*
 # LaTeX that changes only the look of a formula.
 LATEX = [
     (re.compile(r"\\(?:left|right|[bB]igg?[lr]?)(?![a-zA-Z])\s*\.?(?=[\s()\[\]|\\{}]|$)"), ""),
-    (re.compile(r"\\(?:displaystyle|textstyle|limits|nolimits|rm|bf)(?![a-zA-Z])"), ""),
+    (re.compile(r"\\(?:displaystyle|textstyle|limits|nolimits|rm|bf|small|large|Large|LARGE|huge|Huge)(?![a-zA-Z])"), ""),
     (re.compile(r"(?<!\\)\\!"), ""),
     (re.compile(r"\{\s*,\s*\}"), ","),
     (re.compile(r"(?<!\\)\\[,;: ]|\\q?quad(?![a-zA-Z])|(?<!\\)~|\\(?:thin|med|thick)space(?![a-zA-Z])"), " "),

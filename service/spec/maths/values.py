@@ -66,7 +66,7 @@ TEXT_BEHIND = re.compile(rf"(.*?[^\s\\{{(])\s*((?:{TEXT}|\s|\\cdot|/|\^\s*\{{?\s
 WORDS_BEHIND = re.compile(
     r"(.*?[\d)}])(\s*)([A-Za-z][A-Za-z.]*(?:[ /-][A-Za-z.]+)*(?:\s*\^\s*(?:\{\s*\d\s*\}|\d))?)", re.DOTALL
 )
-RATIO = re.compile(r"(\d+(?:\s*:\s*\d+)+)\s*([ap]\.?m\.?)?", re.IGNORECASE)
+RATIO = re.compile(r"(\d+(?:\s*:\s*\d+)+)\s*(?:\\text\s*\{\s*)?([ap]\.?\s?m\.?)?(?:\s*\})?", re.IGNORECASE)
 IMPLIES = re.compile(r"\\(?:Rightarrow|rightarrow|implies|iff|Leftrightarrow|to)(?![a-zA-Z])|[⇒→]|[=-]+>")
 SPELT = re.compile(r"(?<![a-zA-Z\\])(pi|infinity|sin|cos|tan|log|ln)(?![a-zA-Z])")
 NUMBER_WORDS = {
@@ -107,9 +107,10 @@ def value(text: str, percent: str = "hundredths") -> Value:
     if (named := NAME.fullmatch(text)) and not _is_prose(named["letters"] or ""):
         return _named(named, text, percent)
     if len(sides := EQUALS.split(text)) > 1 and not re.search(r"[A-Za-z]", re.sub(r"\\[a-zA-Z]+", "", sides[0])):
-        return value(sides[-1], percent)
+        turned = re.fullmatch(r"\s*(?![ei])[A-Za-z]\s*", sides[-1])  # 5 = x
+        return value(f"{sides[-1]}={sides[-2]}" if turned else sides[-1], percent)
     if match := RATIO.fullmatch(text):
-        half = match[2] and match[2].lower().replace(".", "")  # am or pm, if given
+        half = match[2] and re.sub(r"[.\s]", "", match[2].lower())  # am or pm, if given
         return Listing(":", tuple(_atom(part, percent) for part in match[1].split(":")), half)
     if text.count("\\pm") == 1 and "\\mp" not in text:
         plus, minus = (text.replace("\\pm", sign) for sign in "+-")
