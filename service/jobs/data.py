@@ -201,12 +201,13 @@ class Data:
 
 
 def plain_messages(messages: Messages) -> Messages:
-    """Messages with only the keys of MESSAGE_KEYS that are not null. Content in parts, OpenAI's form, becomes one text."""
+    """Messages with only the keys of MESSAGE_KEYS that say something. Tables give every message the same keys, so those it
+    lacks are null, "" or []. Content in parts, OpenAI's form, becomes one text."""
     return [
         {
             key: _text_of(value) if key == "content" else value
             for key, value in message.items()
-            if key in MESSAGE_KEYS and value is not None
+            if key in MESSAGE_KEYS and (value or (key == "content" and value is not None))
         }
         for message in messages
     ]

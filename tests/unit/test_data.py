@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from service.errors import InvalidRequest
-from service.jobs.data import InlineRows, JsonlRows, Subset, open_data, prompt_indices
+from service.jobs.data import InlineRows, JsonlRows, Subset, open_data, plain_messages, prompt_indices
 from service.spec.data import DataSpec, Message
 
 ROWS = [{"q": f"{n}+{n}", "a": str(2 * n)} for n in range(10)]
@@ -131,3 +131,11 @@ def test_chat_messages_are_rendered_or_taken_from_a_column() -> None:
     assert data.prompt(ROWS[1]) == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1+1?"}]
     data = open_data(spec(prompt=None, chat="talk"), 0, nowhere)
     assert data.prompt({"talk": [{"role": "user", "content": "hi", "id": 7}]}) == [{"role": "user", "content": "hi"}]
+
+
+def test_keys_that_a_table_leaves_empty_are_not_given_to_the_template() -> None:
+    lacking = {"role": "assistant", "tool_calls": [], "reasoning_content": "", "name": "", "tool_call_id": None}
+    call = {"function": {"name": "f", "arguments": "{}"}}
+    messages = [{**lacking, "content": ""}, {**lacking, "content": None, "tool_calls": [call], "thinking": "why"}]
+    called = {"role": "assistant", "tool_calls": [call], "thinking": "why"}
+    assert plain_messages(messages) == [{"role": "assistant", "content": ""}, called]
