@@ -42,6 +42,8 @@ class Chat:
         before, opening = self._opened(messages[:-1], **options)
         if begun.strip().startswith("<") and opening.rstrip().endswith(begun.strip()):
             return before + opening  # the template already opens the think block
+        if (tag := re.search(r"<\w+>\s*\Z", opening)) and begun.lstrip().startswith(tag[0].strip()):
+            return before + opening[: tag.start()] + begun.lstrip()  # and the answer goes on in it
         shown = self._continued(messages, before, **options).removeprefix(before + opening)
         space = shown[: len(shown) - len(shown.lstrip())]  # some templates put whitespace before an answer
         return before + opening + (space if shown.strip() == begun.strip() and not begun[:1].isspace() else "") + begun

@@ -152,3 +152,9 @@ def test_no_space_is_put_before_an_answer(load, prefix: bool) -> None:
     assert text.encode_answer("4")[:-1] == [3]
     assert text.encode_answer(" 4")[:-1] == [4]
     assert text.encode("4") == [4 if prefix else 3]
+
+
+def test_an_answer_begun_in_the_think_block_that_the_template_opens_has_one_block() -> None:
+    begun = {"role": "assistant", "content": "<think>\nOkay"}
+    assert Chat(tokenizer(OPENS)).prompt([USER, begun]) == ASKED + "<think>\nOkay"
+    assert Chat(tokenizer(PLAIN)).prompt([USER, begun]) == ASKED + "<think>\nOkay"
