@@ -4,6 +4,7 @@ import json
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from workers.gguf_file import PRE_TOKENIZERS, write_gguf
 from workers.policy.load import Loaded
 from workers.policy.tiny import tiny_model, tiny_tokenizer
 
-xllamacpp: Any = pytest.importorskip("xllamacpp")
+xllamacpp: Any = import_module("xllamacpp")
 
 TEXT = (
     "<|im_start|>user\nWe'Ve  3 33 333 3333.5 tests, I'LL say it's so:\n\n\n \t\t 🚀 (normal) 😶\u200d🌫️ ✅ កាន់តែ ?我想在"
