@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType, TokenType, get_tensor_name_map, quants
 from gguf.constants import GGML_QUANT_SIZES, MODEL_ARCH, MODEL_ARCH_NAMES
@@ -27,6 +28,15 @@ OUTTYPES = {
     "bf16": (GGMLQuantizationType.BF16, LlamaFileType.MOSTLY_BF16),
     "q8_0": (GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
 }
+FLOAT32_MAX = float(np.finfo(np.float32).max)
+FLOAT16_MAX = float(np.finfo(np.float16).max)
+LARGEST = {  # magnitudes: those of q8_0 are at most 127 times a scale in float16
+    GGMLQuantizationType.F16: FLOAT16_MAX,
+    GGMLQuantizationType.BF16: float(torch.finfo(torch.bfloat16).max),
+    GGMLQuantizationType.Q8_0: 127 * FLOAT16_MAX,
+}
+OTHERWISE = "export it with --merged; llama.cpp's own convert_hf_to_gguf.py reads that folder and knows more models"
+LARGER = "export it with --gguf f32 or bf16, if its weights are finite"
 CASES = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 WORDS = r"|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 # How text is split before its merges, and llama.cpp's name for that, with whether whole words are looked up first.
@@ -54,6 +64,8 @@ def write_gguf(loaded: Loaded, path: Path, outtype: str) -> None:
         kind = quantization if values.ndim > 1 else GGMLQuantizationType.F32
         if values.shape[-1] % GGML_QUANT_SIZES[kind][0]:
             kind = GGMLQuantizationType.F16  # as the converter does: rows are no whole number of blocks
+        if not float(abs(values).max()) <= LARGEST.get(kind, FLOAT32_MAX):
+            raise _refused(f"{name} holds {float(abs(values).max()):g}, which {kind.name.lower()} does not", LARGER)
         writer.add_tensor(name, quants.quantize(values, kind), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -125,6 +137,9 @@ def _add_tokenizer(writer: GGUFWriter, tokenizer: Any, vocab_size: int) -> None:
         raise _refused(f"its tokenizer is none of the byte-level BPE that are written as GGUF: {known}")
     if bpe.get("ignore_merges", False) != pre[1] or (saved["normalizer"] or {"type": "NFC"})["type"] != "NFC":
         raise _refused(f"its tokenizer splits text as {pre[0]}, but treats words in another way than llama.cpp does for it")
+    most = max([*bpe["vocab"].values(), *(added["id"] for added in saved["added_tokens"])])
+    if most >= vocab_size:
+        raise _refused(f"its tokenizer has the token {most}, and the model has rows for {vocab_size}")
     tokens, kinds = [f"[PAD{index}]" for index in range(vocab_size)], [TokenType.UNUSED] * vocab_size
     for token, index in bpe["vocab"].items():
         tokens[index], kinds[index] = token, TokenType.NORMAL
@@ -142,8 +157,10 @@ def _add_tokenizer(writer: GGUFWriter, tokenizer: Any, vocab_size: int) -> None:
     ids = tokenizer("a")["input_ids"]
     writer.add_add_bos_token(ids[0] == tokenizer.bos_token_id)
     writer.add_add_eos_token(ids[-1] == tokenizer.eos_token_id)
-    if isinstance(tokenizer.chat_template, str):
-        writer.add_chat_template(tokenizer.chat_template)
+    if (template := tokenizer.chat_template) is not None:  # one, or several by name
+        writer.add_chat_template(
+            template if isinstance(template, str) else [{"name": name, "template": each} for name, each in template.items()]
+        )
 
 
 def _splits(saved: Any) -> tuple[tuple[Any, ...], ...] | None:
@@ -163,6 +180,5 @@ def _splits(saved: Any) -> tuple[tuple[Any, ...], ...] | None:
     return tuple(found)
 
 
-def _refused(why: str) -> PolicyFailed:
-    hint = "export it with --merged; llama.cpp's own convert_hf_to_gguf.py reads that folder and knows more models"
+def _refused(why: str, hint: str = OTHERWISE) -> PolicyFailed:
     return PolicyFailed("model_unsupported", why, hint=hint, subject=Subject.SOURCE)

@@ -34,17 +34,18 @@ class Shards(nn.Module):
         """
         super().__init__()
         dtypes = {weight.dtype for weight in model.parameters()}
-        if len(dtypes) > 1 or any(weight.ndim == 0 for weight in model.parameters()):
+        layers = set(model._no_split_modules or ())  # pyright: ignore[reportPrivateUsage] - as transformers' own trainer
+        inner = [module for module in model.modules() if type(module).__name__ in layers]
+        if not inner or len(dtypes) > 1 or any(weight.ndim == 0 for weight in model.parameters()):
             kinds = ", ".join(sorted(map(str, dtypes)))
             raise PolicyFailed(
                 "model_unsupported",
-                f"the weights of this model cannot be sharded: they are not of one dtype ({kinds}), or some are single numbers",
+                "the weights of this model cannot be sharded: its class does not name its layers (_no_split_modules), they are "
+                f"not of one dtype ({kinds}), or some are single numbers",
                 hint="use resources.sharding: optimizer",
                 subject=Subject.SOURCE,
             )
         self.model = model
-        layers = set(model._no_split_modules or ())  # pyright: ignore[reportPrivateUsage] - as transformers' own trainer
-        inner = [module for module in model.modules() if type(module).__name__ in layers]
         policy = MixedPrecisionPolicy(cast_forward_inputs=False)
         if trained and dtypes != {torch.float32}:
             policy = MixedPrecisionPolicy(dtypes.pop(), torch.float32, cast_forward_inputs=False)
@@ -85,11 +86,11 @@ class Shards(nn.Module):
     @torch.no_grad()
     def whole(self) -> Iterator[None]:
         """Inside, each rank holds all weights in the model's dtype and may compute on its own, without gradients."""
-        self(lambda: None)  # gathers what no layer holds
-        for layer in self._inner:
-            layer.set_reshard_after_forward(False, recurse=False)
-            layer.unshard()
         try:
+            self(lambda: None)  # gathers what no layer holds
+            for layer in self._inner:
+                layer.set_reshard_after_forward(False, recurse=False)
+                layer.unshard()
             yield
         finally:
             for layer in self._inner:

@@ -70,11 +70,13 @@ class Scorer:
 
     def log_probs(self, input_ids_B_L: Tensor, positions_N: Tensor, targets_N: Tensor) -> Tensor:
         """The log-probs of `targets_N` [N] or [N, K] at these flat positions, float32 in the same shape."""
+        assert self.shards is None, "of sessions, which have one GPU"
         return self._at(input_ids_B_L, positions_N, targets_N, LogProbsAlone())[0]
 
     @torch.no_grad()
     def likeliest(self, input_ids_B_L: Tensor, positions_N: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """The likeliest tokens at these flat positions, the likeliest first, and their log-probs: both [N, count]."""
+        assert self.shards is None, "of sessions, which have one GPU"
 
         def top(logits_N_V: Tensor, _: Tensor) -> tuple[Tensor, ...]:
             logits = logits_N_V.float()
