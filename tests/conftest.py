@@ -219,6 +219,8 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         "AWS_REGION": "us-east-1",
         "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
         "AWS_ALLOW_HTTP": "true",
+        "GOOGLE_BASE_URL": f"http://127.0.0.1:{port}",  # of Google's XML interface the store needs what is as in S3
+        "GOOGLE_BEARER_TOKEN": "hush-hush",
     }
     for name, value in variables.items():
         monkeypatch.setenv(name, value)

@@ -25,12 +25,19 @@ MANIFEST = "manifest.json"  # in every blob that is a folder: {"files": {name: {
 PART_BYTES = 64 * 2**20  # one request; S3 takes at most 10,000 of them a file
 RETRIES: Any = {"max_retries": 4, "retry_timeout": timedelta(seconds=20)}
 CLIENT: Any = {"connect_timeout": timedelta(seconds=5), "timeout": timedelta(seconds=120)}  # of one request
+PLAIN = ("AWS_ALLOW_HTTP", "AZURE_ALLOW_HTTP", "GOOGLE_ALLOW_HTTP")
 CODE = re.compile(r"<Code>(\w{1,60})</Code>")
+STATUS = re.compile(r"status code: (\d{3})")
 ABSENT = ("NoSuchKey", "BlobNotFound", "NotFoundError", "FileNotFoundError")
 REFUSING = (
-    *("NoSuchBucket", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ContainerNotFound", *ABSENT),
+    *("401", "403", "404", *ABSENT),
     *("PermissionDeniedError", "PermissionError", "UnauthenticatedError", "UnknownConfigurationKeyError"),
 )
+VARIABLES = {
+    "s3": "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_REGION",
+    "az": "AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY",
+    "gs": "GOOGLE_APPLICATION_CREDENTIALS, the path of a service account's file",
+}
 
 
 class Bucket:
@@ -41,13 +48,19 @@ class Bucket:
 
     def __init__(self, url: str) -> None:
         try:
+            from obstore.exceptions import BaseError
             from obstore.store import from_url
         except ImportError as error:
             raise BucketRefused(f"obstore is not installed ({error})", hint="pip install 'ratchet-rl[s3]'") from None
         self.url = url.rstrip("/")
-        plain = os.environ.get("AWS_ALLOW_HTTP", "").lower() in ("1", "true")  # which options of the client's would hide
-        with self._told():
+        plain = any(
+            os.environ.get(name, "").lower() in ("1", "true") for name in PLAIN
+        )  # options of the client's would hide it
+        try:
             self._objects: Any = from_url(self.url, retry_config=RETRIES, client_options=CLIENT | {"allow_http": plain})
+        except (BaseError, OSError) as error:  # nobody was asked yet: another try would end the same way
+            hint = f"see {VARIABLES[self.url.partition(':')[0]]}"
+            raise BucketRefused(f"the bucket {self.url} cannot be opened: {type(error).__name__}", hint=hint) from None
 
     def put(self, path: Path, relative: str) -> None:
         """Upload a file or a folder with a manifest. It is there, whole, when this returns."""
@@ -114,7 +127,8 @@ class Bucket:
                     obstore.delete(self._objects, key)
             rest = [each["path"] for batch in obstore.list(self._objects, prefix=relative) for each in batch]
             if rest := [key for key in rest if key.startswith(f"{relative}/")]:
-                obstore.delete(self._objects, rest)
+                with suppress(FileNotFoundError):  # another process was faster
+                    obstore.delete(self._objects, rest)
 
     def blobs(self, claimed: set[str]) -> tuple[set[str], dict[str, datetime]]:
         """Which of the claimed blobs are there; and those that nobody claims, each with its newest object's time."""
@@ -151,11 +165,13 @@ class Bucket:
         try:
             yield
         except (BaseError, FileNotFoundError, PermissionError) as error:
-            found = CODE.search(str(error))
-            reason = found[1] if found else type(error).__name__
+            said = str(error)
+            code, status, token = CODE.search(said), STATUS.search(said), "token request" in said
+            reason = code[1] if code else "no token for these credentials" if token else type(error).__name__
             if key is not None and reason in ABSENT:
                 raise KeyError(key) from None
-            if reason in REFUSING:
+            refusals = {type(error).__name__, status[1] if status else ""}
+            if not refusals.isdisjoint(REFUSING) or (token and "400" in refusals):  # 400: OAuth's code of a refused key
                 hint = "see that the bucket exists, and that the service's credentials may list, read, write and delete in it"
                 raise BucketRefused(f"the bucket {self.url} refuses: {reason}", hint=hint) from None
             raise BucketUnavailable(f"the bucket {self.url} does not answer as it should: {reason}") from None

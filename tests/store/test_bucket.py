@@ -28,10 +28,10 @@ TEXTS = {"model/a.txt": "weights", "b.txt": ""}
 SQLITE = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 
 
-@pytest.fixture
-def machines(s3: Any, tmp_path: Path) -> tuple[Blobs, Blobs]:
+@pytest.fixture(params=[URL, "gs://models/blobs"])
+def machines(s3: Any, tmp_path: Path, request: Any) -> tuple[Blobs, Blobs]:
     """Two that share the bucket and no disk."""
-    return Blobs(tmp_path / "one", Bucket(URL)), Blobs(tmp_path / "other", Bucket(URL))
+    return Blobs(tmp_path / "one", Bucket(request.param)), Blobs(tmp_path / "other", Bucket(request.param))
 
 
 def keys(s3: Any) -> set[str]:
@@ -157,7 +157,9 @@ def forbidding() -> Iterator[str]:
     class Handler(BaseHTTPRequestHandler):
         def do_PUT(self) -> None:
             self.rfile.read(int(self.headers["Content-Length"]))
-            body = f"<Error><Code>AccessDenied</Code><Message>{self.headers['Authorization']}</Message></Error>".encode()
+            body = (
+                f"<Error><Code>AuthenticationFailed</Code><Message>{self.headers['Authorization']}</Message></Error>".encode()
+            )
             self.send_response(403)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
@@ -194,8 +196,14 @@ def test_a_bucket_that_is_not_there_forbids_or_is_away_is_told_apart_and_the_doc
     assert "NoSuchBucket" in detail and (code, retryable) == ("bucket_refused", False)
     monkeypatch.setenv("AWS_ENDPOINT_URL", forbidding)
     detail, code, retryable = told(URL)
-    assert "AccessDenied" in detail and (code, retryable) == ("bucket_refused", False)
+    assert "AuthenticationFailed" in detail and (code, retryable) == ("bucket_refused", False)
     assert "somebody" not in detail and "Signature" not in detail
+    monkeypatch.setenv("GOOGLE_BASE_URL", forbidding)
+    assert told("gs://models/blobs")[1:] == ("bucket_refused", False)
+    for name, value in {"ACCOUNT_NAME": "somebody", "ACCOUNT_KEY": "aHVzaA==", "ENDPOINT": forbidding}.items():
+        monkeypatch.setenv(f"AZURE_STORAGE_{name}", value)
+    detail, code, retryable = told("az://models/blobs")
+    assert "AuthenticationFailed" in detail and (code, retryable) == ("bucket_refused", False)
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     detail, code, retryable = told(URL)
     assert (code, retryable) == ("bucket_unavailable", True)
@@ -206,3 +214,24 @@ def test_a_url_that_names_no_bucket_or_holds_a_key_is_refused(url: str) -> None:
     with pytest.raises(ValidationError, match="RATCHET_BLOB_URL") as raised:
         Settings(blob_url=url)
     assert "hush" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("url", "variables"),
+    [
+        ("az://models", {}),
+        ("az://models", {"AZURE_STORAGE_ACCOUNT_NAME": "me", "AZURE_STORAGE_ACCOUNT_KEY": "hush hush!"}),
+        ("gs://models", {"GOOGLE_APPLICATION_CREDENTIALS": "/nowhere/hush.json"}),
+    ],
+)
+def test_a_bucket_that_cannot_be_opened_says_which_variables_are_meant(
+    url: str, variables: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("AZURE_STORAGE_ACCOUNT_NAME", "AZURE_STORAGE_ACCOUNT_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(BucketRefused, match="cannot be opened") as raised:
+        Bucket(url)
+    assert raised.value.hint is not None and all(name in raised.value.hint for name in variables)
+    assert "hush" not in raised.value.detail
