@@ -76,7 +76,7 @@ class OperationView(BaseModel):
         dict[str, Any] | None,
         Field(
             description="in lists, of a result that is there: metrics; checkpoint_id, name, step; how many answers and tokens. "
-            "Empty where the result is too long to look into"
+            "No tokens where the result has long texts"
         ),
     ] = None
     attempt: Annotated[int | None, Field(description="the attempt that answered it")]

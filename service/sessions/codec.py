@@ -25,6 +25,7 @@
 """
 
 import json
+import re
 from array import array
 from collections.abc import Mapping
 from itertools import pairwise
@@ -52,19 +53,40 @@ def unpack(raw: bytes | memoryview) -> tuple[dict[str, Any], Tensors]:
 
 
 def summary(beginning: bytes) -> dict[str, Any]:
-    """What is short of an answer, from its first bytes: metrics, the checkpoint, how many answers and tokens. Empty where the
-    header does not fit into them."""
+    """What is short of an answer, from its first bytes: metrics, the checkpoint, how many answers and tokens. Less where the
+    header does not fit into them, which has long texts last and then the tensors."""
     length = int.from_bytes(beginning[:LENGTH_BYTES], "little")
+    header: dict[str, Any] = {}
     if len(beginning) < LENGTH_BYTES + length:
-        return {}
-    header = json.loads(beginning[LENGTH_BYTES : LENGTH_BYTES + length])
-    head = json.loads(header[METADATA][HEAD])
+        head = _begun(beginning[LENGTH_BYTES:].decode(errors="ignore"))
+    else:
+        header = json.loads(beginning[LENGTH_BYTES : LENGTH_BYTES + length])
+        head = json.loads(header[METADATA][HEAD])
     told = {name: head[name] for name in SHORT if head.get(name) is not None}
     if "finish_reasons" in head:
-        told |= {"answers": len(head["finish_reasons"]), "tokens": header["tokens"]["shape"][0]}
+        told |= {"answers": len(head["finish_reasons"])} | ({"tokens": header["tokens"]["shape"][0]} if header else {})
     return told
 
 
+def _begun(header: str) -> dict[str, Any]:
+    """The members of the head that are whole in a header that was cut off."""
+    members: dict[str, Any] = {}
+    if (found := HEAD_BEGINS.match(header)) is None:
+        return members
+    text, at, decoder = json.loads(f'"{found[1]}"'), 1, json.JSONDecoder()
+    try:
+        while True:
+            name, colon = decoder.raw_decode(text, at)
+            value, at = decoder.raw_decode(text, colon + 1)
+            if text[at : at + 1] != ",":  # a number may go on
+                return members
+            members[name] = value
+            at += 1
+    except ValueError:
+        return members
+
+
+HEAD_BEGINS = re.compile(rf'\{{"{METADATA}":\{{"{HEAD}":"((?:[^"\\]|\\u[0-9a-f]{{4}}|\\[^u])*+)')  # as `pack` writes it
 SHORT = ("metrics", "checkpoint_id", "name", "step")
 
 

@@ -111,6 +111,10 @@ def test_an_answer_s_beginning_tells_what_is_short_of_it() -> None:
     raw = pack(head, {"tokens": integers(1, 2, 3)})
     assert summary(raw[:-8]) == {"answers": 2, "tokens": 3}  # without its tensors
     assert summary(raw[:60]) == summary(b"") == {}
+    long = pack({"finish_reasons": ["stop", "length"], "step": 12, "texts": ['"é\\\n\0' * 2000]}, {"tokens": integers(1, 2, 3)})
+    told = [summary(long[:size]) for size in range(300)]  # cut anywhere: within an escape, a character, a number
+    assert told[0] == {} and told[-1] == {"answers": 2, "step": 12}
+    assert all(part in ({}, {"answers": 2}, told[-1]) for part in told)
 
 
 def test_session_is_a_job(api: Any, client: httpx.Client) -> None:

@@ -48,6 +48,11 @@ export function ago(text) {
   return seconds < 5 ? "now" : `${duration(seconds)} ago`;
 }
 
+/** "1 token", "2 tokens", "1.2 k tokens". */
+export function counted(value, thing) {
+  return `${count(value)} ${thing}${value === 1 ? "" : "s"}`;
+}
+
 export function stepsOf(number) {
   return `${number} ${number === 1 ? "step" : "steps"}`;
 }

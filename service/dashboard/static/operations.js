@@ -2,7 +2,7 @@
 
 import {get, poll} from "./api.js";
 import {badge, empty, h, replace, row, table} from "./dom.js";
-import {clock, count, duration, number, time} from "./format.js";
+import {clock, count, counted, duration, number, time} from "./format.js";
 
 const LIMIT = 50; // of one request
 const LOOK_MS = 2000; // not every operation makes an event
@@ -71,7 +71,7 @@ function result(one) {
   const {metrics = {}, answers, tokens, checkpoint_id, name, step} = one.summary ?? {};
   const rank = (key) => OF_INTEREST.findIndex((wanted) => wanted.test(key));
   const first = Object.entries(metrics).filter(([, value]) => typeof value === "number").sort(([a], [b]) => rank(a) - rank(b)).slice(0, METRICS);
-  const said = [answers === undefined ? null : `${count(answers)} answers, ${count(tokens)} tokens`, name ? `“${name}”` : null, checkpoint_id ?? null, step === undefined ? null : `step ${step}`,
+  const said = [answers === undefined ? null : counted(answers, "answer") + (tokens === undefined ? "" : `, ${counted(tokens, "token")}`), name ? `“${name}”` : null, checkpoint_id ?? null, step === undefined ? null : `step ${step}`,
     ...first.map(([key, value]) => `${key} ${number(value)}`)].filter(Boolean);
   if (said.length) return said.join(" · ");
   return h("span", {class: "soft"}, one.status === "done" && one.summary === null ? "its answer has expired" : "–");
