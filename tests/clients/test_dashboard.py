@@ -245,6 +245,8 @@ def visit_every_page(page: Page, url: str, job_id: str) -> None:
     for path in paths:
         page.goto(f"{url}#/{path}")
         page.wait_for_load_state("networkidle") if not path.startswith("jobs/") else page.wait_for_timeout(150)
+        if path == "playground":
+            expect(page.locator(".side > small").first).to_contain_text("step ")  # whole, where the field cuts it
         assert page.locator("img, iframe, object").count() == 0
         assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"], path
         expect(page.locator("main .wrong:not(article)")).to_have_count(0)  # an article is advice about the job

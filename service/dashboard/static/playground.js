@@ -3,7 +3,7 @@
 import {events, get, request, session} from "./api.js";
 import {explain} from "./dialog.js";
 import {empty, field, h, put, replace, select} from "./dom.js";
-import {duration} from "./format.js";
+import {counted, duration} from "./format.js";
 
 export function open({query, signal, title, keys, fail}) {
   title("Playground");
@@ -20,7 +20,13 @@ export function open({query, signal, title, keys, fail}) {
     const model = select([["", "choose a model"]], "", {});
     const text = h("pre", {class: "said", "aria-live": "polite"});
     const told = h("p", {class: "soft"});
-    return {side, model, text, told, element: h("section", {class: "side", "aria-label": side}, field(side === "left" ? "One model" : "The other", model), text, told)};
+    const about = h("small", {class: "soft"}); // whole, where the field cuts it
+    const choose = (id) => {
+      if (id !== undefined) model.value = id;
+      about.textContent = model.selectedOptions[0]?.dataset.about ?? "";
+    };
+    model.addEventListener("change", () => choose());
+    return {side, model, text, told, choose, element: h("section", {class: "side", "aria-label": side}, field(side === "left" ? "One model" : "The other", model), about, text, told)};
   }
 
   async function answer(one, stopped) {
@@ -41,7 +47,7 @@ export function open({query, signal, title, keys, fail}) {
         one.text.append(chunk.choices?.[0]?.text ?? chunk.choices?.[0]?.delta?.content ?? "");
         spent = chunk.usage ?? spent;
       }
-      one.told.textContent = [spent ? `${spent.completion_tokens} tokens` : null, duration((performance.now() - began) / 1000)].filter(Boolean).join(" · ");
+      one.told.textContent = [spent ? counted(spent.completion_tokens, "token") : null, duration((performance.now() - began) / 1000)].filter(Boolean).join(" · ");
     } catch (error) {
       one.told.replaceChildren();
       put(one.told, stopped.aborted ? "stopped" : explain(error));
@@ -60,14 +66,14 @@ export function open({query, signal, title, keys, fail}) {
 
   async function models() {
     const {data} = await get("/v1/models", {}, signal);
-    const options = data.map((one) => h("option", {value: one.id}, one.kind === "checkpoint" ? `${one.id} (${one.description})` : one.id));
+    const options = data.map((one) => h("option", {value: one.id, "data-about": one.kind === "checkpoint" ? one.description : null}, one.kind === "checkpoint" ? `${one.id} (${one.description})` : one.id));
     const ids = data.map((one) => one.id);
     const newest = data.filter((one) => one.kind === "checkpoint").map((one) => one.id);
     for (const [i, one] of sides.entries()) {
       replace(one.model, h("option", {value: ""}, "nobody"), options.map((option) => option.cloneNode(true)));
       const wanted = query.get(one.side) ?? (i === 0 ? newest[0] ?? "tiny" : newest[1] ?? "tiny");
       if (!ids.includes(wanted)) one.model.append(h("option", {value: wanted}, wanted));
-      one.model.value = wanted;
+      one.choose(wanted);
     }
   }
 

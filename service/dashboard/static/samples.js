@@ -2,7 +2,7 @@
 
 import {get} from "./api.js";
 import {empty, field, h, replace, select} from "./dom.js";
-import {number} from "./format.js";
+import {counted, number} from "./format.js";
 
 const MODES = [["ratio", "importance ratio"], ["moved", "log p: new − old, of the token"], ["p", "probability when sampled"], ["none", "no colours"]];
 const LEAST = {ratio: 1e-3, moved: 1e-3, p: 1}; // the colour is strongest at the largest value of the group, or at this if that is less
@@ -122,7 +122,7 @@ function legend(mode, full) {
 
 function answer(one, i, mode, full, low, high) {
   const tokens = one.by_token;
-  const facts = [`${one.tokens} tokens`, one.finish_reason === "length" ? "cut" : null, ...Object.entries(one.scores ?? {}).map(([name, value]) => `${name} ${number(value)}`)].filter(Boolean);
+  const facts = [counted(one.tokens, "token"), one.finish_reason === "length" ? "cut" : null, ...Object.entries(one.scores ?? {}).map(([name, value]) => `${name} ${number(value)}`)].filter(Boolean);
   const kind = one.reward === null ? "none" : high === low ? "same" : one.reward === high ? "best" : one.reward === low ? "worst" : "between";
   const detail = h("p", {class: "detail soft", role: "status"});
   return h("li", {class: `answer ${kind}`, "aria-label": `answer ${i + 1}`},
