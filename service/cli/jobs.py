@@ -32,6 +32,7 @@ from service.cli.output import (
     status_text,
 )
 from service.metric_names import EVAL_GREEDY_REWARD_MEAN, EVAL_LOSS, EVAL_REWARD_MEAN
+from service.validation.words import counted
 
 FACTS = {  # of job.resolved
     "device": "{}",
@@ -371,7 +372,8 @@ def _bounds(**bounds: float | None) -> dict[str, float]:
 def spent_text(usage: UsageTotals) -> str:
     if not usage["attempts"]:
         return ""
-    text = f"{usage['sampled_tokens']} tokens sampled, {usage['trained_tokens']} trained, {duration(usage['worker_s'])} worked"
+    sampled = counted(usage["sampled_tokens"], "token")
+    text = f"{sampled} sampled, {usage['trained_tokens']} trained, {duration(usage['worker_s'])} worked"
     return text + (f" ({duration(usage['wasted']['worker_s'])} wasted)" if usage["wasted"]["worker_s"] >= 1 else "")
 
 

@@ -13,6 +13,7 @@ from service.cli.helps import command, group
 from service.cli.jobs import Json
 from service.cli.output import ago, clean, complain, json_text, number, print_facts, print_json, print_table, say, size
 from service.metric_names import EVAL_REWARD_MEAN
+from service.validation.words import counted
 
 CheckpointId = Annotated[str, typer.Argument(metavar="CHECKPOINT", help="ckpt_...", autocompletion=complete_checkpoint)]
 DatasetId = Annotated[str, typer.Argument(metavar="DATASET", help="ds_...", autocompletion=complete_dataset)]
@@ -191,7 +192,7 @@ def prune(
         complain(f"{kept['id']} stays: {clean(kept['reason'])}")
     verb = "deleted" if yes else "would go (--yes deletes them)"
     say(
-        f"{len(answer['data'])} checkpoints, {size(answer['size_bytes'])}: {verb}"
+        f"{counted(len(answer['data']), 'checkpoint')}, {size(answer['size_bytes'])}: {verb}"
         + (", and there are more" if answer["has_more"] else "")
     )
 
@@ -249,7 +250,7 @@ def upload(
     if as_json:
         print_json(dataset)
     else:
-        say(f"{dataset['id']}  {dataset['rows']} rows, columns {clean(', '.join(dataset['columns']))}")
+        say(f"{dataset['id']}  {counted(dataset['rows'], 'row')}, columns {clean(', '.join(dataset['columns']))}")
 
 
 def show_dataset(context: typer.Context, dataset_id: DatasetId, as_json: Json = False) -> None:

@@ -19,6 +19,7 @@ from service.errors import FieldError, InvalidRequest
 from service.jobs.gym import check_task, open_task
 from service.spec.data import DatasetSource, DataSpec, InlineSource, Message, ReasoningGymSource, SplitSource, TrainSource
 from service.spec.templates import render
+from service.validation.words import counted
 
 Row = dict[str, Any]
 Messages = list[dict[str, Any]]
@@ -256,7 +257,7 @@ def open_source(source: TrainSource, dataset_path: Callable[[str], Path], pointe
 def split(rows: DataRows, held_out: int, seed: int) -> tuple[DataRows, DataRows]:
     """Training rows and held-out rows, drawn with the seed. Both keep their order."""
     if held_out >= len(rows):
-        detail = f"the split holds out {held_out} rows of {len(rows)}: nothing would be left to train on"
+        detail = f"the split holds out {counted(held_out, 'row')} of {len(rows)}: nothing would be left to train on"
         raise InvalidRequest(
             detail, [FieldError("/data/eval/rows", detail, "split_too_large", held_out, f"less than {len(rows)}")]
         )

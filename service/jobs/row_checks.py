@@ -12,6 +12,7 @@ from service.spec.templates import columns_of
 from service.spec.tiny import TINY_CHARACTERS, strange_characters
 from service.store.tables import Dataset
 from service.validation import did_you_mean
+from service.validation.words import counted
 
 MAX_SHOWN = 20  # columns in a message
 TOO_LONG = ("prompt_too_long", "sequence_too_long")
@@ -266,7 +267,7 @@ def _row_errors(data: Data, row: Row, number: int, part: str, room: _Room) -> It
     if not prompt or (
         0 < room.prompt < len(prompt) and not room.cuts
     ):  # if no room is left at all, that is reported as an error of the context
-        detail = f"the prompt {where} has {len(prompt)} tokens; allowed are 1 to {room.prompt} ({room.why})"
+        detail = f"the prompt {where} has {counted(len(prompt), 'token')}; allowed are 1 to {room.prompt} ({room.why})"
         yield FieldError("/data/prompt", detail, "prompt_too_long" if prompt else "prompt_empty", len(prompt), room.prompt)
     elif answer is not None and (1 if room.cuts else len(prompt)) + len(answer) + 1 > room.sequence:
         tokens = len(prompt) + len(answer) + 1

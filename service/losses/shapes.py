@@ -16,6 +16,7 @@ from service.losses.batch import PER_SEQUENCE, PER_TOKEN, TAKEN, LossBatch
 from service.losses.numbers import NotThese
 from service.relay.tensors import Tensor, Tensors
 from service.spec.tensors import TENSORS
+from service.validation.words import counted
 
 MAX_CELLS = 2**24  # number of sequences times the longest: ragged batches are padded for the computation
 MAX_SEQUENCES = 2**20  # they are checked one by one
@@ -139,7 +140,7 @@ def _say_lengths(batch: CheckedBatch, name: str, lengths: "array[int]", wanted: 
     row = next(row for row, (has, wants) in enumerate(zip(lengths, wanted, strict=True)) if has != wants)
     batch.refuse(
         f"{name}/{row}",
-        f"has {lengths[row]} tokens, log_probs has {wanted[row]} in this sequence",
+        f"has {counted(lengths[row], 'token')}, log_probs has {wanted[row]} in this sequence",
         got=lengths[row],
         allowed=wanted[row],
     )
@@ -166,7 +167,7 @@ def _flat_of_json(batch: CheckedBatch, name: str, value: list[Any], floats: str)
 def _several_rewards(value: list[Any], pointer: str, floats: str) -> Tensor:
     cells, lengths = numbers.rows(value, pointer, floats)
     if odd := next((row for row, length in enumerate(lengths) if length != lengths[0]), None):
-        detail = f"has {lengths[odd]} rewards, the sequences before have {lengths[0]}"
+        detail = f"has {counted(lengths[odd], 'reward')}, the sequences before have {lengths[0]}"
         raise NotThese(FieldError(f"{pointer}/{odd}", detail, "shape_mismatch", lengths[odd], lengths[0]))
     return numbers.tensor(cells, len(lengths), lengths[0])
 

@@ -17,6 +17,7 @@ from service.outgoing import AddressNotAllowed, Checked, NameNotAllowed, certifi
 from service.rewards.samples import Grader, GraderContext, NotGraded, Outcome, Sample
 from service.spec.addresses import address_refused, name_refused
 from service.spec.reward import HttpGrader
+from service.validation.words import counted
 
 AT_ONCE = 8  # batches in flight
 FIRST_PAUSE_S = 0.5  # before the first retry; doubled for each further one, with jitter
@@ -191,7 +192,9 @@ def read_rewards(answer: bytes, expected: int) -> list[Outcome]:
     if not isinstance(rewards, list):
         return [NotGraded(f'the reward service must answer {{"rewards": [...]}}, got{_shown(answer)}')] * expected
     if len(rewards) != expected:
-        return [NotGraded(f"the reward service answered {len(rewards)} rewards to {expected} samples")] * expected
+        return [
+            NotGraded(f"the reward service answered {counted(len(rewards), 'reward')} to {counted(expected, 'sample')}")
+        ] * expected
     return [_reward(reward) for reward in rewards]
 
 

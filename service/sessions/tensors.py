@@ -29,6 +29,7 @@ from service.spec.section import Section
 from service.spec.tensors import FLOATS, INTEGERS
 from service.store.operations import Asked
 from service.validation import did_you_mean, escape, invalid, parse
+from service.validation.words import counted
 
 MOST_TARGETS = 1024  # of one token
 FLAGS = (*FLOATS, *INTEGERS, "BOOL", "U8")
@@ -178,7 +179,7 @@ def _cuts(name: str, value: Tensor, sizes: dict[str, int], letter: str, *, rows:
     if numbers[0] != 0 or any(begin >= end for begin, end in pairwise(numbers)):
         return [FieldError(f"/{name}", "must begin with 0 and rise: no row is empty", "invalid", numbers[:8].tolist())]
     if sizes.setdefault(rows, len(numbers) - 1) != len(numbers) - 1:
-        return [FieldError(f"/{name}", f"has {len(numbers) - 1} rows; there are {sizes[rows]}", "invalid")]
+        return [FieldError(f"/{name}", f"has {counted(len(numbers) - 1, 'row')}; there are {sizes[rows]}", "invalid")]
     sizes[letter] = numbers[-1]
     return []
 

@@ -14,6 +14,7 @@ from service.tinker.datums import MOST_CELLS
 from service.tinker.log import integers
 from service.tinker.requests import SampleBody, SamplingParams, TensorData
 from service.validation import invalid, parse
+from service.validation.words import counted
 
 MOST_TOKENS = 131_072  # of an answer, where neither the client nor the model says how many
 NOTHING = -1  # in target_prompt_logprobs: no log-prob is wanted here
@@ -77,7 +78,7 @@ def _how(sent: SamplingParams, prompt: int, context: int | None) -> dict[str, An
         raise _wrong("/sampling_params/stop", "must have no empty text")
     room = MOST_TOKENS if context is None else context - prompt
     if room < 0:
-        raise _wrong("/prompt", f"has {prompt} tokens; the model's context holds {context}", "prompt_too_long")
+        raise _wrong("/prompt", f"has {counted(prompt, 'token')}; the model's context holds {context}", "prompt_too_long")
     return {
         "max_tokens": room if sent.max_tokens is None else min(sent.max_tokens, room),
         "temperature": sent.temperature,

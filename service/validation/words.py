@@ -38,9 +38,9 @@ def shown(value: Any, name: str = "") -> Any:
     if SECRET_NAME.search(name) or isinstance(value, SecretStr):
         return HIDDEN
     if isinstance(value, dict):
-        return f"an object with {_count(len(value), 'key')}"
+        return f"an object with {counted(len(value), 'key')}"
     if isinstance(value, list | tuple | set):
-        return f"an array of {_count(len(value), 'item')}"
+        return f"an array of {counted(len(value), 'item')}"
     if value is None or isinstance(value, bool) or (isinstance(value, float) and isfinite(value)):
         return value
     text = without_secrets(value[:MAX_READ] if isinstance(value, str) else str(value))
@@ -54,7 +54,8 @@ def without_secrets(text: str) -> str:
     return SECRET_TEXT.sub(HIDDEN, text)
 
 
-def _count(number: int, thing: str) -> str:
+def counted(number: int, thing: str) -> str:
+    """The number and the thing, in the plural unless it is one: 1 row, 2 rows."""
     return f"{number} {thing}{'' if number == 1 else 's'}"
 
 

@@ -217,7 +217,7 @@ def test_what_is_no_finite_number_is_an_error_of_its_sample(value: str, service:
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (b'{"rewards": [1]}', "answered 1 rewards to 2 samples"),
+        (b'{"rewards": [1]}', "answered 1 reward to 2 samples"),
         (b'{"rewards": [1, 2, 3]}', "answered 3 rewards to 2 samples"),
         (b'{"reward": [1, 2]}', 'must answer {"rewards": [...]}'),
         (b"[1, 2]", 'must answer {"rewards": [...]}'),

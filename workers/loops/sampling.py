@@ -13,6 +13,7 @@ from service.rewards.samples import Graded, Sample
 from service.spec.job import RLSpec
 from service.spec.reward import RewardSpec
 from service.states import Phase
+from service.validation.words import counted
 from workers.loops.attempt import Attempt, prompt_tokens
 from workers.policy.policy import grouped
 from workers.rollout.engine import Completion, Request
@@ -131,7 +132,7 @@ def settle_errors(spec: RewardSpec, graded: Sequence[Graded]) -> list[float | No
     failed = [sample for sample in graded if sample.total is None]
     if failed:
         rate, first = len(failed) / len(graded), next(iter(failed[0].errors.items()), ("?", "no reward"))
-        detail = f"{len(failed)} of {len(graded)} samples could not be graded; the first: {first[0]}: {first[1]}"
+        detail = f"{len(failed)} of {counted(len(graded), 'sample')} could not be graded; the first: {first[0]}: {first[1]}"
         if spec.on_error == "fail":
             raise JobFailed("sample_not_graded", detail, pointer="/reward/on_error")
         if rate > spec.max_error_rate:
@@ -216,7 +217,7 @@ def fitted(attempt: Attempt, prompts: Sequence[list[int]], numbers: Sequence[int
         if not 0 < len(prompt) <= allowed:
             raise JobFailed(
                 "prompt_too_long" if prompt else "prompt_empty",
-                f"the prompt of row {number} has {len(prompt)} tokens; allowed are 1 to {allowed} "
+                f"the prompt of row {number} has {counted(len(prompt), 'token')}; allowed are 1 to {allowed} "
                 f"(context {text.context}, answers of up to {max_tokens} tokens"
                 + (f", rollout.max_prompt_tokens {asked})" if asked is not None else ")"),
                 hint="shorten the row or the template, lower max_completion_tokens, take the row out of the data, or set "
