@@ -128,7 +128,7 @@ def test_llama_cpp_reads_the_same_model(kind: str, splits: str, outtype: str, wi
     tokens = tokenizer(TEXT)["input_ids"]
     with torch.no_grad():
         logits = model(torch.tensor([tokens])).logits[0]
-        likeliest = [tokenizer.decode([token]) if token > 2 else "" for token in logits.argmax(-1).tolist()]
+        likeliest = [str(tokenizer.decode([token])) if token > 2 else "" for token in logits.argmax(-1).tolist()]
         # llama.cpp does not report a token that is special, or only a part of a character.
         asked = tokens[: next(n for n in range(48, 8, -1) if likeliest[n - 1] and likeliest[n - 1].isascii())]
         expected = torch.log_softmax(logits[len(asked) - 1], -1)
