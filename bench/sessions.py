@@ -1,6 +1,6 @@
 """Training sessions against the same work in a plain loop of torch and peft, and against the engine called directly.
 
-    python bench/sessions.py [--backend sqlite|postgresql] [--turns 40] [--cases small,large,sample,codec,eight]
+    python bench/sessions.py [--backend sqlite|postgresql] [--turns 40] [--cases small,large,sample,codec,eight,memory]
 
 The model is a Llama of 2 layers, hidden 128, vocabulary 512, with LoRA of rank 8 on all linear layers; float32, one thread of
 torch on both sides. What is compared takes turns in one run, and medians are compared: of the time by the clock, and of the CPU
@@ -12,6 +12,7 @@ large   the same on 64 x 256 tokens
 sample  64 answers of 128 tokens, in one operation of the session
 codec   64 answers of 128 tokens as the Tinker wire has them (protobuf, zstd) and as JSON: bytes, and CPU to write and read them
 eight   8 answers of 64 tokens from each of eight models on one base, by the Tinker SDK: all at once, and one after the other
+memory  of the process that holds a base of 8 layers, hidden 512, with one to eight sessions of rank 64 trained
 """
 
 import argparse
@@ -24,7 +25,7 @@ import time
 import warnings
 from array import array
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -60,7 +61,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--backend", choices=BACKENDS, default="sqlite")
     parser.add_argument("--turns", type=int, default=40)
-    parser.add_argument("--cases", default="small,large,sample,codec,eight")
+    parser.add_argument("--cases", default="small,large,sample,codec,eight,memory")
     asked = parser.parse_args()
     cases = asked.cases.split(",")
     warnings.simplefilter("ignore")
@@ -81,15 +82,17 @@ def main() -> None:
                 eight(stack, folder, max(3, asked.turns // 10))
     if "codec" in cases:
         codec(asked.turns)
+    if "memory" in cases:
+        memory(asked.backend)
 
 
-def make_model(folder: Path) -> None:
+def make_model(folder: Path, *, layers: int = 2, hidden: int = 128) -> None:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
-        hidden_size=128,
-        intermediate_size=512,
-        num_hidden_layers=2,
+        hidden_size=hidden,
+        intermediate_size=4 * hidden,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=4,
         max_position_embeddings=512,
@@ -145,8 +148,8 @@ def plain(folder: str, rows: list[Row]) -> Contender:
 
 
 @contextmanager
-def session_of(stack: Stack, folder: str) -> Iterator[Session]:
-    adapter = {"kind": "lora", "rank": RANK, "target_modules": "all-linear"}
+def session_of(stack: Stack, folder: str, rank: int = RANK) -> Iterator[Session]:
+    adapter = {"kind": "lora", "rank": rank, "target_modules": "all-linear"}
     with stack.ratchet.session(model={"source": folder, "adapter": adapter}) as session:
         yield session
         session.finish()
@@ -263,6 +266,46 @@ def codec(turns: int) -> None:
         for _ in range(turns):
             once()
         print(f"{name:18}{size:10}{(time.process_time() - began) / turns * 1e3:10.2f}", flush=True)
+
+
+# ---------------------------------------------------------------- memory
+
+
+def memory(backend: str) -> None:
+    """What one session after another adds, all of them with gradients taken and a step made, beside the bytes it must hold."""
+    rank, environment = 64, {"RATCHET_SERVES": "training", "RATCHET_TORCH_THREADS": "1"}
+    with tempfile.TemporaryDirectory(prefix="ratchet-bench-model-") as folder, ExitStack() as opened:
+        make_model(Path(folder), layers=8, hidden=512)
+        model: Any = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        base = sum(weight.nbytes for weight in model.parameters())
+        model = peft.get_peft_model(model, peft.LoraConfig(r=rank, target_modules="all-linear"))
+        adapter = sum(weight.nbytes for weight in model.parameters() if weight.requires_grad)
+        del model
+        print(f"\nmemory: base {base / 1e6:.0f} MB; each adapter {adapter / 1e6:.1f} MB, its AdamW moments twice that")
+        print(f"{'sessions':18}{'bytes MB':>10}{'PSS MB':>10}{'RSS MB':>10}{'peak MB':>10}{'added MB':>10}")
+        stack = opened.enter_context(started(backend, worker=True, **environment))
+        sessions, before = list[Session](), 0.0
+        for count in range(1, 9):
+            sessions.append(opened.enter_context(session_of(stack, folder, rank)))
+            for session in sessions * 2:
+                two_calls(session, rows_of(SMALL))()
+            holder = max(descendants(stack.processes["worker"]), key=lambda pid: kept_mb(pid, "smaps_rollup", "Pss"))
+            pss, rss = (kept_mb(holder, "smaps_rollup", which) for which in ("Pss", "Rss"))
+            sizes = ((base + 3 * count * adapter) / 1e6, pss, rss, kept_mb(holder, "status", "VmHWM"), pss - before)
+            print(f"{count:<18}" + "".join(f"{size:10.0f}" for size in sizes), flush=True)
+            before = pss
+
+
+def descendants(pid: int) -> list[int]:
+    """A process and all below it."""
+    tasks = Path(f"/proc/{pid}/task").iterdir()
+    children = [int(child) for task in tasks for child in (task / "children").read_text().split()]
+    return [pid, *(below for child in children for below in descendants(child))]
+
+
+def kept_mb(pid: int, file: str, which: str) -> float:
+    """A line of /proc/PID/`file` that is given in KiB, in MB."""
+    return int(Path(f"/proc/{pid}/{file}").read_text().partition(f"\n{which}:")[2].split()[0]) * 1024 / 1e6
 
 
 # ---------------------------------------------------------------- measuring
