@@ -32,6 +32,7 @@ class Chat:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer: Any = tokenizer
         self._shown: dict[tuple[str, str], bool] = {}  # by role and key
+        self._left_out: dict[tuple[str, ...], int | None] = {}  # by the roles of a chat
 
     def prompt(self, messages: Messages, **options: Any) -> str:
         """The text that the model continues. If the last message is the assistant's, it is the beginning of the answer."""
@@ -90,6 +91,27 @@ class Chat:
                 if not self._shows(messages[:number], message, key):
                     what = f"the key {key!r}" if key != "role" else "messages"
                     raise self._refused(f"leaves out {what} of the role {message['role']!r} (message {number})")
+        if (number := self._first_left_out(messages, tools=tools, **options)) is not None:
+            role = messages[number]["role"]
+            raise self._refused(f"leaves out the key 'content' of the role {role!r} (message {number})")
+
+    def _first_left_out(self, messages: Messages, **options: Any) -> int | None:
+        """The first message whose text is nowhere in the rendered chat; one that the template moves elsewhere is there.
+        A text beside tool calls is not looked for: templates differ in what they keep of it."""
+        marks = {
+            number: f"{MARK} {number}."
+            for number, message in enumerate(messages)
+            if message["role"] in PLAIN_ROLES and message.get("content") and not message.get("tool_calls")
+        }
+        shape = tuple(message["role"] if number in marks else "" for number, message in enumerate(messages))
+        if shape not in self._left_out:
+            marked = [message | ({"content": marks[n]} if n in marks else {}) for n, message in enumerate(messages)]
+            try:
+                text = self._render(marked, opened=False, **options)
+            except PolicyFailed:
+                return None  # the messages themselves are rendered next, and refused with the template's words
+            self._left_out[shape] = next((number for number, mark in marks.items() if mark not in text), None)
+        return self._left_out[shape]
 
     def _shows(self, before: Messages, message: dict[str, Any], key: str) -> bool:
         """Whether this key of the message (for the key `role`: the message itself) changes the rendered text."""

@@ -1,5 +1,7 @@
 """Chats through templates of the shapes that models ship: the prompt, the turn that is learnt, what is refused."""
 
+import re
+
 import pytest
 from policy_chats import ANSWER, ASKED, HEAD, OPENS, PLAIN, THINKS, USER, text_of, tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -51,7 +53,8 @@ def test_a_think_block_that_the_spec_opens_stands_where_the_answer_begins(templa
 
 def test_a_template_that_loses_the_question_is_refused() -> None:
     """Or the question would be learnt with the answer."""
-    loses = "{% if add_generation_prompt %}{{ messages[-1].content }}>{% else %}all of it: {{ messages[0].content }}{% endif %}"
+    loses = "{% if add_generation_prompt %}{{ messages[-1].content }}>{% else %}all of it: "
+    loses += "{% for m in messages %}{{ m.content }}{% endfor %}{% endif %}"
     with pytest.raises(PolicyFailed, match="does not show the assistant's last turn") as failed:
         chat(loses).turn([USER, ANSWER])
     assert failed.value.code == "chat_refused"
@@ -78,6 +81,33 @@ def test_what_a_template_leaves_out_or_refuses_is_named(messages, options, said:
         chat(picky).prompt(messages, **options)
     assert said in f"{failed.value.detail} ({failed.value.hint})" and failed.value.code == "chat_refused"
     assert chat(picky).prompt([USER, {**ANSWER, "name": "bob"}, USER]).count("hi") == 2
+
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+MOVES = "{% set first = messages[0] %}" + PLAIN.replace(
+    HEAD, "{% for m in messages if m.role != 'system' %}{{ first.content if loop.first and first.role == 'system' }}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "left_out"),
+    [
+        (PLAIN.replace(HEAD, "{% for m in messages if m.role != 'system' %}"), [SYSTEM, USER], "'system' (message 0)"),
+        (MOVES, [SYSTEM, USER, ANSWER, SYSTEM, USER], "'system' (message 3)"),
+        (PLAIN.replace(HEAD, "{% for m in messages[-3:] %}"), [USER, ANSWER, USER, ANSWER], "'user' (message 0)"),
+        (PLAIN.replace("{{ m.content }}", "", 1), [USER, ANSWER], "'user' (message 0)"),
+    ],
+)
+def test_a_message_whose_text_is_nowhere_in_the_chat_is_refused(template: str, messages, left_out: str) -> None:
+    asked = chat(template)
+    for read in (asked.prompt, asked.turn) if messages[-1] is ANSWER else (asked.prompt,):
+        with pytest.raises(PolicyFailed, match=re.escape(f"leaves out the key 'content' of the role {left_out}")) as failed:
+            read(messages)
+        assert failed.value.code == "chat_refused"
+
+
+def test_a_system_text_may_be_moved_to_another_place() -> None:
+    assert "Be brief." in chat(MOVES).prompt([SYSTEM, USER]) and "Be brief." in chat(MOVES).turn([SYSTEM, USER, ANSWER]).prompt
 
 
 def test_arguments_of_tool_calls_are_given_as_the_object_that_templates_expect() -> None:
