@@ -71,6 +71,52 @@ TABLE: dict[str, tuple[str, list[str], list[str]]] = {
         [r"\boxed{2\sqrt{13} \approx 7.21}", r"\boxed{x = 2\sqrt{13} ≈ 7.2}", "7.211103"],
         [r"\boxed{2\sqrt{14} \approx 7.48}", r"\boxed{7.21}"],
     ),
+    "an exact reference beside its rounding": (
+        r"x = 2\sqrt{13} \approx 7.21",
+        [r"\boxed{2\sqrt{13}}", r"\boxed{x = \sqrt{52}}", r"\boxed{2\sqrt{13} \approx 7.211}"],
+        [r"\boxed{7.21}", r"\boxed{2\sqrt{14}}", r"\boxed{y = 2\sqrt{13}}"],
+    ),
+    "a fraction beside its rounding": (r"22/7 \approx 3.14", [r"\boxed{\frac{22}{7}}"], ["3.14", r"\boxed{\pi}"]),
+    "an unknown's rounding": (r"\theta \approx 7.21", ["7.21", r"\boxed{\theta \approx 7.21}"], [r"\boxed{2\sqrt{13}}"]),
+    "a rounding of a decimal": (r"3.7 \approx 4", ["4"], ["3.7"]),
+    "a name stays without a rounding": (r"x = 2\sqrt{13}", [r"\boxed{2\sqrt{13}}"], [r"\boxed{y = 2\sqrt{13}}"]),
+    "said in a box": (
+        "17",
+        [r"\boxed{\text{The answer is }17}", r"\boxed{\text{Answer: } 17}", r"\boxed{\text{The sum is } x = 17}"],
+        [r"\boxed{\text{The answer is not }17}", r"\boxed{\text{There is no 16, so it is }18}", r"\boxed{\text{It is }71}"],
+    ),
+    "commas as text": (
+        "1234567",
+        [r"\boxed{1\text{,}234\text{,}567}", r"\boxed{1\mathrm{,}234{,}567}"],
+        [r"\boxed{1\text{,}2\text{,}567}", r"\boxed{1\text{.}234567}"],
+    ),
+    "currencies": (
+        "$70,000",
+        ["USD 70,000", r"\boxed{\text{USD }70,000}", r"\boxed{\$70k}", "$70K", "USD 70k", "The price is USD 70,000."],
+        ["EUR 70,000", "70k", r"\boxed{70k}", "$70M", "USD 70", "$70"],
+    ),
+    "k is a variable": ("70k", [r"\boxed{70k}"], ["70000", "70", "$70k"]),
+    "looks": (
+        "42",
+        [
+            r"\boxed{42^{\text{nd}}}", r"\boxed{42^\text{nd}}", r"\boxed{42^{nd}}", r"\boxed{\color{red}42}",
+            r"\boxed{\textcolor{red}{42}}", r"\boxed{\begin{aligned}42\end{aligned}}", r"\boxed{\begin{split}x&=42\end{split}}",
+        ],
+        [
+            r"\boxed{43^{\text{nd}}}", r"\boxed{42^{n}}", r"\boxed{\color{red}24}", r"\boxed{\begin{split}42\\43\end{split}}",
+        ],
+    ),
+    "degrees as a letter": (
+        "90",
+        [r"\boxed{90^\text{o}}", r"\boxed{90^{\text{o}}}", "90^o", r"\boxed{90^{o}}"],
+        [r"\boxed{90^0}", r"\boxed{9^o}", r"\boxed{90^{ok}}"],
+    ),
+    "residues": (
+        r"7 \pmod{11}",
+        [r"\boxed{7}", r"\boxed{7 \pmod{11}}", r"\boxed{x \equiv 7 \pmod{11}}", r"\boxed{7 (mod 11)}"],
+        [r"\boxed{7 \pmod{13}}", r"\boxed{x \equiv 7 \pmod{13}}", r"\boxed{8}", r"\boxed{11}", r"\boxed{18}"],
+    ),
+    "a residue for a number": ("7", [r"\boxed{7 \pmod{11}}", r"\boxed{7 \bmod 11}"], [r"\boxed{18 \pmod{11}}", "4 (mod 7)"]),
     "a rounding beside its exact value": ("7.21", [r"\boxed{2\sqrt{13} \approx 7.21}"], [r"\boxed{2\sqrt{13}}"]),
     "times of day": (
         r"5:00\text{ p.m.}",

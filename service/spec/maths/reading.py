@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from service.spec.maths.finals import Final, marked, neighbours, runs
 from service.spec.maths.signs import plain
 from service.spec.maths.units import is_unit
-from service.spec.maths.values import Listing, Unreadable, Value, Words, value, words_of
+from service.spec.maths.values import Listing, Unreadable, Value, Words, trimmed, value, words_of
 
 COUNTED = re.compile(r"\b(\d+) \d+(?:\.\d+)?[ -]?([A-Za-z]+) ([a-z]{3,})")  # three of a size: `3 250 ml bottles`
 MAX_TRIED = 5  # marks, or formulas after a mark, to try before giving up
@@ -14,6 +14,7 @@ MAX_WORDS, MAX_SENTENCE = 40, 500  # a model that repeats itself must not keep t
 CALCULATED = re.compile(r"<<[^<>]*>>")  # GSM8K's calculator
 SEAMS = re.compile(r"(?<=[A-Za-z]{2}:)(?=[\d$\\(-])|(?<![\w-])[=-]+>|[→⇒]")  # where a word or an arrow touches a number
 APPROXIMATELY = re.compile(r"\\approx(?![a-zA-Z])|≈")
+CONSTANT = re.compile(r"\\(?:sqrt|frac|pi|log|ln|sin|cos|tan|cdot|times|binom|circ)(?![A-Za-z])|(?<![A-Za-z])e(?![A-Za-z])")
 ALLOWED = (
     "a number (1,000, 1.5e3, 3 1/2, 50%, 5 cm), a LaTeX formula, a list, tuple, interval or set of these, one word or "
     "\\text{...}, or a text with its final answer in \\boxed{...}, <answer> or after ####"
@@ -30,12 +31,21 @@ def reference(text: str, percent: str = "hundredths") -> Value:
             or "<answer>" in text.casefold()
             or re.match(r"\W*(?:the )?(?:final )?answer\b", text.strip(), re.IGNORECASE)
         ):
-            return value(finals[0].text, percent)
-        return value(text, percent)
+            return value(_exact(finals[0].text), percent)
+        return value(_exact(text), percent)
     except RecursionError:
         raise ValueError("the reference is nested too deeply") from None
     except Unreadable as error:
         raise ValueError(f"the reference {text[:80]!r} {error}; allowed are {ALLOWED}") from None
+
+
+def _exact(text: str) -> str:
+    """The exact value of `2\\sqrt{13} \\approx 7.21`; the whole text if what is before the sign is a name, an
+    integer or a decimal."""
+    before, *rounded = APPROXIMATELY.split(trimmed(text), maxsplit=1)
+    exact = before.rpartition("=")[2]
+    unknown = re.search(r"[A-Za-z.]", CONSTANT.sub("", exact)) or re.fullmatch(r"[\s\d,+-]*", exact)
+    return before if rounded and not unknown else text
 
 
 def answers(text: str, expected: Value, *, cut: bool, percent: str = "hundredths") -> Iterator[Value]:

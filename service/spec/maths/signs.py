@@ -19,15 +19,29 @@ RAISED = re.compile(f"[{''.join(SUPERSCRIPTS)}]+")
 LOWERED = re.compile(f"[{''.join(SUBSCRIPTS)}]+")
 ROOT = re.compile(r"(\\sqrt(?:\[3\])?) +(?:(\d+(?:\.\d+)?|[a-z])(?!\w)|\(([^()]*)\))")
 
+
+def _raised(words: str) -> str:
+    """A pattern of an exponent that is one of the words: ^{\\text{nd}}, ^\\text{nd}, ^{nd}."""
+    text = rf"\\text\s*\{{\s*(?:{words})\s*\}}"
+    return rf"\^\s*(?:{text}|\{{\s*(?:{text}|{words})\s*\}}|(?:{words})(?![A-Za-z]))"
+
+
 # LaTeX that changes only the look of a formula.
 LATEX = [
     (re.compile(r"\\(?:left|right|[bB]igg?[lr]?)(?![a-zA-Z])\s*\.?(?=[\s()\[\]|\\{}]|$)"), ""),
     (re.compile(r"\\(?:displaystyle|textstyle|limits|nolimits|rm|bf|small|large|Large|LARGE|huge|Huge)(?![a-zA-Z])"), ""),
     (re.compile(r"(?<!\\)\\!"), ""),
-    (re.compile(r"\{\s*,\s*\}"), ","),
+    (re.compile(r"(?:\\(?:text|mathrm|mbox)\s*)?\{\s*,\s*\}"), ","),
+    (re.compile(r"\\(?:text)?color\s*\{\w+\}"), ""),
     (re.compile(r"(?<!\\)\\[,;: ]|\\q?quad(?![a-zA-Z])|(?<!\\)~|\\(?:thin|med|thick)space(?![a-zA-Z])"), " "),
     (re.compile(r"\\[dtc]frac(?![a-zA-Z])"), r"\\frac"),
     (re.compile(r"\\(?:math(?:rm|it|bf|sf)|text(?:rm|bf|it|normal|sf)|mbox|hbox|bm|boldsymbol)\s*(?=\{)"), r"\\text"),
+    (re.compile(rf"(?<=\d)\s*{_raised('st|nd|rd|th')}"), ""),  # 42^{\text{nd}}
+    (re.compile(rf"(?<=\d)\s*{_raised('o')}"), r"^\\circ "),  # 90^\text{o}
+    (
+        re.compile(r"\\begin\{(aligned|align\*?|gathered|split)\}((?:(?!\\\\|\\begin).)*?)\\end\{\1\}", re.DOTALL),
+        lambda match: re.sub(r"(?<!\\)&", "", match[2]),
+    ),  # of one row
     (re.compile(r"\\(?:varnothing|O)(?![a-zA-Z])"), r"\\emptyset "),
     (re.compile(r"\\(?:leqslant|leq)(?![a-zA-Z])"), r"\\le "),
     (re.compile(r"\\(?:geqslant|geq)(?![a-zA-Z])"), r"\\ge "),

@@ -19,7 +19,7 @@ class Atom:
     formula: str
     numeral: Numeral | None = None
     unit: Unit | None = None
-    name: str | None = None  # x of `x = 5`
+    name: str | None = None  # x of `x = 5`, or `mod 11`
     base: int | None = None  # of the digits in `formula`, if one is written
 
 
@@ -53,7 +53,7 @@ TEXT = r"\\text\s*\{([^{}]*)\}"
 DATES = re.compile(r"\d{4}([-/.])\d{1,2}\1\d{1,2}|\d{1,2}([-/.])\d{1,2}\2\d{4}|\d{1,2}([/.])\d{1,2}\3\d{2}|\d{3}-\d{3}-\d{4}")
 NAME = re.compile(
     r"(?P<name>(?P<letters>\\?[A-Za-z]+)(?:_(?:\w|\{\w+\}))?'?(?:\([a-z]\))?|\([a-z](?:, ?[a-z])+\))\s*"
-    r"(?:=(?!=)|\\approx(?![a-z])|≈|\\in(?![a-z]))\s*(?P<rest>.+)",
+    r"(?:=(?!=)|\\approx(?![a-z])|≈|\\equiv(?![a-z])|≡|\\in(?![a-z]))\s*(?P<rest>.+)",
     re.DOTALL,
 )
 EQUALS = re.compile(r"(?<![<>!=\\])=+(?![=])|\\approx(?![a-zA-Z])|≈")
@@ -67,6 +67,12 @@ WORDS_BEHIND = re.compile(
     r"(.*?[\d)}])(\s*)([A-Za-z][A-Za-z.]*(?:[ /-][A-Za-z.]+)*(?:\s*\^\s*(?:\{\s*\d\s*\}|\d))?)", re.DOTALL
 )
 RATIO = re.compile(r"(\d+(?:\s*:\s*\d+)+)\s*(?:\\text\s*\{\s*)?([ap]\.?\s?m\.?)?(?:\s*\})?", re.IGNORECASE)
+INTRODUCED = re.compile(r"\\text\s*\{[^{}\d]*?\b(?:is|are|equals|answer)\s*:?\s*\}\s*(?=\S)", re.IGNORECASE)
+DENIED = re.compile(r"\b(?:not|never|no)\b|n't", re.IGNORECASE)
+MODULO = re.compile(
+    r"(\d+)\s*(?:\\pmod\s*(?:\{\s*(\d+)\s*\}|(\d))|\\bmod\s*\{?\s*(\d+)\s*\}?|"
+    r"\(\s*(?:\\bmod|\\mod|mod)\s*\{?\s*(\d+)\s*\}?\s*\))"
+)
 IMPLIES = re.compile(r"\\(?:Rightarrow|rightarrow|implies|iff|Leftrightarrow|to)(?![a-zA-Z])|[⇒→]|[=-]+>")
 SPELT = re.compile(r"(?<![a-zA-Z\\])(pi|infinity|sin|cos|tan|log|ln)(?![a-zA-Z])")
 NUMBER_WORDS = {
@@ -94,6 +100,10 @@ def value(text: str, percent: str = "hundredths") -> Value:
     text = trimmed(text)
     if not text:
         raise Unreadable("is empty")
+    if (said := INTRODUCED.match(text)) and not DENIED.search(said[0]):
+        return value(text[said.end() :], percent)
+    if (residue := MODULO.fullmatch(text)) and int(residue[1]) < (modulus := int(next(filter(None, residue.groups()[1:])))):
+        return replace(_atom(residue[1], percent), name=f"mod {modulus}")
     if DATES.fullmatch(text):
         raise Unreadable("is a date or a number of another kind that is not calculated with")
     if len(steps := [step for step in IMPLIES.split(text) if step.strip()]) > 1:
@@ -225,7 +235,9 @@ def _named(match: re.Match[str], text: str, percent: str) -> Value:
     rest = EQUALS.split(match["rest"])[-1]
     read = value(rest, percent)
     name = re.sub(r"[\s\\{}]", "", match["name"])
-    return replace(read, name=name) if isinstance(read, Atom | Listing) else read
+    if isinstance(read, Words) or (read.name or "").startswith("mod "):  # the modulus says more than the name
+        return read
+    return replace(read, name=name)
 
 
 def _atom(text: str, percent: str) -> Atom:
@@ -247,6 +259,10 @@ def quantity(text: str, percent: str = "hundredths") -> tuple[str, Unit | None, 
     found, factor = None, Fraction(1)
     if match := re.fullmatch(rf"([+-]?)\s*(?:US|USD|AU|CA)?\s*\\?([{CURRENCIES}])\s*([+-]?)\s*(.+)", text, re.DOTALL):
         text, found = match[1] + match[3] + match[4], unit(match[2])
+    if match := re.fullmatch(r"(USD|EUR|GBP|JPY|INR|RUB)\s*([\d.].*)", text):
+        text, found = match[2], unit(match[1])
+    if found and (match := re.fullmatch(r"([+-]?[\d.,]+)\s*([kKM])", text)):  # $70k; without a currency, k may be a variable
+        text, factor = match[1], Fraction(10**6 if match[2] == "M" else 1000)
     if match := re.fullmatch(rf"(.*[\d}})])\s*\\?([{CURRENCIES}])", text, re.DOTALL):
         text, found = match[1], unit(match[2])
     if match := PERCENT.fullmatch(text):
