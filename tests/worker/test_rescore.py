@@ -24,7 +24,11 @@ TINY = TinyConfig(hidden_size=32, layers=2, heads=4, intermediate_size=64, conte
 
 @pytest.fixture
 def policy() -> Learner:
-    base = Base.load(ModelSpec(source="tiny", tiny=TINY, adapter=Full()), device="cpu", threads=1)
+    return learner("float32")
+
+
+def learner(dtype: Any) -> Learner:
+    base = Base.load(ModelSpec(source="tiny", tiny=TINY, adapter=Full(), dtype=dtype), device="cpu", threads=1)
     with torch.no_grad():
         for weight in base.model.parameters():
             weight.mul_(4 if weight.ndim > 1 else 1)
@@ -98,5 +102,4 @@ def test_when_scoring_may_be_left_out(policy: Learner, free: bool, objective: An
 
 
 def test_never_in_half_precision(policy: Learner) -> None:
-    policy.base.model.bfloat16()
-    assert not rescore.may_be_left_out(attempt(policy))
+    assert rescore.may_be_left_out(attempt(policy)) and not rescore.may_be_left_out(attempt(learner("bfloat16")))
