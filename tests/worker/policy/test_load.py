@@ -374,18 +374,23 @@ def test_a_chat_goes_through_the_models_template(load):
         ("{{ 'a' + 1 }}", "concatenate"),
         ("{{ 1 / 0 }}", "division by zero"),
         ("{{ range(1000000)|list }}", "Range too big"),
-        ("nothing of what was said", "continue_final_message"),
     ],
 )
 def test_what_a_chat_template_refuses_is_told_in_its_own_words(load, template, words):
     policy = load()
     policy.text.tokenizer.chat_template = template
     turns = [{"role": "system", "content": "hi"}, {"role": "user", "content": "so"}]
-    turns += [{"role": "assistant", "content": "I"}] if "continue" in words else []
     with pytest.raises(PolicyFailed) as failed:
         policy.text.encode(turns)
     assert (failed.value.code, failed.value.subject) == ("chat_refused", "chat")
     assert words in failed.value.detail and "(system, user" in failed.value.detail
+
+
+def test_a_chat_template_that_shows_nothing_of_what_was_said_is_refused(load):
+    policy = load()
+    policy.text.tokenizer.chat_template = "nothing of what was said"
+    with pytest.raises(PolicyFailed, match=r"leaves out the key 'content' of the role 'system' \(message 0\)"):
+        policy.text.encode([{"role": "system", "content": "hi"}, {"role": "user", "content": "so"}])
 
 
 HUB = """
