@@ -48,11 +48,7 @@ export function ago(text) {
   return seconds < 5 ? "now" : `${duration(seconds)} ago`;
 }
 
-/** "1 token", "2 tokens", "1.2 k tokens". */
-export function counted(value, thing) {
-  return `${count(value)} ${thing}${value === 1 ? "" : "s"}`;
-}
-
-export function stepsOf(number) {
-  return `${number} ${number === 1 ? "step" : "steps"}`;
+/** "1 token", "2 tokens", "1.2 k tokens"; `shown`: the number in another form. */
+export function counted(value, thing, shown = count(value)) {
+  return `${shown} ${thing}${value === 1 ? "" : "s"}`;
 }

@@ -3,7 +3,7 @@
 import {follow, get, poll, send, session, wait} from "./api.js";
 import {ask, say} from "./dialog.js";
 import {badge, field, h, replace, setText} from "./dom.js";
-import {ago, count, duration, stepsOf} from "./format.js";
+import {ago, counted, duration} from "./format.js";
 import * as curves from "./curves.js";
 import * as samples from "./samples.js";
 import * as operations from "./operations.js";
@@ -40,8 +40,8 @@ export function open(context) {
     const managed = job.kind === "rl" || job.kind === "supervised";
     bar.hidden = !managed;
     bar.value = job.max_steps ? job.step / job.max_steps : 0;
-    setText(facts, [job.kind, job.phase, managed ? `step ${job.step} of ${job.max_steps}` : stepsOf(job.step),
-      job.left_s === null ? null : `${duration(job.left_s)} left`, `attempt ${job.attempt}`, `${count(job.tokens)} tokens`, `${duration(job.worker_s)} of a worker`,
+    setText(facts, [job.kind, job.phase, managed ? `step ${job.step} of ${job.max_steps}` : counted(job.step, "step", job.step),
+      job.left_s === null ? null : `${duration(job.left_s)} left`, `attempt ${job.attempt}`, counted(job.tokens, "token"), `${duration(job.worker_s)} of a worker`,
       job.key_name ? `by ${job.key_name}` : null, `made ${ago(job.created_at)}`, job.id].filter(Boolean).join(" · "));
     replace(wrong, job.error ? h("div", {class: job.status === "failed" ? "wrong" : "note"}, h("strong", null, job.error.code), " ", job.error.detail,
       job.error.hint ? h("p", null, job.error.hint) : null, job.error.log_tail?.length ? h("details", null, h("summary", null, "its last log lines"), h("pre", null, job.error.log_tail.join("\n"))) : null) : null);

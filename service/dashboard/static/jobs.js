@@ -3,7 +3,7 @@
 import {get, poll} from "./api.js";
 import {sparkline} from "./charts.js";
 import {badge, empty, field, h, replace, select, setText} from "./dom.js";
-import {ago, count, duration, stepsOf, time} from "./format.js";
+import {ago, counted, duration, time} from "./format.js";
 
 const LIMIT = 50;
 const EVERY_MS = 5000;
@@ -122,13 +122,13 @@ export function open({query, signal, keys, title, fail}) {
         bar.hidden = !managed;
         bar.value = now.max_steps ? now.step / now.max_steps : 0;
         const left = now.left_s === null ? "" : ` · ${duration(now.left_s)} left`;
-        setText(steps, managed ? `${now.step} / ${now.max_steps}${left}` : stepsOf(now.step));
+        setText(steps, managed ? `${now.step} / ${now.max_steps}${left}` : counted(now.step, "step", now.step));
         const key = now.curve ? `${now.curve.step.at(-1)}/${now.curve.step.length}` : "";
         if ((now.curve || !drawn) && key !== drawn) {
           replace(curve, sparkline(now.curve));
           drawn = key;
         } else if (!drawn && !curve.firstChild) replace(curve, sparkline(null));
-        setText(spent, now.tokens || now.worker_s ? `${count(now.tokens)} tokens · ${duration(now.worker_s)}` : "–");
+        setText(spent, now.tokens || now.worker_s ? `${counted(now.tokens, "token")} · ${duration(now.worker_s)}` : "–");
         setText(made, ago(now.created_at));
       },
     };
