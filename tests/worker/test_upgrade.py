@@ -21,6 +21,7 @@ from service.store.tables import Job
 
 ARCHIVES = sorted((Path(__file__).parent / "upgrade").glob("*.tar.xz"))  # by commit; made by make.py beside them
 assert ARCHIVES, "without an archive nothing is tried here"
+OTHER_BITS = {"a322816"}  # since 1956c0f an answer is drawn from its own seed, and sequences are packed
 
 
 @pytest.mark.timeout(180)
@@ -28,8 +29,8 @@ assert ARCHIVES, "without an archive nothing is tried here"
 def test_jobs_of_an_older_version_end_as_it_would_have_ended_them(
     archive: Path, tmp_path: Path, own_redis: Any, new_stack: Any, zygote: Any
 ) -> None:
-    """Bit for bit where the machine rounds as the one did that made the archive; elsewhere other answers are sampled, and only
-    the job that samples nothing is compared, nearly."""
+    """Bit for bit where the machine rounds as the one did that made the archive and the code computes as it did then;
+    elsewhere other answers are sampled, and only the job that samples nothing is compared, nearly."""
     with tarfile.open(archive) as tar:
         tar.extractall(tmp_path, filter="data")
     facts = json.loads((tmp_path / "facts.json").read_text())
@@ -45,7 +46,7 @@ def test_jobs_of_an_older_version_end_as_it_would_have_ended_them(
             left = utcnow() - timedelta(minutes=1)
             session.execute(update(Job).where(Job.id == ids["running"]).values(claimed_at=left, lease_until=left))
         stack.start_worker()
-        same = facts["rounding"] == rounding()
+        same = facts["rounding"] == rounding() and archive.name.split(".")[0] not in OTHER_BITS
         for name, job_id in ids.items():
             ended = stack.succeeded(job_id)
             assert ended.step == facts["jobs"][name]["ends_at"]
