@@ -16,7 +16,7 @@ from uuid import uuid4
 import pytest
 import redis
 from pydantic import SecretStr
-from sqlalchemy import create_engine, make_url, text
+from sqlalchemy import URL, Engine, create_engine, make_url, text
 from sqlalchemy.exc import OperationalError
 
 from chaos.rig import Zygote
@@ -74,6 +74,27 @@ def pytest_collection() -> Iterator[None]:
 
 
 # ---------------------------------------------------------------- databases
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _statements_are_compiled_once() -> Iterator[None]:
+    """Engines of one kind share the dialect and its compiled statements: each test has an engine of its own, and would spend
+    a third of its time on writing the same SQL anew."""
+    known: dict[str, Engine] = {}
+
+    def shared(url: URL, **options: Any) -> Engine:
+        engine = create_engine(url, **options)
+        first = known.setdefault(url.drivername, engine)
+        if first.dialect.server_version_info is None:  # it never connected, and does not know its server
+            known[url.drivername] = engine
+        elif first is not engine:
+            engine.dialect = engine.pool._dialect = first.dialect
+            engine._compiled_cache = first._compiled_cache
+        return engine
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("service.store.session.create_engine", shared)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """Run as a process of its own: claims, works a moment and releases until the job has been claimed often enough.
 
-Prints each fencing number, and `leaked` for each write of a zombie that the store took.
+Begins when the file `go` is in the folder. Prints each fencing number, and `leaked` for each write of a zombie that the store
+took.
 """
 
 import sys
@@ -19,7 +20,8 @@ def main(database_url: str, data_dir: str, owner: str, claims: int) -> None:
     settings = Settings(environment="development", data_dir=Path(data_dir), database_url=SecretStr(database_url))
     store = open_store(settings)
     print("ready", flush=True)
-    sys.stdin.readline()
+    while not (Path(data_dir) / "go").exists():
+        time.sleep(0.001)
     while True:
         claimed = leases.claim(store, settings, owner, {"any"})
         if claimed is None:

@@ -1,5 +1,3 @@
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -8,6 +6,7 @@ from threading import Barrier, Thread
 
 import pytest
 
+from chaos.rig import Zygote, wait_until
 from service.ids import new_id, utcnow
 from service.jobs import lease as leases
 from service.jobs.lease import Lease
@@ -18,31 +17,25 @@ from service.store.tables import Job, Worker
 
 NewJob = Callable[..., Job]
 CLAIMS, PROCESSES = 24, 3
+CLAIMER = Path(__file__).with_name("claimer.py")
 
 
 def test_processes_that_race_for_one_job_get_distinct_fencing_numbers(
-    store: Store, settings: Settings, new_job: NewJob, tmp_path: Path
+    store: Store, settings: Settings, new_job: NewJob, tmp_path: Path, zygote: Zygote
 ) -> None:
     job = new_job()
-    command = [sys.executable, str(Path(__file__).with_name("claimer.py")), settings.sql_url, str(tmp_path)]
-    racers = [
-        subprocess.Popen([*command, f"w{i}", str(CLAIMS)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        for i in range(PROCESSES)
-    ]
+    logs = [tmp_path / f"w{i}.log" for i in range(PROCESSES)]
+    racers = [zygote.child([str(CLAIMER), settings.sql_url, str(tmp_path), log.stem, str(CLAIMS)], {}, log) for log in logs]
     try:
-        for racer in racers:
-            assert racer.stdout is not None
-            assert racer.stdout.readline() == "ready\n"
-        for racer in racers:
-            assert racer.stdin is not None
-            racer.stdin.write("go\n")
-            racer.stdin.flush()
+        wait_until(lambda: all(log.exists() and log.read_text() == "ready\n" for log in logs), 30, "the racers to be ready")
+        (tmp_path / "go").touch()
         while all(racer.poll() is None for racer in racers):  # one takes the last claim, ends the job and stops
             time.sleep(0.02)
     finally:
         for racer in racers:
             racer.kill()
-    said = [line for racer in racers for line in racer.communicate()[0].split()]
+            racer.wait()
+    said = [line for log in logs for line in log.read_text().split()]
     assert sorted(int(line) for line in said if line.isdecimal()) == list(range(1, CLAIMS + 1))
     assert "leaked" not in said
     with store.begin(readonly=True) as session:

@@ -39,7 +39,12 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 POINTS = ["before_answer:2", "after_answer:2", "inside_backward:2", "after_step:2", "replaying:1", "after_answer:3", "none"]
 
 
-@pytest.mark.parametrize("model", [LORA, FULL, DROPOUT], ids=["lora", "full", "dropout"])
+@pytest.mark.parametrize(
+    ("database_url", "model"),
+    [("sqlite", LORA), ("sqlite", FULL), ("sqlite", DROPOUT), ("postgresql", LORA)],
+    ids=["sqlite-lora", "sqlite-full", "sqlite-dropout", "postgresql-lora"],
+    indirect=["database_url"],
+)
 def test_killed_again_and_again_the_weights_are_the_same(
     rig: Any, run_killed: Callable[..., list[int]], model: dict[str, Any]
 ) -> None:
