@@ -71,19 +71,23 @@ def complaint(place: Place, details: ErrorDetails) -> Complaint:
 def unknown_key(pointer: str, key: str, legal: list[str], root: Any = None) -> FieldError:
     """`root`: the model of the whole document, used to say where else this key is legal."""
     meant = did_you_mean(key, legal)
-    if (hint := _elsewhere_called(root, key)) and not is_very_near(key, legal):
-        meant = f"; here that is {hint}"
-    if not meant and (where := legal_elsewhere(root, key)):
-        meant = f"; a key of this name belongs to {where}"
+    if not is_very_near(key, legal):
+        if hint := _elsewhere_called(root, key):
+            meant = f"; {hint}"
+        elif where := legal_elsewhere(root, key):
+            meant = f"; a key of this name belongs to {where}"
     if not meant and legal:
         meant = "; legal: " + ", ".join(legal)
     return FieldError(pointer, f"unknown key {quoted(shown(key))}{meant}", "unknown_key", allowed=legal)
 
 
 def _elsewhere_called(root: Any, key: str) -> str | None:
-    """Our counterpart of another library's name, if the document has a place for it."""
-    hint = hint_for_key(key)
-    return hint if hint and pointer_of(root, hint.partition(".")[0].split()[-1]) else None
+    """Our counterpart of another library's name, if the document has a place for it, or is a job and another kind has one."""
+    if (hint := hint_for_key(key)) is None:
+        return None
+    if pointer_of(root, hint.partition(".")[0].split()[-1]):
+        return f"here that is {hint}"
+    return f"in a job of kind rl that is {hint}" if pointer_of(root, "data.train") == "/data/train" else None
 
 
 def _must_be(place: Place, got: Any, must_be: str, legal: list[str] | None = None) -> Complaint:

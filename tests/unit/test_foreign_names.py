@@ -1,6 +1,7 @@
 """Names of other libraries are refused with what they are called here."""
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -54,12 +55,33 @@ def test_a_key_of_another_library_is_refused_with_its_name_here(name: str) -> No
         ("optimizer", "lr", "here that is optimizer.learning_rate"),
         ("optimizer", "beta", "did you mean 'betas'?"),  # a word that is legal there, misspelt
         ("rollout", "group_sice", "did you mean 'group_size'?"),
+        ("rollout", "max_steps", "a key of this name belongs to /limits/max_steps"),
+        ("eval", "temprature", "did you mean 'temperature'?"),
+        ("update", "temperature", "here that is rollout.temperature"),
+        ("checkpoints", "metric_for_best_model", "here that is checkpoints.keep_best.metric"),
     ],
 )
 def test_in_a_section_a_misspelt_word_goes_before_another_librarys(section: str, key: str, said: str) -> None:
     pointer, detail = refusal({**SPEC, section: {**SPEC.get(section, {}), key: 1}})
     assert pointer == f"/{section}/{key}"
     assert said in detail, detail
+
+
+def test_what_only_rl_has_is_said_to_a_supervised_job() -> None:
+    spec = {**{k: v for k, v in SPEC.items() if k not in ("objective", "reward")}, "kind": "supervised"}
+    spec["data"] = {**SPEC["data"], "answer": "{q}"}
+    _, detail = refusal({**spec, "num_generations": 8})
+    assert detail.endswith("in a job of kind rl that is rollout.group_size")
+    assert "here that is optimizer.learning_rate" in refusal({**spec, "lr": 8})[1]
+
+
+def test_every_name_that_the_page_for_trls_users_lists_is_known() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "from-trl.md").read_text()
+    rows = re.findall(r"^\| (`[a-z].*?) \| ", page.split("`loss_type`, expressed")[0], re.MULTILINE)
+    names = [name for row in rows for name in re.findall(r"`(\w+)`", row)]
+    assert len(names) > 25 and "top_entropy_quantile" in names
+    for name in names:
+        assert name in KEYS or "belongs to" in refusal({**SPEC, name: 1})[1], name
 
 
 @pytest.mark.parametrize("kind", KINDS)
