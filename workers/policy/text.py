@@ -114,8 +114,11 @@ class Text:
         return [*ids, *(end or self.eos_ids[:1])]
 
     def stop_ids(self, stop: Iterable[str]) -> list[int]:
-        """The ids of the stop texts that are special tokens. `decode` may leave these out, so the text may not show them."""
-        return [self._special[text] for text in stop if text in self._special]
+        """The ids of the stop texts that are special tokens, and of tokens that no text shows and a stop text begins with:
+        `decode` leaves these out, so the text would never hold it."""
+        hidden = [(content, token) for content, token in self._special.items() if token in self._frame]
+        whole = [self._special[text] for text in stop if text in self._special]
+        return list(dict.fromkeys([*whole, *(token for text in stop for content, token in hidden if text.startswith(content))]))
 
     def save(self, folder: Path) -> None:
         """Write the tokenizer's files. They do not depend on where the tokenizer was loaded from."""

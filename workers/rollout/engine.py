@@ -9,6 +9,7 @@ from typing import Literal, Protocol
 
 from service.errors import JobFailed
 
+BROKEN = "\ufffd"  # stands in a text for bytes that are no character, or not yet a whole one
 TopLogProbs = list[tuple[int, float]]  # tokens and their log-probs, the likeliest first
 
 

@@ -22,7 +22,7 @@ from transformers import DynamicCache, PreTrainedModel
 from service.errors import JobFailed
 from workers.rollout.cache import Slots, windows
 from workers.rollout.draw import draw, entropies, key_of, likeliest, uniforms
-from workers.rollout.engine import Completion, Engine, Request, TopLogProbs
+from workers.rollout.engine import BROKEN, Completion, Engine, Request, TopLogProbs
 
 CPU_CACHE_BYTES = 2 * 2**30  # of keys and values; a constant, so that the same call always makes the same batches
 GPU_CACHE_SHARE = 0.25  # of all the memory of the card
@@ -33,6 +33,7 @@ READ_STEP = 16  # prompts are padded to a multiple
 READ_TOKENS = 4096  # of prompts in one pass, with padding, but at least one prompt
 HEAD_BYTES = 2**27  # of logits of prompts at a time
 DROP_AT = 1 / 8  # rows that ended leave transformers' own cache when they are at least this share: it copies everything
+MOST_BYTES = 4  # of a character in UTF-8
 STOP_MARGIN_TOKENS = 8  # looked at beyond a stop text's bytes, for tokens that stand for no character
 
 Decode = Callable[[list[list[int]]], list[str]]
@@ -473,12 +474,18 @@ class LocalEngine(Engine):
 
     def _at_stop(self, rows: list[_Row]) -> set[int]:
         """The tickets of the rows that hold a stop text. Only their ends are decoded: what stands before was looked at in
-        earlier steps. A token is a byte at least: some scripts take three or four tokens a character."""
+        earlier steps. A token is a byte at least: some scripts take three or four tokens a character. An end may begin within
+        a character, and then some decoders (byte fallback) read none of the bytes behind it: it is decoded from each of the
+        places at which the next one may begin."""
         if not rows:
             return set()
-        tails = [row.tokens[-_tail(row.request.how.stop) :] for row in rows]
-        texts = zip(rows, self._decode(tails), strict=True)
-        return {row.ticket for row, text in texts if any(stop in text for stop in row.request.how.stop)}
+        tails = [(row, row.tokens[-_tail(row.request.how.stop) :]) for row in rows]
+        texts = self._decode([tail for _, tail in tails])
+        cut = [pair for pair, text in zip(tails, texts, strict=True) if text.startswith(BROKEN)]
+        if cut:
+            later = [(row, tail[skipped:]) for row, tail in cut for skipped in range(1, MOST_BYTES)]
+            tails, texts = tails + later, texts + self._decode([tail for _, tail in later])
+        return {row.ticket for (row, _), text in zip(tails, texts, strict=True) if any(s in text for s in row.request.how.stop)}
 
 
 def _token_bytes(model: PreTrainedModel) -> int:

@@ -169,6 +169,9 @@ def test_a_prompt_is_shown_with_all_its_marks(text: Text) -> None:
 def test_a_special_token_is_a_stop_text_and_so_is_a_text_of_many_tokens(text: Text) -> None:
     special = text.tokenizer.convert_tokens_to_ids("<|tool|>")
     assert text.stop_ids(["<|tool|>", "x", "<s>"]) == [special, text.tokenizer.bos_token_id]
+    assert text.stop_ids(["<pad>Human:", "<|tool|>\n"]) == [text.tokenizer.pad_token_id], (
+        "the text shows no <pad>, but <|tool|>"
+    )
 
 
 @pytest.mark.parametrize("prefix", [True, False])

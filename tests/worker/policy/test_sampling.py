@@ -4,6 +4,7 @@ from collections import Counter
 
 import pytest
 import torch
+from tokenizers import decoders
 
 from service.errors import JobFailed
 from service.spec.model import Full, ModelSpec
@@ -192,11 +193,21 @@ def test_a_stop_text_may_be_a_special_token_that_no_text_shows(load):
     assert all(answer.tokens.index(unknown) == len(answer.tokens) - 1 and answer.finish_reason == "stop" for answer in stopped)
 
 
-def test_a_stop_text_of_many_tokens_a_character_is_seen(load):
-    """One token a byte: ten characters of three bytes each."""
-    stop = "\u0e01" * 10
+def by_byte_fallback(row):
+    """As Llama's tokenizers do: bytes in a row that are no text together are none at all."""
+    return decoders.ByteFallback().decode([f"<0x{byte:02X}>" for byte in row])
+
+
+@pytest.mark.parametrize("decode", [lambda row: bytes(row).decode(errors="replace"), by_byte_fallback])
+@pytest.mark.parametrize("before", ["x", "日本", "x日本", "é日🙂"])
+@pytest.mark.parametrize("stop", ["\u0e01" * 10, "。", "🙂。", "é!"])
+def test_a_stop_text_of_many_tokens_a_character_is_seen(load, decode, before, stop):
+    """One token a byte, and an end of the answer that begins within a character."""
     engine = load().base.engine
-    engine._decode = lambda rows: [bytes(row).decode(errors="replace") for row in rows]
-    [row] = [engine._row(7, Request([1], SamplingParams(100, stop=(stop,)), seed=0))]
-    row.tokens = list(("x" * 40 + stop).encode())
+    engine._decode = lambda rows: [decode(row) for row in rows]
+    row = engine._row(7, Request([1], SamplingParams(100, stop=(stop, "never")), seed=0))
+    before *= 20
+    row.tokens = list((before + stop[:-1]).encode())
+    assert engine._at_stop([row]) == set()
+    row.tokens = list((before + stop).encode())
     assert engine._at_stop([row]) == {7}
