@@ -1,7 +1,6 @@
 """Answers in OpenAI's form, whole and in chunks."""
 
 from collections.abc import Iterator
-from itertools import accumulate
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, Field
@@ -31,8 +30,8 @@ class CompletionLogprobs(BaseModel):
     text_offset: list[int]
 
     @classmethod
-    def of(cls, tokens: list[Token], asked: int, start: int = 0) -> Self:
-        """`asked`: how many of the likeliest; `start`: the characters that came before these tokens."""
+    def of(cls, tokens: list[Token], asked: int) -> Self:
+        """`asked`: how many of the likeliest."""
         texts = [token.text for token in tokens]
         tops = [
             None if token.log_prob is None else dict(reversed(token.top)) | {token.text: token.log_prob} for token in tokens
@@ -41,7 +40,7 @@ class CompletionLogprobs(BaseModel):
             tokens=texts,
             token_logprobs=[token.log_prob for token in tokens],
             top_logprobs=tops if asked else None,
-            text_offset=list(accumulate(map(len, texts[:-1]), initial=start)) if texts else [],
+            text_offset=[token.start for token in tokens],
         )
 
 
@@ -144,7 +143,7 @@ class Form:
             CompletionChoice(
                 index=index,
                 text=choice.prompt + choice.text,
-                logprobs=self._logprobs(choice.tokens, 0),
+                logprobs=self._logprobs(choice.tokens),
                 finish_reason=choice.finish_reason,
             )
             for index, choice in enumerate(answer.choices)
@@ -163,11 +162,9 @@ class Form:
 
     def ended(self, index: int, choice: Choice, told: int) -> Iterator[dict[str, Any]]:
         """The rest of an answer, of which `told` characters were sent: token by token if log-probs were asked for."""
-        start = 0
         for place, token in enumerate(choice.tokens, 1):
-            end = start + len(token.text) if place < len(choice.tokens) else len(choice.text)
-            yield self._chunk(index, self._said(choice.text[start:end], [token], start))
-            start = end
+            end = token.end if place < len(choice.tokens) else len(choice.text)
+            yield self._chunk(index, self._said(choice.text[token.start : end], [token]))
         if not choice.tokens and len(choice.text) > told:
             yield self.grown(index, choice.text[told:])
         last: dict[str, Any] = {"delta": {}} if self._is_chat else {"text": ""}
@@ -177,17 +174,17 @@ class Form:
         if self._with_usage:
             yield {**self._head, **self._kind, "choices": [], "usage": Usage.of(usage).model_dump()}
 
-    def _said(self, text: str, tokens: list[Token] | None, start: int = 0) -> dict[str, Any]:
+    def _said(self, text: str, tokens: list[Token] | None) -> dict[str, Any]:
         if self._is_chat:
             logprobs: Any = None if tokens is None else ChatLogprobs.of(tokens).model_dump()
             return {"delta": {"content": text}, "logprobs": logprobs}
-        logprobs = None if tokens is None else self._logprobs(tokens, start)
+        logprobs = None if tokens is None else self._logprobs(tokens)
         return {"text": text, "logprobs": None if logprobs is None else logprobs.model_dump()}
 
-    def _logprobs(self, tokens: list[Token], start: int) -> CompletionLogprobs | None:
+    def _logprobs(self, tokens: list[Token]) -> CompletionLogprobs | None:
         assert isinstance(self._request, CompletionRequest)
         asked = self._request.logprobs
-        return None if asked is None else CompletionLogprobs.of(tokens, asked, start)
+        return None if asked is None else CompletionLogprobs.of(tokens, asked)
 
     def _chunk(self, index: int, content: dict[str, Any], finish_reason: FinishReason | None = None) -> dict[str, Any]:
         usage = {"usage": None} if self._with_usage else {}

@@ -125,7 +125,7 @@ async def _answer(
 
 
 def _whole(raw: bytes, asked: CompletionRequest | ChatRequest, form: Form) -> str:
-    echo = isinstance(asked, CompletionRequest) and bool(asked.echo)
+    echo = asked.prompts if isinstance(asked, CompletionRequest) and asked.echo else None
     return form.whole(sampled(raw, asked.stops, echo=echo)).model_dump_json(exclude_unset=False)
 
 

@@ -1,7 +1,8 @@
 """The answer of a `sample` operation as both of OpenAI's forms need it: texts without their stops, tokens with log-probs."""
 
-from dataclasses import dataclass, field
-from itertools import islice
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any, Literal
 
 from service.sessions.codec import as_json
@@ -14,6 +15,8 @@ class Token:
     text: str
     log_prob: float | None  # None for a prompt's first token: nothing stands before it
     top: list[tuple[str, float]]  # the likeliest first
+    start: int  # where it begins and ends in the text, in whole characters: of a character's parts, the last one has it
+    end: int
 
 
 @dataclass(frozen=True)
@@ -53,8 +56,8 @@ def held_back(text: str, stops: list[str]) -> str:
     return text
 
 
-def sampled(raw: bytes, stops: list[str], *, echo: bool = False) -> Sampled:
-    """`raw`: the operation's answer."""
+def sampled(raw: bytes, stops: list[str], *, echo: Sequence[str | list[int]] | None = None) -> Sampled:
+    """`raw`: the operation's answer. `echo`: the prompts, if they shall stand before the answers."""
     found = as_json(raw)
     count, most = len(found["texts"]), len(found["prompt_tokens"])
     pieces: dict[str, str] | None = found.get("pieces")
@@ -63,33 +66,39 @@ def sampled(raw: bytes, stops: list[str], *, echo: bool = False) -> Sampled:
         text, prompt, tokens = cut(text, stops), "", list[Token]()
         if pieces is not None:
             number = place * most // count
-            whole = _tokens(pieces, found, place, "tokens", "log_probs", "top_ids", "top_log_probs")
-            tokens = whole if reason == "length" else _shown(whole, text)
-            if echo:
-                prompt = "".join(pieces[str(token)] for token in found["prompt_tokens"][number])
-                names = ("prompt_tokens", "prompt_log_probs", "top_prompt_ids", "top_prompt_log_probs")
-                tokens = _tokens(pieces, found, number, *names) + tokens
+            whole = _tokens(pieces, found, place, "tokens", "log_probs", "top_ids", "top_log_probs", "text_ends")
+            # Without those behind a stop, and the one that ends a turn.
+            tokens = [token for token in whole if reason == "length" or token.start < len(text)]
+            if echo is not None:
+                sent, shown = echo[number], found["prompt_texts"][number]
+                prompt = sent if isinstance(sent, str) else shown
+                names = ("prompt_tokens", "prompt_log_probs", "top_prompt_ids", "top_prompt_log_probs", "prompt_ends")
+                added = len(shown) - len(prompt) if shown.endswith(prompt) else 0  # by the tokenizer: a begin token
+                before = [_moved(token, -added) for token in _tokens(pieces, found, number, *names)]
+                tokens = before + [_moved(token, len(prompt)) for token in tokens]
         choices.append(Choice(text, reason, tokens, prompt))
     return Sampled(choices, Usage(sum(map(len, found["prompt_tokens"])), sum(map(len, found["tokens"]))))
 
 
 def _tokens(
-    pieces: dict[str, str], found: dict[str, Any], place: int, ids: str, log_probs: str, top_ids: str, top_log_probs: str
+    pieces: dict[str, str],
+    found: dict[str, Any],
+    place: int,
+    ids: str,
+    log_probs: str,
+    top_ids: str,
+    top_log_probs: str,
+    ends: str,
 ) -> list[Token]:
     if log_probs not in found:
         return []
-    row, values = found[ids][place], found[log_probs][place]
+    row, values, marks = found[ids][place], found[log_probs][place], [0, *found[ends][place]]
     tops = zip(found[top_ids][place], found[top_log_probs][place], strict=True) if top_ids in found else (((), ()),) * len(row)
     return [
-        Token(pieces[str(token)], value, [(pieces[str(i)], v) for i, v in zip(*top, strict=True) if v is not None])
-        for token, value, top in zip(row, values, tops, strict=True)
+        Token(pieces[str(token)], value, [(pieces[str(i)], v) for i, v in zip(*top, strict=True) if v is not None], start, end)
+        for token, value, top, (start, end) in zip(row, values, tops, pairwise(marks), strict=True)
     ]
 
 
-def _shown(tokens: list[Token], text: str) -> list[Token]:
-    """The tokens that make the text, without those behind a stop. Parts of characters count for nothing."""
-    length = count = 0
-    while count < len(tokens) and length < len(text):
-        length += len(tokens[count].text.replace(BROKEN, ""))
-        count += 1
-    return list(islice(tokens, count))
+def _moved(token: Token, by: int) -> Token:
+    return replace(token, start=max(0, token.start + by), end=max(0, token.end + by))

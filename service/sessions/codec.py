@@ -13,7 +13,8 @@
 | sample | kind, checkpoint, num_samples, seed, sampling, prompt_log_probs, top_prompt_log_probs, top_log_probs; texts, or chats
   (messages, tools, chat_template_kwargs); sampling.max_tokens may be null: to the end of the context; pieces: name the tokens;
   parts: tell the texts while they grow | without texts and chats: prompt_tokens [M], prompt_cu_seqlens [P+1];
-  target_tokens [M, K] | finish_reasons, texts, pieces (by id); prompt_tokens, prompt_cu_seqlens, tokens,
+  target_tokens [M, K] | finish_reasons, texts, pieces (by id); with pieces: text_ends and prompt_ends (whole characters after
+  each token, by row; of prompts only with prompt_log_probs), prompt_texts; prompt_tokens, prompt_cu_seqlens, tokens,
   cu_seqlens [P x num_samples + 1], log_probs; prompt_log_probs [M] (NaN for each prompt's first token), top_prompt_ids and
   top_prompt_log_probs [M, k], top_ids and top_log_probs [N, k], target_log_probs [M, K] |
 | eval | kind, rows, texts (their prompts), graders, num_samples, seed, sampling | | metrics; by row: texts, rewards,

@@ -1,6 +1,7 @@
 """OpenAI's routes over HTTP. A stand-in for the worker answers; what a model really says is in tests/clients."""
 
 import json
+from array import array
 from collections.abc import Iterator
 from time import monotonic, sleep
 from typing import Any
@@ -12,6 +13,11 @@ from sqlalchemy import select
 from chaos.standin import said, sampler
 from service.edge.faces import NATIVE
 from service.jobs import lifecycle
+from service.losses.numbers import tensor
+from service.openai.answers import Form
+from service.openai.requests import CompletionRequest
+from service.openai.sampled import sampled
+from service.sessions.codec import pack
 from service.store.operations import Answered
 from service.store.tables import Operation
 
@@ -243,3 +249,38 @@ def test_unknown_models_are_a_404(client: httpx.Client, model: str) -> None:
     answer = chat(client, model=model)
     assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found"), answer.text
     assert answer.headers["cache-control"] == NATIVE.headers["Cache-Control"]
+
+
+def test_log_probs_are_of_the_text_s_own_tokens_though_characters_have_several() -> None:
+    """One token a byte, and an end token that no text shows: each told text is whole, and no token of a stop is."""
+
+    def said(text: str) -> bytes:
+        row = array("i", [*text.encode(), 0])
+        ends = [place + (n + 1 == len(sign.encode())) for place, sign in enumerate(text) for n in range(len(sign.encode()))]
+        pieces = {str(byte): chr(byte) if byte < 128 else "\ufffd" for byte in row} | {"0": "</s>", "63": "?"}
+        head = {"texts": [text], "finish_reasons": ["stop"], "pieces": pieces, "text_ends": [[*ends, len(text)]]}
+        head |= {"prompt_texts": ["<s>?"], "prompt_ends": [[3, 4]]}
+        cuts, count = tensor(array("q", [0, len(row)])), len(row)
+        asked = {"prompt_tokens": tensor(array("i", [0, 63])), "prompt_cu_seqlens": tensor(array("q", [0, 2]))}
+        asked["prompt_log_probs"] = tensor(array("f", [float("nan"), -1.0]))
+        told = {"tokens": tensor(row), "cu_seqlens": cuts, "log_probs": tensor(array("f", [-0.5] * count))}
+        return pack(head, {**asked, **told})
+
+    request = CompletionRequest(model="tiny", prompt="?", logprobs=0)
+    for text, stops, shown in (
+        ("a🙂b.STOP", ["STOP"], "a🙂b."),
+        ("🙂é", [], "🙂é"),
+        ("🙂STOP", ["S", "TO"], "🙂"),
+        ("Sa", ["S"], ""),
+    ):
+        answer = sampled(said(text), stops)
+        [choice] = answer.choices
+        assert choice.text == shown
+        assert [token.text for token in choice.tokens] == [chr(b) if b < 128 else "\ufffd" for b in shown.encode()]
+        parts = [chunk["choices"][0] for chunk in Form(request, "op_1", 0, "tiny").ended(0, choice, 0)]
+        assert [part["text"] for part in parts if part["text"]] == list(shown)
+        offsets = [offset for part in parts if part["logprobs"] for offset in part["logprobs"]["text_offset"]]
+        assert offsets == [place for place, sign in enumerate(shown) for _ in sign.encode()]
+    for sent, before, offsets in (("?", "?", [0, 0, 1, 1]), ([0, 63], "<s>?", [0, 3, 4, 4])):
+        [choice] = sampled(said("é"), [], echo=[sent]).choices
+        assert choice.prompt == before and [token.start for token in choice.tokens] == offsets

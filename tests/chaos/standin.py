@@ -116,4 +116,9 @@ def said(head: dict[str, Any], text: str = "ok", reason: str = "length") -> Answ
     answer: dict[str, Any] = {"texts": [text] * count, "finish_reasons": [reason] * count}
     if head.get("pieces"):
         answer["pieces"] = {str(token): chr(token) for token in (*tokens, 63)}
+        answer |= {
+            "text_ends": [list(range(1, len(text) + 1))] * count,
+            "prompt_texts": ["?"] * prompts,
+            "prompt_ends": [[1]] * prompts,
+        }
     return Answered(head["id"], pack(answer, tensors))

@@ -1,6 +1,6 @@
 """Texts to tokens and back: prompts, chats, answers, and the tokens that end an answer."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -10,18 +10,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from service.jobs.model_folder import context_of
 from workers.policy.chat import Chat, Messages
 from workers.policy.errors import PolicyFailed, Subject
+from workers.rollout.engine import BROKEN
 
 NO_LIMIT = 1 << 20  # tokens of context, for a model that names none
 LOADED_BY = ("is_local", "local_files_only")  # how a tokenizer was loaded; transformers would save this with it
-BROKEN = "\ufffd"  # stands for the bytes of a character that has not come to its end
 SEAMS = "\n", ":", "a"  # texts whose tokens usually stay the same when another text follows
 
 
 class Unfolding:
-    """The text of an answer that is still growing, in parts: whole characters only, each once."""
+    """The text of tokens that grow in number, in parts: whole characters only, each once."""
 
-    def __init__(self, text: "Text") -> None:
-        self._text = text
+    def __init__(self, decode: Callable[[list[int]], str]) -> None:
+        self._decode = decode
         self.length = 0  # characters told so far
         # Tokens before these two are not decoded again: some look different at the beginning of a text, so that a new window
         # begins where the last part but one ended. `_told` counts characters of the window.
@@ -29,15 +29,25 @@ class Unfolding:
 
     def part(self, tokens: list[int]) -> str:
         """What came since the last part; `tokens` are all of the answer's until now."""
-        whole = self._text.decode(tokens[self._window :])
+        whole = self._decode(tokens[self._window :])
         certain = whole.rstrip(BROKEN)
         new = certain[self._told :]
         self._told += len(new)
         self.length += len(new)
         if certain == whole and len(tokens) > self._end:
             self._window, self._end = self._end, len(tokens)
-            self._told = len(self._text.decode(tokens[self._window :]))
+            self._told = len(self._decode(tokens[self._window :]))
         return new
+
+
+def ends_of(tokens: Iterable[int], decode: Callable[[list[int]], str]) -> list[int]:
+    """How many characters of the tokens' text are whole after each of them."""
+    unfolding, grown, ends = Unfolding(decode), list[int](), list[int]()
+    for token in tokens:
+        grown.append(token)
+        unfolding.part(grown)
+        ends.append(unfolding.length)
+    return ends
 
 
 class Text:

@@ -14,7 +14,7 @@ from service.store.operations import Logged
 from service.store.session import Store
 from workers.policy.base import Base
 from workers.policy.policy import Policy
-from workers.policy.text import Text, Unfolding
+from workers.policy.text import Text, Unfolding, ends_of
 from workers.rollout.engine import Completion, SamplingParams
 from workers.rollout.engine import Request as Answer
 from workers.seeds import derive
@@ -155,7 +155,7 @@ class Sampling:
             told = list[Part]()
             for ticket, tokens in self.base.engine.so_far(list(one.tickets)).items():
                 place = one.tickets[ticket]
-                unfolding = one.unfolding.setdefault(place, Unfolding(self.base.text))
+                unfolding = one.unfolding.setdefault(place, Unfolding(self.base.text.decode))
                 start = unfolding.length
                 if part := unfolding.part(tokens):
                     told.append((place, start, part))
@@ -264,6 +264,11 @@ def _done(text: Text, request: Request, prompts: Prompts, answers: Sequence[Comp
         names = ("prompt_tokens", "tokens", "top_ids", "top_prompt_ids")
         ids = {int(token) for name in names if name in tensors for token in tensors[name].unique().tolist()}
         head["pieces"] = {str(token): piece for token, piece in text.pieces(ids).items()}
+        head["text_ends"] = [ends_of(answer.tokens, text.decode) for answer in answers]
+        head["prompt_texts"] = [text.show(prompt) for prompt in prompts.prompts]
+        head["prompt_ends"] = (
+            [ends_of(prompt, text.show) for prompt in prompts.prompts] if request.head["prompt_log_probs"] else []
+        )
     return Done(head, tensors, sampled=sum(lengths))
 
 

@@ -5,7 +5,7 @@ from random import Random
 import pytest
 from policy_chats import text_of, tokenizer
 
-from workers.policy.text import Unfolding
+from workers.policy.text import Unfolding, ends_of
 
 WHOLE = "Grüße, 世界! 👍🏽 ok"
 
@@ -14,7 +14,7 @@ WHOLE = "Grüße, 世界! 👍🏽 ok"
 def test_parts_are_whole_characters_and_make_the_text(load, seed: int) -> None:
     text = text_of(load, tokenizer())
     tokens, random = tokenizer()(WHOLE)["input_ids"], Random(seed)
-    unfolding, told, count = Unfolding(text), "", 0
+    unfolding, told, count = Unfolding(text.decode), "", 0
     while count < len(tokens):
         count = min(len(tokens), count + random.randint(1, 4))
         assert unfolding.length == len(told)
@@ -26,10 +26,17 @@ def test_parts_are_whole_characters_and_make_the_text(load, seed: int) -> None:
 def test_bytes_of_no_character_are_told_once_one_follows(load) -> None:
     text = text_of(load, tokenizer())
     broken = tokenizer()("é")["input_ids"][:1]
-    unfolding = Unfolding(text)
+    unfolding = Unfolding(text.decode)
     assert unfolding.part(broken * 3) == ""
     tokens = [*broken * 3, *tokenizer()("ab")["input_ids"]]
     assert unfolding.part(tokens) == text.decode(tokens)
+
+
+def test_the_ends_of_tokens_count_whole_characters_of_the_text_that_is_shown(load) -> None:
+    text = text_of(load, tokenizer())
+    tokens = tokenizer()("a🙂<pad>!")["input_ids"]
+    assert ends_of(tokens, text.decode) == [1, 1, 1, 1, 2, 2, 3]
+    assert ends_of(tokens, text.show) == [1, 1, 1, 1, 2, 7, 8]
 
 
 def test_pieces_have_the_text_of_each_token(load) -> None:

@@ -70,6 +70,8 @@ def test_pieces_name_every_token_of_the_answer(rig: Any, chatty: str) -> None:
     named = {int(token) for token in answer["pieces"]}
     assert named == {*answer["prompt_tokens"][0], *answer["tokens"][0], *(t for row in answer["top_ids"][0] for t in row)}
     assert [answer["pieces"][str(token)] for token in answer["prompt_tokens"][0]] == ["a", "b"]
+    assert answer["prompt_texts"] == ["ab"] and answer["text_ends"][0][-1] <= len(answer["texts"][0])
+    assert len(answer["text_ends"][0]) == len(answer["tokens"][0])
     assert "pieces" not in rig.answer(chatty, 1, "b")
 
 
