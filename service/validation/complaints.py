@@ -129,7 +129,8 @@ def merge_unions(complaints: list[Complaint]) -> list[FieldError]:
             errors[number] = complaint.error
         else:
             number, so_far = first_of[pointer]
-            must_be = f"{so_far} or {complaint.must_be}"
+            words = dict.fromkeys([*so_far.split(" or "), complaint.must_be])  # two members may be arrays
+            must_be = " or ".join(words)
             first_of[pointer] = number, must_be
             got = complaint.error.got
             errors[number] = FieldError(pointer, _sentence(must_be, got), "invalid", got, must_be)

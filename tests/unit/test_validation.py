@@ -127,6 +127,7 @@ def test_a_plain_union_is_one_complaint_about_all_its_members():
     wrong = one({"label": True and "x"})
     assert wrong.pointer == "/label"
     assert wrong.detail == "must be an array or an object or none or an integer, got 'x'"
+    assert one(5, str | list[str] | list[int]).detail == "must be a string or an array, got 5"
 
 
 def test_of_a_plain_union_only_the_member_that_fits_is_heard():
