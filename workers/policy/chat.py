@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from service.rewards.chat_template import Messages, with_parsed_arguments
 from workers.policy.errors import PolicyFailed, Subject
 
+THOUGHTS = re.compile(r"\s*<think>(.*?)</think>", re.DOTALL)
 MAX_SHOWN = 500  # characters of a template's error message
 MARK = "an answer that nobody gives"
 PLAIN_KEYS = frozenset({"content", "name", "tool_call_id"})  # a template may leave out the last two without loss
@@ -20,10 +21,12 @@ PLAIN_ROLES = frozenset({"system", "user", "assistant"})
 
 
 class Turn(NamedTuple):
-    """The text before an assistant's turn, and the turn itself without the template's end of turn."""
+    """The text before an assistant's turn, and the turn itself without the template's end of turn. `closed`: the template ended
+    it as it ends a plain answer; some have another end for calls of tools, which then stays in the answer."""
 
     prompt: str
     answer: str
+    closed: bool = True
 
 
 class Chat:
@@ -53,10 +56,13 @@ class Chat:
         """The last message, an assistant's turn, and the prompt before it, both as the template renders them."""
         self.check(messages, **options)
         whole = self._render(messages, opened=False, **options)
+        closed = whole.endswith(self.ending)
         whole = whole.removesuffix(self.ending)
         prompt = self._render(messages[:-1], opened=True, **options)
+        if (thoughts := THOUGHTS.match(messages[-1].get("content") or "")) and thoughts[1].strip() not in whole:
+            raise self._refused("leaves out the thoughts (<think> ... </think>) of the assistant's turn that is learnt")
         if whole.startswith(prompt):
-            return Turn(prompt, whole[len(prompt) :])
+            return Turn(prompt, whole[len(prompt) :], closed)
         # The prompt opens a think block; the turn has none or a closed one. Split where they differ first, but not in a tag.
         start = prompt[: next((i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), len(whole))]
         if start.rfind("<") > start.rfind(">"):
@@ -65,7 +71,7 @@ class Chat:
         before = self._render(messages[:-1], opened=False, **options)
         if isinstance(asked, str) and start.count(asked.strip()) < before.count(asked.strip()):
             raise self._refused("does not show the assistant's last turn behind its prompt")
-        return Turn(start, whole[len(start) :])
+        return Turn(start, whole[len(start) :], closed)
 
     @cached_property
     def ending(self) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -103,13 +104,22 @@ class Text:
         The prompt is the same as `encode` of the messages before, if the template renders these the same.
         """
         turn = self.chat.turn(messages, **options)
-        return self._known(self._plain(turn.prompt)), self._known(self._ended(self._continuation(turn.answer), self._turn_end))
+        answer = self._continuation(turn.answer)
+        if turn.closed or not answer or answer[-1] not in self._special.values():
+            answer = self._ended(answer, self._turn_end)
+        return self._known(self._plain(turn.prompt)), self._known(answer)
 
     @cached_property
     def _turn_end(self) -> list[int]:
-        """The tokens with which the template ends an assistant's turn, up to the first special one; empty if there is none."""
+        """The tokens with which the template ends an assistant's turn, up to the first special one, or to the tokenizer's end
+        token if it follows with nothing but marks between; empty if there is none."""
         ids = self._plain(self.chat.ending) if self.tokenizer.chat_template else []
-        return next((ids[: place + 1] for place, token in enumerate(ids) if token in self._special.values()), [])
+        first = next((place for place, token in enumerate(ids) if token in self._special.values()), None)
+        if first is None:
+            return []
+        marks = list(takewhile(lambda token: token in self._special.values(), ids[first:]))
+        eos = self.tokenizer.eos_token_id
+        return ids[: first + (marks.index(eos) if eos in marks else 0) + 1]
 
     def _ended(self, ids: list[int], end: list[int]) -> list[int]:
         if ids and ids[-1] in self.eos_ids:

@@ -134,6 +134,35 @@ def test_a_learnt_turn_ends_as_the_template_ends_one_and_sampling_stops_there(te
     assert text.encode_answer("yo") == [*text.tokenizer("yo")["input_ids"], text.tokenizer.eos_token_id], "a text, no chat"
 
 
+@pytest.mark.parametrize(
+    ("end_of_turn", "end_of_call", "learnt"),
+    [
+        ("<|im_end|>\n", "<|tool|>", {"said": "<|im_end|>", "called": "<|tool|>"}),  # as gpt-oss: <|return|> and <|call|>
+        ("<|tool|></s>", "<|tool|></s>", {"said": "<|tool|></s>", "called": "<|tool|></s>"}),  # as Cohere's R7B
+        ("<|tool|>\n</s>", "", {"said": "<|tool|>", "called": "<|tool|>"}),  # as Phi-3: of a whole text, no turn
+    ],
+)
+def test_a_learnt_turn_has_its_own_end_once_and_whole(load, end_of_turn: str, end_of_call: str, learnt: dict[str, str]) -> None:
+    ends = f"{{% if m.tool_calls %}}called{end_of_call}{{% else %}}{{{{ m.content }}}}{end_of_turn}{{% endif %}}"
+    text = text_of(load, tokenizer(PLAIN.replace("assistant\n{{ m.content }}<|im_end|>\n", "assistant\n" + ends)))
+    called = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    for message, said in ((called, "called"), ({**ANSWER, "content": "said"}, "said")):
+        prompt, turn = text.encode_turn([USER, message])
+        assert (text.show(prompt), text.show(turn)) == (ASKED, said + learnt[said])
+
+
+def test_thoughts_that_the_template_leaves_out_of_a_learnt_turn_are_refused() -> None:
+    """As DeepSeek R1's does with every turn: the model would learn to answer without a thought."""
+    thought = {"role": "assistant", "content": "<think>\nWell.\n</think>\n\nyo"}
+    drops = chat(PLAIN.replace("assistant\n{{ m.content", "assistant\n{{ m.content.split('</think>')[-1]"))
+    with pytest.raises(PolicyFailed, match="leaves out the thoughts") as failed:
+        drops.turn([USER, thought])
+    assert failed.value.code == "chat_refused"
+    assert drops.turn([USER, thought, USER, ANSWER]).answer == "yo ho", "an earlier turn's may go"
+    assert drops.turn([USER, {**thought, "content": "<think>\n\n</think>\n\nyo"}]).answer.strip() == "yo"
+    assert chat(PLAIN).turn([USER, thought]).answer == thought["content"]
+
+
 def test_an_answer_that_brings_its_end_gets_no_second_one(text: Text) -> None:
     eos = text.tokenizer.eos_token_id
     assert text.encode_answer("yo</s>") == text.encode_answer("yo") and text.encode_answer("yo")[-2:].count(eos) == 1
