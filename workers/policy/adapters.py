@@ -4,6 +4,7 @@ At most one adapter is active at any time; the others then have no effect.
 """
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache, partial
@@ -200,6 +201,12 @@ class Adapters:
             warnings.append(f"the adapter on {', '.join(tied)} cannot be merged: head and embedding share their weights")
         return warnings
 
+    def on_modules(self, name: str) -> dict[str, int]:
+        """The layers that have the adapter, by their paths with layer numbers written as *, and how many each of these are."""
+        layers = [(path, module) for path, module in self._model.named_modules() if isinstance(module, LoraLayer)]
+        mine = [path for path, layer in layers if not isinstance(layer, ParamWrapper) and name in layer.r]
+        return dict(Counter(_pattern(path) for path in mine))
+
     def on_parameters(self, name: str) -> list[str]:
         """The weights outside of linear layers that the adapter changes; layer numbers are written as *. In some families
         all-linear includes the routed experts."""
@@ -256,21 +263,34 @@ class Adapters:
         return PolicyFailed("lora_target_modules", detail, hint=hint, subject=Subject.TARGET_PARAMETERS)
 
     def _check_targets(self, modules: list[str]) -> None:
-        """Raises PolicyFailed for a name that no layer has. Peft would ignore it if another name fits."""
-        paths = [path for path, _ in self._model.named_modules() if not _is_of_peft(path)]
+        """Raises PolicyFailed for a name that no layer has, which peft would ignore if another name fits, and for a name of
+        something that only holds layers."""
+        layers = [(path, _bare(module)) for path, module in self._model.named_modules() if not _is_of_peft(path)]
         for name in modules:
-            if not any(path == name or path.endswith(f".{name}") for path in paths):
-                near = did_you_mean(name.rsplit(".", 1)[-1], self._linear())
+            fitting = [module for path, module in layers if path == name or path.endswith(f".{name}")]
+            if not fitting:
+                near = did_you_mean(name.removesuffix(".weight").rsplit(".", 1)[-1], self._linear())
+                if name in ("all-linear", "all_linear"):
+                    near = "; write target_modules: all-linear, which is no list"
+                elif set(name) & set("*[]()|^$+?\\"):
+                    near += "; names are no patterns: the end of a path fits in every layer that has it"
                 raise self._no_target(f"the adapter cannot be put on {name!r}: no layer of this model is called so{near}")
+            for module in fitting:
+                if any(module.children()):
+                    inside = ", ".join(_linear_in(module))
+                    raise self._no_target(
+                        f"the adapter cannot be put on {name!r}, a {type(module).__name__}: it is no linear layer"
+                        + (f"; those in it are: {inside}" if inside else "")
+                    )
 
     def _linear(self) -> list[str]:
         """The last parts of the names of the linear layers."""
-        return sorted(
-            {p.rsplit(".", 1)[-1] for p, m in self._model.named_modules() if isinstance(_bare(m), nn.Linear | Conv1D)}
-        )
+        return _linear_in(self._model)
 
     def _no_target(self, detail: str, hint: str | None = None) -> PolicyFailed:
         linear = f"linear layers of this model are: {', '.join(self._linear())}; all-linear takes all but the head"
+        if self._stacked():
+            linear += "; routed experts have target_parameters: experts"
         return PolicyFailed("lora_target_modules", detail, hint=hint or linear, subject=Subject.TARGET_MODULES)
 
     def _switch_to(self, name: str) -> None:
@@ -416,6 +436,11 @@ def _bare_path(path: str) -> str:
 def _is_of_peft(path: str) -> bool:
     """Whether a path leads into a layer that has an adapter: its own weights, or the adapter's."""
     return any(part == "base_layer" or part.startswith("lora_") for part in path.split("."))
+
+
+def _linear_in(model: nn.Module) -> list[str]:
+    named = model.named_modules()
+    return sorted({path.rsplit(".", 1)[-1] for path, module in named if isinstance(_bare(module), nn.Linear | Conv1D)} - {""})
 
 
 def _bare(module: nn.Module) -> nn.Module:

@@ -89,6 +89,7 @@ class Learner(Policy):
         self._dropouts = [] if self.adapter is None else base.adapters.dropouts(self.adapter)
         self.facts = self._facts(sum(weight.numel() for weight in trained.values()))
         if self.adapter is not None and isinstance(adapter, Lora):
+            self.facts["adapted_modules"] = base.adapters.on_modules(self.adapter)
             self.facts["adapted_parameters"] = base.adapters.on_parameters(self.adapter)
             self.facts["warnings"] = base.adapters.warnings(self.adapter, adapter)
 

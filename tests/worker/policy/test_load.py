@@ -326,10 +326,30 @@ def test_every_layer_that_is_named_must_be_there(load, tiny_spec):
     assert "'v_porj'" in error.detail and "did you mean 'v_proj'?" in error.detail and "v_proj" in str(error.hint)
 
 
-@pytest.mark.parametrize("name", ["q_proj", "layers.1.mlp.up_proj", "model.layers.0.self_attn.o_proj"])
-def test_layers_may_be_named_by_the_ends_of_their_paths(load, tiny_spec, name):
-    adapter = Lora(rank=2, target_modules=["v_proj", name])
-    assert load(ModelSpec(source="tiny", tiny=tiny_spec.tiny, adapter=adapter)).facts["warnings"] == []
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("mlp", "'mlp', a LlamaMLP: it is no linear layer; those in it are: down_proj, gate_proj, up_proj"),
+        ("layers.0", "a LlamaDecoderLayer: it is no linear layer"),
+        (".*q_proj", "did you mean 'q_proj'?; names are no patterns"),
+        ("layers.[01].self_attn.v_proj", "names are no patterns"),
+        ("self_attn.q_proj.weight", "did you mean 'q_proj'?"),
+        ("all-linear", "write target_modules: all-linear, which is no list"),
+    ],
+)
+def test_what_is_no_name_of_a_linear_layer_is_refused_in_a_line(load, tiny_spec, name, said):
+    error = failure(load, ModelSpec(source="tiny", tiny=tiny_spec.tiny, adapter=Lora(target_modules=["k_proj", name])))
+    assert said in error.detail and "\n" not in error.detail and error.subject == "target_modules"
+
+
+@pytest.mark.parametrize(
+    ("name", "layers"), [("q_proj", 2), ("layers.1.mlp.up_proj", 1), ("model.layers.0.self_attn.o_proj", 1)]
+)
+def test_layers_may_be_named_by_the_ends_of_their_paths(load, tiny_spec, name, layers):
+    facts = load(ModelSpec(source="tiny", tiny=tiny_spec.tiny, adapter=Lora(rank=2, target_modules=["v_proj", name]))).facts
+    assert facts["warnings"] == [] and facts["adapted_modules"].pop("model.layers.*.self_attn.v_proj") == 2
+    [(path, count)] = facts["adapted_modules"].items()
+    assert path.endswith(name.rsplit(".", 1)[-1]) and count == layers
 
 
 def test_an_adapter_on_a_tied_head_says_that_it_cannot_be_merged(load, tiny_spec):
