@@ -380,7 +380,7 @@ def spent_text(usage: UsageTotals) -> str:
 def _best(best: dict[str, Any] | None) -> str:
     if not best:
         return ""
-    saved = best.get("checkpoint_id") or "no checkpoint holds it"
+    saved = best.get("checkpoint_id") or ("the model before training" if best["step"] == 0 else "no checkpoint holds it")
     return f"{best.get('metric', '')} {number(best['value'])} at step {best['step']}  {saved}".strip()
 
 

@@ -465,16 +465,17 @@ def fail(
 
 
 def _with_best(session: Session, job: Job, result: dict[str, Any]) -> dict[str, Any]:
-    """The result, with the best evaluation by the job's rule, and the checkpoint of that step, if there is one."""
+    """The result, with the best evaluation by the job's rule, and the checkpoint that holds it. One that was as good or better,
+    if only by less than early stopping counts, is kept in its place, and is named."""
     rule = next(iter(_rules(job)), None)
     if rule is None:
         return result
-    rows = best_of(checkpoints.of_job(session, job.id), rule)
-    best = result.get("best") or ({"value": rows[0].metrics[rule.metric], "step": rows[0].step} if rows else None)
-    if best is None:
-        return result
-    there = next((row.id for row in rows if row.step == best["step"]), None)
-    return {**result, "best": {"metric": rule.metric, **best, "checkpoint_id": there}}
+    best, rows = result.get("best"), best_of(checkpoints.of_job(session, job.id), rule)
+    if rows:
+        value, sign = rows[0].metrics[rule.metric], 1 if rule.mode == "max" else -1
+        if best is None or sign * value >= sign * best["value"]:
+            best = {"value": value, "step": rows[0].step, "checkpoint_id": rows[0].id}
+    return result if best is None else {**result, "best": {"metric": rule.metric, "checkpoint_id": None, **best}}
 
 
 def park(store: Store, lease: Lease, failure: Failure, *, spent: Spent = NOTHING) -> Status:

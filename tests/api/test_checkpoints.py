@@ -153,6 +153,36 @@ def test_the_best_checkpoint_is_named_by_the_jobs_own_rule(api, client, other, s
     assert other.get(path).status_code == 404
 
 
+@pytest.mark.parametrize(
+    ("mode", "best", "saved", "named"),
+    [
+        ("max", (0.5, 2), {2: 0.5, 4: 0.5}, (0.5, 4)),  # of equals the later one is kept
+        ("max", (0.5, 2), {4: 0.55}, (0.55, 4)),  # better, by less than min_delta
+        ("min", (0.5, 2), {4: 0.45, 6: 0.7}, (0.45, 4)),
+        ("max", (0.5, 0), {2: 0.4, 4: None}, (0.5, 0)),  # the model before training is better than all
+        ("max", None, {2: 0.4}, (0.4, 2)),
+        ("max", None, {2: None}, None),
+    ],
+)
+def test_the_result_names_the_checkpoint_that_is_kept_as_the_best(api, client, submit, save, mode, best, saved, named):
+    stop = {"metric": "eval/reward/mean", "mode": mode, "patience": 3, "min_delta": 0.1}
+    job_id = submit(data={"eval": {"source": "split", "rows": 1}}, early_stopping=stop)["id"]
+    lease, _ = api.claim(job_id)
+    ids = {step: save(lease, step) for step in saved}
+    with api.store.begin() as session:
+        for step, value in saved.items():
+            session.get(Checkpoint, ids[step]).metrics = {} if value is None else {"eval/reward/mean": value}
+    leases.succeed(api.store, lease, {"best": best and {"value": best[0], "step": best[1]}}, "no_improvement")
+    found = client.get(f"/v1/jobs/{job_id}").json()["result"]["best"]
+    if named is None:
+        assert found is None
+        return
+    there = ids.get(named[1])
+    assert found == {"metric": "eval/reward/mean", "value": named[0], "step": named[1], "checkpoint_id": there}
+    if there is not None:
+        assert client.get(f"/v1/jobs/{job_id}/checkpoints/best").json()["id"] == there
+
+
 def test_an_archive_holds_regular_files_only(tmp_path):
     (tmp_path / "secret").write_text("of somebody else")
     folder = tmp_path / "checkpoint"

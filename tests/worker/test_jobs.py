@@ -27,7 +27,7 @@ from service.metric_names import METRICS, RESCORE_DIFFERENCE, STALENESS, WAITED_
 from service.relay.line import losses
 from service.relay.orders import Answer, Order
 from service.relay.queue import RequestQueue
-from service.spec.job import SupervisedSpec
+from service.spec.job import EarlyStopping, SupervisedSpec
 from service.spec.objective import ObjectiveSpec
 from service.states import Phase, Status, is_legal
 from service.store import metrics
@@ -402,6 +402,17 @@ def test_a_best_that_is_saved_on_schedule_is_remembered(specs: Any) -> None:
         if managed._is_to_be_saved(attempt, evaluated=reward is not None):
             saved.append(step)
     assert saved == [2, 4, 8, 10]
+
+
+@pytest.mark.parametrize("mode", ["max", "min"])
+def test_an_evaluation_that_is_no_number_is_no_best_and_hides_no_later_one(mode: str) -> None:
+    rule = EarlyStopping(metric="eval/loss", mode="max" if mode == "max" else "min", patience=2)
+    progress, nan, inf = Progress(), float("nan"), float("inf")
+    for step, value in enumerate((nan, 2.0, inf, -inf), 1):
+        progress.step = step
+        progress.evaluated(step, {"eval/loss": value}, rule)
+        assert progress.reason_to_stop(rule) == (None if step < 4 else "no_improvement")
+    assert (progress.best, progress.best_step) == (2.0, 2)
 
 
 def test_a_new_best_is_saved_when_it_is_found_and_early_stopping_keeps_it(shared: Any, specs: Any) -> None:

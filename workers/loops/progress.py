@@ -46,6 +46,9 @@ class Progress:
         if rule is None or rule.metric not in metrics:
             return
         value = metrics[rule.metric]
+        if not isfinite(value):  # no best, and none could be better than it
+            self.stale += 1
+            return
         gain = float("inf") if self.best is None else (value - self.best) * (1 if rule.mode == "max" else -1)
         if gain > rule.min_delta:
             self.best, self.best_step, self.stale = value, step, 0
@@ -68,8 +71,12 @@ class Progress:
         """`target_reached` or `no_improvement` right after an evaluation, else None."""
         if rule is None or self.evaluated_at != self.step or rule.metric not in self.last:
             return None
-        value = self.last[rule.metric]
-        if rule.target is not None and (value >= rule.target if rule.mode == "max" else value <= rule.target):
+        value: float | None = self.last[rule.metric]  # a stored one that is not finite is null
+        if (
+            rule.target is not None
+            and value is not None
+            and (value >= rule.target if rule.mode == "max" else value <= rule.target)
+        ):
             return "target_reached"
         if rule.patience is not None and self.stale >= rule.patience:
             return "no_improvement"
