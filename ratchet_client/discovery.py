@@ -4,6 +4,7 @@ A local stack writes two files, `url` (while it runs) and `key`. A key from a fi
 """
 
 import os
+from difflib import get_close_matches
 from pathlib import Path
 
 from ratchet_client.errors import RatchetNotFound
@@ -21,6 +22,10 @@ def find(url: str | None = None, api_key: str | None = None, data_dir: Path | No
     """Address and key. Raises RatchetNotFound, which says where it looked and what to do."""
     url = url or (os.environ.get(URL_VARIABLE) if data_dir is None else None)
     api_key = api_key or (os.environ.get(KEY_VARIABLE) if data_dir is None else None)
+    if data_dir is None:  # or a local stack would be asked what was meant for another service
+        for variable, given in ((URL_VARIABLE, url), (KEY_VARIABLE, api_key)):
+            if given is None and (misspelt := get_close_matches(variable, _others(), n=1, cutoff=0.84)):
+                raise RatchetNotFound(f"{misspelt[0]} sets nothing; did you mean {variable}?")
     folders = data_dirs(data_dir)
     for folder in folders:
         if url and api_key:
@@ -37,6 +42,10 @@ def find(url: str | None = None, api_key: str | None = None, data_dir: Path | No
     if api_key is None:
         raise RatchetNotFound(f"no API key for {url}: set {KEY_VARIABLE} (looked for a local stack's key in {looked})")
     return url, api_key
+
+
+def _others() -> list[str]:
+    return [name for name in os.environ if name.startswith("RATCHET_") and name not in (URL_VARIABLE, KEY_VARIABLE)]
 
 
 def _line(path: Path) -> str | None:

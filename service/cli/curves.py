@@ -5,6 +5,7 @@ import re
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from typing import Annotated
 
 import typer
@@ -16,7 +17,9 @@ from service.cli.connection import connect
 from service.cli.helps import command
 from service.cli.jobs import JobId, Json
 from service.cli.output import ID, clean, complain, console, number, one_line, print_error_json, print_json, print_table, say
-from service.metric_names import DRAWN
+from service.metric_names import DRAWN, METRICS
+
+KNOWN = [metric.name for metric in METRICS]
 
 PLOT_ROWS = 14
 TICKS = 5
@@ -87,7 +90,10 @@ def _refuse_absent(
     told = []
     for job_id, series in zip(job_ids, of_jobs, strict=True):
         if absent := [name for name in names if name not in series or not series[name]["step"]]:
-            told.append(f"{job_id} has no {', '.join(absent)}; `ratchet metrics {job_id} --list` says what there is")
+            there = [name for name in dict.fromkeys([*series, *KNOWN]) if name not in absent]
+            near = [match for name in absent for match in get_close_matches(name, there, n=1)]
+            meant = f"; did you mean {', '.join(near)}?" if near else ""
+            told.append(f"{job_id} has no {', '.join(absent)}{meant}; `ratchet metrics {job_id} --list` says what there is")
     if not told:
         return
     if as_json:

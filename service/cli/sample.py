@@ -127,6 +127,8 @@ def _places(context: typer.Context, names: list[str]) -> Iterator[tuple[str, dic
             if folder.is_dir():
                 yield name, {"folder": str(folder.absolute()), "model": _model_of(folder)}
                 continue
+            if not name.startswith("ckpt_"):
+                raise RatchetError(f"{name!r} is neither a checkpoint's id nor a folder; the prompt is one argument, the last")
             ratchet = ratchet or stack.enter_context(connect(context))
             with tempfile.TemporaryDirectory(prefix="ratchet-sample-") as temporary:
                 checkpoint = ratchet.get_checkpoint(name)

@@ -349,6 +349,7 @@ def test_a_metric_that_a_job_lacks_is_refused_in_every_form_after_what_is_there_
         unknown = cli("metrics", job_id, "reward/mean", "reward/men", *form)
         assert (unknown.code, unknown.err.split(";")[0]) == (1, f"{job_id} has no reward/men"), form
         assert "reward/mean" in unknown.out
+        assert "did you mean reward/mean?" in unknown.err
     as_json = cli("metrics", job_id, "reward/men", "--json")
     assert as_json.code == 1 and json.loads(as_json.err)["error"]["detail"].startswith(f"{job_id} has no reward/men;")
     swapped = cli("metrics", "reward/mean", job_id)

@@ -292,6 +292,25 @@ def test_the_environment_comes_before_a_local_stack(tmp_path: Path, monkeypatch:
     assert find(data_dir=tmp_path / ".ratchet") == ("http://127.0.0.1:4321", "tml-local")
 
 
+@pytest.mark.parametrize(
+    ("wrong", "meant"),
+    [("RATCHET_URLL", "RATCHET_URL"), ("RATCHET_API_KEYS", "RATCHET_API_KEY"), ("RATCHET_KEY", "RATCHET_API_KEY")],
+)
+def test_a_misspelt_variable_is_named_before_a_local_stack_is_asked_instead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: str, meant: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    local_stack(tmp_path / ".ratchet")
+    monkeypatch.setenv("RATCHET_BLOB_URL", "s3://bucket")  # a setting of the service
+    assert find() == ("http://127.0.0.1:4321", "tml-local")
+    monkeypatch.setenv(wrong, "https://ratchet.example")
+    with pytest.raises(RatchetNotFound, match=f"{wrong} sets nothing; did you mean {meant}?"):
+        find()
+    for variable in ("RATCHET_URL", "RATCHET_API_KEY"):
+        monkeypatch.setenv(variable, f"https://ratchet.example/{variable}")
+    assert find()[0] == "https://ratchet.example/RATCHET_URL", "both are there: nothing is missed"
+
+
 def test_the_data_dir_is_named_or_here_or_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
