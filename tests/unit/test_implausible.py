@@ -18,8 +18,18 @@ def test_what_is_beyond_belief_is_told_when_it_begins_with_what_stands_beside_it
     assert len(implausible(progress, metrics)) == 2, "it began again"
 
 
+def test_an_evaluations_loss_is_told_once_though_few_steps_measure_it() -> None:
+    progress = Progress(step=4)
+    [(_, told)] = implausible(progress, {"loss": 8.0, "eval/loss": 22.5})
+    assert told["detail"].startswith("eval/loss is 22.5 at step 4: worse than a uniform guess") and "(loss 8)" in told["detail"]
+    for metrics in ({"loss": 8.0}, {"loss": 8.0, "eval/loss": 24.0}, {"eval/loss": 12.0}):
+        assert implausible(progress, metrics) == []
+    assert progress.implausible == [] and len(implausible(progress, {"eval/loss": 21.0})) == 1
+
+
 def test_what_sound_runs_measure_is_not() -> None:
     sound = {"policy/approx_kl_k3": 0.3, "kl/ref_k3": 4.0, "policy/loss": 0.8, "loss": 11.9, "rollout/approx_kl_k3": 0.01}
+    sound["eval/loss"] = 11.9
     assert implausible(Progress(), sound) == []
     assert sound.keys() == BOUNDS.keys() and all(is_live(name) for name in BOUNDS)
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from service.metric_names import DISAGREEMENT, LOSS, POLICY_KL_K3, POLICY_LOSS, REF_KL_K3, STALENESS
+from service.metric_names import DISAGREEMENT, EVAL_LOSS, LOSS, POLICY_KL_K3, POLICY_LOSS, REF_KL_K3, STALENESS
 from workers.loops.progress import Progress
 from workers.tenure.tenure import EventRow
 
@@ -39,6 +39,12 @@ BOUNDS: dict[str, Bound] = {
         "at optimizer.learning_rate",
         FAR[1:],
     ),
+    EVAL_LOSS: Bound(
+        20.0,
+        "worse than a uniform guess over any vocabulary: the model takes the held-out answers for impossible; look at the "
+        "template, and at optimizer.learning_rate",
+        (LOSS, *FAR[1:]),
+    ),
 }
 
 
@@ -47,6 +53,8 @@ def implausible(progress: Progress, metrics: Mapping[str, float]) -> list[EventR
     now = {name for name, bound in BOUNDS.items() if abs(metrics.get(name, 0.0)) > bound.most}
     if metrics.get(STALENESS):  # the sampler's weights are others, as the spec wants it
         now.discard(DISAGREEMENT)
+    if EVAL_LOSS not in metrics and EVAL_LOSS in progress.implausible:
+        now.add(EVAL_LOSS)  # only some steps measure it
     fresh = [name for name in BOUNDS if name in now and name not in progress.implausible]
     progress.implausible = sorted(now)
     return [

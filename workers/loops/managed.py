@@ -169,8 +169,9 @@ def _commit(attempt: Attempt, result: StepResult) -> None:
     known_metrics.check(result.metrics, attempt.spec.kind, strict=attempt.tenure.settings.strict_metrics)
     progress = attempt.progress
     events = list(result.events)
+    events += implausible(progress, result.metrics)
     if STEP_S in result.metrics:
-        events += implausible(progress, result.metrics) + no_signal(progress, attempt.spec, result.metrics)
+        events += no_signal(progress, attempt.spec, result.metrics)
     if progress.evaluated_at == progress.step:
         events.append(("evaluation", {"step": progress.step, "metrics": progress.last}))
     attempt.tenure.commit_step(progress.step, result.metrics, result.rollouts, events)
