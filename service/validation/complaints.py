@@ -6,7 +6,7 @@ from typing import Any
 from pydantic_core import ErrorDetails
 
 from service.errors import FieldError
-from service.validation.foreign import hint_for_key, hint_for_kind
+from service.validation.foreign import hint_for_key, hint_for_kind, hint_for_value
 from service.validation.walk import Place, escape, legal_elsewhere, pointer_of
 from service.validation.words import did_you_mean, is_very_near, quoted, shown
 
@@ -94,7 +94,8 @@ def _must_be(place: Place, got: Any, must_be: str, legal: list[str] | None = Non
     if legal is None:
         return Complaint(place, FieldError(place.pointer, _sentence(must_be, got), "invalid", got, must_be), must_be)
     one_of = f"one of {must_be}" if len(legal) > 1 else must_be
-    detail = _sentence(one_of, got) + did_you_mean(str(got), legal)
+    hint = hint_for_value(place.pointer, got)
+    detail = _sentence(one_of, got) + (f"; here that is {hint}" if hint else did_you_mean(str(got), legal))
     return Complaint(place, FieldError(place.pointer, detail, "unknown_value", got, legal), must_be)
 
 
@@ -107,7 +108,7 @@ def _wrong_tag(place: Place, key: str, sent: Any) -> FieldError:
     if not isinstance(sent, dict) or key not in sent:
         return FieldError(pointer, f"is required: one of {', '.join(legal)}", "missing", allowed=legal)
     got = shown(sent[key], key)
-    hint = hint_for_kind(str(got)) if key == "kind" and place.root is None else None
+    hint = hint_for_kind(str(got)) if key == "kind" and place.root is None else hint_for_value(pointer, got)
     meant = f"; here that is {hint}" if hint else did_you_mean(str(got), legal)
     detail = _sentence(f"one of {', '.join(legal)}", got) + meant
     return FieldError(pointer, detail, "unknown_value", got, legal)

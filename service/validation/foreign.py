@@ -150,9 +150,46 @@ KINDS = {
 }
 
 
+# field -> what another library writes there -> what to write
+VALUES = {
+    "preset": {
+        "sft": KINDS["sft"],
+        "dpo": KINDS["dpo"],
+        "bnpo": "no preset at all: a token mean over the whole step",
+        "drgrpo": "dr_grpo",
+        "reinforce": "reinforce_pp, or rloo",
+        "reinforce++": "reinforce_pp",
+    },
+    "aggregate": {
+        **dict.fromkeys(("token_mean", "dapo", "bnpo"), "token"),
+        **dict.fromkeys(("seq_mean_token_mean", "grpo"), "seq"),
+        "seq_mean_token_sum": "seq_sum",
+        **dict.fromkeys(("seq_mean_token_sum_norm", "dr_grpo"), "constant"),
+    },
+    "ratio": {"seq": "sequence"},
+    "estimator": {"kl": "k1", "mse": "k2", "low_var_kl": "k3"},
+    "scale": {"group": "group_std", "batch": "batch_std", "true": "group_std", "false": "none"},
+    "centre": {"grpo": "group_mean", "rloo": "leave_one_out", "reinforce_plus_plus": "group_mean, with scale: whiten"},
+    "graders": {
+        "math": "number",
+        "math_verify": "number",
+        "string_check": "exact, or contains",
+        "text_similarity": "similarity",
+        **dict.fromkeys(("python", "function", "score_model", "label_model", "endpoint"), "http: your own service"),
+    },
+}
+
+
 def hint_for_key(key: str) -> str | None:
     """The place here of what another library calls `key`."""
     return KEYS.get(key.lower().replace("-", "_"))
+
+
+def hint_for_value(pointer: str, value: object) -> str | None:
+    """What to write at this place instead of another library's value."""
+    names = [name for name in pointer.split("/") if name and not name.isdigit()]
+    field = names[-2] if names[-1:] == ["kind"] and len(names) > 1 else names[-1] if names else ""
+    return VALUES.get(field, {}).get(str(value).lower().replace("-", "_"))
 
 
 def hint_for_kind(kind: str) -> str | None:

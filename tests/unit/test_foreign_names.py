@@ -9,7 +9,7 @@ import pytest
 from service.errors import InvalidRequest
 from service.spec.job import JobSpec
 from service.validation import parse
-from service.validation.foreign import KEYS, KINDS
+from service.validation.foreign import KEYS, KINDS, VALUES
 from service.validation.walk import pointer_of
 
 SPEC: dict[str, Any] = {
@@ -65,6 +65,36 @@ def test_in_a_section_a_misspelt_word_goes_before_another_librarys(section: str,
     pointer, detail = refusal({**SPEC, section: {**SPEC.get(section, {}), key: 1}})
     assert pointer == f"/{section}/{key}"
     assert said in detail, detail
+
+
+@pytest.mark.parametrize(
+    ("section", "value", "pointer", "said"),
+    [
+        ("objective", {"preset": "dpo"}, "/objective/preset", "here that is preference pairs are not offered"),
+        ("objective", {"preset": "sft"}, "/objective/preset", "here that is kind: supervised"),
+        ("objective", {"preset": "BNPO"}, "/objective/preset", "here that is no preset at all"),
+        ("objective", {"preset": "GSPO"}, "/objective/preset", "did you mean 'gspo'?"),
+        ("objective", {"aggregate": "seq-mean-token-mean"}, "/objective/aggregate/kind", "here that is seq"),
+        ("objective", {"aggregate": {"kind": "dr_grpo"}}, "/objective/aggregate/kind", "here that is constant"),
+        ("objective", {"kl": {"place": "loss", "estimator": "low_var_kl"}}, "/objective/kl/estimator", "here that is k3"),
+        ("objective", {"advantage": {"scale": False}}, "/objective/advantage/scale", "here that is none"),
+        ("objective", {"advantage": "rloo"}, "/objective/advantage/centre", "here that is leave_one_out"),
+        ("reward", {"graders": [{"kind": "string_check"}]}, "/reward/graders/0/kind", "here that is exact, or contains"),
+        ("reward", {"graders": [{"kind": "nmber"}]}, "/reward/graders/0/kind", "did you mean 'number'?"),
+    ],
+)
+def test_a_value_of_another_library_says_what_to_write(section: str, value: dict[str, Any], pointer: str, said: str) -> None:
+    where, detail = refusal({**SPEC, section: value})
+    assert where == pointer and said in detail, detail
+
+
+def test_every_value_that_is_named_as_ours_is_legal() -> None:
+    for name, hint in VALUES["aggregate"].items():
+        assert name and parse(JobSpec, {**SPEC, "objective": {"aggregate": hint}})
+    for field, axis in (("estimator", {"kl": {"place": "loss"}}), ("scale", {"advantage": {}}), ("centre", {"advantage": {}})):
+        for hint in VALUES[field].values():
+            [(section, given)] = axis.items()
+            assert parse(JobSpec, {**SPEC, "objective": {section: {**given, field: hint.partition(",")[0]}}})
 
 
 def test_what_only_rl_has_is_said_to_a_supervised_job() -> None:
