@@ -11,6 +11,7 @@ from starlette.concurrency import run_in_threadpool
 from service import tracing
 from service.api import (
     advice,
+    aliases,
     attempts,
     audit,
     cards,
@@ -72,6 +73,7 @@ RESOURCES = (
     rollouts,
     checkpoints,
     cards,
+    aliases,
     datasets,
     models,
     keys,

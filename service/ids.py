@@ -5,7 +5,7 @@ from typing import Literal
 
 from ulid import ULID
 
-Prefix = Literal["aud", "job", "ckpt", "ds", "key", "loss", "msg", "op", "req", "tinker", "whk", "wrk"]
+Prefix = Literal["aud", "chg", "job", "ckpt", "ds", "key", "loss", "msg", "op", "req", "tinker", "whk", "wrk"]
 
 
 def new_id(prefix: Prefix) -> str:

@@ -12,7 +12,7 @@ from service.api.schema import version
 from service.edge.auth import CallerDep
 from service.edge.context import ContextDep
 from service.edge.problems import responses
-from service.store import checkpoints
+from service.store import aliases, checkpoints
 from service.store.tables import Checkpoint, Job
 from service.telemetry import one_line
 
@@ -39,9 +39,9 @@ TINY_LORA = "The base is Ratchet's own `tiny`, which is made and not downloaded:
     responses={200: {"content": {"text/markdown": {"schema": {"type": "string"}}}}} | responses(404),
 )
 def read_card(context: ContextDep, caller: CallerDep, checkpoint_id: str) -> Response:
-    """The checkpoint's README.md: base model, objective, data, steps, metrics, and how to load it."""
+    """The README.md of a checkpoint, by its id or an alias: base model, objective, data, steps, metrics, how to load it."""
     with context.store.begin(readonly=True) as session:
-        chain = checkpoints.lineage(session, caller.project, checkpoint_id)
+        chain = checkpoints.lineage(session, caller.project, aliases.checkpoint(session, caller.project, checkpoint_id).id)
         text = card(chain)
     return Response(text, media_type="text/markdown; charset=utf-8")
 

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, Self
 from fastapi import APIRouter, Query, Response
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from sqlalchemy.orm import Session
 
 from service.api.archive import archive_of
 from service.edge.auth import CallerDep
@@ -17,7 +18,7 @@ from service.errors import NotFound
 from service.ids import utcnow
 from service.jobs.lease import best_checkpoint
 from service.spec.section import Section
-from service.store import checkpoints, clock, jobs
+from service.store import aliases, checkpoints, clock, jobs
 from service.store.tables import Checkpoint, Job
 from service.validation import below, parse
 
@@ -45,10 +46,18 @@ class CheckpointView(BaseModel):
     created_at: datetime
     pinned_at: Annotated[datetime | None, Field(description="since when it is pinned: nothing deletes it")]
     expires_at: Annotated[datetime | None, Field(description="when it is deleted, unless it is pinned or needed then")]
+    aliases: Annotated[list[str], Field(description="those that point at it: while there are any, nothing deletes it")]
 
     @classmethod
-    def of(cls, row: Checkpoint) -> Self:
-        return cls.model_validate(row, from_attributes=True)
+    def of(cls, row: Checkpoint, aliases: list[str]) -> Self:
+        names = cls.model_fields.keys() - {"object", "aliases"}
+        return cls(**{name: getattr(row, name) for name in names}, aliases=aliases)
+
+    @classmethod
+    def read(cls, session: Session, *rows: Checkpoint) -> list[Self]:
+        """How these look, with the aliases that point at them."""
+        pointing = checkpoints.aliases(session, [row.id for row in rows])
+        return [cls.of(row, pointing.get(row.id, [])) for row in rows]
 
 
 class CheckpointPage(Page[CheckpointView]):
@@ -80,7 +89,10 @@ class DeleteRequest(Section):
 
 class KeptView(BaseModel):
     id: str
-    reason: Annotated[Literal["in_use", "pinned"], Field(description="in_use: by a job that has not ended")]
+    reason: Annotated[
+        Literal["in_use", "pinned", "aliased"],
+        Field(description="in_use: by a job that has not ended; aliased: an alias points at it"),
+    ]
 
 
 class DeletedView(BaseModel):
@@ -139,7 +151,8 @@ def list_checkpoints(context: ContextDep, caller: CallerDep, query: Annotated[Ch
         if query.job_id is not None:
             jobs.standing(session, caller.project, query.job_id)
         rows, has_more = checkpoints.page(session, caller.project, **query.model_dump())
-    return CheckpointPage.of([CheckpointView.of(row) for row in rows], [row.id for row in rows], has_more)
+        views = CheckpointView.read(session, *rows)
+    return CheckpointPage.of(views, [row.id for row in rows], has_more)
 
 
 @router.get("/jobs/{job_id}/checkpoints", responses=responses(404))
@@ -159,13 +172,14 @@ def read_best_checkpoint(context: ContextDep, caller: CallerDep, job_id: str) ->
         if best is None:
             detail = f"no checkpoint of {job_id} was evaluated when it was saved"
             raise NotFound(detail, hint="checkpoints.keep_best saves the best")
-        return CheckpointView.of(best)
+        return CheckpointView.read(session, best)[0]
 
 
 @router.get("/checkpoints/{checkpoint_id}", responses=responses(404))
 def read_checkpoint(context: ContextDep, caller: CallerDep, checkpoint_id: str) -> CheckpointView:
+    """A checkpoint by its id, or by an alias that points at it."""
     with context.store.begin(readonly=True) as session:
-        return CheckpointView.of(checkpoints.get(session, caller.project, checkpoint_id))
+        return CheckpointView.read(session, aliases.checkpoint(session, caller.project, checkpoint_id))[0]
 
 
 @router.get(
@@ -176,9 +190,9 @@ def read_checkpoint(context: ContextDep, caller: CallerDep, checkpoint_id: str) 
 def download_checkpoint(
     context: ContextDep, caller: CallerDep, checkpoint_id: str, query: Annotated[ArchiveQuery, Query()]
 ) -> StreamingResponse:
-    """The files of the checkpoint as a tar archive, below a folder named after it."""
+    """The files of the checkpoint (by its id or an alias) as a tar archive, below a folder named after its id."""
     with context.store.begin(readonly=True) as session:
-        checkpoint = checkpoints.get(session, caller.project, checkpoint_id)
+        checkpoint = aliases.checkpoint(session, caller.project, checkpoint_id)
     folder = context.store.blobs.fetch(checkpoint.path)
     if not folder.is_dir():
         raise files_missing(f"checkpoint {checkpoint_id}")
@@ -191,21 +205,21 @@ def download_checkpoint(
 def pin_checkpoint(context: ContextDep, caller: CallerDep, checkpoint_id: str) -> CheckpointView:
     """Keep a checkpoint whatever its job's retention, its time to live, or a deletion says."""
     with context.store.begin() as session:
-        return CheckpointView.of(checkpoints.pin(session, caller.project, checkpoint_id, utcnow()))
+        return CheckpointView.read(session, checkpoints.pin(session, caller.project, checkpoint_id, utcnow()))[0]
 
 
 @router.post("/checkpoints/{checkpoint_id}/unpin", responses=responses(404))
 def unpin_checkpoint(context: ContextDep, caller: CallerDep, checkpoint_id: str) -> CheckpointView:
     """Allow a pinned checkpoint to be removed again."""
     with context.store.begin() as session:
-        return CheckpointView.of(checkpoints.pin(session, caller.project, checkpoint_id, None))
+        return CheckpointView.read(session, checkpoints.pin(session, caller.project, checkpoint_id, None))[0]
 
 
 @router.get("/checkpoints/{checkpoint_id}/lineage", responses=responses(404))
 def read_lineage(context: ContextDep, caller: CallerDep, checkpoint_id: str) -> LineageView:
-    """The checkpoint, the one that its job started from, and so on back to the base model."""
+    """The checkpoint (by its id or an alias), the one that its job started from, and so on back to the base model."""
     with context.store.begin(readonly=True) as session:
-        chain = checkpoints.lineage(session, caller.project, checkpoint_id)
+        chain = checkpoints.lineage(session, caller.project, aliases.checkpoint(session, caller.project, checkpoint_id).id)
     (oldest, first) = chain[-1]
     revision = oldest.model.get("revision") if first is None else first.resolved.get("revision")
     return LineageView(
@@ -225,7 +239,7 @@ def _ancestor(row: Checkpoint, job: Job | None) -> AncestorView:
 
 @router.post("/checkpoints:delete", responses=responses(*BODY), openapi_extra=documented("DeleteRequest"))
 def delete_checkpoints(context: ContextDep, caller: CallerDep, document: DocumentDep) -> DeletedView:
-    """Delete many at once. By default a dry run. Keeps pinned checkpoints, and those that an unfinished job needs."""
+    """Delete many at once. By default a dry run. Keeps those that are pinned, or that an unfinished job or an alias needs."""
     asked = parse(DeleteRequest, document.data)
     filters = asked.model_dump(include={"ids", "job_id", "keep_last", "final"})
     with context.store.begin(readonly=asked.dry_run) as session:
@@ -233,16 +247,16 @@ def delete_checkpoints(context: ContextDep, caller: CallerDep, document: Documen
         before = None if asked.older_than_s is None else now - timedelta(seconds=asked.older_than_s)
         rows, more = checkpoints.chosen(session, caller.project, **filters, created_before=before, limit=DELETED_AT_ONCE)
         if asked.dry_run:
-            kept = checkpoints.spared(session, rows)
+            kept = checkpoints.spared(session, rows, by_hand=True)
             removed = [row for row in rows if row.id not in kept]
         else:
-            removed, kept = checkpoints.remove(session, [row.id for row in rows], now)
+            removed, kept = checkpoints.remove(session, [row.id for row in rows], now, by_hand=True)
     if not asked.dry_run:
         for row in removed:
             context.store.blobs.delete(row.path)
     return DeletedView(
         dry_run=asked.dry_run,
-        data=[CheckpointView.of(row) for row in removed],
+        data=[CheckpointView.of(row, []) for row in removed],
         size_bytes=sum(row.size_bytes for row in removed),
         kept=[KeptView(id=row_id, reason=reason) for row_id, reason in sorted(kept.items())],
         has_more=more,
@@ -251,7 +265,7 @@ def delete_checkpoints(context: ContextDep, caller: CallerDep, document: Documen
 
 @router.delete("/checkpoints/{checkpoint_id}", status_code=204, response_class=Response, responses=responses(404, 409))
 def delete_checkpoint(context: ContextDep, caller: CallerDep, checkpoint_id: str) -> None:
-    """Delete a checkpoint, unless it is pinned, or a job that has not ended needs it."""
+    """Delete a checkpoint, unless it is pinned, or a job that has not ended or an alias needs it."""
     with context.store.begin() as session:
         path = checkpoints.mark_deleted(session, caller.project, checkpoint_id, utcnow()).path
     context.store.blobs.delete(path)  # if this process dies here, the sweep removes the files

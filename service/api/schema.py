@@ -7,6 +7,7 @@ from typing import Any
 from fastapi import FastAPI
 from pydantic import TypeAdapter
 
+from service.api.aliases import PromoteRequest, RollbackRequest
 from service.api.checkpoints import DeleteRequest
 from service.api.events import EventView
 from service.api.jobs import CancelRequest, ForkRequest, PauseRequest, ResumeRequest
@@ -34,6 +35,8 @@ SENT = {
     "BudgetRequest": BudgetRequest,
     "DeleteRequest": DeleteRequest,
     "CancelRequest": CancelRequest,
+    "PromoteRequest": PromoteRequest,
+    "RollbackRequest": RollbackRequest,
     "KeyRequest": KeyRequest,
     "KeyRotation": KeyRotation,
     "WebhookRequest": WebhookRequest,

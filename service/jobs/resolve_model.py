@@ -11,8 +11,9 @@ from service.errors import FieldError, NotFound
 from service.jobs import hub
 from service.jobs.model_folder import context_of, pickled_weights, read_config
 from service.settings import Settings
+from service.spec.aliases import is_alias
 from service.spec.model import Full, Lora, ModelSpec, TinyConfig
-from service.store import checkpoints
+from service.store import aliases, checkpoints
 from service.store.session import Store
 from service.validation import did_you_mean
 
@@ -79,7 +80,9 @@ def _context(source: str, revision: str | None, settings: Settings, errors: list
     """
     if not source.startswith("/"):
         if HUB_ID.fullmatch(source) is None:
-            errors.append(_not_found(source, f"{source!r} is neither `tiny`, nor a folder, nor the form of a hub id", settings))
+            detail = f"{source!r} is neither `tiny`, nor a folder, nor the form of a hub id"
+            detail += "; if it is an alias, name it as model.from_checkpoint" if is_alias(source) else ""
+            errors.append(_not_found(source, detail, settings))
         elif settings.takes_any_model_folder and (why := hub.why_not(source, revision, within_s=HUB_ANSWERS_WITHIN_S)):
             detail = f"{source!r} is neither a folder on the service's machine nor a hub id that it can reach: {why}"
             errors.append(_not_found(source, detail, settings))
@@ -113,11 +116,11 @@ def _not_found(source: str, detail: str, settings: Settings) -> FieldError:
 def _from_checkpoint(
     session: Session, project: str, model: ModelSpec, source: str | None, errors: list[FieldError]
 ) -> ModelSpec:
-    """The checkpoint's own model section, with the settings that the spec may change."""
+    """The checkpoint's own model section, with the settings that the spec may change. An alias becomes its checkpoint's id."""
     assert model.from_checkpoint is not None
     pointer = "/model/from_checkpoint"
     try:
-        checkpoint = checkpoints.get(session, project, model.from_checkpoint.id)
+        checkpoint = aliases.checkpoint(session, project, model.from_checkpoint.id)
     except NotFound as error:
         errors.append(FieldError(f"{pointer}/id", error.detail, "checkpoint_not_found", model.from_checkpoint.id))
         return model
@@ -133,7 +136,7 @@ def _from_checkpoint(
                 f"differs from what {checkpoint.id} was trained with, which is {_plain(own[name])}; leave it out to take that"
             )
             errors.append(FieldError(f"/model/{name}", detail, "checkpoint_differs", _plain(value), _plain(own[name])))
-    changes: dict[str, Any] = {"from_checkpoint": model.from_checkpoint}
+    changes: dict[str, Any] = {"from_checkpoint": model.from_checkpoint.model_copy(update={"id": checkpoint.id})}
     changes |= {"dtype": model.dtype} if "dtype" in model.model_fields_set else {}
     changes |= {"adapter": model.adapter} if model.adapter is not None else {}
     return base.model_copy(update=changes)

@@ -1,4 +1,4 @@
-"""What a request's `model` names: a checkpoint, a job or session by its newest checkpoint, or a base model."""
+"""What a request's `model` names: a checkpoint, an alias, a job or session by its newest checkpoint, or a base model."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,7 +7,8 @@ from typing import Any
 from service.errors import NotFound
 from service.sessions.sessions import base_of_checkpoint
 from service.settings import Settings
-from service.store import checkpoints, jobs
+from service.spec.aliases import is_alias
+from service.store import aliases, checkpoints, jobs
 from service.store.session import Store
 from service.store.tables import Checkpoint
 from service.validation import did_you_mean, shown
@@ -26,27 +27,28 @@ class Target:
 
 
 def model_folders(settings: Settings) -> list[Path]:
-    """The operator's model folders: those that `model.source` may name."""
+    """The operator's model folders that can be named. What looks like an alias is one, and never a folder."""
     folder = settings.local_models_dir
     paths = sorted(path.parent for path in folder.glob("*/config.json")) if folder.is_dir() else []
-    return [path for path in paths if path.resolve().is_relative_to(folder.resolve())]
+    return [path for path in paths if path.resolve().is_relative_to(folder.resolve()) and not is_alias(path.name)]
 
 
 def target(store: Store, settings: Settings, project: str, name: str) -> Target:
     """Raises NotFound `model_not_found`, also for what belongs to another project."""
-    if not name.startswith(("ckpt_", "job_")):
+    if not name.startswith(("ckpt_", "job_")) and not is_alias(name):
         bases = [BUILT_IN, *(path.name for path in model_folders(settings))]
         if name not in bases and "/" not in name:
             near = did_you_mean(name, bases)
-            raise not_found(name, f"it is no checkpoint and none of the models here, which are {', '.join(bases[:20])}{near}")
+            listed = ", ".join(bases[:20])
+            raise not_found(name, f"it is no checkpoint, no alias and none of the models here, which are {listed}{near}")
         return Target(name, {"source": name}, None)
     with store.begin(readonly=True) as session:
         try:
-            if name.startswith("job_"):
+            if name.startswith("job_") and not is_alias(name):
                 job = jobs.get(session, project, name)
                 row = checkpoints.newest(session, job.id)
             else:
-                row = checkpoints.get(session, project, name)
+                row = aliases.checkpoint(session, project, name)
         except NotFound:
             raise not_found(name, "there is no such one in this project") from None
     if row is None:

@@ -13,7 +13,7 @@ from service.errors import Conflict, NotFound
 from service.states import FINAL
 from service.store.deletable import Deletable
 from service.store.jobs import find
-from service.store.tables import Checkpoint, Job
+from service.store.tables import Alias, Checkpoint, Job
 
 _rows = Deletable(Checkpoint)
 get, hold, live_paths = _rows.get, _rows.hold, _rows.live_paths
@@ -22,7 +22,7 @@ get, hold, live_paths = _rows.get, _rows.hold, _rows.live_paths
 FURTHEST_FIRST = (Checkpoint.attempt.desc(), Checkpoint.step.desc(), Checkpoint.is_final.desc(), Checkpoint.id.desc())
 
 Purpose = Literal["training", "sampler"]  # training: with the optimizer's state, so that training can go on from it
-Kept = Literal["in_use", "pinned"]  # why a checkpoint may not be deleted
+Kept = Literal["in_use", "pinned", "aliased"]  # why a checkpoint may not be deleted
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,11 @@ def page(
     return _rows.page(session, project, *of_one, after=after, limit=limit)
 
 
+def by_id(session: Session, ids: Sequence[str | None]) -> dict[str, Checkpoint]:
+    """Those of these, deleted ones too, by their ids."""
+    return {row.id: row for row in session.scalars(select(Checkpoint).where(Checkpoint.id.in_(ids)))}
+
+
 def of_job(session: Session, job_id: str) -> list[Checkpoint]:
     """The job's checkpoints with an optimizer's state that are not deleted, the furthest first. A resume tries them in this
     order if some are broken."""
@@ -96,28 +101,39 @@ def needed(session: Session, checkpoint_ids: list[str]) -> set[str]:
 
 
 def mark_deleted(session: Session, project: str, checkpoint_id: str, now: datetime) -> Checkpoint:
-    """Mark it as deleted; the caller removes the folder after the commit. Raises NotFound, and Conflict if needed or pinned."""
+    """Mark it as deleted; the caller removes the folder after the commit. Raises NotFound, and Conflict if it may not go."""
     get(session, project, checkpoint_id)
-    removed, kept = remove(session, [checkpoint_id], now)
+    removed, kept = remove(session, [checkpoint_id], now, by_hand=True)
     if kept.get(checkpoint_id) == "in_use":
         raise Conflict(f"checkpoint {checkpoint_id} is needed by a job that has not ended", code="checkpoint_in_use")
     if kept.get(checkpoint_id) == "pinned":
         raise Conflict(f"checkpoint {checkpoint_id} is pinned", code="checkpoint_pinned", hint="unpin it first")
+    if kept.get(checkpoint_id) == "aliased":
+        names = aliases(session, [checkpoint_id]).get(checkpoint_id, [])
+        raise Conflict(
+            f"checkpoint {checkpoint_id} is what {' and '.join(names)} {'points' if len(names) == 1 else 'point'} at",
+            code="checkpoint_aliased",
+            hint="promote another checkpoint, or delete the alias",
+            aliases=names,
+        )
     if not removed:
         raise NotFound(f"no checkpoint {checkpoint_id} in this project")
     return removed[0]
 
 
-def remove(session: Session, checkpoint_ids: list[str], now: datetime) -> tuple[list[Checkpoint], dict[str, Kept]]:
-    """Mark those as deleted that are neither needed nor pinned. Returns their rows, and by id why the others stay.
+def remove(
+    session: Session, checkpoint_ids: list[str], now: datetime, *, by_hand: bool = False
+) -> tuple[list[Checkpoint], dict[str, Kept]]:
+    """Mark those as deleted that are not needed, pinned or promoted. Returns their rows, and by id why the others stay.
 
+    Unless `by_hand`, those stay, too, that a rollback of an alias would promote.
     The caller removes the folders after the commit. The rows are locked: a job that is being created from one of them waits,
     and then sees that it is gone.
     """
     locked = select(Checkpoint).where(Checkpoint.id.in_(checkpoint_ids), _rows.there)
     locked = locked.order_by(Checkpoint.id).with_for_update().execution_options(populate_existing=True)
     rows = list(session.scalars(locked))
-    kept = spared(session, rows)
+    kept = spared(session, rows, by_hand=by_hand)
     removed = [row for row in rows if row.id not in kept]
     for row in removed:
         row.deleted_at = now
@@ -125,12 +141,24 @@ def remove(session: Session, checkpoint_ids: list[str], now: datetime) -> tuple[
     return removed, kept
 
 
-def spared(session: Session, rows: Sequence[Checkpoint]) -> dict[str, Kept]:
-    """Which of these may not be deleted, and why."""
-    kept: dict[str, Kept] = {row.id: "pinned" for row in rows if row.pinned_at is not None}
-    for row_id in needed(session, [row.id for row in rows]):
+def spared(session: Session, rows: Sequence[Checkpoint], *, by_hand: bool = False) -> dict[str, Kept]:
+    """Which of these may not be deleted, and why. `by_hand`: those that a rollback would promote may be."""
+    ids = [row.id for row in rows]
+    kept: dict[str, Kept] = dict.fromkeys(aliases(session, ids, previous=not by_hand), "aliased")
+    kept |= {row.id: "pinned" for row in rows if row.pinned_at is not None}
+    for row_id in needed(session, ids):
         kept[row_id] = "in_use"
     return kept
+
+
+def aliases(session: Session, checkpoint_ids: Sequence[str], *, previous: bool = False) -> dict[str, list[str]]:
+    """By checkpoint the aliases that point at it; `previous`: those, too, that would after a rollback."""
+    found: dict[str, list[str]] = {}
+    for column in (Alias.checkpoint_id, *([Alias.previous_id] if previous else [])):
+        query = select(column, Alias.name).where(column.in_(checkpoint_ids)).order_by(Alias.name)
+        for checkpoint_id, name in session.execute(query):
+            found.setdefault(str(checkpoint_id), []).append(name)
+    return found
 
 
 def pin(session: Session, project: str, checkpoint_id: str, pinned_at: datetime | None) -> Checkpoint:
@@ -173,12 +201,13 @@ def chosen(
 
 
 def expired(session: Session, now: datetime, limit: int = 100) -> list[str]:
-    """Ids of expired checkpoints that are not pinned and that no unfinished job needs."""
+    """Ids of expired checkpoints that are not pinned and that neither an unfinished job nor an alias needs."""
     live = select(Job.id).where(
         Job.status.not_in(FINAL), or_(Job.checkpoint_id == Checkpoint.id, Job.from_checkpoint_id == Checkpoint.id)
     )
     query = select(Checkpoint.id).where(Checkpoint.expires_at < now, _rows.there)
-    query = query.where(Checkpoint.pinned_at.is_(None), ~live.exists())
+    promoted = (select(Alias.name).where(column == Checkpoint.id) for column in (Alias.checkpoint_id, Alias.previous_id))
+    query = query.where(Checkpoint.pinned_at.is_(None), ~live.exists(), *(~each.exists() for each in promoted))
     return list(session.scalars(query.order_by(Checkpoint.expires_at).limit(limit)))
 
 

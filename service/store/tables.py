@@ -334,6 +334,40 @@ class Checkpoint(Base):
     expires_at: Mapped[datetime | None] = mapped_column(index=True)  # from checkpoints.ttl_s of its job's spec
 
 
+class Alias(Base):
+    """A name in a project that points at one of its checkpoints. A deleted one keeps its row: its history goes on if it is
+    made again."""
+
+    __tablename__ = "aliases"
+
+    project: Mapped[str] = mapped_column(String(64), primary_key=True)
+    name: Mapped[str] = mapped_column(String(101), primary_key=True)  # MODEL@ALIAS
+    checkpoint_id: Mapped[str | None] = mapped_column(Id, index=True)  # null: it is deleted
+    previous_id: Mapped[str | None] = mapped_column(Id, index=True)  # the checkpoint that a rollback promotes
+    version: Mapped[int]  # seq of the newest change: each change is conditional on it
+    created_at: Mapped[datetime]
+
+
+class AliasChange(Base):
+    """A change of what an alias points at, numbered 1, 2, 3 ...; written in the transaction of the change. It outlives keys and
+    checkpoints."""
+
+    __tablename__ = "alias_changes"
+    __table_args__ = (UniqueConstraint("project", "alias", "seq"),)
+
+    id: Mapped[str] = mapped_column(Id, primary_key=True)
+    project: Mapped[str] = mapped_column(String(64))
+    alias: Mapped[str] = mapped_column(String(101))
+    seq: Mapped[int]
+    action: Mapped[str] = mapped_column(String(16))  # promote | rollback | delete
+    from_checkpoint_id: Mapped[str | None] = mapped_column(Id)
+    checkpoint_id: Mapped[str | None] = mapped_column(Id)  # what it points at from then on; null: it was deleted
+    back_to: Mapped[int | None]  # seq of the change that a rollback from here restores
+    note: Mapped[str | None]
+    key_id: Mapped[str] = mapped_column(Id)
+    created_at: Mapped[datetime]
+
+
 class Dataset(Base):
     """An uploaded JSONL file of rows, validated line by line."""
 

@@ -15,7 +15,7 @@ from service.errors import Conflict, NotFound
 from service.ids import new_id
 from service.states import Status
 from service.store.paging import newest_first
-from service.store.tables import Job, Webhook, WebhookDelivery
+from service.store.tables import AliasChange, Job, Webhook, WebhookDelivery
 from service.store.values import dumps
 
 # By the type of a job's event: what a webhook calls it. `status_changed` is called as the new status.
@@ -31,8 +31,9 @@ _OF_EVENTS = MappingProxyType(
     }
 )
 _OF_STATUSES = tuple(f"job.{status.value}" for status in Status if status is not Status.VALIDATING)
+_OF_ALIASES = MappingProxyType({"promote": "alias.promoted", "rollback": "alias.rolled_back", "delete": "alias.deleted"})
 DISABLED, TEST = "webhook.disabled", "webhook.test"  # a test goes to the webhook that asked for it, whatever it subscribed to
-EVENTS = (*_OF_EVENTS.values(), *_OF_STATUSES, DISABLED)
+EVENTS = (*_OF_EVENTS.values(), *_OF_STATUSES, *_OF_ALIASES.values(), DISABLED)
 
 MOST = 20  # webhooks of one project
 MAX_ATTEMPTS = 16
@@ -86,6 +87,15 @@ def _tell(
     for type_, seq, event, data in told:
         content = about | {"seq": seq, "event": event, "details": data}
         _send(session, [hook for hook in hooks if type_ in hook.events], project, type_, content, now)
+
+
+def tell_of_alias(session: Session, change: AliasChange, job_id: str | None) -> None:
+    """Write a delivery for each webhook of the project that wants it. `job_id`: whose checkpoint the alias points at now."""
+    type_ = _OF_ALIASES[change.action]
+    hooks = [hook for hook in _listening(session, change.project) if type_ in hook.events]
+    names = ("alias", "seq", "checkpoint_id", "from_checkpoint_id", "note", "key_id")
+    content = {name: getattr(change, name) for name in names} | {"job_id": job_id}
+    _send(session, hooks, change.project, type_, content, change.created_at)
 
 
 def test(session: Session, hook: Webhook, now: datetime) -> WebhookDelivery:

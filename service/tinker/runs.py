@@ -133,9 +133,13 @@ def delete_checkpoint(context: ContextDep, caller: CallerDep, model_id: str, kin
     with context.store.begin() as session:
         _, row = _found(session, caller, model_id, kind, name)
         now = clock.now(session)
-        removed, kept = checkpoints.remove(session, [row.id], now)
+        removed, kept = checkpoints.remove(session, [row.id], now, by_hand=True)
         if kept.get(row.id) == "pinned":
             raise InvalidRequest(f"checkpoint {row.id} is pinned; unpin it first", code="checkpoint_pinned")
+        if kept.get(row.id) == "aliased":
+            names = ", ".join(checkpoints.aliases(session, [row.id])[row.id])
+            detail = f"checkpoint {row.id} is what {names} points at; promote another one, or delete the alias"
+            raise InvalidRequest(detail, code="checkpoint_aliased")
         if kept:
             row.name, row.expires_at = None, now
     for gone in removed:

@@ -64,6 +64,12 @@ EXAMPLES = {
     "POST /v1/checkpoints/{checkpoint_id}/unpin": Example("write"),
     "GET /v1/checkpoints/{checkpoint_id}/archive": Example("read"),
     "GET /v1/checkpoints/{checkpoint_id}/card": Example("read"),
+    "GET /v1/aliases": Example("read"),
+    "GET /v1/aliases/{alias}": Example("read"),
+    "PUT /v1/aliases/{alias}": Example("write", ({"json": {"checkpoint": "ckpt_01k1111111111111111111111"}},)),
+    "DELETE /v1/aliases/{alias}": Example("write"),
+    "GET /v1/aliases/{alias}/history": Example("read"),
+    "POST /v1/aliases/{alias}/rollback": Example("write"),
     "GET /v1/datasets": Example("read"),
     "POST /v1/datasets": Example("write", (JSONL,)),
     "GET /v1/datasets/{dataset_id}": Example("read"),
@@ -122,6 +128,7 @@ ABSENT = {
     "job_id": "job_01k0000000000000000000000",
     "checkpoint_id": "ckpt_01k0000000000000000000000",
     "dataset_id": "ds_01k0000000000000000000000",
+    "alias": "absent@production",
     "key_id": "key_01k0000000000000000000000",
     "loss_id": "loss_01k00000000000000000000000",
     "session_id": "job_01k0000000000000000000001",
@@ -169,10 +176,13 @@ def owned(api, client, submit):
     row = CheckpointRow(checkpoint_id, 1, "full", {"source": "tiny"}, path, 2, "0" * 64, {"eval/reward/mean": 0.5}, True, True)
     leases.commit_checkpoint(api.store, lease, row)
     leases.succeed(api.store, lease, {}, "max_steps")
+    alias = "theirs@production"
+    promoted = client.put(f"/v1/aliases/{alias}", json={"checkpoint": checkpoint_id, "note": MARK})
+    assert promoted.status_code == 201, promoted.text
     rows = client.post("/v1/datasets", params={"name": MARK}, **JSONL).json()
     key = client.post("/v1/keys", json={"name": MARK}).json()
     loss = client.post("/v1/losses", json=LOSS_REQUEST).json()
-    ids = {"job_id": job["id"], "checkpoint_id": checkpoint_id, "dataset_id": rows["id"]}
+    ids = {"job_id": job["id"], "checkpoint_id": checkpoint_id, "dataset_id": rows["id"], "alias": alias}
     session = client.post("/v1/sessions", json=SESSION_SPEC | {"name": MARK}).json()
     operation = client.post(f"/v1/sessions/{session['id']}/operations", json=TRAIN_STEP).json()
     ids |= {"session_id": session["id"], "operation": operation["id"]}
@@ -246,7 +256,7 @@ def test_another_project_s_objects_look_like_absent_ones(client, other, owned, r
         assert (theirs.status_code, code(theirs)) in ((404, "not_found"), (404, "model_not_found")), route
         assert plain(theirs, owned) == plain(absent, ABSENT), route
     assert everything(client, routes, owned) == before  # and nothing of it happened
-    for name in ("job_id", "checkpoint_id", "dataset_id", "key_id"):
+    for name in ("job_id", "checkpoint_id", "dataset_id", "alias", "key_id"):
         assert owned[name] in json.dumps(before), "a negative control: their owner sees them all"
 
 
@@ -318,6 +328,7 @@ def test_another_project_s_objects_are_no_filters_and_no_cursors(client, other, 
         ("/v1/datasets", "after", "dataset_id"),
         ("/v1/checkpoints", "after", "checkpoint_id"),
         ("/v1/checkpoints", "job_id", "job_id"),
+        ("/v1/aliases", "after", "alias"),
     ]
     for path, parameter, name in places:
         assert client.get(path, params={parameter: owned[name]}).status_code == 200
@@ -335,6 +346,7 @@ def test_another_project_s_objects_are_no_inputs(client, other, owned, submit, s
         yield "/v1/jobs", spec(data={"train": rows})
         yield "/v1/jobs", spec(data={"eval": rows})
         yield "/v1/jobs", spec(model={"from_checkpoint": ids["checkpoint_id"]})
+        yield "/v1/jobs", spec(model={"from_checkpoint": ids["alias"]})
         yield f"/v1/jobs/{mine}/fork", {"from_checkpoint": ids["checkpoint_id"]}
         yield "/v1/jobs:validate", spec(data={"train": rows})
 
