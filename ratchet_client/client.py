@@ -4,6 +4,7 @@ from types import TracebackType
 from typing import Self
 
 from ratchet_client import discovery
+from ratchet_client.resources.aliases import Aliases
 from ratchet_client.resources.checkpoints import Checkpoints
 from ratchet_client.resources.datasets import Datasets
 from ratchet_client.resources.keys import Keys
@@ -17,7 +18,7 @@ from ratchet_client.resources.webhooks import Webhooks
 from ratchet_client.transport import Transport
 
 
-class Ratchet(Progress, Sessions, LossRequests, Checkpoints, Datasets, Models, Keys, Operators, Webhooks, Spending):
+class Ratchet(Progress, Sessions, LossRequests, Checkpoints, Aliases, Datasets, Models, Keys, Operators, Webhooks, Spending):
     """A connection to one Ratchet. Safe to share between threads; use it as a context manager, or `close()` it.
 
     Without arguments it uses RATCHET_URL and RATCHET_API_KEY, else the local stack that `ratchet up` started. A refusal of the

@@ -56,7 +56,7 @@ class Transport:
         Raises RatchetApiError for a refusal and RatchetConnectionError if nobody answers.
         """
         sent = dict(headers or {})
-        if method == "POST":
+        if method in ("POST", "PUT"):
             sent["Idempotency-Key"] = idempotency_key or uuid4().hex
         return self.until_answered(
             lambda: self.attempt(

@@ -218,6 +218,37 @@ class Checkpoint(TypedDict):
     created_at: str
     pinned_at: str | None
     expires_at: str | None
+    aliases: list[str]
+
+
+class Alias(TypedDict):
+    """A name that points at a checkpoint; `previous_id` is what a rollback promotes."""
+
+    id: str  # MODEL@ALIAS
+    object: Literal["alias"]
+    checkpoint_id: str
+    job_id: str | None
+    step: int
+    previous_id: str | None
+    version: int
+    note: str | None
+    changed_at: str
+    changed_by: str | None
+    created_at: str
+
+
+class AliasChange(TypedDict):
+    id: str
+    object: Literal["alias.change"]
+    alias: str
+    seq: int
+    action: Literal["promote", "rollback", "delete"]
+    from_checkpoint_id: str | None
+    checkpoint_id: str | None
+    note: str | None
+    key_id: str
+    key_name: str | None
+    created_at: str
 
 
 class Dataset(TypedDict):
@@ -232,11 +263,12 @@ class Dataset(TypedDict):
 
 
 class Model(TypedDict):
-    """A model. Write its id as model.source."""
+    """What can be sampled. Write the id of a base as model.source, that of a checkpoint or alias as model.from_checkpoint."""
 
     id: str
     object: Literal["model"]
-    kind: Literal["builtin", "folder"]
+    kind: Literal["builtin", "folder", "checkpoint", "alias"]
+    root: str | None  # of an alias: the checkpoint that it points at now
     description: str
     config: dict[str, Any]
     size_bytes: int | None

@@ -22,6 +22,7 @@ class Checkpoints(Resource):
         return self._get("/v1/checkpoints", {"job_id": job_id, "after": after, "limit": limit})
 
     def get_checkpoint(self, checkpoint_id: str) -> Checkpoint:
+        """By its id, or by an alias that points at it."""
         return self._get(f"/v1/checkpoints/{part(checkpoint_id)}")
 
     def best_checkpoint(self, job_id: str) -> Checkpoint:
@@ -32,11 +33,14 @@ class Checkpoints(Resource):
     def download_checkpoint(self, checkpoint_id: str, directory: str | Path, *, optimizer: bool = True) -> Path:
         """Unpack a checkpoint into a new folder, whose `model/` peft or transformers load as it is. Returns the folder.
 
+        An alias stands for the checkpoint that it points at when this begins.
         README.md in it is the checkpoint's card, which says so, and how it was trained.
         Only regular files below that folder are taken; their sha256 sums are compared with the checkpoint's manifest.
         `optimizer=False` leaves out the optimizer's state, which only a resume needs.
         """
         directory = Path(directory)
+        if "@" in checkpoint_id:
+            checkpoint_id = self.get_checkpoint(checkpoint_id)["id"]
         path, params = f"/v1/checkpoints/{part(checkpoint_id)}/archive", None if optimizer else {"optimizer": "false"}
         response = self._transport.request("GET", path, params=params, stream=True)
         with closing(response):

@@ -27,6 +27,16 @@ def complete_checkpoint(context: typer.Context, incomplete: str) -> list[tuple[s
     return list(_offer(context, incomplete, lambda ratchet: ratchet.list_checkpoints(limit=OFFERED), _checkpoint))
 
 
+def complete_alias(context: typer.Context, incomplete: str) -> list[tuple[str, str]]:
+    return list(
+        _offer(context, incomplete, lambda ratchet: ratchet.list_aliases(limit=OFFERED), lambda one: str(one["checkpoint_id"]))
+    )
+
+
+def complete_checkpoint_or_alias(context: typer.Context, incomplete: str) -> list[tuple[str, str]]:
+    return complete_alias(context, incomplete) + complete_checkpoint(context, incomplete)
+
+
 def complete_dataset(context: typer.Context, incomplete: str) -> list[tuple[str, str]]:
     return list(
         _offer(context, incomplete, lambda ratchet: ratchet.list_datasets(limit=OFFERED), lambda dataset: str(dataset["name"]))

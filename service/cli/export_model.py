@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 import typer
 
 from ratchet_client import RatchetError
-from service.cli.completion import complete_checkpoint
+from service.cli.completion import complete_checkpoint_or_alias
 from service.cli.connection import connect
 from service.cli.output import say
 
@@ -53,7 +53,9 @@ class OutType(StrEnum):
 
 def export_checkpoint(
     context: typer.Context,
-    checkpoint_id: Annotated[str, typer.Argument(metavar="CHECKPOINT", autocompletion=complete_checkpoint)],
+    checkpoint_id: Annotated[
+        str, typer.Argument(metavar="CHECKPOINT", help="ckpt_..., or an alias", autocompletion=complete_checkpoint_or_alias)
+    ],
     to: Annotated[str, typer.Option(metavar="WHERE", help="a new folder, or a bucket: s3://bucket/path, gs://, az://")],
     merged: Annotated[bool, typer.Option("--merged", help="merge an adapter into the base's weights")] = False,
     gguf: Annotated[
@@ -63,6 +65,7 @@ def export_checkpoint(
     """Write a checkpoint's model as other tools load it, with a model card.
 
     $ ratchet export checkpoint ckpt_01k... --to additions
+    $ ratchet export checkpoint digits@production --to digits
     $ ratchet export checkpoint ckpt_01k... --to s3://models/additions --merged
     $ ratchet export checkpoint ckpt_01k... --to additions-gguf --gguf q8_0
 
@@ -84,6 +87,7 @@ def export_checkpoint(
         tempfile.TemporaryDirectory(prefix=".ratchet-export-", dir=None if bucket else folder.parent) as temporary,
     ):  # beside the folder, so that it appears whole
         checkpoint = ratchet.get_checkpoint(checkpoint_id)
+        checkpoint_id = checkpoint["id"]  # of an alias: what it points at now
         merging = gguf is not None or (merged and checkpoint["adapter"] == "lora")
         got = ratchet.download_checkpoint(checkpoint_id, Path(temporary) / "checkpoint", optimizer=False)
         made = _merged(got, checkpoint["model"], Path(temporary) / "merged", gguf) if merging else got / "model"

@@ -11,6 +11,7 @@ from typer.core import TyperGroup
 from ratchet_client import RatchetApiError, RatchetConnectionError, RatchetError, RatchetNotFound
 from service.cli import (
     advice,
+    aliases,
     compare,
     curves,
     doctor,
@@ -129,6 +130,7 @@ for module in (
     advice,
     compare,
     resources,
+    aliases,
     sample,
     spending,
     webhooks,

@@ -15,7 +15,9 @@ from service.cli.output import ago, clean, complain, json_text, number, print_fa
 from service.metric_names import EVAL_REWARD_MEAN
 from service.validation.words import counted
 
-CheckpointId = Annotated[str, typer.Argument(metavar="CHECKPOINT", help="ckpt_...", autocompletion=complete_checkpoint)]
+CheckpointId = Annotated[
+    str, typer.Argument(metavar="CHECKPOINT", help="ckpt_...; to read, an alias will do", autocompletion=complete_checkpoint)
+]
 DatasetId = Annotated[str, typer.Argument(metavar="DATASET", help="ds_...", autocompletion=complete_dataset)]
 Limit = Annotated[int, typer.Option(min=1, max=100, help="how many to list")]
 After = Annotated[str | None, typer.Option(help="continue after this one (the last id of a page)")]
@@ -71,10 +73,12 @@ def list_checkpoints(
             size(checkpoint["size_bytes"]),
             _score(checkpoint),
             ago(checkpoint["created_at"]),
+            ", ".join(checkpoint["aliases"]),
         )
         for checkpoint in page["data"]
     ]
-    print_table(("checkpoint", "job", "step", "adapter", "size", "reward", "created"), rows, nothing="no checkpoints")
+    names = ("checkpoint", "job", "step", "adapter", "size", "reward", "created", "aliases")
+    print_table(names, rows, nothing="no checkpoints")
     if page["has_more"]:
         complain(f"more: ratchet checkpoints --after {page['last_id']}")
 
@@ -167,7 +171,7 @@ def prune(
     $ ratchet checkpoints prune --job job_01k... --keep-last 1
     $ ratchet checkpoints prune --older-than-s 604800 --yes
 
-    What is pinned, or needed by a job that has not ended, stays.
+    What is pinned, or needed by a job that has not ended or by an alias, stays.
     """
     if job is None and older_than_s is None:
         raise typer.BadParameter("say which: --job JOB, --older-than-s SECONDS, or both")

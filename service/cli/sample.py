@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from ratchet_client import Ratchet, RatchetError
-from service.cli.completion import complete_checkpoint
+from service.cli.completion import complete_checkpoint_or_alias
 from service.cli.connection import connect
 from service.cli.helps import command
 from service.cli.jobs import Json
@@ -33,8 +33,8 @@ def sample(
         list[str],
         typer.Argument(
             metavar="CHECKPOINT...",
-            help="checkpoints: their ids, or folders with downloaded ones",
-            autocompletion=complete_checkpoint,
+            help="checkpoints: their ids, aliases, or folders with downloaded ones",
+            autocompletion=complete_checkpoint_or_alias,
         ),
     ],
     prompt: Annotated[
@@ -59,6 +59,7 @@ def sample(
 
     $ ratchet sample ckpt_01k... "rev 123456>"
     $ ratchet sample ckpt_01k... ckpt_01m... "3+8=" -n 4 --temperature 0.7
+    $ ratchet sample digits@staging digits@production "rev 123456>"
     $ ratchet sample my-model "rev 123456>"          a folder of `ratchet checkpoints download`
     $ ratchet sample ckpt_01k... "2+2?" --chat --tools tools.json --chat-template-kwargs '{"enable_thinking": false}'
 
@@ -132,7 +133,7 @@ def _places(context: typer.Context, names: list[str]) -> Iterator[tuple[str, dic
             ratchet = ratchet or stack.enter_context(connect(context))
             with tempfile.TemporaryDirectory(prefix="ratchet-sample-") as temporary:
                 checkpoint = ratchet.get_checkpoint(name)
-                folder = ratchet.download_checkpoint(name, Path(temporary) / "checkpoint", optimizer=False)
+                folder = ratchet.download_checkpoint(checkpoint["id"], Path(temporary) / "checkpoint", optimizer=False)
                 yield name, {"folder": str(folder), "model": checkpoint["model"]}
 
 

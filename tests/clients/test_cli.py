@@ -641,6 +641,33 @@ def test_checkpoints_are_pinned_pruned_and_traced(api: str, cli: Cli, job_id: st
     assert third in traced.out and "base: tiny" in traced.out
 
 
+def test_aliases_are_promoted_rolled_back_and_deleted(api: str, cli: Cli, job_id: str, hand: Any, tmp_path: Path) -> None:
+    held = hand.take()
+    first, second = (hand.save(held, step, **{"a.bin": b"x"}) for step in (1, 2))
+    assert "no aliases" in cli("aliases").err
+    assert cli("promote", first, "d@staging", "--expected", "none").out == f"d@staging points at {first}\n"
+    promoted = cli("promote", "d@staging", "d@prod", "--note", "best", "--json").json
+    assert (promoted["checkpoint_id"], promoted["note"]) == (first, "best")
+    late = cli("promote", second, "d@prod", "--expected", second)
+    assert late.code == 1 and "alias_moved" in late.err and f"points at {first}" in late.err
+    assert cli("promote", second, "d@prod", "--expected", first).code == 0
+    listed = cli("aliases").out
+    assert "d@staging" in listed and second in listed
+    assert re.search(rf"{second}.*d@prod", cli("checkpoints").out)
+    assert cli("aliases", "rollback", "d@prod", "--note", "it loops").out == f"d@prod points at {first} again\n"
+    told = cli("aliases", "history", "d@prod").out.splitlines()
+    assert [line.split()[0] for line in told] == ["seq", "3", "2", "1"] and "it loops" in told[1] and "best" in told[3]
+    assert "more: ratchet aliases history d@prod" in cli("aliases", "history", "d@prod", "--limit", "1").err
+    folder = tmp_path / "downloaded"
+    assert cli("checkpoints", "download", "d@prod", "--to", str(folder)).code == 0
+    assert first in (folder / "README.md").read_text()
+    assert cli("checkpoints", "show", "d@prod", "--json").json["id"] == first
+    assert cli("aliases", "delete", "d@prod").code == 0 and cli("aliases", "show", "d@prod").code == 1
+    assert cli("aliases", "show", "d@staging").out.splitlines()[0] == "id             d@staging"
+    refused = cli("promote", first, "production")
+    assert refused.code == 1 and "MODEL@ALIAS" in refused.err
+
+
 # ---------------------------------------------------------------- webhooks
 
 
