@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from ratchet_client.types import Checkpoint, Key
-from service.cli.completion import complete_checkpoint, complete_dataset
+from service.cli.completion import complete_checkpoint, complete_checkpoint_or_alias, complete_dataset
 from service.cli.connection import connect
 from service.cli.helps import command, group
 from service.cli.jobs import Json
@@ -15,8 +15,9 @@ from service.cli.output import ago, clean, complain, json_text, number, print_fa
 from service.metric_names import EVAL_REWARD_MEAN
 from service.validation.words import counted
 
-CheckpointId = Annotated[
-    str, typer.Argument(metavar="CHECKPOINT", help="ckpt_...; to read, an alias will do", autocompletion=complete_checkpoint)
+CheckpointId = Annotated[str, typer.Argument(metavar="CHECKPOINT", help="ckpt_...", autocompletion=complete_checkpoint)]
+ReadId = Annotated[
+    str, typer.Argument(metavar="CHECKPOINT", help="ckpt_..., or an alias", autocompletion=complete_checkpoint_or_alias)
 ]
 DatasetId = Annotated[str, typer.Argument(metavar="DATASET", help="ds_...", autocompletion=complete_dataset)]
 Limit = Annotated[int, typer.Option(min=1, max=100, help="how many to list")]
@@ -85,7 +86,7 @@ def list_checkpoints(
 
 def download(
     context: typer.Context,
-    checkpoint_id: CheckpointId,
+    checkpoint_id: ReadId,
     to: Annotated[Path | None, typer.Option(help="the new folder; default: one named after the checkpoint")] = None,
     best: Annotated[
         bool, typer.Option("--best", help="the argument is a job: fetch its checkpoint with the best evaluation")
@@ -106,7 +107,7 @@ def download(
     say(f"{folder}/  (the model is in {folder / 'model'})")
 
 
-def show_checkpoint(context: typer.Context, checkpoint_id: CheckpointId, as_json: Json = False) -> None:
+def show_checkpoint(context: typer.Context, checkpoint_id: ReadId, as_json: Json = False) -> None:
     """Show one checkpoint."""
     with connect(context) as ratchet:
         checkpoint = ratchet.get_checkpoint(checkpoint_id)
@@ -137,7 +138,7 @@ def unpin(context: typer.Context, checkpoint_id: CheckpointId) -> None:
     say(f"{checkpoint_id} unpinned")
 
 
-def lineage(context: typer.Context, checkpoint_id: CheckpointId, as_json: Json = False) -> None:
+def lineage(context: typer.Context, checkpoint_id: ReadId, as_json: Json = False) -> None:
     """Show where a checkpoint comes from, back to the base model."""
     with connect(context) as ratchet:
         answer = ratchet.checkpoint_lineage(checkpoint_id)

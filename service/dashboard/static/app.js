@@ -3,6 +3,7 @@
 import {get, request, session} from "./api.js";
 import {explain, failed, show} from "./dialog.js";
 import {field, h, put, replace, row, table} from "./dom.js";
+import * as aliases from "./aliases.js";
 import * as compare from "./compare.js";
 import * as job from "./job.js";
 import * as jobs from "./jobs.js";
@@ -11,12 +12,12 @@ import * as playground from "./playground.js";
 import * as usage from "./usage.js";
 import * as workers from "./workers.js";
 
-const PAGES = {jobs, compare, playground, workers, usage, keys};
-const NAMES = [["jobs", "Jobs", "j"], ["playground", "Playground", "p"], ["workers", "Workers", "w"], ["usage", "Usage", "u"], ["keys", "Keys", "k"]];
+const PAGES = {jobs, compare, aliases, playground, workers, usage, keys};
+const NAMES = [["jobs", "Jobs", "j"], ["aliases", "Aliases", "a"], ["playground", "Playground", "p"], ["workers", "Workers", "w"], ["usage", "Usage", "u"], ["keys", "Keys", "k"]];
 const SHORTCUTS = [
   ["?", "these shortcuts"],
   ["/", "search"],
-  ["g then j, p, w, u, k", "go to jobs, playground, workers, usage, keys"],
+  ["g then j, a, p, w, u, k", "go to jobs, aliases, playground, workers, usage, keys"],
   ["j and k", "the next and the last job of the list"],
   ["Enter", "open it"],
   ["x", "choose it for a comparison"],

@@ -1,5 +1,6 @@
-// A job's checkpoints: downloaded, pinned, forked from, asked.
+// A job's checkpoints: downloaded, promoted, pinned, forked from, asked.
 
+import {promote} from "./aliases.js";
 import {get, request, send, session} from "./api.js";
 import {ask, say} from "./dialog.js";
 import {badge, empty, h, replace, row, table} from "./dom.js";
@@ -17,11 +18,13 @@ export function open(job) {
     if (!data.length) return replace(place, empty("It has saved none yet. One is saved every checkpoints.every_steps steps, and at the end.", `ratchet watch ${id}`));
     const write = session.may("write");
     replace(place, table("Checkpoints", ["checkpoint", "step", "saved", "size", "measured", ""], data.map((one) => row(
-      [h("code", null, one.id), " ", one.is_final ? badge("final", "plain") : null, one.pinned_at ? badge("pinned", "succeeded") : null],
+      [h("code", null, one.id), " ", one.is_final ? badge("final", "plain") : null, one.pinned_at ? badge("pinned", "succeeded") : null,
+        one.aliases.map((alias) => [" ", h("a", {class: "badge succeeded", href: "#/aliases"}, alias)])],
       one.step, ago(one.created_at), bytes(one.size_bytes), Object.entries(one.metrics).filter(([name]) => /reward\/mean|loss$/.test(name)).map(([name, value]) => `${name} ${number(value)}`).join(" · "),
       h("div", {class: "buttons"},
         h("button", {type: "button", onclick: () => download(one).catch(fail)}, "Download"),
-        write ? h("button", {type: "button", title: "a pinned checkpoint is deleted by nothing", onclick: () => pin(one).catch(fail)}, one.pinned_at ? "Unpin" : "Promote (pin)") : null,
+        write ? h("button", {type: "button", onclick: () => promote(one).then((done) => done && load()).catch(fail)}, "Promote …") : null,
+        write ? h("button", {type: "button", title: "a pinned checkpoint is deleted by nothing", onclick: () => pin(one).catch(fail)}, one.pinned_at ? "Unpin" : "Pin") : null,
         write && job.now?.kind !== "session" ? h("button", {type: "button", onclick: () => fork(job.now, one.id)}, "Fork …") : null,
         h("a", {class: "button", href: `#/playground?left=${one.id}`}, "Ask it"))))),
     has_more ? h("p", {class: "soft"}, `These are the newest; all of them: ratchet checkpoints --job ${id}`) : null);
@@ -49,7 +52,7 @@ async function download(one) {
     await answer.body.pipeTo(await file.createWritable());
     return say(`${name} is saved.`);
   }
-  if (one.size_bytes > IN_MEMORY) throw new Error(`It has ${bytes(one.size_bytes)}, too much for this browser to hold. In a terminal: ratchet download ${one.id}`);
+  if (one.size_bytes > IN_MEMORY) throw new Error(`It has ${bytes(one.size_bytes)}, too much for this browser to hold. In a terminal: ratchet checkpoints download ${one.id}`);
   say("Downloading …");
   const blob = await (await request("GET", `/v1/checkpoints/${one.id}/archive`)).blob();
   const url = URL.createObjectURL(blob);

@@ -66,7 +66,8 @@ export function open({query, signal, title, keys, fail}) {
 
   async function models() {
     const {data} = await get("/v1/models", {}, signal);
-    const options = data.map((one) => h("option", {value: one.id, "data-about": one.kind === "checkpoint" ? one.description : null}, one.kind === "checkpoint" ? `${one.id} (${one.description})` : one.id));
+    const made = (one) => ["checkpoint", "alias"].includes(one.kind);
+    const options = data.map((one) => h("option", {value: one.id, "data-about": made(one) ? one.description : null}, made(one) ? `${one.id} (${one.description})` : one.id));
     const ids = data.map((one) => one.id);
     const newest = data.filter((one) => one.kind === "checkpoint").map((one) => one.id);
     for (const [i, one] of sides.entries()) {
