@@ -144,10 +144,11 @@ def remove(
 def spared(session: Session, rows: Sequence[Checkpoint], *, by_hand: bool = False) -> dict[str, Kept]:
     """Which of these may not be deleted, and why. `by_hand`: those that a rollback would promote may be."""
     ids = [row.id for row in rows]
-    kept: dict[str, Kept] = dict.fromkeys(aliases(session, ids, previous=not by_hand), "aliased")
-    kept |= {row.id: "pinned" for row in rows if row.pinned_at is not None}
+    kept: dict[str, Kept] = {row.id: "pinned" for row in rows if row.pinned_at is not None}
     for row_id in needed(session, ids):
         kept[row_id] = "in_use"
+    for row_id in aliases(session, ids, previous=not by_hand):
+        kept[row_id] = "aliased"
     return kept
 
 

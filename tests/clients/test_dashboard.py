@@ -133,10 +133,13 @@ def test_a_job_is_watched_and_steered_in_a_browser(stack: Any, page: Page) -> No
             watch_live(page, line, asked)
             look_at_samples(page)
             pause_resume_fork(page)
+            promote(page, line.url, job["id"])
             assert key not in page.content()
             visit_every_page(page, line.url, job["id"])
             assert not [one.url for one in asked if key in one.url]
-            assert [wrong for wrong in wrongs if "422" not in wrong] == []  # the fork that was refused
+            assert [
+                wrong for wrong in wrongs if "422" not in wrong and "404" not in wrong
+            ] == []  # the fork and the alias refused
         finally:
             line.close()
             for each in ratchet.list_jobs()["data"]:
@@ -237,11 +240,33 @@ def pause_resume_fork(page: Page) -> None:
     expect(page.get_by_role("heading", level=1)).to_have_text(f"{HOSTILE} (fork)")
 
 
+def promote(page: Page, url: str, job_id: str) -> None:
+    page.goto(f"{url}#/jobs/{job_id}/checkpoints")
+    page.get_by_role("button", name="Promote …").first.click()
+    page.get_by_role("combobox", name="Alias").fill("demo@production")
+    page.get_by_label("Note").fill(HOSTILE)
+    confirm(page, "Promote")
+    page.get_by_role("link", name="demo@production").click()
+    line = page.locator("tbody tr").filter(has_text="demo@production")
+    expect(line).to_contain_text(job_id)
+    line.get_by_role("button", name="History").click()
+    expect(page.get_by_role("dialog").locator("tbody tr")).to_contain_text(HOSTILE)
+    page.get_by_role("dialog").get_by_role("button", name="Close").click()
+    page.get_by_role("button", name="Promote …").click()  # again, of a checkpoint that is not there
+    page.get_by_label("Checkpoint").fill("ckpt_absent")
+    page.get_by_role("combobox", name="Alias").fill("demo@production")
+    expect(page.get_by_role("dialog")).to_contain_text("It points at ckpt_")
+    page.get_by_role("dialog").get_by_role("button", name="Promote").click()
+    expect(page.get_by_role("dialog").get_by_role("alert")).to_contain_text("no checkpoint ckpt_absent")
+    page.keyboard.press("Escape")
+    expect(page.get_by_role("dialog")).to_have_count(0)
+
+
 def visit_every_page(page: Page, url: str, job_id: str) -> None:
     """Nothing is broken, nothing hostile comes alive, and on a phone nothing is wider than the screen."""
     page.set_viewport_size(PHONE)  # pyright: ignore[reportArgumentType]
     tabs = ("curves", "samples", "events", "attempts", "checkpoints", "spec", "advice")
-    paths = [*(f"jobs/{job_id}/{tab}" for tab in tabs), "jobs", "playground", "workers", "usage", "keys", "compare"]
+    paths = [*(f"jobs/{job_id}/{tab}" for tab in tabs), "jobs", "aliases", "playground", "workers", "usage", "keys", "compare"]
     for path in paths:
         page.goto(f"{url}#/{path}")
         page.wait_for_load_state("networkidle") if not path.startswith("jobs/") else page.wait_for_timeout(150)

@@ -65,6 +65,23 @@ def test_a_session_is_its_newest_checkpoint(client: OpenAI, trained: SimpleNames
     assert (answer.model, answer.choices[0].message.content) == (trained.checkpoint, LEARNT)
 
 
+def test_an_alias_answers_from_what_was_promoted_last(client: OpenAI, stack: Stack, trained: SimpleNamespace) -> None:
+    spec = {"model": {"source": "sailor", "adapter": {"kind": "lora", "rank": 8}}}
+    session = stack.http.post("/v1/sessions", json=spec).json()["id"]
+    untrained = stack.do(session, 1, kind="save_checkpoint", name="nothing", purpose="sampler")["checkpoint_id"]
+    alias = "sailor@production"
+    for promoted, learnt in ((untrained, False), (trained.checkpoint, True), (None, False)):
+        asked = ("PUT", "", {"checkpoint": promoted}) if promoted else ("POST", "/rollback", {})
+        moved = stack.http.request(asked[0], f"/v1/aliases/{alias}{asked[1]}", json=asked[2])
+        assert moved.is_success, moved.text
+        answer = client.chat.completions.create(model=alias, messages=ASK, temperature=0, max_tokens=16)
+        assert answer.model == (promoted or untrained) == client.models.retrieve(alias).model_dump()["root"]
+        assert (answer.choices[0].message.content == LEARNT) is learnt
+    assert alias in {model.id for model in client.models.list()}
+    chunks = list(client.completions.create(model=alias, prompt="a", max_tokens=2, stream=True))
+    assert {chunk.model for chunk in chunks} == {untrained}
+
+
 def test_models_are_listed_and_read(client: OpenAI, trained: SimpleNamespace) -> None:
     listed = {model.id: model for model in client.models.list()}
     assert {"tiny", "sailor", trained.checkpoint} <= set(listed)

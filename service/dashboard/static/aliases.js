@@ -19,7 +19,7 @@ export function open({signal, title, fail}) {
     const write = session.may("write");
     replace(place, table("Aliases", ["alias", "points at", "changed", "by", "note", ""], shown.map((one) => row(
       h("strong", null, one.id),
-      [h("code", null, one.checkpoint_id), h("small", {class: "soft"}, `step ${one.step} of `, one.job_id ? h("a", {href: `#/jobs/${one.job_id}/checkpoints`}, one.job_id) : "a deleted job")],
+      [h("code", null, one.checkpoint_id), " ", h("small", {class: "soft"}, `step ${one.step} of `, one.job_id ? h("a", {href: `#/jobs/${one.job_id}/checkpoints`}, one.job_id) : "a deleted job")],
       ago(one.changed_at), one.changed_by, one.note,
       h("div", {class: "buttons"},
         h("button", {type: "button", onclick: () => history(one).catch(fail)}, "History"),
@@ -75,8 +75,7 @@ async function drop(one) {
 
 async function history(one) {
   const {data, has_more} = await get(`/v1/aliases/${encodeURIComponent(one.id)}/history`, {limit: 100});
-  const code = (id) => (id ? h("code", null, id) : "nothing");
-  show(`What ${one.id} pointed at`, table("History", ["", "what", "from", "to", "when", "by", "note"], data.map((each) => row(
-    each.seq, each.action, code(each.from_checkpoint_id), code(each.checkpoint_id), time(each.created_at), each.key_name ?? each.key_id, each.note))),
+  show(`What ${one.id} pointed at`, table("History", ["", "what", "pointed at"], data.map((each) => row(
+    each.seq, each.action, [each.checkpoint_id ? h("code", null, each.checkpoint_id) : "nothing", " ", h("small", {class: "soft"}, `${time(each.created_at)} by ${each.key_name ?? each.key_id}`), each.note ? h("div", null, each.note) : null]))),
   has_more ? h("p", {class: "soft"}, `These are the newest; all of them: ratchet aliases history ${one.id}`) : null);
 }
