@@ -317,6 +317,18 @@ def test_a_checkpoint_in_use_loses_its_path_and_keeps_its_files_until_it_is_not(
     assert wire.http.get(f"/v1/checkpoints/{checkpoint}/archive").status_code == 200
 
 
+def test_a_promoted_checkpoint_is_deleted_when_its_alias_is(wire):
+    model_id = wire.model()
+    wire.done(wire.ordered("save_weights", model_id, path="one"))
+    checkpoint = wire.http.get("/v1/checkpoints").json()["data"][0]["id"]
+    assert wire.http.put("/v1/aliases/wire@production", json={"checkpoint": checkpoint}).status_code == 201
+    url = f"/api/v1/training_runs/{model_id}/checkpoints/weights/one"
+    refused = wire.http.delete(url)
+    assert refused.json()["code"] == "checkpoint_aliased" and "wire@production" in refused.text
+    assert wire.http.delete("/v1/aliases/wire@production").status_code == 204
+    assert wire.http.delete(url).status_code == 204
+
+
 def test_ttl_publish_and_copies(wire):
     model_id = wire.model()
     path = wire.done(wire.ordered("save_weights", model_id, path="one", user_metadata={"k": "v"}))["path"]
