@@ -119,7 +119,7 @@ KINDS: list[Kind] = [
     (
         "forward_backward of 8 datums",
         step,
-        lambda tensors: answers.forward_backward({"metrics": METRICS}, tensors, []),
+        lambda tensors: answers.forward_backward({"metrics": METRICS}, tensors),
         plain_step,
         read_step,
     ),

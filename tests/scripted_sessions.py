@@ -170,7 +170,8 @@ def _forward(head: dict[str, Any], tensors: Tensors) -> tuple[dict[str, Any], Te
     loss = sum(-p * w for p, w in zip(log_probs, weights, strict=True))
     shape = tensors["target_tokens"].shape
     answer: Tensors = {"log_probs": tensor(log_probs, *shape), "cu_seqlens": tensor(integers(tensors["cu_seqlens"]))}
-    return {"metrics": {"loss:sum": loss, "tokens": float(len(targets)), "asked": head["kind"] == "forward"}}, answer
+    told = {"metrics": {"loss:sum": loss, "tokens": float(len(targets)), "asked": head["kind"] == "forward"}}
+    return {**told, **({"widths": head["widths"]} if "widths" in head else {})}, answer
 
 
 def _sample(head: dict[str, Any], tensors: Tensors) -> tuple[dict[str, Any], Tensors]:

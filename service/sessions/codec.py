@@ -4,7 +4,8 @@
 | kind | head | tensors of the request | answer |
 |---|---|---|---|
 | forward, forward_backward | kind, loss, config | tokens [N], cu_seqlens [B+1], target_tokens [N] or [N, K], and what the
-  loss takes: weights, log_probs, advantages, mask, clip_low_threshold, clip_high_threshold | metrics; cu_seqlens, log_probs |
+  loss takes: weights, log_probs, advantages, mask, clip_low_threshold, clip_high_threshold; the Tinker wire may give widths
+  (of rows that differ in K: [how many, K], ...) | metrics, widths as they came; cu_seqlens, log_probs |
 | forward, forward_backward | kind, objective, temperature | as train_step | metrics; cu_seqlens (of answers), log_probs |
 | train_step | kind, objective, optimizer, minibatches, epochs, temperature, microbatch_tokens | prompt_tokens,
   prompt_cu_seqlens [B+1], completion_tokens [N], completion_cu_seqlens [B+1], group_ids [B]; rewards [B] or [B, R], or

@@ -11,8 +11,8 @@ from service.tinker.messages import FLOAT32, LENGTH, STOP, ForwardBackwardOutput
 EMPTY_LOG_PROB = -99999.0  # of a place without alternatives; its token is 0
 
 
-def forward_backward(head: dict[str, Any], tensors: Tensors, runs: list[tuple[int, int]]) -> bytes:
-    """A ForwardBackwardOutput with the log-probs of each datum. `runs`: (how many datums, width) if their widths differ."""
+def forward_backward(head: dict[str, Any], tensors: Tensors) -> bytes:
+    """A ForwardBackwardOutput with the log-probs of each datum, cut to its own width."""
     message = ForwardBackwardOutput(loss_fn_output_type="ArrayRecord")
     for name, value in head["metrics"].items():
         if value is not None:
@@ -20,7 +20,7 @@ def forward_backward(head: dict[str, Any], tensors: Tensors, runs: list[tuple[in
     log_probs, cuts = tensors["log_probs"], integers(tensors["cu_seqlens"])
     columns = log_probs.shape[1] if len(log_probs.shape) == 2 else 0
     at = 0
-    for count, width in runs or [(len(cuts) - 1, columns)]:
+    for count, width in head.get("widths", [(len(cuts) - 1, columns)]):
         _record(message, log_probs, cuts[at : at + count + 1], columns, width)
         at += count
     return message.SerializeToString()

@@ -40,8 +40,6 @@ STABLE = (
     "(in the cookbook: loss_fn=importance_sampling)"
 )
 
-Widths = tuple[int, ...]  # the number of targets a token of each datum; 0 where target_tokens has one dimension
-
 
 @dataclass(frozen=True)
 class _Values:
@@ -51,12 +49,13 @@ class _Values:
     width: int
 
 
-def asked(message: Any) -> tuple[Asked, Widths]:
-    """What to log, and the widths if they are not all equal, else (): the answer is cut by them.
+def asked(message: Any) -> Asked:
+    """What to log. If not all datums have as many targets a token, its head has `widths`, which the answer's repeats: equal
+    neighbours together, [how many datums, how many targets; 0 where target_tokens has one dimension].
 
     Raises InvalidRequest. Values (tokens outside the vocabulary, NaN) are left to the worker.
     """
-    head = {
+    head: dict[str, Any] = {
         "kind": "forward" if message.forward_only else "forward_backward",
         "loss": _loss(message.loss_fn),
         "config": _config(message),
@@ -66,19 +65,20 @@ def asked(message: Any) -> tuple[Asked, Widths]:
     tokens = [_tokens(datum.model_input, f"/data/{i}/model_input") for i, datum in enumerate(message.data)]
     lengths = [len(row) // 4 for row in tokens]
     columns = _columns(message.data, lengths)
-    widths = tuple(values.width for values in columns["target_tokens"])
+    widths = [[len(list(group)), width] for width, group in groupby(values.width for values in columns["target_tokens"])]
     tensors = {
         "tokens": Tensor("I32", (sum(lengths),), memoryview(b"".join(tokens))),
         "cu_seqlens": tensor(array("q", accumulate(lengths, initial=0))),
     }
-    mixed = len(set(widths)) > 1
-    if mixed and "weights" not in columns:  # what is filled up must weigh nothing
-        columns["weights"] = [_Values(array("f", [1.0]) * len(one.numbers), one.width) for one in columns["target_tokens"]]
+    if len(widths) > 1:
+        head["widths"] = widths
+        if "weights" not in columns:  # what is filled up must weigh nothing
+            columns["weights"] = [_Values(array("f", [1.0]) * len(one.numbers), one.width) for one in columns["target_tokens"]]
     for name, values in columns.items():
         ours, typecode = INPUTS[name]
-        wide = name in WIDE and any(widths)
+        wide = name in WIDE and any(width for _, width in widths)
         tensors[ours] = _wide(values, typecode, lengths) if wide else tensor(_joined(typecode, values))
-    return Asked(head["kind"], message.seq_id, pack(head, tensors), sum(lengths)), widths if mixed else ()
+    return Asked(head["kind"], message.seq_id, pack(head, tensors), sum(lengths))
 
 
 def _loss(name: str) -> str:
@@ -223,11 +223,6 @@ def _wide(values: list[_Values], typecode: str, lengths: list[int]) -> Tensor:
             filled[column::widest] = one.numbers[column::width]
         numbers.extend(filled)
     return tensor(numbers, sum(lengths), widest)
-
-
-def runs(widths: Widths) -> list[tuple[int, int]]:
-    """Equal neighbours together: (how many, width)."""
-    return [(len(list(group)), width) for width, group in groupby(widths)]
 
 
 def _wrong(pointer: str, detail: str, code: str = "invalid") -> Exception:

@@ -2,7 +2,7 @@
 them, and a request that is repeated gets the same one.
 
     model=ID                    a model that was made
-    op_...  op_...;runs=3x2,1x0   an ordered operation; its datums' widths, where they differ
+    op_...                      an ordered operation
     ID/op_...  ID/op_...;last=5   an answer of the sampler ID; how many of the prompt's log-probs were asked for
 """
 
@@ -16,7 +16,7 @@ MOST_LAST_N = 999_999_999  # as many digits as a ticket may have; no prompt is a
 OPERATION = r"op_[0-9a-z]{26}"
 FORMS = re.compile(
     rf"model=(?P<model>[^/;]+)|(?:(?P<sampler>[^/;]+)/)?(?P<operation>{OPERATION})"
-    r"(?:;runs=(?P<runs>[0-9]{1,6}x[0-9]{1,6}(?:,[0-9]{1,6}x[0-9]{1,6})*)|;last=(?P<last>[0-9]{1,9}))?"
+    r"(?:;last=(?P<last>[0-9]{1,9}))?"
 )
 
 
@@ -25,15 +25,13 @@ class Ticket:
     model_id: str | None = None
     sampler_id: str | None = None
     operation_id: str | None = None
-    runs: tuple[tuple[int, int], ...] = ()
     last_n: int | None = None
 
     def __str__(self) -> str:
         if self.model_id is not None:
             return f"model={self.model_id}"
         text = self.operation_id if self.sampler_id is None else f"{self.sampler_id}/{self.operation_id}"
-        runs = ",".join(f"{count}x{width}" for count, width in self.runs)
-        return f"{text}" + (f";runs={runs}" if runs else "") + ("" if self.last_n is None else f";last={self.last_n}")
+        return f"{text}" + ("" if self.last_n is None else f";last={self.last_n}")
 
     @classmethod
     def parse(cls, text: str) -> Self:
@@ -41,7 +39,5 @@ class Ticket:
         match = FORMS.fullmatch(text)
         if match is None:
             raise NotFound(f"no request {text[:80]!r} in this project")
-        pairs = [run.split("x") for run in (match["runs"] or "").split(",") if run]
-        runs = tuple((int(count), int(width)) for count, width in pairs)
         last = None if match["last"] is None else int(match["last"])
-        return cls(match["model"], match["sampler"], match["operation"], runs, last)
+        return cls(match["model"], match["sampler"], match["operation"], last)

@@ -162,15 +162,7 @@ def _forward_backward(context: Context, caller: Caller, raw: bytes) -> dict[str,
     if message.seq_id < 1:
         raise invalid([FieldError("/seq_id", f"must be 1 or more, got {message.seq_id}", "invalid", message.seq_id)])
     row, job_id = log.model(context, caller, message.model_id)
-    runs: list[tuple[int, int]] = []
-
-    def make() -> Asked:
-        asked, widths = datums.asked(message)
-        runs.extend(datums.runs(widths))
-        return asked
-
-    operation_id = log.append(context, caller, job_id, make, seq=message.seq_id)
-    return _future(row.id, operation_id, tuple(runs))
+    return _future(row.id, log.append(context, caller, job_id, partial(datums.asked, message), seq=message.seq_id))
 
 
 @router.post("/optim_step")
@@ -180,8 +172,8 @@ def optim_step(context: ContextDep, caller: CallerDep, document: DocumentDep) ->
     return _future(row.id, log.append(context, caller, job_id, partial(log.optim_step, sent), seq=sent.seq_id))
 
 
-def _future(model_id: str, operation_id: str, runs: tuple[tuple[int, int], ...] = ()) -> dict[str, Any]:
-    return {"request_id": str(Ticket(operation_id=operation_id, runs=runs)), "model_id": model_id}
+def _future(model_id: str, operation_id: str) -> dict[str, Any]:
+    return {"request_id": str(Ticket(operation_id=operation_id)), "model_id": model_id}
 
 
 # ---------------------------------------------------------------- weights

@@ -42,10 +42,10 @@ def sent(*data: types.Datum, loss: Any = "cross_entropy", config: Any = None, fo
 
 
 def asked(message):
-    """(head, tensors, widths, Asked) of a message of theirs, read from its bytes."""
-    operation, widths = datums.asked(messages.read(messages.ForwardBackwardRequest, message.SerializeToString()))
+    """(head, tensors, Asked) of a message of theirs, read from its bytes."""
+    operation = datums.asked(messages.read(messages.ForwardBackwardRequest, message.SerializeToString()))
     head, tensors = unpack(operation.request)
-    return head, tensors, widths, operation
+    return head, tensors, operation
 
 
 def values(value):
@@ -62,14 +62,14 @@ def refused(message):
 
 
 def test_datums_become_the_flat_tensors_of_a_session():
-    head, tensors, widths, operation = asked(
+    head, tensors, operation = asked(
         sent(
             datum([5, 6, 7], target_tokens=[6, 7, 8], weights=[0.0, 0.5, -0.1]),
             datum([9], target_tokens=[2**31 + 5], weights=[1.0]),
         )
     )
     assert head == {"kind": "forward_backward", "loss": "cross_entropy", "config": {}}
-    assert (operation.kind, operation.seq, operation.cost, widths) == ("forward_backward", 7, 4, ())
+    assert (operation.kind, operation.seq, operation.cost) == ("forward_backward", 7, 4)
     assert values(tensors["tokens"]) == [5, 6, 7, 9]
     assert values(tensors["cu_seqlens"]) == [0, 3, 4]
     assert values(tensors["target_tokens"]) == [6, 7, 8, 2**31 + 5]  # the worker looks at the vocabulary
@@ -80,12 +80,12 @@ def test_datums_become_the_flat_tensors_of_a_session():
 def test_names_of_inputs_and_the_config_are_translated():
     inputs = {"target_tokens": [1, 2], "logprobs": [-0.5, -0.25], "advantages": [0.0, 2.0]}
     clips = {"clip_low_threshold": [0.5, 0.75], "clip_high_threshold": [1.5, 2.0]}
-    head, tensors, _, _ = asked(sent(datum([1, 2], **inputs, **clips), loss="ppo", config={"clip_low_threshold": 0.9}))
+    head, tensors, _ = asked(sent(datum([1, 2], **inputs, **clips), loss="ppo", config={"clip_low_threshold": 0.9}))
     assert (head["loss"], head["config"]) == ("ppo", {"clip_low_threshold": 0.9})
     assert values(tensors["log_probs"]) == [-0.5, -0.25] and values(tensors["advantages"]) == [0.0, 2.0]
     assert values(tensors["clip_low_threshold"]) == [0.5, 0.75]
     mask = types.TensorData(data=[0.0, 1.0], dtype="float32", shape=[2])
-    _, tensors, _, _ = asked(sent(datum([1, 2], **inputs, sequence_ratio_mask=mask), loss="gspo", forward_only=True))
+    _, tensors, _ = asked(sent(datum([1, 2], **inputs, sequence_ratio_mask=mask), loss="gspo", forward_only=True))
     assert values(tensors["mask"]) == [0.0, 1.0]
 
 
@@ -114,11 +114,11 @@ def test_two_dimensional_targets_dense_and_sparse_are_the_same():
     )
     assert dense.data[0].loss_fn_inputs["target_tokens"].WhichOneof("encoding") == "dense"
     for message in (sparse, dense):
-        _, tensors, widths, _ = asked(message)
+        head, tensors, _ = asked(message)
         assert tensors["target_tokens"].shape == tensors["weights"].shape == (3, 6)
         assert values(tensors["target_tokens"]) == targets.flatten().tolist()
         assert values(tensors["weights"]) == weights.flatten().tolist()
-        assert widths == ()
+        assert "widths" not in head
 
 
 @pytest.mark.parametrize("with_weights", [True, False])
@@ -132,15 +132,14 @@ def test_mixed_widths_are_filled_with_weight_zero_and_cut_back(with_weights):
     if not with_weights:
         for each in message.data:
             del each.loss_fn_inputs["weights"]
-    _, tensors, widths, _ = asked(message)
+    head, tensors, _ = asked(message)
     assert values(tensors["target_tokens"]) == [3, 4, 0, 5, 6, 0, 7, 0, 0, 8, 9, 10]
     expected = [1, 2, 0, 3, 4, 0, 5, 0, 0, 6, 7, 8] if with_weights else [1, 1, 0, 1, 1, 0, 1, 0, 0, 1, 1, 1]
     assert values(tensors["weights"]) == expected
-    assert datums.runs(widths) == [(1, 2), (1, 0), (1, 3)]
+    assert head["widths"] == [[1, 2], [1, 0], [1, 3]]
     log_probs = tensor(array("f", [-t / 8 for t in values(tensors["target_tokens"])]), 4, 3)
-    raw = answers.forward_backward(
-        {"metrics": {"loss:sum": 1.5}}, {"log_probs": log_probs, "cu_seqlens": tensors["cu_seqlens"]}, datums.runs(widths)
-    )
+    told = {"metrics": {"loss:sum": 1.5}, "widths": head["widths"]}
+    raw = answers.forward_backward(told, {"log_probs": log_probs, "cu_seqlens": tensors["cu_seqlens"]})
     outputs = deserialize_forward_backward_output(raw).loss_fn_outputs
     assert [one["logprobs"].shape for one in outputs] == [[2, 2], [1], [1, 3]]
     flat = [one["logprobs"].to_numpy().flatten().tolist() for one in outputs]
@@ -154,7 +153,7 @@ def test_bfloat16_is_widened_and_narrow_integers_too():
     message.data[0].loss_fn_inputs["weights"].dtype = theirs.DTYPE_BFLOAT16
     message.data[0].loss_fn_inputs["target_tokens"].dense = np.array([4, 5, 6], np.int32).tobytes()
     message.data[0].loss_fn_inputs["target_tokens"].dtype = theirs.DTYPE_INT32
-    _, tensors, _, _ = asked(message)
+    _, tensors, _ = asked(message)
     assert values(tensors["weights"]) == numbers.float().tolist()
     assert (tensors["target_tokens"].dtype, values(tensors["target_tokens"])) == ("I64", [4, 5, 6])
 
@@ -250,7 +249,7 @@ def test_zstd_is_bounded_by_what_it_declares_and_by_what_comes_out():
 def test_the_client_reads_log_probs_and_metrics_of_every_datum():
     log_probs = tensor(array("f", [-0.5, -0.25, -1.5]))
     head = {"metrics": {"loss:sum": 2.0, "kl": 0.5, "a:b:c": 1.0, "none": None}}
-    raw = answers.forward_backward(head, {"log_probs": log_probs, "cu_seqlens": tensor(array("q", [0, 2, 3]))}, [])
+    raw = answers.forward_backward(head, {"log_probs": log_probs, "cu_seqlens": tensor(array("q", [0, 2, 3]))})
     output = deserialize_forward_backward_output(raw)
     assert [one["logprobs"].tolist() for one in output.loss_fn_outputs] == [[-0.5, -0.25], [-1.5]]
     assert output.metrics == {"loss:sum": 2.0, "kl:mean": 0.5, "a_b_c:mean": 1.0}

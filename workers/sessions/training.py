@@ -4,7 +4,7 @@ Until the first gradient is added everything can still be refused, with nothing 
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -68,7 +68,7 @@ def forward(trainer: Trainer, request: Request, seq: int) -> Done:
         rows = rows_of(request, learner.text, learner.base.device)
         log_probs = learner.score_targets(rows.items)
         loss = float(rows.of(log_probs, torch.arange(len(log_probs), device=log_probs.device)))
-        return _answered({SUM: loss}, _cut(request), log_probs)
+        return _answered_rows(request, loss, log_probs)
     groups, experience, how, measured = _experience(trainer, request, seq)
     everyone = list(range(len(experience.sequences)))
     prepared = update.prepare(groups.objective, experience, everyone, how)
@@ -85,7 +85,7 @@ def forward_backward(trainer: Trainer, request: Request, seq: int) -> Done:
         rows = rows_of(request, learner.text, learner.base.device)
         loss, log_probs = learner.accumulate_targets(rows.items, rows.of)
         trainer.loss += loss
-        return _answered({SUM: loss}, _cut(request), log_probs, trained=len(rows.items.tokens_N))
+        return _answered_rows(request, loss, log_probs, trained=len(rows.items.tokens_N))
     groups, experience, how, measured = _experience(trainer, request, seq)
     everyone = list(range(len(experience.sequences)))
     prepared = update.prepare(groups.objective, experience, everyone, how)
@@ -157,8 +157,9 @@ def _rewards(groups: Groups) -> dict[str, float]:
     return {REWARD_MEAN: float(rewards.mean()), "reward/std": float(rewards.std(correction=0))}
 
 
-def _cut(request: Request) -> Tensor:
-    return request.tensors["cu_seqlens"].long()
+def _answered_rows(request: Request, loss: float, log_probs: Tensor, *, trained: int = 0) -> Done:
+    done = _answered({SUM: loss}, request.tensors["cu_seqlens"].long(), log_probs, trained=trained)
+    return replace(done, head=done.head | {"widths": request.head["widths"]}) if "widths" in request.head else done
 
 
 def _answered(metrics: Mapping[str, float], cuts: Tensor, log_probs: Tensor, *, trained: int = 0) -> Done:

@@ -1,5 +1,6 @@
 """The Tinker wire by hand: what its client relies on, and what other servers get wrong."""
 
+import re
 import threading
 import time
 from array import array
@@ -14,6 +15,7 @@ from service.store import clock, operations
 from service.tinker import futures, log, sampling
 from service.tinker.messages import INT64, LENGTH
 from service.tinker.requests import OptimStep
+from service.tinker.tickets import OPERATION
 
 
 def numbers(raw, typecode="f"):
@@ -438,7 +440,9 @@ def test_targets_of_two_dimensions_come_back_as_they_went(wire):
     for name in ("target_tokens", "weights"):
         wide[name].shape[:] = [2, 2]
     answer = wire.send(message.SerializeToString())
-    first, second = wire.done(answer.json()["request_id"]).loss_fn_outputs
+    request_id = answer.json()["request_id"]
+    assert re.fullmatch(OPERATION, request_id)  # it grows with no batch
+    first, second = wire.done(request_id).loss_fn_outputs
     assert numbers(first.fields["logprobs"].data) == pytest.approx([-0.01, -0.02, -0.03, -0.04])
     assert list(first.fields["logprobs"].trailing_shape) == [2]
     assert numbers(second.fields["logprobs"].data) == pytest.approx([-0.07])
