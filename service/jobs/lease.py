@@ -324,7 +324,7 @@ def commit_snapshot(
 
     replay_from  with purpose training: no replay starts before this seq, so that earlier operations' requests are forgotten
     answered     the save_checkpoint that asked for it
-    overwrite    a checkpoint of the same name and purpose is deleted, unless it is pinned or in use: it then loses its name
+    overwrite    a checkpoint of the same name and purpose is deleted; if it is pinned or in use, as soon as it is not
     keep_last    how many checkpoints without a name stay
     broken       ids of those that cannot be read: they do not count, and go with the ones that do not stay
 
@@ -335,9 +335,10 @@ def commit_snapshot(
         before = None if row.name is None else checkpoints.named(session, job.id, row.purpose, row.name)
         _put_checkpoint(session, job, lease, row, spent)
         if overwrite and before is not None and before.id != row.id:
-            gone, _ = checkpoints.remove(session, [before.id], now)
+            gone, kept = checkpoints.remove(session, [before.id], now)
             removed += gone
-            before.name = None
+            if kept:
+                checkpoints.unname(before, now)
             session.flush()
         if answered is not None:
             expires_at = now + timedelta(seconds=settings.operation_answer_ttl_s)

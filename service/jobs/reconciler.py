@@ -17,6 +17,7 @@ from service.doorbell import Doorbell
 from service.errors import Failure
 from service.ids import utcnow
 from service.jobs import moves
+from service.jobs.discard import discard
 from service.jobs.lease import IDLE
 from service.settings import Settings
 from service.states import FINAL, HELD, Status
@@ -72,7 +73,7 @@ def reconcile(store: Store, settings: Settings, doorbell: Doorbell, now: datetim
     for job_id in resting:
         _settle(store, doorbell, report, job_id, lambda session, job: _wake(session, job, now))
     _ring_again(store, settings, doorbell, report, now)
-    report.expired = expire(store, now)
+    report.expired = expire(store, doorbell, now)
     with store.begin() as session:
         report.forgotten_keys = idempotency.expire(session, now)
         operations.expire(session, now)
@@ -158,16 +159,11 @@ def _ring_again(store: Store, settings: Settings, doorbell: Doorbell, report: Re
 # ---------------------------------------------------------------- files
 
 
-def expire(store: Store, now: datetime) -> list[str]:
-    """Delete checkpoints whose time to live is over (checkpoints.ttl_s). Returns their ids."""
+def expire(store: Store, doorbell: Doorbell, now: datetime) -> list[str]:
+    """Delete checkpoints whose time to live is over. Returns their ids. A name goes at once, the rest when no job needs it."""
     with store.begin(readonly=True) as session:
         over = checkpoints.expired(session, now)
-    if not over:
-        return []
-    with store.begin() as session:  # checks again, under locks
-        removed, _ = checkpoints.remove(session, over, now)
-    for row in removed:
-        store.blobs.delete(row.path)
+    removed, _ = discard(store, doorbell, over, now) if over else ([], {})  # checks again, under locks
     return [row.id for row in removed]
 
 

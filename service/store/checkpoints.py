@@ -23,6 +23,7 @@ FURTHEST_FIRST = (Checkpoint.attempt.desc(), Checkpoint.step.desc(), Checkpoint.
 
 Purpose = Literal["training", "sampler"]  # training: with the optimizer's state, so that training can go on from it
 Kept = Literal["in_use", "pinned", "aliased"]  # why a checkpoint may not be deleted
+DELETED = "(deleted)"  # in place of the name of one that is deleted as soon as no job needs it; nothing can be saved under it
 
 
 @dataclass(frozen=True)
@@ -144,9 +145,10 @@ def remove(
 def spared(session: Session, rows: Sequence[Checkpoint], *, by_hand: bool = False) -> dict[str, Kept]:
     """Which of these may not be deleted, and why. `by_hand`: those that a rollback would promote may be."""
     ids = [row.id for row in rows]
-    kept: dict[str, Kept] = {row.id: "pinned" for row in rows if row.pinned_at is not None}
-    for row_id in needed(session, ids):
-        kept[row_id] = "in_use"
+    kept: dict[str, Kept] = dict.fromkeys(needed(session, ids), "in_use")
+    for row in rows:
+        if row.pinned_at is not None:
+            kept[row.id] = "pinned"
     for row_id in aliases(session, ids, previous=not by_hand):
         kept[row_id] = "aliased"
     return kept
@@ -160,6 +162,12 @@ def aliases(session: Session, checkpoint_ids: Sequence[str], *, previous: bool =
         for checkpoint_id, name in session.execute(query):
             found.setdefault(str(checkpoint_id), []).append(name)
     return found
+
+
+def unname(row: Checkpoint, now: datetime) -> None:
+    """Its name is free from now on. It stays until no job needs it and it is neither pinned nor promoted. It is none of the
+    session's own snapshots, on which a replay may rely."""
+    row.name, row.expires_at = DELETED, now
 
 
 def pin(session: Session, project: str, checkpoint_id: str, pinned_at: datetime | None) -> Checkpoint:
@@ -202,13 +210,17 @@ def chosen(
 
 
 def expired(session: Session, now: datetime, limit: int = 100) -> list[str]:
-    """Ids of expired checkpoints that are not pinned and that neither an unfinished job nor an alias needs."""
+    """Ids of expired checkpoints that are neither pinned nor promoted, and that have a name or that no unfinished job but a
+    sampler needs."""
     live = select(Job.id).where(
-        Job.status.not_in(FINAL), or_(Job.checkpoint_id == Checkpoint.id, Job.from_checkpoint_id == Checkpoint.id)
+        Job.status.not_in(FINAL),
+        Job.kind != "sampler",
+        or_(Job.checkpoint_id == Checkpoint.id, Job.from_checkpoint_id == Checkpoint.id),
     )
     query = select(Checkpoint.id).where(Checkpoint.expires_at < now, _rows.there)
     promoted = (select(Alias.name).where(column == Checkpoint.id) for column in (Alias.checkpoint_id, Alias.previous_id))
-    query = query.where(Checkpoint.pinned_at.is_(None), ~live.exists(), *(~each.exists() for each in promoted))
+    query = query.where(Checkpoint.pinned_at.is_(None), *(~each.exists() for each in promoted))
+    query = query.where(or_(~live.exists(), Checkpoint.name != DELETED))
     return list(session.scalars(query.order_by(Checkpoint.expires_at).limit(limit)))
 
 

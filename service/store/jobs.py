@@ -188,6 +188,12 @@ def sampler(session: Session, project: str, base_key: str) -> Job | None:
     return session.scalar(query.execution_options(populate_existing=True))
 
 
+def samplers_of(session: Session, checkpoint_ids: Collection[str]) -> list[Job]:
+    """The samplers that have not ended of these checkpoints of all weights."""
+    query = select(Job).where(Job.kind == "sampler", Job.from_checkpoint_id.in_(list(checkpoint_ids)))
+    return list(session.scalars(query.where(Job.status.not_in(FINAL))))
+
+
 def take_unheard(session: Session, resource_class: str, now: datetime, rung_before: datetime, limit: int) -> list[str]:
     """Take at most `limit` queued jobs of this class that may start now and had no ring since `rung_before`; mark them as rung.
 

@@ -328,7 +328,8 @@ class Checkpoint(Base):
     created_at: Mapped[datetime]
     deleted_at: Mapped[datetime | None]
     pinned_at: Mapped[datetime | None]  # pinned by a person: nothing deletes it
-    name: Mapped[str | None]  # given by a session's owner; unique among the session's checkpoints of one purpose
+    # Given by a session's owner; unique among the session's checkpoints of one purpose, but for checkpoints.DELETED.
+    name: Mapped[str | None]
     purpose: Mapped[str] = mapped_column(String(8), server_default="training")  # training | sampler (no optimizer state)
     user_metadata: Mapped[dict[str, Any] | None] = mapped_column("metadata")
     expires_at: Mapped[datetime | None] = mapped_column(index=True)  # from checkpoints.ttl_s of its job's spec

@@ -1,16 +1,16 @@
 """Queries over clients of the Tinker wire, their models and samplers, and over the checkpoints that those have by name."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, TypeVar
 
-from sqlalchemy import Connection, Select, func, select, update
+from sqlalchemy import ColumnElement, Connection, Select, and_, func, or_, select, update
 from sqlalchemy.orm import Session
 
 from service.errors import NotFound
-from service.store.checkpoints import named
-from service.store.tables import Checkpoint, Job, TinkerModel, TinkerSampler, TinkerSession
+from service.store.checkpoints import DELETED, named
+from service.store.tables import Checkpoint, TinkerModel, TinkerSampler, TinkerSession
 
 Row = TypeVar("Row", TinkerSession, TinkerModel, TinkerSampler)
 
@@ -88,30 +88,32 @@ def _page(session: Session, query: Select[Any], kind: Any, offset: int, limit: i
 # ---------------------------------------------------------------- checkpoints
 
 
-def _shown(models: Select[Any]) -> Select[Any]:
-    """The checkpoints of these models (a query of job ids) that have a name of their owner's and are not deleted."""
-    query = select(Checkpoint).where(Checkpoint.job_id.in_(models), Checkpoint.deleted_at.is_(None))
-    return query.where(Checkpoint.name.is_not(None), func.substr(Checkpoint.name, 1, len(EPHEMERAL)) != EPHEMERAL)
+def _shown(*models: ColumnElement[bool]) -> Select[Any]:
+    """The checkpoints of these models that have a name of their owner's and are not deleted. A copy has one, and no job."""
+    trained = select(TinkerModel.job_id).where(TinkerModel.job_id.is_not(None), *models)
+    copied = select(TinkerModel.checkpoint_id).where(TinkerModel.checkpoint_id.is_not(None), *models)
+    theirs = and_(Checkpoint.job_id.in_(trained), func.substr(Checkpoint.name, 1, len(EPHEMERAL)) != EPHEMERAL)
+    query = select(Checkpoint).where(or_(theirs, Checkpoint.id.in_(copied)))
+    return query.where(Checkpoint.deleted_at.is_(None), Checkpoint.name != DELETED)  # nor without a name
 
 
 def checkpoints_of(session: Session, model: TinkerModel) -> list[Checkpoint]:
     """The model's named checkpoints, the newest first."""
-    if model.job_id is None:
-        copy = None if model.checkpoint_id is None else session.get(Checkpoint, model.checkpoint_id)
-        return [copy] if copy is not None and copy.deleted_at is None and copy.name is not None else []
-    query = _shown(select(Job.id).where(Job.id == model.job_id))
+    query = _shown(TinkerModel.id == model.id)
     return list(session.scalars(query.order_by(Checkpoint.created_at.desc(), Checkpoint.id.desc())))
 
 
 def checkpoints_of_project(session: Session, project: str, *, offset: int, limit: int) -> Listed:
     """Named checkpoints of all models of a project, the newest first."""
-    jobs = select(TinkerModel.job_id).where(TinkerModel.project == project, TinkerModel.job_id.is_not(None))
-    return _page(session, _shown(jobs), Checkpoint, offset, limit)
+    return _page(session, _shown(TinkerModel.project == project), Checkpoint, offset, limit)
 
 
-def models_by_job(session: Session, job_ids: Collection[str]) -> dict[str, TinkerModel]:
-    query = select(TinkerModel).where(TinkerModel.job_id.in_(list(job_ids)))
-    return {model.job_id: model for model in session.scalars(query) if model.job_id is not None}
+def models_with(session: Session, rows: Sequence[Checkpoint]) -> dict[str, TinkerModel]:
+    """The model of each of these checkpoints, by its id."""
+    trained, copied = {row.job_id for row in rows if row.job_id}, [row.id for row in rows if not row.job_id]
+    query = select(TinkerModel).where(or_(TinkerModel.job_id.in_(trained), TinkerModel.checkpoint_id.in_(copied)))
+    models = {model.job_id or model.checkpoint_id: model for model in session.scalars(query)}
+    return {row.id: models[row.job_id or row.id] for row in rows}
 
 
 def checkpoint_named(session: Session, model: TinkerModel, purpose: Any, name: str) -> Checkpoint | None:
@@ -123,7 +125,6 @@ def checkpoint_named(session: Session, model: TinkerModel, purpose: Any, name: s
 
 def named_count(session: Session, client_id: str) -> tuple[int, int]:
     """How many named checkpoints a client's models have, and their bytes."""
-    jobs = select(TinkerModel.job_id).where(TinkerModel.session_id == client_id, TinkerModel.job_id.is_not(None))
-    found = _shown(jobs).subquery()
+    found = _shown(TinkerModel.session_id == client_id).subquery()
     count, size = session.execute(select(func.count(), func.coalesce(func.sum(found.c.size_bytes), 0))).one()
     return count, int(size)

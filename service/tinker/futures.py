@@ -23,7 +23,7 @@ from service.states import HELD, Status
 from service.store import jobs, operations, tinker
 from service.store.operations import Outcome
 from service.store.tables import Operation, TinkerModel, TinkerSampler
-from service.tinker import answers, compression, paths
+from service.tinker import answers, compression, paths, samplers
 from service.tinker.face import PREFIX
 from service.tinker.log import REFUSED
 from service.tinker.requests import RetrieveFuture
@@ -131,7 +131,7 @@ def _look(context: Context, caller: Caller, ticket: Ticket, done: Outcome | None
         if row.status == "waiting":
             return Waiting(row.job_id, row.id)
         if row.error is not None:
-            return _failed(row.error)
+            return _failed(_in_its_words(session, caller, ticket, row.error))
         if row.answer is None:
             if ticket.sampler_id is not None:
                 raise Gone("the answer of this request has expired")
@@ -139,6 +139,16 @@ def _look(context: Context, caller: Caller, ticket: Ticket, done: Outcome | None
             return _failed({"detail": detail, "category": "user"})
         model = None if row.kind in ALONE else tinker.model_of_job(session, row.job_id)
     return _result(row, model, ticket)
+
+
+def _in_its_words(session: Session, caller: Caller, ticket: Ticket, error: dict[str, Any]) -> dict[str, Any]:
+    """The error of a sample whose weights were deleted while it waited, without ids of ours; others as they are."""
+    if ticket.sampler_id is not None and error.get("code") in ("checkpoint_not_found", "session_over"):
+        try:
+            samplers.weights(session, caller, tinker.get(session, TinkerSampler, caller.project, ticket.sampler_id))
+        except NotFound as gone:
+            return {"code": gone.code, "detail": gone.detail, "hint": gone.hint, "category": "user"}
+    return error
 
 
 def _made(session: Session, caller: Caller, model_id: str) -> Result:

@@ -10,6 +10,7 @@ from typing import Any
 from urllib.parse import quote
 
 from fastapi import APIRouter, Request, Response
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from service.edge.auth import Caller, CallerDep
@@ -19,8 +20,9 @@ from service.edge.downloads import Download
 from service.edge.problems import files_missing
 from service.errors import FieldError, InvalidRequest, NotFound
 from service.ids import new_id
+from service.jobs.discard import discard
 from service.states import Status
-from service.store import checkpoints, clock, jobs, keys, tinker
+from service.store import clock, jobs, keys, tinker
 from service.store.tables import Checkpoint, TinkerModel, TinkerSession
 from service.tinker import base_models, paths
 from service.tinker.clients import page, texts
@@ -103,8 +105,8 @@ def list_all_checkpoints(context: ContextDep, caller: CallerDep, limit: int = 10
     limit, offset = page(limit, offset)
     with context.store.begin(readonly=True) as session:
         found = tinker.checkpoints_of_project(session, caller.project, offset=offset, limit=limit)
-        models = tinker.models_by_job(session, {row.job_id for row in found.rows})
-    shown = [view(models[row.job_id], row) for row in found.rows]
+        models = tinker.models_with(session, found.rows)
+    shown = [view(models[row.id], row) for row in found.rows]
     return {"checkpoints": shown, "cursor": {"offset": offset, "limit": limit, "total_count": found.total}}
 
 
@@ -130,20 +132,18 @@ def _found(session: Session, caller: Caller, model_id: str, kind: str, name: str
 @router.delete(OF_CHECKPOINT, status_code=204)
 def delete_checkpoint(context: ContextDep, caller: CallerDep, model_id: str, kind: str, name: str) -> Response:
     """Its path is free at once. Its files stay as long as a session that has not ended needs them."""
-    with context.store.begin() as session:
+    with context.store.begin(readonly=True) as session:
         _, row = _found(session, caller, model_id, kind, name)
         now = clock.now(session)
-        removed, kept = checkpoints.remove(session, [row.id], now, by_hand=True)
-        if kept.get(row.id) == "pinned":
-            raise InvalidRequest(f"checkpoint {row.id} is pinned; unpin it first", code="checkpoint_pinned")
-        if kept.get(row.id) == "aliased":
-            names = ", ".join(checkpoints.aliases(session, [row.id])[row.id])
-            detail = f"checkpoint {row.id} is what {names} points at; promote another one, or delete the alias"
-            raise InvalidRequest(detail, code="checkpoint_aliased")
-        if kept:
-            row.name, row.expires_at = None, now
-    for gone in removed:
-        context.store.blobs.delete(gone.path)
+        kept = checkpoints.spared(session, [row], by_hand=True).get(row.id)
+        promoted = " and ".join(checkpoints.aliases(session, [row.id]).get(row.id, []))
+    if kept not in ("pinned", "aliased"):
+        kept = discard(context.store, context.doorbell, [row.id], now, by_hand=True)[1].get(row.id)
+    if kept == "pinned":
+        raise InvalidRequest(f"checkpoint {row.id} is pinned; unpin it first", code="checkpoint_pinned")
+    if kept == "aliased":
+        detail = f"checkpoint {row.id} is what {promoted or 'an alias'} points at; promote another one, or delete the alias"
+        raise InvalidRequest(detail, code="checkpoint_aliased")
     return Response(status_code=204)
 
 
@@ -191,11 +191,14 @@ def external_weights_urls(
     folder = context.store.blobs.fetch(row.path)
     if secret is None:
         raise InvalidRequest("URLs are signed with an API key: ask for them with one", code="not_offered")
-    if not folder.is_dir():
+    try:
+        files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    except FileNotFoundError:  # it is deleted at this moment
+        files = []
+    if not files:
         raise files_missing(f"checkpoint {row.id}")
     until = int(datetime.now(UTC).timestamp()) + URL_S
     base = f"{str(request.base_url).rstrip('/')}{PREFIX}/files/{row.id}"
-    files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     urls = {}
     for file in files:
         signature = _signed(secret, row.id, file, until)
@@ -238,40 +241,53 @@ def copy_weights(context: ContextDep, caller: CallerDep, document: DocumentDep) 
         session_id, model_id = _destination(session, caller, sent)
         if tinker.find(session, TinkerModel, caller.project, model_id) is not None:
             return {"tinker_path": str(TinkerPath(model_id, path.kind, path.name))}
-    source = context.store.blobs.fetch(row.path)
-    if not source.is_dir():
-        raise files_missing(f"checkpoint {row.id}")
-    copied = new_id("ckpt")
-    relative = f"{row.path.rpartition('/')[0]}/{copied}"
-    temporary = context.store.blobs.temporary_dir()
-    shutil.copytree(source, temporary, copy_function=os.link, dirs_exist_ok=True)
-    context.store.blobs.commit_dir(temporary, relative)
-    with context.store.begin() as session:
-        now = clock.now(session)
-        columns = {column.key: getattr(row, column.key) for column in Checkpoint.__mapper__.column_attrs}
-        expires_at = None if sent.ttl_seconds is None else now + timedelta(seconds=sent.ttl_seconds)
-        changed = {"id": copied, "job_id": None, "path": relative, "created_at": now, "expires_at": expires_at}
-        session.add(Checkpoint(**{**columns, **changed, "pinned_at": None}))
-        if session_id is None:
-            session_id, _, _ = model_id.partition(":")
-            whose = {"id": session_id, "project": caller.project, "display_name": "copy of weights"}
-            times = {"created_at": now, "seen_at": now, "finished_at": now}
-            client = TinkerSession(**whose, **times, tags=[], user_metadata={}, finish={"type": "success", "detail": None})
-            session.add(client)
-            session.flush()
-        model = TinkerModel(
-            id=model_id,
-            project=caller.project,
-            session_id=session_id,
-            job_id=None,
-            checkpoint_id=copied,
-            base_model=origin.base_model,
-            user_metadata={},
-            published=[],
-            created_at=now,
-        )
-        session.add(model)
+    copied, relative = _copy_files(context, row)
+    try:
+        with context.store.begin() as session:
+            now = clock.now(session)
+            columns = {column.key: getattr(row, column.key) for column in Checkpoint.__mapper__.column_attrs}
+            expires_at = None if sent.ttl_seconds is None else now + timedelta(seconds=sent.ttl_seconds)
+            changed = {"id": copied, "job_id": None, "path": relative, "created_at": now, "expires_at": expires_at}
+            session.add(Checkpoint(**{**columns, **changed, "pinned_at": None}))
+            if session_id is None:
+                session_id, _, _ = model_id.partition(":")
+                whose = {"id": session_id, "project": caller.project, "display_name": "copy of weights"}
+                times = {"created_at": now, "seen_at": now, "finished_at": now}
+                finish = {"type": "success", "detail": None}
+                session.add(TinkerSession(**whose, **times, tags=[], user_metadata={}, finish=finish))
+                session.flush()
+            model = TinkerModel(
+                id=model_id,
+                project=caller.project,
+                session_id=session_id,
+                job_id=None,
+                checkpoint_id=copied,
+                base_model=origin.base_model,
+                user_metadata={},
+                published=[],
+                created_at=now,
+            )
+            session.add(model)
+    except IntegrityError:  # the same request came twice at once, unless it was something else
+        context.store.blobs.delete(relative)
+        with context.store.begin(readonly=True) as session:
+            if tinker.find(session, TinkerModel, caller.project, model_id) is None:
+                raise
     return {"tinker_path": str(TinkerPath(model_id, path.kind, path.name))}
+
+
+def _copy_files(context: Context, row: Checkpoint) -> tuple[str, str]:
+    """The id of a copy that has no row yet, and the path of its files, which are links to the same bytes."""
+    blobs, copied = context.store.blobs, new_id("ckpt")
+    relative = f"{row.path.rpartition('/')[0]}/{copied}"
+    source, temporary = blobs.fetch(row.path), blobs.temporary_dir()
+    try:
+        shutil.copytree(source, temporary, copy_function=os.link, dirs_exist_ok=True)
+    except (FileNotFoundError, shutil.Error):  # it may be deleted at this moment
+        blobs.discard(temporary)
+        raise files_missing(f"checkpoint {row.id}") from None
+    blobs.commit_dir(temporary, relative)
+    return copied, relative
 
 
 def _destination(session: Session, caller: Caller, sent: CopyWeights) -> tuple[str | None, str]:

@@ -122,8 +122,7 @@ def _ready(context: Context, caller: Caller, sampler_id: str) -> _Ready:
     with context.store.begin(readonly=True) as session:
         row = tinker.get(session, TinkerSampler, caller.project, sampler_id)
         job = None if row.job_id is None else jobs.find(session, row.job_id, light=True)
-        of_base = row.model_id is None and row.checkpoint_id is None
-        checkpoint = None if of_base else _weights(session, caller, row)
+        checkpoint = weights(session, caller, row)
     checkpoint_id = None if checkpoint is None else checkpoint.id
     if job is None or job.status in FINAL:
         if checkpoint is None:
@@ -137,19 +136,21 @@ def _ready(context: Context, caller: Caller, sampler_id: str) -> _Ready:
     return _Ready(row.id, job.id, checkpoint_id, row.context, row.seed)
 
 
-def _weights(session: Session, caller: Caller, row: TinkerSampler) -> Checkpoint:
-    """The checkpoint that is sampled. Those of one sampling client are found by its number once they are saved."""
+def weights(session: Session, caller: Caller, row: TinkerSampler) -> Checkpoint | None:
+    """The checkpoint that is sampled; None: the base itself. Those of one sampling client are found by its number once they are
+    saved. Raises NotFound if they are gone."""
     gone = NotFound(
         f"the weights of the sampler {row.id} are gone: they were deleted or have expired",
         code="sampler_expired",
         hint="make another sampling client: save_weights_and_get_sampling_client, or create_sampling_client with a path",
     )
     if row.checkpoint_id is not None:
-        try:
-            return checkpoints.get(session, caller.project, row.checkpoint_id)
-        except NotFound:
-            raise gone from None
-    assert row.model_id is not None
+        there = session.get(Checkpoint, row.checkpoint_id)
+        if there is None or there.deleted_at is not None or there.name == checkpoints.DELETED:
+            raise gone
+        return there
+    if row.model_id is None:
+        return None
     model = tinker.find(session, TinkerModel, caller.project, row.model_id)
     number = row.id.rpartition(":")[2]
     checkpoint = None if model is None else tinker.checkpoint_named(session, model, "sampler", f"{paths.SAMPLER}{number}")

@@ -1,6 +1,7 @@
 """The log of a session's operations, on both databases: appended once, answered once, forgotten when nobody needs it."""
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import timedelta
 from itertools import count
 from pathlib import Path
@@ -13,11 +14,12 @@ from sqlalchemy import event, func, select, text
 
 from service.doorbell import Doorbell
 from service.errors import Busy, Conflict, InvalidRequest, LeaseLost
-from service.ids import new_id
+from service.ids import new_id, utcnow
 from service.jobs import lease as leases
 from service.jobs import lifecycle
+from service.jobs.discard import discard
 from service.jobs.lease import CheckpointRow, Lease
-from service.jobs.reconciler import reconcile
+from service.jobs.reconciler import expire, reconcile
 from service.sessions.sessions import resolve_session, sampler_of
 from service.settings import Settings
 from service.spec.session import SessionSpec
@@ -163,6 +165,39 @@ def test_named_checkpoints_stay_and_snapshots_go(session: Session, store: Store)
         assert found is not None
         assert found.id == better.id
         assert checkpoints.named(sql, session.id, "sampler", "mine") is None
+
+
+def test_a_name_that_goes_while_a_job_needs_it_is_no_snapshot(
+    session: Session, store: Store, settings: Settings, doorbell: Doorbell, job_maker: Any
+) -> None:
+    """Its owner deletes it, or saves over it: the session keeps its own two snapshots all the same."""
+    lease = session.claim()
+    deleted, overwritten = snapshot(2, name="deleted"), snapshot(3, name="again")
+    for row in (snapshot(1), deleted, overwritten):
+        leases.commit_snapshot(store, settings, lease, row, replay_from=1, keep_last=2)
+    needing = [job_maker(store, doorbell, from_checkpoint_id=row.id).id for row in (deleted, overwritten)]
+    assert discard(store, doorbell, [deleted.id], utcnow()) == ([], {deleted.id: "in_use"})
+    leases.commit_snapshot(store, settings, lease, snapshot(4, name="again"), replay_from=1, overwrite=True)
+    with store.begin(readonly=True) as sql:
+        assert checkpoints.named(sql, session.id, "training", "deleted") is None
+        assert [row.step for row in checkpoints.of_job(sql, session.id)] == [4, 3, 2, 1]
+    assert leases.commit_snapshot(store, settings, lease, snapshot(5), replay_from=1, keep_last=2) == []
+    for job_id in needing:
+        lifecycle.cancel(store, doorbell, "default", job_id)
+    assert sorted(expire(store, doorbell, utcnow())) == sorted([deleted.id, overwritten.id])
+    with store.begin(readonly=True) as sql:
+        assert [row.step for row in checkpoints.of_job(sql, session.id)] == [5, 4, 1]
+
+
+def test_an_expired_name_is_free_at_once(session: Session, store: Store, settings: Settings, doorbell: Doorbell) -> None:
+    lease = session.claim()
+    row = replace(snapshot(1, name="mine"), ttl_s=60.0)
+    leases.commit_snapshot(store, settings, lease, row, replay_from=1)  # the session goes on from it
+    for _ in range(2):
+        assert expire(store, doorbell, utcnow() + timedelta(seconds=61)) == []
+        with store.begin(readonly=True) as sql:
+            assert checkpoints.named(sql, session.id, "training", "mine") is None
+            assert session.job().checkpoint_id == row.id
 
 
 def test_version_to_sample_from_is_no_place_to_go_on_from(session: Session, store: Store) -> None:

@@ -11,8 +11,10 @@ from service.errors import Conflict, InvalidRequest
 from service.ids import new_id, utcnow
 from service.jobs import lease as leases
 from service.jobs import lifecycle
+from service.jobs.discard import discard
 from service.jobs.lease import CheckpointRow, Lease
 from service.jobs.reconciler import expire
+from service.sessions.sessions import sampler_of
 from service.settings import Settings
 from service.spec.job import CheckpointsSpec
 from service.store import checkpoints
@@ -61,26 +63,71 @@ def test_an_expired_checkpoint_goes_unless_it_is_pinned_or_needed(
     free, pinned, forked, newest = ids = [save(store, held, step) for step in range(4)]
     pin(store, pinned)
     child = new_job(from_checkpoint_id=forked)
-    assert expire(store, utcnow()) == []
+    assert expire(store, doorbell, utcnow()) == []
     assert there(store, ids) == [True] * 4
     later = utcnow() + timedelta(seconds=61)
-    assert expire(store, later) == [free]
+    assert expire(store, doorbell, later) == [free]
     assert there(store, ids) == [False, True, True, True]
     lifecycle.cancel(store, doorbell, "default", child.id)
-    assert expire(store, later) == [forked]
+    assert expire(store, doorbell, later) == [forked]
     leases.succeed(store, held, {}, "max_steps")
-    assert expire(store, later) == [newest]
+    assert expire(store, doorbell, later) == [newest]
     pin(store, pinned, off=True)
-    assert expire(store, later) == [pinned]
+    assert expire(store, doorbell, later) == [pinned]
     assert there(store, ids) == [False] * 4
 
 
-def test_without_a_ttl_nothing_expires(store: Store, settings: Settings, new_job: NewJob) -> None:
+def of_all_weights(store: Store, settings: Settings, doorbell: Doorbell, new_job: NewJob) -> tuple[str, str]:
+    """A checkpoint of a job that has ended, and the sampler that samples it."""
+    new_job()
+    held = take(store, settings)
+    id_ = save(store, held, 1)
+    leases.succeed(store, held, {}, "max_steps")
+    model = {"from_checkpoint": {"id": id_}}
+    return id_, sampler_of(store, doorbell, settings, "default", model).id
+
+
+def job_of(store: Store, id_: str) -> Job:
+    with store.begin(readonly=True) as session:
+        return session.get_one(Job, id_)
+
+
+def test_a_sampler_keeps_no_checkpoint_that_its_owner_deletes(
+    store: Store, settings: Settings, doorbell: Doorbell, new_job: NewJob
+) -> None:
+    id_, sampler = of_all_weights(store, settings, doorbell, new_job)
+    pin(store, id_)
+    assert expire(store, doorbell, utcnow() + timedelta(days=1)) == []
+    assert job_of(store, sampler).status == "queued"
+    pin(store, id_, off=True)
+    removed, kept = discard(store, doorbell, [id_], utcnow())
+    assert ([row.id for row in removed], kept, job_of(store, sampler).status) == ([id_], {}, "cancelled")
+    assert there(store, [id_]) == [False]
+
+
+def test_a_sampler_at_work_ends_before_its_expired_checkpoint_goes(
+    store: Store, settings: Settings, doorbell: Doorbell, new_job: NewJob
+) -> None:
+    id_, sampler = of_all_weights(store, settings, doorbell, new_job)
+    lease = take(store, settings)
+    with store.begin() as session:
+        session.get_one(Checkpoint, id_).expires_at = utcnow()
+    later = utcnow() + timedelta(seconds=1)
+    for _ in range(2):
+        assert expire(store, doorbell, later) == []
+        assert (job_of(store, sampler).status, there(store, [id_])) == ("cancelling", [True])
+    leases.cancelled(store, lease)
+    assert expire(store, doorbell, later) == [id_]
+    assert there(store, [id_]) == [False]
+    assert expire(store, doorbell, later) == []
+
+
+def test_without_a_ttl_nothing_expires(store: Store, settings: Settings, doorbell: Doorbell, new_job: NewJob) -> None:
     new_job()
     held = take(store, settings)
     save(store, held, 1)
     leases.succeed(store, held, {}, "max_steps")
-    assert expire(store, utcnow() + timedelta(days=3650)) == []
+    assert expire(store, doorbell, utcnow() + timedelta(days=3650)) == []
 
 
 def test_a_job_s_own_retention_spares_what_is_pinned(store: Store, settings: Settings, new_job: NewJob) -> None:

@@ -97,7 +97,11 @@ class Adapters:
         """Add a saved adapter, frozen."""
         self._check_new(name)
         self._add(name, saved_adapter(folder), 0, frozen=True)
-        self._fill(name, folder)
+        try:
+            self._fill(name, folder)
+        except BaseException:
+            self.remove(name)
+            raise
 
     def remove(self, name: str) -> None:
         """Remove an adapter. After the last one the model's layers are the original ones."""

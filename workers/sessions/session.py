@@ -38,7 +38,7 @@ from workers.sessions.evaluating import Evaluation
 from workers.sessions.requests import Request, refused
 from workers.sessions.sampling import sample, seed_of
 from workers.sessions.training import MUTATING, STEPS, TRAINING, Done, Trainer
-from workers.tenure.resume import sound, start_checkpoint, verified
+from workers.tenure.resume import sound, start_checkpoint, there, verified
 from workers.tenure.session import Named, Saving, SessionTenure
 from workers.tenure.tenure import Contents
 
@@ -414,11 +414,15 @@ class Session:
 
     def _take(self, head: dict[str, Any]) -> None:
         """Raises InvalidRequest; everything is then as it was."""
-        folder = self._checkpoint(head["checkpoint"], with_optimizer=head["optimizer"])
+        checkpoint_id, with_optimizer = head["checkpoint"], head["optimizer"]
         try:
-            loaded = self._trained_from(Start(folder, folder if head["optimizer"] else None))
+            with there(self.tenure.store, self.tenure.job.project, checkpoint_id):
+                folder = self._checkpoint(checkpoint_id, with_optimizer=with_optimizer)
+                loaded = self._trained_from(Start(folder, folder if with_optimizer else None))
         except PolicyFailed as error:
             raise refused(error.code, error.failure.detail, "/checkpoint", hint=error.failure.hint) from error
+        except NotFound as error:
+            raise refused("checkpoint_not_found", error.detail, "/checkpoint") from error
         self.trainer.unload()
         self._trainer, self.place.gradient_from, self._changed = loaded, None, True
 
@@ -435,8 +439,6 @@ class Session:
                     hint="optimizer: false starts the optimizer anew",
                 )
             return verified(store, found)
-        except NotFound as error:
-            raise refused("checkpoint_not_found", error.detail, "/checkpoint") from error
         except CheckpointBroken as error:
             raise refused("checkpoint_broken", str(error), "/checkpoint") from error
 

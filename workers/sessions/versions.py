@@ -12,7 +12,7 @@ from workers.policy.base import Base
 from workers.policy.checkpoint import CheckpointBroken
 from workers.policy.load import model_folder, saved_adapter
 from workers.sessions.requests import refused
-from workers.tenure.resume import verified
+from workers.tenure.resume import there, verified
 
 KEPT = 16  # versions that nobody samples just now stay loaded, as long as there are no more
 
@@ -36,12 +36,16 @@ class Versions:
 
     def take(self, project: str, checkpoint_id: str) -> str:
         """The name of the version's adapter on the base. Raises InvalidRequest, and OtherCommit."""
-        folder = self._folder(project, checkpoint_id)  # even if it is loaded: it may be deleted, or another project's
-        if checkpoint_id not in self._loaded:
-            self._count += 1
-            name = f"version-{self._count}"
-            self._base.adapters.add_saved(name, folder)
-            self._loaded[checkpoint_id] = name
+        try:
+            with there(self._store, project, checkpoint_id):
+                folder = self._folder(project, checkpoint_id)  # even if it is loaded: it may be deleted, or another project's
+                if checkpoint_id not in self._loaded:
+                    self._count += 1
+                    name = f"version-{self._count}"
+                    self._base.adapters.add_saved(name, folder)
+                    self._loaded[checkpoint_id] = name
+        except NotFound as error:
+            raise refused("checkpoint_not_found", error.detail, "/checkpoint") from error
         self._loaded.move_to_end(checkpoint_id)
         self._users[checkpoint_id] += 1
         self._unload_old()
@@ -59,17 +63,14 @@ class Versions:
             self._base.adapters.remove(self._loaded.pop(checkpoint_id))
 
     def _folder(self, project: str, checkpoint_id: str) -> Path:
+        with self._store.begin(readonly=True) as session:
+            row = checkpoints.get(session, project, checkpoint_id)
+        model = ModelSpec.model_validate(row.model)
+        if row.adapter != "lora" or base_key(model) != self._key:
+            detail = f"{checkpoint_id} is no adapter of the base that is sampled here"
+            raise refused("checkpoint_mismatch", detail, "/checkpoint")
         try:
-            with self._store.begin(readonly=True) as session:
-                row = checkpoints.get(session, project, checkpoint_id)
-            model = ModelSpec.model_validate(row.model)
-            if row.adapter != "lora" or base_key(model) != self._key:
-                raise refused(
-                    "checkpoint_mismatch", f"{checkpoint_id} is no adapter of the base that is sampled here", "/checkpoint"
-                )
             folder = self._store.blobs.fetch(row.path) if checkpoint_id in self._loaded else verified(self._store, row)
-        except NotFound as error:
-            raise refused("checkpoint_not_found", error.detail, "/checkpoint") from error
         except CheckpointBroken as error:
             raise refused("checkpoint_broken", str(error), "/checkpoint") from error
         adapter = model_folder(folder, model.adapter or Lora())

@@ -1,7 +1,8 @@
 """The checkpoints that an attempt may start from, each verified before it is used."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from service.errors import JobFailed, NotFound
@@ -48,6 +49,17 @@ def start_checkpoint(store: Store, job: Job, checkpoint_id: str) -> Path:
             hint="fork the job with another model.from_checkpoint",
             pointer="/model/from_checkpoint",
         ) from None
+
+
+@contextmanager
+def there(store: Store, project: str, checkpoint_id: str) -> Iterator[None]:
+    """Inside, a checkpoint is read that may be deleted meanwhile. What fails then raises NotFound."""
+    try:
+        yield
+    except Exception:
+        with store.begin(readonly=True) as session:
+            checkpoints.get(session, project, checkpoint_id)
+        raise
 
 
 def verified(store: Store, row: Checkpoint) -> Path:

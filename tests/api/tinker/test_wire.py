@@ -4,6 +4,7 @@ import re
 import threading
 import time
 from array import array
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import httpx
@@ -12,7 +13,8 @@ import pytest
 from service.edge.remembered import Recent
 from service.sessions.codec import unpack
 from service.store import clock, operations
-from service.tinker import futures, log, sampling
+from service.store.tables import Operation, TinkerModel
+from service.tinker import futures, log, runs, sampling
 from service.tinker.messages import INT64, LENGTH
 from service.tinker.requests import OptimStep
 from service.tinker.tickets import OPERATION
@@ -20,6 +22,11 @@ from service.tinker.tickets import OPERATION
 
 def numbers(raw, typecode="f"):
     return array(typecode, raw).tolist()
+
+
+def job_of(served, model_id):
+    with served.api.store.begin(readonly=True) as session:
+        return session.get_one(TinkerModel, model_id).job_id
 
 
 # ---------------------------------------------------------------- ids, order, repeats
@@ -317,6 +324,37 @@ def test_a_checkpoint_in_use_loses_its_path_and_keeps_its_files_until_it_is_not(
     assert wire.http.delete(url).status_code == 204
     assert wire.http.delete(url).status_code == 404
     assert wire.http.get(f"/v1/checkpoints/{checkpoint}/archive").status_code == 200
+    assert wire.http.get("/api/v1/checkpoints").json()["checkpoints"] == []
+    sampler = wire.post("create_sampling_session", session_id=wire.session_id, sampling_session_seq_id=5, model_path=path)
+    assert (sampler.status_code, sampler.json()["code"]) == (404, "checkpoint_not_found")
+    wire.done(wire.ordered("save_weights", model_id, path="one"))  # the name is free
+    again = wire.done(wire.ordered("save_weights", model_id, path="two"))["path"]
+    wire.done(wire.ok("load_weights", session_id=wire.session_id, model_seq_id=8, path=again, optimizer=True)["request_id"])
+    pinned = wire.http.get("/v1/checkpoints").json()["data"][0]["id"]
+    assert wire.http.post(f"/v1/checkpoints/{pinned}/pin").status_code == 200
+    refused = wire.http.delete(url.replace("one", "two"))
+    assert (refused.status_code, refused.json()["code"]) == (422, "checkpoint_pinned")
+    assert wire.ok("weights_info", tinker_path=again)["lora_rank"] == 4
+
+
+def test_a_sampler_of_weights_that_are_deleted_while_a_run_needs_them(served, wire):
+    """The files stay for the run. Who samples them is told that they are gone, also of what waited."""
+    model_id = wire.model()
+    path = wire.done(wire.ordered("save_weights", model_id, path="one"))["path"]
+    wire.done(wire.ok("load_weights", session_id=wire.session_id, model_seq_id=7, path=path, optimizer=True)["request_id"])
+    sampler = wire.sampler(model_path=path)
+    sample = wire.sample(sampler, [5])
+    wire.done(sample)
+    assert wire.http.delete(f"/api/v1/training_runs/{model_id}/checkpoints/weights/one").status_code == 204
+    body = {"prompt": {"chunks": [{"type": "encoded_text", "tokens": [5]}]}, "sampling_params": {}}
+    answer = wire.post("asample", sampling_session_id=sampler, seq_id=1, **body)
+    assert (answer.status_code, answer.json()["code"]) == (404, "sampler_expired")
+    error = {"code": "checkpoint_not_found", "detail": "no checkpoint ckpt_1 in this project", "category": "user"}
+    with served.api.store.begin() as session:  # as a worker tells it, which came to it too late
+        row = session.get_one(Operation, sample.rpartition("/")[2])
+        row.answer, row.error, row.status = None, error, "failed"
+    failed = wire.failed(sample)
+    assert (failed["category"], failed["code"]) == ("user", "sampler_expired") and "deleted" in failed["error"]
 
 
 def test_a_promoted_checkpoint_is_deleted_when_its_alias_is(wire):
@@ -348,12 +386,41 @@ def test_ttl_publish_and_copies(wire):
     project = wire.post("sessions/search").json()["sessions"][0]["project_id"]
     copy = wire.ok("copy_weights", source_path=path, destination_project_id=project)["tinker_path"]
     assert copy.endswith(":train:0/weights/one") and copy != path
+    listed = wire.http.get("/api/v1/checkpoints").json()
+    assert [one["tinker_path"] for one in listed["checkpoints"]] == [copy, path] and listed["cursor"]["total_count"] == 2
+    assert [one["checkpoints_count"] for one in wire.post("sessions/search").json()["sessions"]] == [1, 1]
     assert wire.http.delete(url).status_code == 204
     assert wire.ok("weights_info", tinker_path=copy)["lora_rank"] == 4
     started = wire.ok("load_weights", session_id=wire.session_id, model_seq_id=8, path=copy, optimizer=False)
     assert wire.done(started["request_id"])["type"] == "load_weights"
     run = copy.removeprefix("tinker://").partition("/")[0]
     assert wire.post("optim_step", model_id=run, seq_id=1).json()["code"] == "not_trainable"
+
+
+def test_a_copy_that_is_asked_for_twice_at_once_is_made_once(served, wire):
+    model_id = wire.model()
+    path = wire.done(wire.ordered("save_weights", model_id, path="one"))["path"]
+    body = {"source_path": path, "session_id": wire.session_id, "model_seq_id": 50}
+    with ThreadPoolExecutor(4) as pool:
+        copies = {one["tinker_path"] for one in pool.map(lambda _: wire.ok("copy_weights", **body), range(4))}
+    assert copies == {f"tinker://{wire.session_id}:train:50/weights/one"}
+    listed = wire.http.get("/api/v1/checkpoints").json()["checkpoints"]
+    [row] = wire.http.get(f"/v1/jobs/{job_of(served, model_id)}/checkpoints").json()["data"]
+    assert len(listed) == 2
+    folder = served.api.settings.data_dir / "blobs" / "checkpoints" / row["job_id"]
+    assert len(list(folder.iterdir())) == 2  # of the copies that came too late nothing is left
+
+
+def test_a_source_that_goes_while_it_is_copied_is_not_found(wire, monkeypatch):
+    def gone(*_, **__):
+        raise FileNotFoundError
+
+    model_id = wire.model()
+    path = wire.done(wire.ordered("save_weights", model_id, path="one"))["path"]
+    with monkeypatch.context() as patch:
+        patch.setattr(runs.shutil, "copytree", gone)
+        answer = wire.post("copy_weights", source_path=path)
+    assert (answer.status_code, answer.json()["code"]) == (404, "files_missing")
 
 
 def test_files_are_downloaded_by_signed_urls_without_a_key(served, wire):

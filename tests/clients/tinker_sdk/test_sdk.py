@@ -348,6 +348,39 @@ def test_lists_and_changes_of_checkpoints(service, training):
     assert rest.get_weights_info_by_tinker_path(copied).result().lora_rank == 8
 
 
+def test_a_checkpoint_that_is_deleted_while_it_is_used(service, training):
+    """What was promised goes on; what comes too late is told why; nothing else notices."""
+    rest = tinker.RestClient()
+    step(training, weighted())
+    state, version = training.save_state("state").result().path, training.save_weights_for_sampler("version").result().path
+    sampling = service.create_sampling_client(model_path=version).result()
+    ask = types.SamplingParams(max_tokens=60, seed=1)
+    prompt = types.ModelInput.from_ints(TOKENS)
+    drawn = sampling.sample(prompt, 1, ask).result().sequences[0].tokens
+    waiting = [sampling.sample(prompt, 1, ask) for _ in range(8)]
+    resumed = service.create_training_client_from_state_with_optimizer(state).result()
+    for path in (version, state):
+        rest.delete_checkpoint_from_tinker_path(path).result()
+    ends = [one.exception() or one.result() for one in waiting]  # each is there whole, or not at all
+    for end in ends:
+        gone = isinstance(end, (tinker.NotFoundError, tinker.RequestFailedError))
+        assert ("make another sampling client" in str(end)) if gone else (end.sequences[0].tokens == drawn)
+    for late in (
+        lambda: sampling.sample(prompt, 1, ask).result(),
+        lambda: service.create_sampling_client(model_path=version).result(),
+        lambda: service.create_training_client_from_state(state).result(),
+        lambda: training.load_state(state).result(),
+        lambda: rest.delete_checkpoint_from_tinker_path(state).result(),
+    ):
+        with pytest.raises((tinker.NotFoundError, tinker.RequestFailedError), match="deleted"):
+            late()
+    assert np.allclose(log_probs(resumed), log_probs(training))
+    step(resumed, weighted())
+    step(training, weighted())
+    assert np.allclose(log_probs(resumed), log_probs(training))
+    assert training.save_state("state").result().path == state  # the name is free
+
+
 def test_the_command_line(training, tmp_path: Path):
     path = training.save_state("cli").result().path
 

@@ -6,6 +6,11 @@ import pytest
 import torch
 from session_operations import LORA, forward_backward, loop, row
 
+from service.ids import utcnow
+from service.jobs.discard import discard
+from workers.sessions import session, versions
+from workers.tenure.resume import verified
+
 SQLITE = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 pytestmark = SQLITE
 ASKED = {"kind": "sample", "prompts": [[5, 6, 7], [8, 9]], "num_samples": 2, "seed": 3, "sampling": {"max_tokens": 5}}
@@ -65,6 +70,35 @@ def test_a_sampler_samples_the_base_and_versions_side_by_side(rig: Any) -> None:
     assert answers[0] == answers[2] == rig.answer(job, 1)  # a new adapter does nothing
     assert answers[1] == answers[3] == rig.answer(job, 9)
     assert (rig.job(sampler).status, rig.job(sampler).status_reason) == ("paused", "idle")
+
+
+@pytest.mark.parametrize("kind", ["sample", "load_checkpoint"])
+def test_a_checkpoint_that_is_deleted_while_it_is_loaded_is_the_user_s_error(
+    rig: Any, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    job, sampler = rig.session(), rig.sampler()
+    rig.send(job, *loop(1), {**SAVE, "name": "v", "purpose": "sampler"}, *loop(1))
+    rig.work()
+    version = rig.answer(job, 4)["checkpoint_id"]
+
+    def deleted_behind(store: Any, row: Any) -> Any:
+        folder = verified(store, row)
+        if row.id == version:
+            discard(store, rig.doorbell, [version], utcnow())
+        return folder
+
+    for module in (versions, session):
+        monkeypatch.setattr(module, "verified", deleted_behind)
+    if kind == "sample":
+        rig.send_loose(sampler, ASKED, lane="late", checkpoint=version)
+        rig.send_loose(sampler, ASKED, lane="base")
+    else:
+        rig.send(job, {"kind": kind, "checkpoint": version, "optimizer": False}, ASKED)
+    rig.work()
+    error = rig.error(sampler, 1, "late") if kind == "sample" else rig.error(job, 8)
+    assert (error["code"], error["category"]) == ("checkpoint_not_found", "user")
+    assert rig.answer(sampler, 1, "base") if kind == "sample" else rig.answer(job, 9)
+    assert not rig.store.blobs.path(f"checkpoints/{job}/{version}").exists()
 
 
 def test_what_is_told_of_prompts(rig: Any) -> None:
