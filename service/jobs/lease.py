@@ -44,13 +44,10 @@ class Lease:
 
 
 @contextmanager
-def _holding(store: Store, lease: Lease, *, small: bool = False) -> Iterator[tuple[Session, Job]]:
-    """A transaction in which the job is locked. Raises LeaseLost if the lease no longer holds the job.
-
-    `small`: for one of many writes, see `jobs.lock`.
-    """
+def _holding(store: Store, lease: Lease) -> Iterator[tuple[Session, Job]]:
+    """A transaction in which the job is locked. Raises LeaseLost if the lease no longer holds the job."""
     with store.begin() as session:
-        job = jobs.lock(session, lease.job_id) if small else jobs.find(session, lease.job_id, lock=True, light=True)
+        job = jobs.find(session, lease.job_id, lock=True, light=True)
         # A job that is no longer held has no owner; one that was claimed again has a higher attempt.
         if job is None or job.attempt != lease.attempt or job.lease_owner != lease.owner:
             raise _lost(lease, job)
@@ -283,28 +280,28 @@ def answer_operations(
     Returns True if a budget is now spent. Safe to repeat, except that a repeat of a try that was committed counts `spent` again
     only if some answer is new, or its operation was withdrawn: what it took is counted all the same.
     """
-    with _holding(store, lease, small=True) as (session, job):
-        now = clock.now(session)
+    with _stepping(store, lease) as (connection, job):
+        now = clock.now(connection)
         expires_at = now + timedelta(seconds=settings.operation_answer_ttl_s)
         step, said, is_new = job.step, list[tuple[str, dict[str, Any]]](), not answered
         for each in answered:
-            new = operations.answer(session, job.id, each, attempt=lease.attempt, now=now, expires_at=expires_at)
+            new = operations.answer(connection, job.id, each, attempt=lease.attempt, now=now, expires_at=expires_at)
             step, is_new = step if each.step is None else each.step, is_new or new
             if each.metrics:
-                metrics.write(session, job.id, step, each.metrics, attempt=lease.attempt, now=now)
+                metrics.write(connection, job.id, step, each.metrics, attempt=lease.attempt, now=now)
                 if new:
                     said.append(_step_event(step, job.max_steps, each.metrics))
         if not is_new:
-            _, withdrawn = operations.outcomes(session.connection(), [each.id for each in answered])
+            _, withdrawn = operations.outcomes(connection, [each.id for each in answered])
             is_new = bool(withdrawn)
         if said or step != job.step:
-            events.append_all(session, job.id, said, now=now, step=step)
+            events.append_all(connection, job.id, said, now=now, step=step)
         if is_new:
-            usage.add(session, job, spent, now)
+            usage.add(connection, job, spent, now)
         # A sampler saves nothing: its answers are its progress, unless what may have killed its worker is still to come.
-        if is_new and job.kind == "sampler" and job.crashes and not operations.has_suspects(session, job.id, lease.attempt):
-            job.crashes = job.retries = 0
-        return usage.is_spent(session, job)
+        if is_new and job.kind == "sampler" and job.crashes and not operations.has_suspects(connection, job.id, lease.attempt):
+            jobs.forgive(connection, job.id)
+        return usage.is_spent(connection, job)
 
 
 def commit_snapshot(

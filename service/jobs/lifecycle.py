@@ -17,6 +17,7 @@ from service.jobs.lease import IDLE
 from service.settings import Settings
 from service.states import ACTIONS, FINAL, HELD, Status, Wish, allowed_actions
 from service.store import checkpoints, clock, datasets, events, jobs, operations, usage
+from service.store.jobs import SmallJob
 from service.store.operations import Asked, Load
 from service.store.session import Store
 from service.store.tables import Job, Operation
@@ -124,13 +125,13 @@ def append_operations(
     A session that rests because it was idle is queued again; one that its owner paused keeps them until it is resumed.
     Raises NotFound, Conflict `session_over`, InvalidRequest `seq_reused`, Busy if too much waits already.
     """
-    wakes, trace = False, tracing.here()
-    with store.begin() as session:
-        job, now = jobs.lock(session, job_id), clock.now(session)
+    woken, trace = None, tracing.here()
+    with store.write() as connection:  # without the ORM, which would take longer than the database
+        job, now = jobs.lock_small(connection, job_id), clock.now(connection)
         if job is None or job.project != project or job.kind not in operations.KINDS:
             raise NotFound(f"no session {job_id} in this project")
-        before = operations.load(session, job.id)
-        appended = [operations.append(session, job_id, each, now, trace) for each in asked]
+        before = operations.load(connection, job.id)
+        appended = [operations.append(connection, job_id, each, now, trace) for each in asked]
         rows, fresh = [row for row, _ in appended], [row for row, new in appended if new]
         if fresh and job.status in FINAL:
             raise Conflict(
@@ -141,13 +142,17 @@ def append_operations(
             )
         if fresh:
             _has_room(settings, job, before, len(fresh), sum(row.size_bytes for row in fresh))
-        if fresh and job.status == Status.PAUSED and job.status_reason == IDLE:
-            moves.move(session, job, Status.QUEUED, "operation", now, rung_at=now)
-            wakes = True
-        if also is not None:
-            also(session, rows)
-    if wakes:
-        _ring(store, doorbell, job)
+        rests = bool(fresh) and job.status == Status.PAUSED and job.status_reason == IDLE
+        if rests or also is not None:
+            with Session(connection, expire_on_commit=False) as session:
+                if rests:
+                    woken = jobs.get(session, project, job_id)
+                    moves.move(session, woken, Status.QUEUED, "operation", now, rung_at=now)
+                if also is not None:
+                    also(session, rows)
+                session.commit()  # into the connection's transaction
+    if woken is not None:
+        _ring(store, doorbell, woken)
     elif fresh:
         doorbell.signal(job_id, "operation")
     return rows
@@ -159,7 +164,7 @@ def withdraw_operation(store: Store, operation_id: str) -> None:
         operations.withdraw(session, operation_id)
 
 
-def _has_room(settings: Settings, job: Job, waiting: Load, count: int, size_bytes: int) -> None:
+def _has_room(settings: Settings, job: SmallJob, waiting: Load, count: int, size_bytes: int) -> None:
     most, most_bytes = settings.max_waiting_operations, settings.max_waiting_operation_bytes
     if waiting.count + count > most or (waiting.count and waiting.size_bytes + size_bytes > most_bytes):
         raise Busy(

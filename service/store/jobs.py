@@ -21,7 +21,7 @@ from sqlalchemy import (
     update,
 )
 from sqlalchemy.dialects.postgresql import JSONB
-from sqlalchemy.orm import Session, defer, load_only
+from sqlalchemy.orm import Session, defer
 
 from service.errors import NotFound
 from service.states import FINAL, HELD, Status
@@ -43,24 +43,27 @@ def find(session: Session, job_id: str, *, lock: bool = False, light: bool = Fal
     return session.scalar(_FIND[lock, light], {"job_id": job_id})
 
 
-def lock(session: Session, job_id: str) -> Job | None:
-    """A job of any project, locked, for one of many small writes: only its state, lease, step and budget are loaded."""
-    return session.scalar(_LOCK, {"job_id": job_id})
-
-
 class SmallJob(NamedTuple):
     """What one of many small writes needs to know of its job, without the ORM."""
 
     id: str
     project: str
+    kind: str
     key_id: str | None
     status: str
+    status_reason: str | None
     attempt: int
     lease_owner: str | None
     step: int
     max_steps: int
     budget_tokens: int | None
     budget_worker_s: float | None
+    crashes: int
+
+
+def forgive(connection: Connection, job_id: str) -> None:
+    """What killed its workers is over."""
+    connection.execute(update(table_of(Job)).where(table_of(Job).c.id == job_id).values(crashes=0, retries=0))
 
 
 def lock_small(connection: Connection, job_id: str) -> SmallJob | None:
@@ -77,22 +80,6 @@ _FIND = {  # by `lock` and `light`; built once, because that takes longer than t
     (True, False): _ONE.with_for_update(key_share=True),
     (True, True): _LIGHT.with_for_update(key_share=True),
 }
-_SMALL = (
-    "project",
-    "kind",
-    "status",
-    "status_reason",
-    "attempt",
-    "lease_owner",
-    "step",
-    "max_steps",
-    "key_id",
-    "resource_class",
-)
-_LOCK = _ONE.options(
-    load_only(*(getattr(Job, name) for name in ("id", *_SMALL, "base_key", "budget_tokens", "budget_worker_s"))),
-).with_for_update(key_share=True)
-
 _LOCK_SMALL = (
     select(*(table_of(Job).c[name] for name in SmallJob._fields))
     .where(table_of(Job).c.id == bindparam("job_id"))

@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session, defer
 
 from service.errors import InvalidRequest, NotFound
 from service.ids import new_id
-from service.store.dialect import for_both, name_of, table_of
+from service.store.dialect import connection_of, for_both, name_of, table_of
 from service.store.paging import descending
 from service.store.tables import Job, Operation
 
@@ -47,7 +47,7 @@ class Answered:
 
 
 def append(
-    session: Session, job_id: str, asked: Asked, now: datetime, traceparent: str | None = None
+    session: Session | Connection, job_id: str, asked: Asked, now: datetime, traceparent: str | None = None
 ) -> tuple[Operation, bool]:
     """Log the operation. Returns its row without the request, and whether it is new: a repeat gets the first one's row.
 
@@ -68,9 +68,11 @@ def append(
         "created_at": now,
         **({} if traceparent is None else {"traceparent": traceparent}),
     }
-    if session.connection().scalar(_APPEND[name_of(session)], row) is not None:
+    connection = connection_of(session)
+    if connection.scalar(_APPEND[name_of(session)], row) is not None:
         return Operation(**{name: value for name, value in row.items() if name != "request"}), True
-    there = at(session, job_id, asked.lane, asked.seq)
+    with Session(connection, expire_on_commit=False) as again:
+        there = at(again, job_id, asked.lane, asked.seq)
     assert there is not None
     if there.body_sha256 != digest:
         raise InvalidRequest(
@@ -185,8 +187,8 @@ class Load:
     size_bytes: int
 
 
-def load(session: Session, job_id: str) -> Load:
-    count, size = session.connection().execute(_LOAD, {"in_job": job_id}).one()
+def load(session: Session | Connection, job_id: str) -> Load:
+    count, size = connection_of(session).execute(_LOAD, {"in_job": job_id}).one()
     return Load(count, int(size))
 
 
@@ -286,7 +288,9 @@ def has_waiting(session: Session, job_id: str, done: int) -> bool:
     return session.scalar(waiting.where((Operation.lane != ORDERED) | (Operation.seq == done + 1)).limit(1)) is not None
 
 
-def answer(session: Session, job_id: str, answered: Answered, *, attempt: int, now: datetime, expires_at: datetime) -> bool:
+def answer(
+    session: Session | Connection, job_id: str, answered: Answered, *, attempt: int, now: datetime, expires_at: datetime
+) -> bool:
     """Store what came of it. False if it was answered before, by this attempt or an earlier one: the first answer stays."""
     values: dict[str, Any] = {
         "one": answered.id,
@@ -299,7 +303,7 @@ def answer(session: Session, job_id: str, answered: Answered, *, attempt: int, n
         "finished_at": now,
         "expires_at": expires_at,
     }
-    lane = session.connection().scalar(_ANSWER, values)
+    lane = connection_of(session).scalar(_ANSWER, values)
     if lane is None:
         return False
     if lane != ORDERED:  # nothing replays it
@@ -325,7 +329,7 @@ def at_work(session: Session, operation_id: str, *, attempt: int) -> None:
     )
 
 
-def has_suspects(session: Session, job_id: str, attempt: int) -> bool:
+def has_suspects(session: Session | Connection, job_id: str, attempt: int) -> bool:
     """Whether an operation waits that was at work when an attempt before this one died."""
     marked = (Operation.job_id == job_id, Operation.status == "waiting", Operation.attempt < attempt)
     return session.scalar(select(Operation.id).where(*marked).limit(1)) is not None
@@ -338,7 +342,7 @@ def forget_requests(session: Session, job_id: str, before: int) -> None:
     )
 
 
-def _forget(session: Session, *where: Any) -> None:
+def _forget(session: Session | Connection, *where: Any) -> None:
     session.execute(update(Operation).where(*where).values(request=None), execution_options={"synchronize_session": False})
 
 

@@ -14,7 +14,7 @@ from service.sessions.body import AdamStep
 from service.sessions.codec import pack
 from service.store import tinker
 from service.store.operations import ORDERED, Asked
-from service.store.tables import Operation, TinkerModel
+from service.store.tables import TinkerModel
 from service.tinker import paths
 from service.tinker.requests import TTL, AdamParams, LoadWeights, OptimStep, SaveWeights
 from service.validation import below, invalid, parse
@@ -39,10 +39,7 @@ def append(
     except (InvalidRequest, NotFound) as error:
         asked = Asked(REFUSED, seq, pack({"kind": REFUSED, "error": _error(error)}, {}), lane=lane)
 
-    def with_rows(session: Session, rows: list[Operation]) -> None:
-        if also is not None:
-            also(session)
-
+    with_rows = None if also is None else lambda session, _: also(session)
     try:
         rows = lifecycle.append_operations(
             context.store, context.doorbell, context.settings, caller.project, job_id, [asked], also=with_rows
