@@ -152,7 +152,7 @@ def finished(connection: Connection, ids: Collection[str]) -> set[str]:
 
 @dataclass(frozen=True)
 class Outcome:
-    """An operation that no longer waits, and what came of it."""
+    """An operation, and what came of it."""
 
     id: str
     job_id: str
@@ -169,12 +169,23 @@ class Outcome:
     expires_at: datetime | None
 
 
+def outcome(connection: Connection, project: str, operation_id: str) -> Outcome | None:
+    """An operation of this project, whatever it stands at; None if there is none. Without the ORM: every poll asks for it."""
+    row = connection.execute(_OUTCOME, {"one": operation_id, "of_project": project}).first()
+    return None if row is None else Outcome(*row)
+
+
 def outcomes(connection: Connection, ids: Collection[str]) -> tuple[dict[str, Outcome], set[str]]:
     """What came of these operations, by id, as far as they no longer wait; and which of them are gone."""
     rows = [Outcome(*row) for row in connection.execute(_OUTCOMES, {"ids": list(ids)})]
     return {row.id: row for row in rows if row.status != "waiting"}, set(ids) - {row.id for row in rows}
 
 
+_OUTCOME = (
+    select(*(_T.c[field.name] for field in fields(Outcome)))
+    .join(table_of(Job), table_of(Job).c.id == _T.c.job_id)
+    .where(_T.c.id == bindparam("one"), table_of(Job).c.project == bindparam("of_project"))
+)
 _OUTCOMES = select(*(_T.c[field.name] for field in fields(Outcome))).where(_T.c.id.in_(bindparam("ids", expanding=True)))
 _STILL = select(_T.c.id).where(_T.c.id.in_(bindparam("ids", expanding=True)), _T.c.status == "waiting")
 

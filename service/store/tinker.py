@@ -3,13 +3,14 @@
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
-from sqlalchemy import ColumnElement, Connection, Select, and_, func, or_, select, update
+from sqlalchemy import ColumnElement, Connection, Select, and_, bindparam, func, or_, select, update
 from sqlalchemy.orm import Session
 
 from service.errors import NotFound
 from service.store.checkpoints import DELETED, named
+from service.store.dialect import table_of
 from service.store.tables import Checkpoint, TinkerModel, TinkerSampler, TinkerSession
 
 Row = TypeVar("Row", TinkerSession, TinkerModel, TinkerSampler)
@@ -39,6 +40,28 @@ def get(session: Session, kind: type[Row], project: str, row_id: str) -> Row:
 def find(session: Session, kind: type[Row], project: str, row_id: str) -> Row | None:
     row = session.get(kind, row_id, populate_existing=True)
     return row if row is not None and row.project == project else None
+
+
+class Run(NamedTuple):
+    """What most requests need to know of a training run."""
+
+    id: str
+    session_id: str
+    job_id: str | None
+    base_model: str
+
+
+_RUN = select(*(table_of(TinkerModel).c[name] for name in Run._fields)).where(
+    table_of(TinkerModel).c.id == bindparam("run"), table_of(TinkerModel).c.project == bindparam("of")
+)
+
+
+def run(connection: Connection, project: str, model_id: str) -> Run:
+    """A training run of this project, read without the ORM: every step asks for it. Raises NotFound."""
+    row = connection.execute(_RUN, {"run": model_id, "of": project}).first()
+    if row is None:
+        raise NotFound(f"no {WORDS[TinkerModel]} {model_id[:80]} in this project")
+    return Run(*row)
 
 
 def seen(session: Session, client: TinkerSession, now: datetime) -> None:

@@ -119,6 +119,13 @@ def _is_alone(done: Outcome) -> bool:
 
 def _look(context: Context, caller: Caller, ticket: Ticket, done: Outcome | None = None) -> Waiting | Result:
     """`done`: what came of the ticket's operation, where the caller's right to it was checked before."""
+    if done is None and ticket.operation_id is not None:
+        with context.store.look() as connection:
+            there = operations.outcome(connection, caller.project, ticket.operation_id)
+        if there is not None and (there.lane or None) == ticket.sampler_id and there.kind != REFUSED:
+            if there.status == "waiting":
+                return Waiting(there.job_id, there.id)
+            done = there
     if done is not None and _is_alone(done):
         return _result(done, None, ticket)
     with context.store.begin(readonly=True) as session:

@@ -14,7 +14,7 @@ from service.sessions.body import AdamStep
 from service.sessions.codec import pack
 from service.store import tinker
 from service.store.operations import ORDERED, Asked
-from service.store.tables import TinkerModel
+from service.store.tinker import Run
 from service.tinker import paths
 from service.tinker.requests import TTL, AdamParams, LoadWeights, OptimStep, SaveWeights
 from service.validation import below, invalid, parse
@@ -58,10 +58,10 @@ def _error(error: InvalidRequest | NotFound) -> dict[str, Any]:
     return said
 
 
-def model(context: Context, caller: Caller, model_id: str) -> tuple[TinkerModel, str]:
+def model(context: Context, caller: Caller, model_id: str) -> tuple[Run, str]:
     """The model and its session's job id. Raises NotFound, and InvalidRequest for a copy, which cannot be trained."""
-    with context.store.begin(readonly=True) as session:
-        row = tinker.get(session, TinkerModel, caller.project, model_id)
+    with context.store.look() as connection:
+        row = tinker.run(connection, caller.project, model_id)
     if row.job_id is None:
         raise InvalidRequest(f"{model_id} is a copy of weights; it cannot be trained", code="not_trainable")
     return row, row.job_id
