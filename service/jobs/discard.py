@@ -1,8 +1,10 @@
 """Checkpoints that go although they may be in use: those with a name by their owner's word, all when their time is over."""
 
+from contextlib import suppress
 from datetime import datetime
 
 from service.doorbell import Doorbell
+from service.errors import Conflict, NotFound
 from service.jobs import lifecycle
 from service.store import checkpoints, jobs
 from service.store.checkpoints import Kept
@@ -21,7 +23,8 @@ def discard(
     with store.begin(readonly=True) as session:
         samplers = jobs.samplers_of(session, checkpoint_ids)
     for sampler in samplers:
-        lifecycle.cancel(store, doorbell, sampler.project, sampler.id)
+        with suppress(Conflict, NotFound):  # it has ended meanwhile
+            lifecycle.cancel(store, doorbell, sampler.project, sampler.id)
     with store.begin() as session:
         removed, kept = checkpoints.remove(session, checkpoint_ids, now, by_hand=by_hand)
         for row_id, why in kept.items():
