@@ -10,13 +10,12 @@ from starlette.concurrency import run_in_threadpool
 from service.api.events import MAX_SEQ
 from service.api.examples import JOB_SPEC
 from service.api.views import JobPage, JobSummary, JobView
-from service.edge.auth import Caller, CallerDep, ShareDep
+from service.edge.auth import Caller, CallerDep
 from service.edge.bodies import DocumentDep, OptionalDocumentDep, ShowTurnDep, TurnDep, documented
 from service.edge.context import Context, ContextDep
 from service.edge.idempotency import IdempotencyKeyDep, Once, once
 from service.edge.pages import PageQuery
 from service.edge.problems import BODY, responses
-from service.edge.shares import Share
 from service.edge.tails import POLL_S
 from service.errors import Conflict
 from service.jobs import lifecycle
@@ -178,15 +177,15 @@ def list_jobs(context: ContextDep, caller: CallerDep, query: Annotated[JobsQuery
 
 @router.get("/{job_id}", response_model=JobView, responses=responses(404))
 async def read_job(
-    request: Request, context: ContextDep, caller: CallerDep, share: ShareDep, job_id: str, query: Annotated[WaitQuery, Query()]
+    request: Request, context: ContextDep, caller: CallerDep, job_id: str, query: Annotated[WaitQuery, Query()]
 ) -> Response:
     """A job. With `wait_s` the answer comes when `last_event` passes `after_event`, the job has ended, or time is up."""
-    await _wait(request, context, caller, share, job_id, query)
+    await _wait(request, context, caller, job_id, query)
     async with context.views.turn(caller.key_id):
         return await run_in_threadpool(_answer, context, caller, job_id)
 
 
-async def _wait(request: Request, context: Context, caller: Caller, share: Share, job_id: str, query: WaitQuery) -> None:
+async def _wait(request: Request, context: Context, caller: Caller, job_id: str, query: WaitQuery) -> None:
     """Woken by signals; between two looks it holds neither a thread, nor a connection, nor its key's share."""
     if not query.wait_s:
         return
@@ -199,7 +198,7 @@ async def _wait(request: Request, context: Context, caller: Caller, share: Share
             known = last_event if known is None else known
             if last_event > known or status in FINAL:
                 return
-            async with share.resting():
+            async with caller.share.resting():
                 await bell.wait(min(left, POLL_S))
 
 

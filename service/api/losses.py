@@ -14,7 +14,7 @@ from starlette.concurrency import run_in_threadpool
 
 from service.api.loss_views import ANSWERED, SENT, LossTicket
 from service.doorbell import Watch
-from service.edge.auth import Caller, CallerDep, ShareDep
+from service.edge.auth import Caller, CallerDep
 from service.edge.bodies import limited, media_type
 from service.edge.context import Context, ContextDep
 from service.edge.negotiation import MAX_WAIT_S, accepted, wait_s
@@ -44,9 +44,7 @@ Prefer = Annotated[
 
 
 @router.post("", response_class=Response, responses=ANSWERED | responses(406, 429, *BODY), openapi_extra=SENT)
-async def compute_losses(
-    request: Request, context: ContextDep, caller: CallerDep, share: ShareDep, prefer: Prefer = None
-) -> Response:
+async def compute_losses(request: Request, context: ContextDep, caller: CallerDep, prefer: Prefer = None) -> Response:
     """Compute losses, and what else is wanted, of batches of log-probs. Items that are wrong are refused in their place.
 
     The response has the format of the body, or the one that Accept names. Nothing is stored: an answer is forgotten when it was
@@ -71,7 +69,7 @@ async def compute_losses(
             await run_in_threadpool(context.doorbell.ring_losses)
         seconds = wait_s(request)
         look = partial(context.losses.collect, caller.project, loss_id)
-        answer = await _answer(context, share, look, deadline, bell, seconds) if seconds else None
+        answer = await _answer(context, caller.share, look, deadline, bell, seconds) if seconds else None
     if answer is None:
         return _ticket(context, loss_id, deadline)
     response = await _response(context, caller, answer, answer_as)
@@ -80,9 +78,7 @@ async def compute_losses(
 
 
 @router.get("/{loss_id}", response_class=Response, responses=ANSWERED | responses(404, 406))
-async def get_losses(
-    request: Request, context: ContextDep, caller: CallerDep, share: ShareDep, loss_id: str, prefer: Prefer = None
-) -> Response:
+async def get_losses(request: Request, context: ContextDep, caller: CallerDep, loss_id: str, prefer: Prefer = None) -> Response:
     """The answer of a request that was not waited for, as often as wanted until it expires: JSON, or what Accept names."""
     answer_as = accepted(request, (JSON, TENSORS))
     if not LOSS_ID.fullmatch(loss_id):
@@ -94,7 +90,7 @@ async def get_losses(
             raise _unknown(loss_id)
         seconds = wait_s(request)
         if raw is None:
-            raw = await _answer(context, share, look, deadline, bell, seconds)
+            raw = await _answer(context, caller.share, look, deadline, bell, seconds)
     if raw is None:
         return _ticket(context, loss_id, deadline)
     response = await _response(context, caller, raw, answer_as)

@@ -15,6 +15,7 @@ from service.api.keys import KeyRequest, KeyRotation
 from service.api.loss_views import LossResults, LossTicket
 from service.api.usage import BudgetRequest
 from service.api.webhooks import RotateRequest, WebhookChange, WebhookRequest
+from service.edge.auth import DESCRIPTION, KEY_HEADER
 from service.edge.problems import Problem
 from service.losses.request import LossRequest
 from service.openai.answers import ChatAnswer, CompletionAnswer
@@ -79,6 +80,7 @@ def complete(app: FastAPI) -> None:
                 _add(schemas, name, model, "validation")
             for name, model in ANSWERED.items():
                 _add(schemas, name, model, "serialization")
+            _add_key_header(document)
             for face in FACES:  # FastAPI adds it where a route has parameters; it is a 400 there
                 for path in document["paths"]:
                     if path.startswith(face.prefix):
@@ -89,6 +91,16 @@ def complete(app: FastAPI) -> None:
         return app.openapi_schema
 
     app.openapi = openapi
+
+
+def _add_key_header(document: dict[str, Any]) -> None:
+    """Wherever a key may come as a bearer token, it may come in a header of its own."""
+    header = {"type": "apiKey", "description": DESCRIPTION, "in": "header", "name": KEY_HEADER}
+    document["components"]["securitySchemes"]["x-api-key"] = header
+    for methods in document["paths"].values():
+        for operation in methods.values():
+            if {"bearer": []} in operation.get("security", []):
+                operation["security"].append({"x-api-key": []})
 
 
 def _add(schemas: dict[str, Any], name: str, model: Any, mode: Any) -> None:

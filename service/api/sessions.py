@@ -15,14 +15,13 @@ from service.api.examples import OPERATION, SESSION_SPEC
 from service.api.jobs import JobsQuery
 from service.api.views import JobPage, JobSummary, JobView
 from service.edge.arrays import parse_arrays
-from service.edge.auth import Caller, CallerDep, ShareDep
+from service.edge.auth import Caller, CallerDep
 from service.edge.bodies import TINY_BYTES, DocumentDep, TurnDep, documented, limited, media_type
 from service.edge.context import Context, ContextDep
 from service.edge.idempotency import IdempotencyKeyDep, once
 from service.edge.negotiation import accepted, wait_s
 from service.edge.pages import EitherWay, Page
 from service.edge.problems import BODY, responses
-from service.edge.shares import Share
 from service.errors import Conflict, InvalidRequest, NotFound, UnsupportedMedia
 from service.jobs import lifecycle
 from service.rewards.texts import has_texts, wrong_graders
@@ -197,9 +196,7 @@ def read_session(context: ContextDep, caller: CallerDep, session_id: str) -> Job
     responses=_answered({"anyOf": [ONE_VIEW, SEVERAL_VIEWS]}) | responses(404, 406, 409, 429, *BODY),
     openapi_extra=OPERATION,
 )
-async def append_operations(
-    request: Request, context: ContextDep, caller: CallerDep, share: ShareDep, session_id: str
-) -> Response:
+async def append_operations(request: Request, context: ContextDep, caller: CallerDep, session_id: str) -> Response:
     """Log one operation, or several at once, and with `Prefer: wait=S` wait for what comes of them.
 
     Operations run in the order of `seq`. The same seq with the same body is the same operation, however often it is sent.
@@ -216,7 +213,7 @@ async def append_operations(
         async with context.checks.turn(caller.key_id):
             await run_in_threadpool(_check, graders)
         ids = await run_in_threadpool(_log, context, caller, session_id, wanted)
-    found = await _wait(context, caller, share, session_id, ids, seconds)
+    found = await _wait(context, caller, session_id, ids, seconds)
     if many:
         answered = partial(_several, context, caller, ids, found)
     else:
@@ -258,13 +255,11 @@ def list_operations(
     response_class=Response,
     responses=_answered(ONE_VIEW) | responses(404, 406, 409, 422),
 )
-async def read_operation(
-    request: Request, context: ContextDep, caller: CallerDep, share: ShareDep, session_id: str, operation: str
-) -> Response:
+async def read_operation(request: Request, context: ContextDep, caller: CallerDep, session_id: str, operation: str) -> Response:
     """An operation by its id or its seq. With `Prefer: wait=S` the answer comes when it is done."""
     answer_as = accepted(request, (JSON, TENSORS))
     operation_id = await run_in_threadpool(_id_of, context, caller, session_id, operation)
-    found = await _wait(context, caller, share, session_id, [operation_id], wait_s(request))
+    found = await _wait(context, caller, session_id, [operation_id], wait_s(request))
     answered = partial(_one, context, caller, operation_id, answer_as, found)
     return answered() if _is_quick([operation_id], found) else await run_in_threadpool(answered)
 
@@ -321,12 +316,12 @@ def _turn(context: Context, caller: Caller, raw: bytes) -> AbstractAsyncContextM
     return context.conversions.turn(caller.key_id) if len(raw) > SMALL_BYTES else nullcontext()
 
 
-async def _wait(context: Context, caller: Caller, share: Share, session_id: str, ids: list[str], seconds: float) -> Found:
+async def _wait(context: Context, caller: Caller, session_id: str, ids: list[str], seconds: float) -> Found:
     """Wait until all of them are answered, for at most `seconds`. Returns those that are."""
     if seconds <= 0:
         return {}
     with context.open_answers.hold(caller.key_id):
-        async with share.resting():
+        async with caller.share.resting():
             return {} if context.stopping.is_set() else await context.answers.wait(session_id, ids, seconds)
 
 

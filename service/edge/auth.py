@@ -2,19 +2,20 @@
 and a rate limit."""
 
 import logging
-from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Annotated
 
-from fastapi import Depends, Request, Security
-from fastapi.security import APIKeyHeader, HTTPAuthorizationCredentials, HTTPBearer
+from fastapi import Request, Security
+from fastapi.openapi.models import HTTPBearer
+from fastapi.security.base import SecurityBase
+from fastapi.security.utils import get_authorization_scheme_param
 from sqlalchemy.exc import OperationalError
 from starlette.concurrency import run_in_threadpool
 
 from service.edge import sso
 from service.edge.audit import CALLER
-from service.edge.context import Context, ContextDep
+from service.edge.context import Context, context_of
 from service.edge.rate import RateReply, Turn
 from service.edge.shares import Share
 from service.errors import Forbidden, RateLimited, Unauthorized
@@ -30,9 +31,9 @@ MAX_KEY_LENGTH = 200
 ADMIN_PROJECT = "default"  # its admin keys may create, list and revoke keys of every project
 READING = frozenset({"GET", "HEAD"})
 ANSWER_HEADERS = "ratchet.answer_headers"  # ASGI scope key: headers that the middleware adds to the answer, even to an error
-
-bearer = HTTPBearer(auto_error=False, scheme_name="bearer", description="An API key, tml-...")
-api_key = APIKeyHeader(name="X-API-Key", auto_error=False, scheme_name="x-api-key", description="An API key, tml-...")
+SHARE = "ratchet.share"  # ASGI scope key: the request's share of its key's, which the middleware ends when the answer is made
+KEY_HEADER = "X-API-Key"
+DESCRIPTION = "An API key, tml-..."
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Caller:
     project: str
     scopes: frozenset[str]
     expires_at: datetime | None
+    share: Share  # this request's, of what its key may have of the process
 
     def require(self, scope: str) -> None:
         """Raises Forbidden, naming the scope, if the key lacks it."""
@@ -62,14 +64,33 @@ class Caller:
         return project
 
 
-async def _known(
-    request: Request,
-    context: ContextDep,
-    credentials: Annotated[HTTPAuthorizationCredentials | None, Security(bearer)],
-    header: Annotated[str | None, Security(api_key)],
-) -> Caller:
-    """Identify the key, check that it is valid, and count the request against its rate limit."""
-    text, user = credentials.credentials if credentials else header, None
+class Admission(SecurityBase):
+    """A dependency that lets in who shows a key with this scope; by default `read` for GET and HEAD, and `write` for all else.
+
+    It has no dependencies of its own: FastAPI walks through those anew at each place where their dependent stands. That the key
+    may also come as X-API-Key is added to the security schemes of openapi.json by `service.api.schema`.
+    """
+
+    def __init__(self, scope: str | None = None) -> None:
+        self.model, self.scheme_name = HTTPBearer(description=DESCRIPTION), "bearer"
+        self._scope = scope
+
+    async def __call__(self, request: Request) -> Caller:
+        caller = request.scope.get(CALLER) or await _admitted(request, context_of(request))
+        caller.require(self._scope or ("read" if request.method in READING else "write"))
+        return caller
+
+
+CallerDep = Annotated[Caller, Security(Admission())]
+AdminDep = Annotated[Caller, Security(Admission("admin"))]
+
+
+async def _admitted(request: Request, context: Context) -> Caller:
+    """Once a request: identify the key, check that it is valid, count the request against its rate limit, wait for a share."""
+    scheme, text = get_authorization_scheme_param(request.headers.get("authorization"))
+    if scheme.lower() != "bearer" or not text:
+        text = request.headers.get(KEY_HEADER)
+    user = None
     if not text:
         if (user := sso.user_of(request, context.settings)) is None:
             raise Unauthorized("no API key came with the request", code="missing_api_key", hint=HINT)
@@ -87,7 +108,8 @@ async def _known(
     if turn is not None:
         request.scope[ANSWER_HEADERS] = turn.headers
         _check_turn(turn)
-    request.scope[CALLER] = caller = Caller(key.id, key.project, frozenset(key.scopes), key.expires_at)
+    request.scope[SHARE] = share = await context.shares.enter(key.id)
+    request.scope[CALLER] = caller = Caller(key.id, key.project, frozenset(key.scopes), key.expires_at, share)
     return caller
 
 
@@ -144,30 +166,3 @@ def _note_use(store: Store, key: Known, now: datetime) -> None:
             keys.touch(session, key.id, now)
     except OperationalError:  # last_used_at only informs people; a busy database must not fail the request
         log.warning("could not note the use of key %s", key.id, exc_info=True)
-
-
-KnownDep = Annotated[Caller, Depends(_known)]
-
-
-async def _share(context: ContextDep, caller: KnownDep) -> AsyncIterator[Share]:
-    """Hold a share until the answer is made. Sending the answer needs none."""
-    async with context.shares.share(caller.key_id) as share:
-        yield share
-
-
-ShareDep = Annotated[Share, Depends(_share, scope="function")]
-
-
-async def _caller(request: Request, caller: KnownDep, share: ShareDep) -> Caller:
-    """GET and HEAD need the scope `read`, all other methods `write`."""
-    caller.require("read" if request.method in READING else "write")
-    return caller
-
-
-async def _admin(caller: KnownDep, share: ShareDep) -> Caller:
-    caller.require("admin")
-    return caller
-
-
-CallerDep = Annotated[Caller, Depends(_caller)]
-AdminDep = Annotated[Caller, Depends(_admin)]

@@ -13,8 +13,8 @@ from fastapi import Depends, Request
 from starlette.concurrency import run_in_threadpool
 from starlette.types import Message
 
-from service.edge.auth import CallerDep
-from service.edge.context import ContextDep
+from service.edge.auth import Caller, CallerDep
+from service.edge.context import Context, context_of
 from service.edge.documents import canonical, parse_json, parse_yaml
 from service.edge.shares import Share
 from service.errors import BodyTooLarge, BodyTooSlow, UnsupportedMedia
@@ -86,8 +86,8 @@ def _too_large(what: str, limit: int) -> BodyTooLarge:
     return BodyTooLarge(f"{what} may have at most {limit} bytes", limit_bytes=limit)
 
 
-async def _raw(request: Request, caller: CallerDep, context: ContextDep) -> bytes:
-    """The body's bytes. It depends on `caller`, so a body is read only after its API key was checked."""
+async def _raw(request: Request, context: Context) -> bytes:
+    """The body's bytes. What reads it depends on `caller`: a body is read only after its API key was checked."""
     kind, limit, what = media_type(request), context.settings.max_body_bytes, "a body"
     if kind in YAML_TYPES:
         limit, what = min(limit, MAX_YAML_BYTES), "a YAML body (send JSON, which may be longer)"
@@ -99,7 +99,7 @@ async def _raw(request: Request, caller: CallerDep, context: ContextDep) -> byte
     return await limited(request, limit, what).body()
 
 
-async def _document(request: Request, caller: CallerDep, context: ContextDep, raw: Annotated[bytes, Depends(_raw)]) -> Document:
+async def _parsed(request: Request, caller: Caller, context: Context, raw: bytes) -> Document:
     """Parse the body in a thread, unless that takes longer than the parsing; a large one waits for its turn."""
     if len(raw) <= TINY_BYTES and media_type(request) not in YAML_TYPES:
         return Document(parse_json(raw))
@@ -108,19 +108,24 @@ async def _document(request: Request, caller: CallerDep, context: ContextDep, ra
         return Document(await run_in_threadpool(parse, raw))
 
 
-async def _document_if_any(
-    request: Request, caller: CallerDep, context: ContextDep, raw: Annotated[bytes, Depends(_raw)]
-) -> Document:
-    return await _document(request, caller, context, raw) if raw.strip() else Document({})
+async def _document(request: Request, caller: CallerDep) -> Document:
+    context = context_of(request)
+    return await _parsed(request, caller, context, await _raw(request, context))
 
 
-async def _turn(context: ContextDep, caller: CallerDep) -> AsyncIterator[None]:
-    async with context.checks.turn(caller.key_id):
+async def _document_if_any(request: Request, caller: CallerDep) -> Document:
+    context = context_of(request)
+    raw = await _raw(request, context)
+    return await _parsed(request, caller, context, raw) if raw.strip() else Document({})
+
+
+async def _turn(request: Request, caller: CallerDep) -> AsyncIterator[None]:
+    async with context_of(request).checks.turn(caller.key_id):
         yield
 
 
-async def _turn_to_show(context: ContextDep, caller: CallerDep) -> AsyncIterator[None]:
-    async with context.views.turn(caller.key_id):
+async def _turn_to_show(request: Request, caller: CallerDep) -> AsyncIterator[None]:
+    async with context_of(request).views.turn(caller.key_id):
         yield
 
 

@@ -56,8 +56,12 @@ class Context:
         self.tails.stop()
 
 
-async def _context(request: Request) -> Context:
+def context_of(request: Request) -> Context:
     return request.app.state.context
+
+
+async def _context(request: Request) -> Context:
+    return context_of(request)
 
 
 ContextDep = Annotated[Context, Depends(_context)]

@@ -9,7 +9,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service import tracing
 from service.edge import audit
-from service.edge.auth import ANSWER_HEADERS
+from service.edge.auth import ANSWER_HEADERS, SHARE
 from service.edge.faces import face_of
 from service.edge.limits import refusal
 from service.edge.problems import problem
@@ -71,6 +71,7 @@ class Frame:
             nonlocal status, told
             if message["type"] == "http.response.start":
                 status = message["status"]
+                _end_share(scope)  # sending the answer needs none
                 headers = MutableHeaders(scope=message)
                 told = "Idempotency-Replayed" in headers  # it was told when it was done
                 headers["X-Request-Id"] = request_id
@@ -93,6 +94,13 @@ class Frame:
             if not status:  # an outer handler, that of unexpected errors, sends the answer
                 _count(scope, 500, perf_counter() - started)
             raise
+        finally:
+            _end_share(scope)
+
+
+def _end_share(scope: Scope) -> None:
+    if SHARE in scope:
+        scope[SHARE].leave()
 
 
 def _count(scope: Scope, status: int, seconds: float) -> None:

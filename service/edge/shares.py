@@ -2,9 +2,10 @@
 that they are refused. A request that only waits (for an event, a loss worker, a slow upload) holds no share."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 
 from service.errors import RateLimited
 
@@ -23,8 +24,10 @@ class _Line:
 class Share:
     """The share of one request."""
 
-    def __init__(self, line: _Line) -> None:
-        self._line, self._held = line, False
+    def __init__(self, line: _Line, forget: Callable[[], object]) -> None:
+        self._line, self._held, self._forget = line, False, forget
+        self._left = False
+        line.requests += 1
 
     async def take(self) -> None:
         self._line.waiting += 1
@@ -38,6 +41,16 @@ class Share:
         if self._held:
             self._held = False
             self._line.free.release()
+
+    def leave(self) -> None:
+        """The request needs it no more. May be said twice."""
+        if self._left:
+            return
+        self._left = True
+        self.give_back()
+        self._line.requests -= 1
+        if not self._line.requests:
+            self._forget()
 
     @asynccontextmanager
     async def resting(self) -> AsyncIterator[None]:
@@ -56,8 +69,15 @@ class Shares:
 
     @asynccontextmanager
     async def share(self, key_id: str, *, always: bool = False) -> AsyncIterator[Share]:
-        """Hold a share until the block ends. Raises RateLimited if the key's line is full. `always` skips that check: for
-        work that is part of a request which was admitted before."""
+        """Hold a share until the block ends. `always`: for work that is part of a request which was admitted before."""
+        share = await self.enter(key_id, always=always)
+        try:
+            yield share
+        finally:
+            share.leave()
+
+    async def enter(self, key_id: str, *, always: bool = False) -> Share:
+        """Take a share, which the caller has to `leave`. Raises RateLimited if the key's line is full, unless `always`."""
         line = self._lines.setdefault(key_id, _Line(asyncio.Semaphore(self._at_once)))
         if not always and line.free.locked() and line.waiting >= self._in_line:
             raise RateLimited(
@@ -67,16 +87,13 @@ class Shares:
                 hint="send fewer at once; wait for the seconds of Retry-After",
                 retry_after_s=1,
             )
-        line.requests += 1
-        share = Share(line)
+        share = Share(line, partial(self._lines.pop, key_id))
         try:
             await share.take()
-            yield share
-        finally:
-            share.give_back()
-            line.requests -= 1
-            if not line.requests:
-                del self._lines[key_id]
+        except BaseException:
+            share.leave()
+            raise
+        return share
 
 
 class Turns:

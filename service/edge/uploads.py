@@ -12,9 +12,9 @@ from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
 
-from service.edge.auth import Caller, CallerDep, ShareDep
+from service.edge.auth import Caller, CallerDep
 from service.edge.bodies import limited, media_type
-from service.edge.context import Context, ContextDep
+from service.edge.context import Context, context_of
 from service.edge.idempotency import once
 from service.edge.shares import Share
 from service.errors import Malformed, UnsupportedMedia
@@ -45,25 +45,25 @@ class Upload:
     fields: Mapping[str, str]  # the other fields of a form
 
 
-async def _upload(request: Request, caller: CallerDep, share: ShareDep, context: ContextDep) -> AsyncIterator[Upload]:
+async def _upload(request: Request, caller: CallerDep) -> AsyncIterator[Upload]:
     """Rows as the body itself, or in a form."""
     if media_type(request) not in (*JSONL_TYPES, MULTIPART):
         raise UnsupportedMedia(
             f"a dataset's Content-Type is {', '.join(JSONL_TYPES[:2])} or {MULTIPART}, got {media_type(request) or 'none'}",
             hint="with curl: -H 'Content-Type: application/jsonl' --data-binary @rows.jsonl",
         )
-    async with _received(request, share, context) as upload:
+    async with _received(request, caller.share, context_of(request)) as upload:
         yield upload
 
 
-async def _form(request: Request, caller: CallerDep, share: ShareDep, context: ContextDep) -> AsyncIterator[Upload]:
+async def _form(request: Request, caller: CallerDep) -> AsyncIterator[Upload]:
     """Rows in a form."""
     if media_type(request) != MULTIPART:
         raise UnsupportedMedia(
             f"a file comes as {MULTIPART}, got {media_type(request) or 'none'}",
             hint="with curl: -F purpose=fine-tune -F file=@rows.jsonl",
         )
-    async with _received(request, share, context) as upload:
+    async with _received(request, caller.share, context_of(request)) as upload:
         yield upload
 
 

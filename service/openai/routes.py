@@ -10,12 +10,11 @@ from fastapi import APIRouter, Depends, Request, Response
 from fastapi.sse import EventSourceResponse, format_sse_event
 from starlette.concurrency import run_in_threadpool
 
-from service.edge.auth import Caller, CallerDep, ShareDep
+from service.edge.auth import Caller, CallerDep
 from service.edge.bodies import Document, DocumentDep, documented
 from service.edge.context import Context, ContextDep
 from service.edge.idempotency import IdempotencyKeyDep
 from service.edge.problems import problem
-from service.edge.shares import Share
 from service.errors import RatchetError
 from service.openai.answers import ChatAnswer, CompletionAnswer, Form
 from service.openai.face import JSON, responses
@@ -64,13 +63,12 @@ async def create_completion(
     request: Request,
     context: ContextDep,
     caller: CallerDep,
-    share: ShareDep,
     document: DocumentDep,
     held: OpenDep,
     idempotency_key: IdempotencyKeyDep,
 ) -> Response:
     """Continue a prompt, as OpenAI's API does: with a checkpoint, or with a base model."""
-    return await _answer(request, context, caller, share, document, held, idempotency_key, CompletionRequest)
+    return await _answer(request, context, caller, document, held, idempotency_key, CompletionRequest)
 
 
 @router.post(
@@ -83,20 +81,18 @@ async def create_chat_completion(
     request: Request,
     context: ContextDep,
     caller: CallerDep,
-    share: ShareDep,
     document: DocumentDep,
     held: OpenDep,
     idempotency_key: IdempotencyKeyDep,
 ) -> Response:
     """Answer a chat, as OpenAI's API does: with a checkpoint, or with a base model, through its own chat template."""
-    return await _answer(request, context, caller, share, document, held, idempotency_key, ChatRequest)
+    return await _answer(request, context, caller, document, held, idempotency_key, ChatRequest)
 
 
 async def _answer(
     request: Request,
     context: Context,
     caller: Caller,
-    share: Share,
     document: Document,
     held: AsyncExitStack,
     key: str | None,
@@ -109,7 +105,7 @@ async def _answer(
     ticket = await run_in_threadpool(partial(append, context, caller, document, asked, route=route, key=key, lane=lane))
     waiting = await held.enter_async_context(Waiting(context, caller, ticket, parts, prompt=prompt, kept=key is not None))
     form = Form(asked, ticket.operation_id, ticket.created, ticket.model)
-    async with share.resting():
+    async with caller.share.resting():
         if asked.stream:
             await waiting.news(FIRST_S, request)
         else:

@@ -11,7 +11,7 @@ from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
-from service.edge.auth import Caller, CallerDep, ShareDep
+from service.edge.auth import Caller, CallerDep
 from service.edge.bodies import TINY_BYTES, DocumentDep
 from service.edge.context import Context, ContextDep
 from service.edge.problems import problem
@@ -64,9 +64,7 @@ class Result:
 
 
 @router.post("/retrieve_future")
-async def retrieve_future(
-    request: Request, context: ContextDep, caller: CallerDep, share: ShareDep, document: DocumentDep
-) -> Response:
+async def retrieve_future(request: Request, context: ContextDep, caller: CallerDep, document: DocumentDep) -> Response:
     """200 with the result, or with {error, category}; 408 if it is not there within HOLD_S; 410 for a sample that is lost."""
     ticket = Ticket.parse(parse(RetrieveFuture, document.data).request_id)
     key = (caller.project, str(ticket))
@@ -74,7 +72,7 @@ async def retrieve_future(
         polled = context.polled.get(key)  # so that of a thousand polls that are repeated none reads the store
         found = Waiting(*polled) if polled else await run_in_threadpool(_look, context, caller, ticket)
         if isinstance(found, Waiting) and not context.stopping.is_set():
-            async with share.resting():
+            async with caller.share.resting():
                 waiter = await context.answers.watch(found.job_id, [found.operation_id], HOLD_S)
             done = waiter.found.get(found.operation_id)
             if done is not None and _is_alone(done) and len(done.answer or b"") <= TINY_BYTES:
