@@ -203,15 +203,15 @@ async def _wait(request: Request, context: Context, caller: Caller, job_id: str,
 
 
 def _standing(context: Context, caller: Caller, job_id: str) -> tuple[Status, int]:
-    with context.store.begin(readonly=True) as session:
-        status, last_event = jobs.standing(session, caller.project, job_id)
+    with context.store.look() as connection:
+        status, last_event = jobs.standing(connection, caller.project, job_id)
     return Status(status), last_event
 
 
 def _answer(context: Context, caller: Caller, job_id: str) -> Response:
     """Serialised here, in a thread, because a spec with thousands of inline rows takes a while."""
-    with context.store.begin(readonly=True) as session:
-        view = JobView.read(session, jobs.get(session, caller.project, job_id))
+    with context.store.look() as connection:
+        view = JobView.read(connection, jobs.shown(connection, caller.project, job_id))
     return Response(view.model_dump_json(), media_type="application/json")
 
 

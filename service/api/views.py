@@ -4,6 +4,7 @@ from datetime import datetime
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field
+from sqlalchemy import Connection, Row
 from sqlalchemy.orm import Session
 
 from service.api.usage import UsageTotals
@@ -82,7 +83,7 @@ class JobSummary(BaseModel):
         return cls(**cls.columns(job))
 
     @classmethod
-    def columns(cls, job: Job) -> dict[str, Any]:
+    def columns(cls, job: Job | Row[Any]) -> dict[str, Any]:
         columns = {name: getattr(job, name) for name in cls.model_fields if name not in DERIVED}
         forks = job.kind not in operations.KINDS
         allowed = [action for action in allowed_actions(Status(job.status)) if forks or action != "fork"]
@@ -104,7 +105,7 @@ class JobView(JobSummary):
     usage: Annotated[UsageTotals, Field(description="what it has spent, as of its last commit")]
 
     @classmethod
-    def read(cls, session: Session, job: Job) -> Self:
+    def read(cls, session: Session | Connection, job: Job | Row[Any]) -> Self:
         """The job, with its data from other tables."""
         return cls(**cls.columns(job), usage=UsageTotals.of(usage.of_job(session, job.id)))
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from sqlalchemy import (
     ColumnElement,
     Connection,
+    Row,
     Text,
     and_,
     bindparam,
@@ -36,6 +37,14 @@ def get(session: Session, project: str, job_id: str, *, lock: bool = False) -> J
     if job is None or job.project != project:
         raise NotFound(f"no job {job_id} in this project")
     return job
+
+
+def shown(connection: Connection, project: str, job_id: str) -> Row[Any]:
+    """A job of this project, as it is shown: without the ORM, and without lease and place in the queue. Raises NotFound."""
+    row = connection.execute(_SHOWN, {"job_id": job_id, "project": project}).first()
+    if row is None:
+        raise NotFound(f"no job {job_id} in this project")
+    return row
 
 
 def find(session: Session, job_id: str, *, lock: bool = False, light: bool = False) -> Job | None:
@@ -80,6 +89,31 @@ _FIND = {  # by `lock` and `light`; built once, because that takes longer than t
     (True, False): _ONE.with_for_update(key_share=True),
     (True, True): _LIGHT.with_for_update(key_share=True),
 }
+_UNSHOWN = frozenset(
+    {
+        "priority",
+        "resource_class",
+        "wish",
+        "wish_until",
+        "lease_until",
+        "lease_owner",
+        "claimed_at",
+        "crashes",
+        "retries",
+        "updated_at",
+        "not_before",
+        "rung_at",
+        "deadline_at",
+        "base_key",
+    }
+)
+_SHOWN = select(
+    *(
+        column.label("user_metadata") if column.name == "metadata" else column  # the attribute's name in Job
+        for column in table_of(Job).c
+        if column.name not in _UNSHOWN
+    )
+).where(table_of(Job).c.id == bindparam("job_id"), table_of(Job).c.project == bindparam("project"))
 _LOCK_SMALL = (
     select(*(table_of(Job).c[name] for name in SmallJob._fields))
     .where(table_of(Job).c.id == bindparam("job_id"))

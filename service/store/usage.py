@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Literal
 
-from sqlalchemy import ColumnElement, Connection, bindparam, cast, func, literal, select, update
+from sqlalchemy import ColumnElement, Connection, bindparam, cast, func, literal, literal_column, select, update
 from sqlalchemy.orm import Session
 
 from service.metric_names import EVAL_TOKENS_SAMPLED, STEP_S, TOKENS_SAMPLED, TOKENS_TRAINED
@@ -156,8 +156,8 @@ def _putting(insert_: Callable[..., Any]) -> Any:
 
 
 _PUT = for_both(_putting)
-# Built once: to build such a statement takes longer than to run it.
-_SUMS = tuple(func.coalesce(func.sum(getattr(Usage, name)), 0) for name in SUMS)
+# Built once: to build such a statement takes longer than to run it. So does binding each 0.
+_SUMS = tuple(func.coalesce(func.sum(getattr(Usage, name)), literal_column("0")) for name in SUMS)
 _TOTAL = select(literal(None), ATTEMPTS, *_SUMS)
 _OF_JOB = _TOTAL.where(Usage.job_id == bindparam("job_id"))
 _BY_GROUP = {name: select(group, ATTEMPTS, *_SUMS).group_by(group).order_by(group) for name, group in GROUPS.items()}
