@@ -69,7 +69,7 @@ class EventsQuery(EitherWay):
     ] = Field(default_factory=list)
 
 
-def _last_event_id(
+async def _last_event_id(
     last_event_id: Annotated[
         str | None,
         Header(description="where a stream goes on; wins over `after`", json_schema_extra={"pattern": "^[0-9]{0,9}$"}),

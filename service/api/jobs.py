@@ -1,15 +1,18 @@
 """Routes to create, list, follow, pause, resume, cancel, fork and delete jobs."""
 
+from collections.abc import Callable
 from time import monotonic
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
+from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
 from service.api.events import MAX_SEQ
 from service.api.examples import JOB_SPEC
 from service.api.views import JobPage, JobSummary, JobView
+from service.edge import audit
 from service.edge.auth import Caller, CallerDep
 from service.edge.bodies import DocumentDep, OptionalDocumentDep, ShowTurnDep, TurnDep, documented
 from service.edge.context import Context, ContextDep
@@ -101,13 +104,18 @@ class ForkRequest(Section):
     "", status_code=201, response_model=JobView, responses=responses(409, *BODY), openapi_extra=documented("JobSpec", JOB_SPEC)
 )
 def create_job(
-    context: ContextDep, caller: CallerDep, document: DocumentDep, turn_to_check: TurnDep, idempotency_key: IdempotencyKeyDep
+    request: Request,
+    context: ContextDep,
+    caller: CallerDep,
+    document: DocumentDep,
+    turn_to_check: TurnDep,
+    idempotency_key: IdempotencyKeyDep,
 ) -> Any:
     """Check a spec, resolve it, and queue the job."""
     with once(context.store, caller, idempotency_key, route="POST /v1/jobs", body_sha256=document.sha256) as turn:
         if turn.replay is not None:
             return turn.replay
-        return _create(context, caller, document.data, turn)
+        return _create(request, context, caller, document.data, turn)
 
 
 @router.post(
@@ -118,6 +126,7 @@ def create_job(
     openapi_extra=documented("ForkRequest", required=False),
 )
 def fork_job(
+    http: Request,
     context: ContextDep,
     caller: CallerDep,
     job_id: str,
@@ -144,10 +153,12 @@ def fork_job(
             return turn.replay
         sent = forked_spec(parent, start, request.spec)
         with below("/spec"):
-            return _create(context, caller, sent, turn, parent_id=parent.id)
+            return _create(http, context, caller, sent, turn, parent_id=parent.id)
 
 
-def _create(context: Context, caller: Caller, sent: dict[str, Any], turn: Once, *, parent_id: str | None = None) -> Response:
+def _create(
+    request: Request, context: Context, caller: Caller, sent: dict[str, Any], turn: Once, *, parent_id: str | None = None
+) -> Response:
     resolved = resolve_and_read(context.store, context.settings, caller.project, parse(JobSpec, sent))
     job = lifecycle.create_job(
         context.store,
@@ -157,9 +168,20 @@ def _create(context: Context, caller: Caller, sent: dict[str, Any], turn: Once, 
         resolved=resolved,
         parent_id=parent_id,
         key_id=caller.key_id,
-        also=lambda session, job: turn.complete(session, JobView.new(job)),
+        also=completed(request, turn),
     )
     return Response(JobView.new(job).model_dump_json(), 201, media_type="application/json")
+
+
+def completed(request: Request, turn: Once) -> Callable[[Session, Job], None]:
+    """What the transaction that makes a job does beside: the audit log's entry, and the answer for an Idempotency-Key."""
+
+    def complete(session: Session, job: Job) -> None:
+        audit.tell_with(session, request.scope, 201, job.id)
+        if turn.claim is not None:
+            turn.complete(session, JobView.new(job))
+
+    return complete
 
 
 def _view(context: Context, job: Job) -> JobView:

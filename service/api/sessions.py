@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 from starlette.concurrency import run_in_threadpool
 
 from service.api.examples import OPERATION, SESSION_SPEC
-from service.api.jobs import JobsQuery
+from service.api.jobs import JobsQuery, completed
 from service.api.views import JobPage, JobSummary, JobView
 from service.edge.arrays import parse_arrays
 from service.edge.auth import Caller, CallerDep
@@ -152,7 +152,12 @@ def _answered(schema_: dict[str, Any]) -> dict[int | str, dict[str, Any]]:
     openapi_extra=documented("SessionSpec", SESSION_SPEC),
 )
 def create_session(
-    context: ContextDep, caller: CallerDep, document: DocumentDep, turn_to_check: TurnDep, idempotency_key: IdempotencyKeyDep
+    request: Request,
+    context: ContextDep,
+    caller: CallerDep,
+    document: DocumentDep,
+    turn_to_check: TurnDep,
+    idempotency_key: IdempotencyKeyDep,
 ) -> Any:
     """Start a session: a model with its optimizer, which waits for operations."""
     with once(context.store, caller, idempotency_key, route="POST /v1/sessions", body_sha256=document.sha256) as turn:
@@ -166,7 +171,7 @@ def create_session(
             sent=document.data,
             resolved=resolved,
             key_id=caller.key_id,
-            also=lambda session, job: turn.complete(session, JobView.new(job)),
+            also=completed(request, turn),
         )
         return Response(JobView.new(job).model_dump_json(), 201, media_type="application/json")
 

@@ -1,4 +1,4 @@
-"""Which requests the audit log tells of, and how they get into it: before their answer is complete.
+"""Which requests the audit log tells of, and how they get into it: before their answer is complete, or with their change.
 
 So a caller never has the whole answer to a change that the log does not tell. What failed or was refused changed nothing, and
 is not told; nor is work, of which there is too much: losses, operations of sessions, samples, and the Tinker wire.
@@ -8,6 +8,7 @@ import logging
 import re
 from typing import Any
 
+from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 from starlette.types import Scope
 
@@ -17,6 +18,7 @@ from service.store.session import Store
 log = logging.getLogger(__name__)
 
 CALLER = "ratchet.caller"  # ASGI scope key: who asks, set by `service.edge.auth`
+TOLD = "ratchet.told"  # ASGI scope key: the transaction of the change has the entry
 READING = frozenset({"GET", "HEAD", "OPTIONS"})
 WORK = frozenset(
     {
@@ -34,28 +36,37 @@ def is_told(scope: Scope, status: int) -> bool:
     """Whether the request made a change that the log tells."""
     route = getattr(scope.get("route"), "path_format", "")
     told = route.startswith("/v1/") and route not in WORK and scope["method"] not in READING
-    return told and 200 <= status < 300 and CALLER in scope
+    return told and 200 <= status < 300 and CALLER in scope and TOLD not in scope
+
+
+def tell_with(session: Session, scope: Scope, status: int, made: str) -> None:
+    """Write the entry in the transaction of the change, which made this object: one commit instead of two."""
+    audit.note(session, **_entry(scope, status, made))
+    scope[TOLD] = True
 
 
 async def tell(scope: Scope, status: int, body: bytes) -> None:
     """Write the entry. If that fails the log of the process has it, and the request goes on."""
-    caller, route = scope[CALLER], scope["route"].path_format
-    given = list(scope.get("path_params", {}).values())
     made = MADE.match(body)
-    entry = {
-        "project": caller.project,
-        "key_id": caller.key_id,
-        "action": f"{scope['method']} {route}",
-        "object_id": str(given[-1])[:128] if given else made[1].decode() if made else None,
-        "status": status,
-        "request_id": scope["request_id"],
-    }
+    entry = _entry(scope, status, made[1].decode() if made else None)
     try:
         await run_in_threadpool(_write, scope["app"].state.context.store, entry)
     except Exception:
         log.exception("the audit log lacks this: %s", entry)
 
 
+def _entry(scope: Scope, status: int, made: str | None) -> dict[str, Any]:
+    caller, given = scope[CALLER], list(scope.get("path_params", {}).values())
+    return {
+        "project": caller.project,
+        "key_id": caller.key_id,
+        "action": f"{scope['method']} {scope['route'].path_format}",
+        "object_id": str(given[-1])[:128] if given else made,
+        "status": status,
+        "request_id": scope["request_id"],
+    }
+
+
 def _write(store: Store, entry: dict[str, Any]) -> None:
-    with store.begin() as session:
-        audit.note(session, **entry)
+    with store.write() as connection:
+        audit.note(connection, **entry)

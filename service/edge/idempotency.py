@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 MAX_LENGTH = 255
 
 
-def _key(
+async def _key(  # not in a thread, which takes longer than the check
     idempotency_key: Annotated[
         str | None,
         Header(

@@ -15,7 +15,8 @@ from service.store.tables import Checkpoint
 def discard(
     store: Store, doorbell: Doorbell, checkpoint_ids: list[str], now: datetime, *, by_hand: bool = False
 ) -> tuple[list[Checkpoint], dict[str, Kept]]:
-    """Delete those that are neither pinned nor promoted (see `checkpoints.remove`). One that a job needs loses its name now, and goes when no job needs it any more.
+    """Delete those that are neither pinned nor promoted. One that a job needs loses its name now, and goes when no job needs it
+    any more. `by_hand`: see `checkpoints.remove`.
 
     Samplers of such a checkpoint do not count among these jobs: they end. Returns the rows of those that are gone, and by id
     why the others are not.

@@ -50,39 +50,40 @@ def create_job(
     Raises NotFound when the parent was deleted meanwhile, InvalidRequest when it was a checkpoint or dataset that `resolved`
     names.
     """
-    now, spec = store.now(), resolved.spec
+    spec = resolved.spec
     budget = spec.get("limits", {}).get("budget") or {}
     resources, deadline_s = spec.get("resources", {}), spec.get("limits", {}).get("deadline_s")
-    job = Job(
-        id=new_id("job"),
-        project=project,
-        kind=resolved.kind,
-        name=spec["name"],
-        tags=list(spec["tags"]),
-        user_metadata=spec["metadata"],
-        spec_sent=sent,
-        spec=spec,
-        spec_sha256=resolved.spec_sha256,
-        data_sha256=resolved.data_sha256,
-        resolved={} if (trace := tracing.here()) is None else {"traceparent": trace},
-        parent_id=parent_id,
-        from_checkpoint_id=resolved.from_checkpoint_id,
-        status=Status.QUEUED.value,
-        status_reason="created",
-        max_steps=resolved.max_steps,
-        priority=resources.get("priority", 50),
-        resource_class=class_of(resources.get("class", "any"), resources.get("gpus", 1)),
-        created_at=now,
-        updated_at=now,
-        queued_at=now,
-        rung_at=now,
-        key_id=key_id,
-        budget_tokens=budget.get("tokens"),
-        budget_worker_s=budget.get("worker_s"),
-        deadline_at=None if deadline_s is None else now + timedelta(seconds=deadline_s),
-        base_key=resolved.base_key,
-    )
     with store.begin() as session:
+        now = clock.now(session)
+        job = Job(
+            id=new_id("job"),
+            project=project,
+            kind=resolved.kind,
+            name=spec["name"],
+            tags=list(spec["tags"]),
+            user_metadata=spec["metadata"],
+            spec_sent=sent,
+            spec=spec,
+            spec_sha256=resolved.spec_sha256,
+            data_sha256=resolved.data_sha256,
+            resolved={} if (trace := tracing.here()) is None else {"traceparent": trace},
+            parent_id=parent_id,
+            from_checkpoint_id=resolved.from_checkpoint_id,
+            status=Status.QUEUED.value,
+            status_reason="created",
+            max_steps=resolved.max_steps,
+            priority=resources.get("priority", 50),
+            resource_class=class_of(resources.get("class", "any"), resources.get("gpus", 1)),
+            created_at=now,
+            updated_at=now,
+            queued_at=now,
+            rung_at=now,
+            key_id=key_id,
+            budget_tokens=budget.get("tokens"),
+            budget_worker_s=budget.get("worker_s"),
+            deadline_at=None if deadline_s is None else now + timedelta(seconds=deadline_s),
+            base_key=resolved.base_key,
+        )
         if parent_id is not None:  # before its checkpoints: in the order in which a delete takes them
             jobs.hold(session, project, parent_id)
         _hold_inputs(session, job)

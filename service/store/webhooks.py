@@ -8,12 +8,13 @@ from secrets import token_bytes
 from types import MappingProxyType
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, delete, func, or_, select, update
+from sqlalchemy import ColumnElement, Connection, bindparam, delete, func, or_, select, update
 from sqlalchemy.orm import Session
 
 from service.errors import Conflict, NotFound
 from service.ids import new_id
 from service.states import Status
+from service.store.dialect import connection_of, table_of
 from service.store.paging import newest_first
 from service.store.tables import AliasChange, Job, Webhook, WebhookDelivery
 from service.store.values import dumps
@@ -67,21 +68,23 @@ def tell(
 ) -> None:
     """Write a delivery for each webhook of the project that wants one of these events, numbered from `first`."""
     told = [(type_, first + i, event, data) for i, (event, data) in enumerate(events) if (type_ := type_of(event, data))]
-    if not told:
+    if not told or not (hooks := _listening(connection_of(session), project)):
         return
     if isinstance(session, Session):
-        _tell(session, project, job_id, told, now)
+        _tell(session, hooks, project, job_id, told, now)
         return
     with Session(session) as joined:  # the connection's transaction, which it does not end
-        _tell(joined, project, job_id, told, now)
+        _tell(joined, hooks, project, job_id, told, now)
 
 
 def _tell(
-    session: Session, project: str, job_id: str, told: Sequence[tuple[str, int, str, dict[str, Any]]], now: datetime
+    session: Session,
+    hooks: Sequence[Any],
+    project: str,
+    job_id: str,
+    told: Sequence[tuple[str, int, str, dict[str, Any]]],
+    now: datetime,
 ) -> None:
-    hooks = _listening(session, project)
-    if not hooks:
-        return
     job = session.execute(select(Job.name, Job.kind, Job.user_metadata, Job.tags).where(Job.id == job_id)).one()
     about = {"job_id": job_id, "name": job.name, "kind": job.kind, "tags": job.tags, "metadata": job.user_metadata}
     for type_, seq, event, data in told:
@@ -103,14 +106,23 @@ def test(session: Session, hook: Webhook, now: datetime) -> WebhookDelivery:
     return _send(session, [hook], hook.project, TEST, {"webhook_id": hook.id}, now)[0]
 
 
-def _listening(session: Session, project: str) -> list[Webhook]:
-    """The project's webhooks that are not disabled. None can be deleted until this transaction ends: deliveries name them."""
-    query = select(Webhook).where(Webhook.project == project, Webhook.disabled_at.is_(None)).order_by(Webhook.id)
-    return list(session.scalars(query.with_for_update(read=True, key_share=True).execution_options(populate_existing=True)))
+def _listening(connection: Connection, project: str) -> Sequence[Any]:
+    """Rows with id and events of the project's webhooks that are not disabled. None can be deleted until this transaction ends:
+    deliveries name them."""
+    return connection.execute(_LISTENING, {"project": project}).all()
+
+
+_WEBHOOKS = table_of(Webhook)
+_LISTENING = (
+    select(_WEBHOOKS.c.id, _WEBHOOKS.c.events)  # built once: every event asks
+    .where(_WEBHOOKS.c.project == bindparam("project"), _WEBHOOKS.c.disabled_at.is_(None))
+    .order_by(_WEBHOOKS.c.id)
+    .with_for_update(read=True, key_share=True)
+)
 
 
 def _send(
-    session: Session, hooks: Sequence[Webhook], project: str, type_: str, content: dict[str, Any], now: datetime
+    session: Session, hooks: Sequence[Any], project: str, type_: str, content: dict[str, Any], now: datetime
 ) -> list[WebhookDelivery]:
     body = dumps({"type": type_, "timestamp": now.isoformat(timespec="milliseconds").replace("+00:00", "Z"), "data": content})
     rows = [
@@ -225,7 +237,7 @@ def disable(session: Session, webhook_id: str, reason: str, now: datetime, *, fa
     session.execute(
         given_up.values(status="failed", error="the webhook was disabled"), execution_options={"synchronize_session": False}
     )
-    others = [hook for hook in _listening(session, project) if DISABLED in hook.events]
+    others = [hook for hook in _listening(connection_of(session), project) if DISABLED in hook.events]
     _send(session, others, project, DISABLED, {"webhook_id": webhook_id, "reason": reason}, now)
     return True
 

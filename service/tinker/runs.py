@@ -22,7 +22,7 @@ from service.errors import FieldError, InvalidRequest, NotFound
 from service.ids import new_id
 from service.jobs.discard import discard
 from service.states import Status
-from service.store import clock, jobs, keys, tinker
+from service.store import checkpoints, clock, jobs, keys, tinker
 from service.store.tables import Checkpoint, TinkerModel, TinkerSession
 from service.tinker import base_models, paths
 from service.tinker.clients import page, texts

@@ -4,6 +4,7 @@ from datetime import timedelta
 
 import pytest
 from sqlalchemy import update
+from sqlalchemy.exc import IntegrityError
 
 from service.api.examples import LOSS_REQUEST, SESSION_SPEC, TRAIN_STEP
 from service.edge import audit as edge
@@ -74,13 +75,32 @@ def test_every_route_that_changes_something_is_told_or_named_as_work(api):
     assert set(paths) >= edge.WORK and all("post" in paths[path] for path in edge.WORK)
 
 
-def test_an_answer_comes_though_the_log_cannot_be_written(client, spec, monkeypatch, caplog):
+def test_an_answer_comes_though_the_log_cannot_be_written(client, submit, monkeypatch, caplog):
     def broken(*_):
         raise OSError("the disk")
 
+    job = submit()["id"]
     monkeypatch.setattr(edge, "_write", broken)
-    assert client.post("/v1/jobs", json=spec()).status_code == 201
+    assert client.post(f"/v1/jobs/{job}/cancel").status_code == 200
     assert "the audit log lacks this" in caplog.text
+
+
+@pytest.mark.parametrize("path", ["/v1/jobs", "/v1/sessions"])
+def test_a_job_is_told_in_the_transaction_that_makes_it(client, spec, monkeypatch, path):
+    """One commit instead of two; nobody sees the job without the entry, and where there is no entry there is no job."""
+    wrote = []
+    monkeypatch.setattr(edge, "_write", lambda *_: wrote.append(1))
+    sent = spec() if path == "/v1/jobs" else SESSION_SPEC
+    made = client.post(path, json=sent)
+    assert entries(client) == [(f"POST {path}", made.json()["id"], client.get("/v1/keys").json()["data"][0]["id"], 201)]
+    assert wrote == []
+
+    def broken(*_, **__):
+        raise IntegrityError("", {}, Exception())
+
+    monkeypatch.setattr(audit, "note", broken)
+    assert client.post(path, json=sent).status_code == 409
+    assert len(client.get(path).json()["data"]) == 1
 
 
 @pytest.mark.parametrize("age_days", [399, 401])
