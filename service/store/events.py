@@ -41,10 +41,15 @@ def append_all(
 
 
 def begin(session: Session, job: Job, events: Sequence[tuple[str, dict[str, Any]]], *, now: datetime) -> None:
-    """Add a new job together with its first events."""
+    """Add a new job, whose columns without a value get their defaults, together with its first events.
+
+    It is written as it is, without the ORM: `job` does not belong to the session, and later changes to it are not written.
+    """
     job.last_event = len(events)
-    session.add(job)
-    session.flush()
+    for name, default in _DEFAULTS.items():
+        if getattr(job, name) is None:
+            setattr(job, name, default)
+    connection_of(session).execute(_ADD, {column: getattr(job, name) for name, column in _COLUMNS.items()})
     _write(session, job.id, job.project, 1, events, now)
 
 
@@ -93,6 +98,9 @@ _TAKE = (
     )
     .returning(_JOBS.c.last_event, _JOBS.c.project)
 )
+_COLUMNS = {"user_metadata" if column.name == "metadata" else column.name: column.name for column in _JOBS.c}  # by attribute
+_DEFAULTS = {column.name: column.default.arg for column in _JOBS.c if column.default is not None}
+_ADD = insert(_JOBS)
 _WRITE = insert(table_of(Event))
 _AFTER = (
     select(*table_of(Event).columns)
