@@ -1,6 +1,8 @@
 import asyncio
+import json
 import logging
 import time
+from base64 import b64decode
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -68,6 +70,23 @@ def test_a_ring_is_a_celery_message_with_the_id_and_nothing_else(bell: Doorbell,
     assert message.headers["task"] == RING_TASK
     assert message.payload[:2] == [["job_1"], {}]
     assert bell.waiting("cpu") == 0
+
+
+def test_a_ring_is_what_celery_would_send(bell: Doorbell, url: str) -> None:
+    app = celery_app(settings_for(url))
+    app.send_task(RING_TASK, args=["job_1"], queue=queue_name("cpu"), ignore_result=True)
+    bell.ring("job_1", "cpu")
+    app.close()
+    with redis.Redis.from_url(redis_py_url(url)) as client:
+        ours, theirs = (json.loads(raw) for raw in client.lrange(queue_name("cpu"), 0, -1))  # pyright: ignore[reportGeneralTypeIssues]
+    for message in (ours, theirs):  # what differs from message to message
+        assert message["headers"]["id"] == message["headers"]["root_id"] == message["properties"]["correlation_id"]
+        message["body"] = json.loads(b64decode(message["body"]))
+        for name in ("id", "root_id"):
+            del message["headers"][name]
+        for name in ("correlation_id", "delivery_tag", "reply_to"):
+            assert isinstance(message["properties"].pop(name), str)
+    assert ours == theirs
 
 
 def test_a_worker_that_runs_the_app_gets_the_ring(bell: Doorbell, url: str) -> None:
