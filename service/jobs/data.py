@@ -47,6 +47,9 @@ class DataRows(Sequence[Row]):
             raise IndexError(f"row {index} of {len(self)}")
         return self._row(index % len(self))
 
+    def __iter__(self) -> Iterator[Row]:
+        return map(self._row, range(len(self)))
+
     @property
     def columns(self) -> list[str]:
         return list(self[0]) if len(self) else []

@@ -5,6 +5,7 @@ import pytest
 from service.edge import documents
 from service.edge.documents import MAX_DEPTH, canonical, parse_json, parse_yaml
 from service.errors import BodyTooLarge, InvalidRequest, Malformed
+from service.spec.storable import MAX_KEY_LENGTH, not_storable
 
 
 def test_yaml_means_what_it_looks_like():
@@ -140,3 +141,28 @@ def test_a_byte_order_mark_is_no_content():
 def test_the_order_of_keys_and_the_format_do_not_count():
     assert canonical(parse_json(b'{"b": [1, 2.0], "a": "x"}')) == canonical(parse_yaml(b"a: x\nb:\n- 1\n- 2.0\n"))
     assert canonical({"a": 1}) != canonical({"a": "1"})
+
+
+def nested(depth, value=1):
+    for level in range(depth):
+        value = [value] if level % 2 else {"a": value}
+    return value
+
+
+@pytest.mark.parametrize(
+    ("value", "codes"),
+    [
+        ({"a": [1, 2.5, "ä", None, True, {"b": []}], "": "é" * 2000}, []),
+        (nested(MAX_DEPTH), []),
+        (nested(MAX_DEPTH + 1), ["too_deep"]),
+        (nested(MAX_DEPTH + 1, "text"), ["too_deep"]),
+        (nested(MAX_DEPTH + 1, []), ["too_deep"]),
+        ({"a": [{"b": "\0"}, "\ud800", float("nan"), float("-inf")]}, ["not_storable"] * 4),
+        (
+            {"\0": 1, "\ud800": 1, "k" * (MAX_KEY_LENGTH + 1): 1, "k" * MAX_KEY_LENGTH: 1},
+            ["not_storable"] * 2 + ["key_too_long"],
+        ),
+    ],
+)
+def test_what_cannot_be_stored_is_found_wherever_it_stands(value, codes):
+    assert [error.code for error in not_storable(value)] == codes
