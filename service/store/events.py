@@ -6,6 +6,7 @@ from typing import Any
 
 from sqlalchemy import Connection, bindparam, func, insert, select, update
 from sqlalchemy.orm import Session
+from sqlalchemy.sql.schema import ScalarElementColumnDefault
 
 from service.errors import NotFound
 from service.store import clock, webhooks
@@ -99,7 +100,7 @@ _TAKE = (
     .returning(_JOBS.c.last_event, _JOBS.c.project)
 )
 _COLUMNS = {"user_metadata" if column.name == "metadata" else column.name: column.name for column in _JOBS.c}  # by attribute
-_DEFAULTS = {column.name: column.default.arg for column in _JOBS.c if column.default is not None}
+_DEFAULTS = {column.name: column.default.arg for column in _JOBS.c if isinstance(column.default, ScalarElementColumnDefault)}
 _ADD = insert(_JOBS)
 _WRITE = insert(table_of(Event))
 _AFTER = (

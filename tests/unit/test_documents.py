@@ -1,5 +1,7 @@
 """JSON and YAML as callers may send them."""
 
+from typing import Any
+
 import pytest
 
 from service.edge import documents
@@ -143,7 +145,7 @@ def test_the_order_of_keys_and_the_format_do_not_count():
     assert canonical({"a": 1}) != canonical({"a": "1"})
 
 
-def nested(depth, value=1):
+def nested(depth: int, value: Any = 1) -> Any:
     for level in range(depth):
         value = [value] if level % 2 else {"a": value}
     return value
