@@ -95,7 +95,7 @@ def _tell(
 def tell_of_alias(session: Session, change: AliasChange, job_id: str | None) -> None:
     """Write a delivery for each webhook of the project that wants it. `job_id`: whose checkpoint the alias points at now."""
     type_ = _OF_ALIASES[change.action]
-    hooks = [hook for hook in _listening(session, change.project) if type_ in hook.events]
+    hooks = [hook for hook in _listening(connection_of(session), change.project) if type_ in hook.events]
     names = ("alias", "seq", "checkpoint_id", "from_checkpoint_id", "note", "key_id")
     content = {name: getattr(change, name) for name in names} | {"job_id": job_id}
     _send(session, hooks, change.project, type_, content, change.created_at)

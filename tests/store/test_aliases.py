@@ -8,6 +8,7 @@ from threading import Barrier, Thread
 import pytest
 from sqlalchemy import select
 
+from service.doorbell import Doorbell
 from service.errors import Conflict, InvalidRequest, NotFound
 from service.ids import new_id, utcnow
 from service.jobs import lease as leases
@@ -159,7 +160,7 @@ def test_pages_are_the_newest_first(store: Store, saved: list[str]) -> None:
 
 
 def test_what_it_points_at_is_kept_and_what_a_rollback_needs_only_by_hand_deleted(
-    store: Store, settings: Settings, held: Lease, saved: list[str]
+    store: Store, settings: Settings, doorbell: Doorbell, held: Lease, saved: list[str]
 ) -> None:
     older, before, now, newest = saved
     for each in (older, before, now):
@@ -169,7 +170,7 @@ def test_what_it_points_at_is_kept_and_what_a_rollback_needs_only_by_hand_delete
     later = utcnow() + timedelta(seconds=61)
     with store.begin(readonly=True) as session:
         assert checkpoints.expired(session, later) == [newest]  # the others do not stand in its way
-    assert expire(store, later) == [newest]
+    assert expire(store, doorbell, later) == [newest]
     with store.begin(readonly=True) as session:
         alive = [session.get_one(Checkpoint, id_).deleted_at is None for id_ in saved]
     assert alive == [False, True, True, False]
@@ -182,7 +183,7 @@ def test_what_it_points_at_is_kept_and_what_a_rollback_needs_only_by_hand_delete
         rollback(store)
     assert refused.value.code == "checkpoint_deleted" and before in str(refused.value)
     drop(store)
-    assert expire(store, later) == [now]
+    assert expire(store, doorbell, later) == [now]
     with pytest.raises(NotFound):
         promote(store, now)
 
