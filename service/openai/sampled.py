@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any, Literal
 
 from service.sessions.codec import as_json
@@ -92,7 +92,9 @@ def _tokens(
 ) -> list[Token]:
     if log_probs not in found:
         return []
-    row, values, marks = found[ids][place], found[log_probs][place], [0, *found[ends][place]]
+    row, values = found[ids][place], found[log_probs][place]
+    # An answer of a worker of 29 November 2026 or before does not say where they end.
+    marks = [0, *(found[ends][place] if ends in found else accumulate(len(pieces[str(token)]) for token in row))]
     tops = zip(found[top_ids][place], found[top_log_probs][place], strict=True) if top_ids in found else (((), ()),) * len(row)
     return [
         Token(pieces[str(token)], value, [(pieces[str(i)], v) for i, v in zip(*top, strict=True) if v is not None], start, end)
