@@ -91,7 +91,7 @@ def attempt(kind: str, *, strict: bool) -> tuple[Any, list[int]]:
     tenure = SimpleNamespace(
         settings=SimpleNamespace(strict_metrics=strict), commit_step=lambda step, *_: committed.append(step)
     )
-    progress = SimpleNamespace(step=3, evaluated_at=None)
+    progress = SimpleNamespace(step=3, evaluated_at=None, implausible=[])
     return SimpleNamespace(tenure=tenure, spec=SimpleNamespace(kind=kind), progress=progress), committed
 
 

@@ -68,7 +68,7 @@ def test_the_defaults_of_the_kinds() -> None:
         ("/model/tiny", {"hidden_size": 100, "heads": 3}, "/model/tiny", "even multiple of heads"),
         ("/model/adapter", {"kind": "lora", "rank": 0}, "/model/adapter/rank", "at least 1"),
         ("/model/adapter", {"kind": "lora", "target_modules": []}, "/model/adapter/target_modules", "at least 1"),
-        ("/model/from_checkpoint", "job_123", "/model/from_checkpoint/id", "^ckpt_"),
+        ("/model/from_checkpoint", "job_123", "/model/from_checkpoint/id", "an alias (digits@production)"),
         ("/data/train", {"source": "inline", "rows": []}, "/data/train/rows", "at least 1"),
         ("/data/train", {"source": "dataset", "id": "nonsense"}, "/data/train/id", "^ds_"),
         ("/data/train", {"source": "file"}, "/data/train/source", "must be one of dataset, inline, reasoning_gym"),
