@@ -24,7 +24,7 @@ def find(url: str | None = None, api_key: str | None = None, data_dir: Path | No
     api_key = api_key or (os.environ.get(KEY_VARIABLE) if data_dir is None else None)
     if data_dir is None:  # or a local stack would be asked what was meant for another service
         for variable, given in ((URL_VARIABLE, url), (KEY_VARIABLE, api_key)):
-            if given is None and (misspelt := get_close_matches(variable, _others(), n=1, cutoff=0.84)):
+            if given is None and (misspelt := get_close_matches(variable, _others(variable), n=1, cutoff=0.84)):
                 raise RatchetNotFound(f"{misspelt[0]} sets nothing; did you mean {variable}?")
     folders = data_dirs(data_dir)
     for folder in folders:
@@ -44,8 +44,10 @@ def find(url: str | None = None, api_key: str | None = None, data_dir: Path | No
     return url, api_key
 
 
-def _others() -> list[str]:
-    return [name for name in os.environ if name.startswith("RATCHET_") and name not in (URL_VARIABLE, KEY_VARIABLE)]
+def _others(variable: str) -> list[str]:
+    """What may be meant for it: not RATCHET_API_KEY_FILE, which somebody else's program may read."""
+    known = (URL_VARIABLE, KEY_VARIABLE)
+    return [n for n in os.environ if n.startswith("RATCHET_") and n not in known and not n.startswith(f"{variable}_")]
 
 
 def _line(path: Path) -> str | None:

@@ -28,7 +28,8 @@ Expected = Annotated[
     str | None,
     Field(
         pattern=EXPECTED,
-        description="the checkpoint that it must point at now, none: that it must not exist; else 409 alias_moved. "
+        description="the checkpoint that it must point at now, none: that it must not exist; else 409 alias_moved, "
+        "unless it points at what is promoted. "
         "Default: whatever",
     ),
 ]

@@ -74,7 +74,7 @@ def list_checkpoints(
             size(checkpoint["size_bytes"]),
             _score(checkpoint),
             ago(checkpoint["created_at"]),
-            ", ".join(checkpoint["aliases"]),
+            ", ".join(checkpoint.get("aliases", [])),
         )
         for checkpoint in page["data"]
     ]

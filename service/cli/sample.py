@@ -18,6 +18,7 @@ from service.cli.connection import connect
 from service.cli.helps import command
 from service.cli.jobs import Json
 from service.cli.output import complain, lines, one_line, print_json, print_table
+from service.spec.aliases import is_alias
 
 Ask = Callable[[dict[str, Any]], dict[str, Any]]
 NEEDS = ("torch", "transformers", "peft")
@@ -128,8 +129,9 @@ def _places(context: typer.Context, names: list[str]) -> Iterator[tuple[str, dic
             if folder.is_dir():
                 yield name, {"folder": str(folder.absolute()), "model": _model_of(folder)}
                 continue
-            if not name.startswith("ckpt_"):
-                raise RatchetError(f"{name!r} is neither a checkpoint's id nor a folder; the prompt is one argument, the last")
+            if not (name.startswith("ckpt_") or is_alias(name)):
+                known = "a checkpoint's id, an alias nor a folder"
+                raise RatchetError(f"{name!r} is neither {known}; the prompt is one argument, the last")
             ratchet = ratchet or stack.enter_context(connect(context))
             with tempfile.TemporaryDirectory(prefix="ratchet-sample-") as temporary:
                 checkpoint = ratchet.get_checkpoint(name)

@@ -22,7 +22,9 @@ def discard(
     why the others are not.
     """
     with store.begin(readonly=True) as session:
-        samplers = jobs.samplers_of(session, checkpoint_ids)
+        rows = checkpoints.by_id(session, checkpoint_ids).values()
+        stay = {row_id for row_id, why in checkpoints.spared(session, list(rows), by_hand=by_hand).items() if why != "in_use"}
+        samplers = jobs.samplers_of(session, set(checkpoint_ids) - stay)
     for sampler in samplers:
         with suppress(Conflict, NotFound):  # it has ended meanwhile
             lifecycle.cancel(store, doorbell, sampler.project, sampler.id)

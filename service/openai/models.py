@@ -51,6 +51,8 @@ def target(store: Store, settings: Settings, project: str, name: str) -> Target:
                 row = aliases.checkpoint(session, project, name)
         except NotFound:
             raise not_found(name, "there is no such one in this project") from None
+        if row is not None and checkpoints.is_over(session, row):
+            raise not_found(name, f"{row.id} was deleted, or its time (ttl_s) is over")
     if row is None:
         raise not_found(name, "it has no checkpoint yet", hint="save one, or name the base model")
     return Target(row.id, base_of_checkpoint(row.id, row.model, row.adapter), row.id if row.adapter == "lora" else None, row)

@@ -70,7 +70,7 @@ def sampled(raw: bytes, stops: list[str], *, echo: Sequence[str | list[int]] | N
             # Without those behind a stop, and the one that ends a turn.
             tokens = [token for token in whole if reason == "length" or token.start < len(text)]
             if echo is not None:
-                sent, shown = echo[number], found["prompt_texts"][number]
+                sent, shown = echo[number], _prompt_text(found, pieces, number)
                 prompt = sent if isinstance(sent, str) else shown
                 names = ("prompt_tokens", "prompt_log_probs", "top_prompt_ids", "top_prompt_log_probs", "prompt_ends")
                 added = len(shown) - len(prompt) if shown.endswith(prompt) else 0  # by the tokenizer: a begin token
@@ -93,13 +93,20 @@ def _tokens(
     if log_probs not in found:
         return []
     row, values = found[ids][place], found[log_probs][place]
-    # An answer of a worker of 29 November 2026 or before does not say where they end.
+    # Workers of 29 November 2026 and before do not say where they end.
     marks = [0, *(found[ends][place] if ends in found else accumulate(len(pieces[str(token)]) for token in row))]
     tops = zip(found[top_ids][place], found[top_log_probs][place], strict=True) if top_ids in found else (((), ()),) * len(row)
     return [
         Token(pieces[str(token)], value, [(pieces[str(i)], v) for i, v in zip(*top, strict=True) if v is not None], start, end)
         for token, value, top, (start, end) in zip(row, values, tops, pairwise(marks), strict=True)
     ]
+
+
+def _prompt_text(found: dict[str, Any], pieces: dict[str, str], number: int) -> str:
+    """As the tokenizer shows it, or as its tokens are shown one by one: see above."""
+    if "prompt_texts" in found:
+        return found["prompt_texts"][number]
+    return "".join(pieces[str(token)] for token in found["prompt_tokens"][number])
 
 
 def _moved(token: Token, by: int) -> Token:

@@ -169,7 +169,8 @@ def _move(
         created_at=wish.now,
     )
     as_read = (Alias.project == row.project, Alias.name == row.name, Alias.version == row.version)
-    moved = update(Alias).where(*as_read).values(checkpoint_id=to_id, previous_id=previous_id, version=seq)
+    made = {"created_at": wish.now} if row.checkpoint_id is None else {}
+    moved = update(Alias).where(*as_read).values(checkpoint_id=to_id, previous_id=previous_id, version=seq, **made)
     if session.scalar(moved.returning(Alias.version), execution_options={"synchronize_session": False}) is None:
         return False
     session.add(change)

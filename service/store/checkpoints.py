@@ -11,6 +11,7 @@ from sqlalchemy.orm import Session
 
 from service.errors import Conflict, NotFound
 from service.states import FINAL
+from service.store import clock
 from service.store.deletable import Deletable
 from service.store.jobs import find
 from service.store.tables import Alias, Checkpoint, Job
@@ -162,6 +163,13 @@ def aliases(session: Session, checkpoint_ids: Sequence[str], *, previous: bool =
         for checkpoint_id, name in session.execute(query):
             found.setdefault(str(checkpoint_id), []).append(name)
     return found
+
+
+def is_over(session: Session, row: Checkpoint) -> bool:
+    """It was deleted, or its time is over, and it stays only as long as what uses it: nothing more may begin with it."""
+    if row.name != DELETED and (row.expires_at is None or row.expires_at > clock.now(session)):
+        return False
+    return spared(session, [row]).get(row.id) not in ("pinned", "aliased")
 
 
 def unname(row: Checkpoint, now: datetime) -> None:

@@ -210,7 +210,8 @@ def _result(row: Operation | Outcome, model: TinkerModel | None, ticket: Ticket)
         case "sample":
             return Result(answers.sample(head, tensors, ticket.last_n), PROTOBUF)
         case "forward" | "forward_backward":
-            return Result(answers.forward_backward(head, tensors), PROTOBUF)
+            widths = {"widths": ticket.widths()} if ticket.runs else {}
+            return Result(answers.forward_backward(widths | head, tensors), PROTOBUF)
         case "optim_step":
             return _json({"metrics": {name: float(value) for name, value in head["metrics"].items() if value is not None}})
         case "load_checkpoint":

@@ -160,7 +160,7 @@ class SampleAddress(OfSampler):
 
 
 class RetrieveFuture(Sent):
-    request_id: Annotated[str, Field(min_length=1, max_length=1000)]
+    request_id: Annotated[str, Field(min_length=1, max_length=100_000)]
 
 
 class OfPath(Sent):

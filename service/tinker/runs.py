@@ -135,10 +135,8 @@ def delete_checkpoint(context: ContextDep, caller: CallerDep, model_id: str, kin
     with context.store.begin(readonly=True) as session:
         _, row = _found(session, caller, model_id, kind, name)
         now = clock.now(session)
-        kept = checkpoints.spared(session, [row], by_hand=True).get(row.id)
         promoted = " and ".join(checkpoints.aliases(session, [row.id]).get(row.id, []))
-    if kept not in ("pinned", "aliased"):
-        kept = discard(context.store, context.doorbell, [row.id], now, by_hand=True)[1].get(row.id)
+    kept = discard(context.store, context.doorbell, [row.id], now, by_hand=True)[1].get(row.id)
     if kept == "pinned":
         raise InvalidRequest(f"checkpoint {row.id} is pinned; unpin it first", code="checkpoint_pinned")
     if kept == "aliased":

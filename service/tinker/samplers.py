@@ -146,7 +146,7 @@ def weights(session: Session, caller: Caller, row: TinkerSampler) -> Checkpoint 
     )
     if row.checkpoint_id is not None:
         there = session.get(Checkpoint, row.checkpoint_id)
-        if there is None or there.deleted_at is not None or there.name == checkpoints.DELETED:
+        if there is None or there.deleted_at is not None or checkpoints.is_over(session, there):
             raise gone
         return there
     if row.model_id is None:

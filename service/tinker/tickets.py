@@ -16,7 +16,7 @@ MOST_LAST_N = 999_999_999  # as many digits as a ticket may have; no prompt is a
 OPERATION = r"op_[0-9a-z]{26}"
 FORMS = re.compile(
     rf"model=(?P<model>[^/;]+)|(?:(?P<sampler>[^/;]+)/)?(?P<operation>{OPERATION})"
-    r"(?:;last=(?P<last>[0-9]{1,9}))?"
+    r"(?:;last=(?P<last>[0-9]{1,9})|;runs=(?P<runs>[0-9]{1,6}x[0-9]{1,6}(?:,[0-9]{1,6}x[0-9]{1,6})*))?"
 )
 
 
@@ -26,6 +26,7 @@ class Ticket:
     sampler_id: str | None = None
     operation_id: str | None = None
     last_n: int | None = None
+    runs: str | None = None  # as they were given out until 29 November 2026: a mixed batch's widths, 3x2,1x0
 
     def __str__(self) -> str:
         if self.model_id is not None:
@@ -40,4 +41,7 @@ class Ticket:
         if match is None:
             raise NotFound(f"no request {text[:80]!r} in this project")
         last = None if match["last"] is None else int(match["last"])
-        return cls(match["model"], match["sampler"], match["operation"], last)
+        return cls(match["model"], match["sampler"], match["operation"], last, match["runs"])
+
+    def widths(self) -> list[list[int]]:
+        return [[int(number) for number in run.split("x")] for run in (self.runs or "").split(",") if run]

@@ -288,7 +288,7 @@ def test_log_probs_are_of_the_text_s_own_tokens_though_characters_have_several()
 
 def test_log_probs_of_a_worker_that_does_not_say_where_tokens_end() -> None:
     """As workers did until 29 November 2026, whose answers are kept for hours."""
-    head = {"texts": ["ab."], "finish_reasons": ["stop"], "pieces": {"1": "ab", "2": ".", "3": "?"}, "prompt_texts": ["?"]}
+    head = {"texts": ["ab."], "finish_reasons": ["stop"], "pieces": {"1": "ab", "2": ".", "3": "?"}}
     told = {"tokens": tensor(array("i", [1, 2])), "cu_seqlens": tensor(array("q", [0, 2]))}
     asked = {"prompt_tokens": tensor(array("i", [3])), "prompt_cu_seqlens": tensor(array("q", [0, 1]))}
     logs = {"log_probs": tensor(array("f", [-0.5, -0.25])), "prompt_log_probs": tensor(array("f", [float("nan")]))}

@@ -129,3 +129,18 @@ def test_nothing_in_the_reference_is_markup():
         }
     )
     assert "<img" not in page and "&lt;img" in page
+
+
+def test_a_method_that_a_path_does_not_offer_is_a_405_that_names_those_it_does(api):
+    paths, wrong = api.app.openapi()["paths"], list[str]()
+    with httpx.Client(base_url=api.url) as client:
+        for path, offered in paths.items():
+            named = re.sub(r"{.*?}", "x", path)
+            others = [other for other in paths if other != path and re.fullmatch(re.sub(r"{.*?}", "[^/]+", other), named)]
+            of_another = {method for other in others for method in paths[other]}
+            for method in {"get", "put", "post", "delete", "patch", "options"} - offered.keys() - of_another:
+                answer = client.request(method, named)
+                allowed = {name.lower() for name in answer.headers.get("allow", "").split(", ")} - {"head"}
+                if answer.status_code != 405 or not allowed or allowed - offered.keys() - of_another:
+                    wrong.append(f"{method} {path}: {answer.status_code}, {allowed}")
+    assert wrong == []

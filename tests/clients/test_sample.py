@@ -90,12 +90,13 @@ def test_a_folder_and_a_checkpoint_answer_side_by_side(
     monkeypatch.setattr(sample, "_model_process", here)
     alone = ask(cli, str(tmp_path / "full"), "rev 12>")
     assert (alone.code, alone.out) == (0, full + "\n")
-    table = ask(cli, str(tmp_path / "full"), checkpoint_id, "rev 12>", "-n", "2").out.splitlines()
+    cli("promote", checkpoint_id, "d@best")
+    table = ask(cli, str(tmp_path / "full"), "d@best", "rev 12>", "-n", "2").out.splitlines()
     assert [re.split(r"\s{2,}", line)[:2] for line in table[1:]] == [
         ["1", str(tmp_path / "full")],
-        ["1", checkpoint_id],
+        ["1", "d@best"],
         ["2", str(tmp_path / "full")],
-        ["2", checkpoint_id],
+        ["2", "d@best"],
     ]
 
 
@@ -106,7 +107,10 @@ def test_what_cannot_be_sampled_is_a_plain_error(api: str, cli: Cli, tmp_path: P
     absent = ask(cli, "ckpt_nobody", "rev 12>")
     assert absent.code == 1 and "ckpt_nobody" in absent.err
     second = ask(cli, "rev 12>", "rev 34>")
-    assert second.code == 1 and "'rev 12>' is neither a checkpoint's id nor a folder; the prompt is one argument" in second.err
+    assert (
+        second.code == 1
+        and "'rev 12>' is neither a checkpoint's id, an alias nor a folder; the prompt is one argument" in second.err
+    )
     saved(tmp_path / "full", 1, "full")
     talked = ask(cli, str(tmp_path / "full"), "hello", "--chat")
     assert talked.code == 1 and "chat template" in talked.err and "Traceback" not in talked.err

@@ -7,17 +7,18 @@ from threading import Event, Thread
 import pytest
 
 from service.doorbell import Doorbell
-from service.errors import Conflict, InvalidRequest
+from service.errors import Conflict, InvalidRequest, NotFound
 from service.ids import new_id, utcnow
 from service.jobs import lease as leases
 from service.jobs import lifecycle
 from service.jobs.discard import discard
 from service.jobs.lease import CheckpointRow, Lease
 from service.jobs.reconciler import expire
+from service.openai.models import target
 from service.sessions.sessions import sampler_of
 from service.settings import Settings
 from service.spec.job import CheckpointsSpec
-from service.store import checkpoints
+from service.store import aliases, checkpoints
 from service.store.session import Store
 from service.store.tables import Checkpoint, Job
 
@@ -98,8 +99,18 @@ def test_a_sampler_keeps_no_checkpoint_that_its_owner_deletes(
     id_, sampler = of_all_weights(store, settings, doorbell, new_job)
     pin(store, id_)
     assert expire(store, doorbell, utcnow() + timedelta(days=1)) == []
-    assert job_of(store, sampler).status == "queued"
+    assert discard(store, doorbell, [id_], utcnow()) == ([], {id_: "pinned"})
     pin(store, id_, off=True)
+    with store.begin() as session:
+        wish = aliases.Wish("key_1", utcnow())
+        aliases.promote(session, "default", "digits@best", id_, wish)
+        checkpoints.unname(session.get_one(Checkpoint, id_), utcnow())  # saved over
+    assert expire(store, doorbell, utcnow() + timedelta(days=1)) == []
+    assert discard(store, doorbell, [id_], utcnow(), by_hand=True) == ([], {id_: "aliased"})
+    assert job_of(store, sampler).status == "queued"
+    assert target(store, settings, "default", id_).id == id_, "it goes on being sampled"
+    with store.begin() as session:
+        aliases.delete(session, "default", "digits@best", wish)
     removed, kept = discard(store, doorbell, [id_], utcnow())
     assert ([row.id for row in removed], kept, job_of(store, sampler).status) == ([id_], {}, "cancelled")
     assert there(store, [id_]) == [False]
@@ -113,6 +124,8 @@ def test_a_sampler_at_work_ends_before_its_expired_checkpoint_goes(
     with store.begin() as session:
         session.get_one(Checkpoint, id_).expires_at = utcnow()
     later = utcnow() + timedelta(seconds=1)
+    with pytest.raises(NotFound, match="its time"):
+        target(store, settings, "default", id_)  # or a sampler that is asked again would load it again and again
     for _ in range(2):
         assert expire(store, doorbell, later) == []
         assert (job_of(store, sampler).status, there(store, [id_])) == ("cancelling", [True])

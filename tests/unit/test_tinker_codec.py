@@ -15,12 +15,13 @@ from tinker.proto.response_conv import deserialize_forward_backward_output, dese
 from tinker.types.forward_backward_input import ForwardBackwardInput
 from tinker.types.forward_backward_request import ForwardBackwardRequest
 
-from service.errors import BodyTooLarge, InvalidRequest, Malformed
+from service.errors import BodyTooLarge, InvalidRequest, Malformed, NotFound
 from service.losses.numbers import tensor
 from service.sessions.codec import unpack
 from service.sessions.tensors import ROWS, check
 from service.tinker import answers, datums, messages
 from service.tinker.compression import expanded
+from service.tinker.tickets import Ticket
 
 LIMIT = 2**20
 
@@ -144,6 +145,14 @@ def test_mixed_widths_are_filled_with_weight_zero_and_cut_back(with_weights):
     assert [one["logprobs"].shape for one in outputs] == [[2, 2], [1], [1, 3]]
     flat = [one["logprobs"].to_numpy().flatten().tolist() for one in outputs]
     assert flat == [[-0.375, -0.5, -0.625, -0.75], [-0.875], [-1.0, -1.125, -1.25]]
+
+
+def test_a_ticket_of_an_older_api_tells_the_widths_itself():
+    old = f"op_{'1' * 26};runs=3x2,1x0"
+    assert Ticket.parse(old).widths() == [[3, 2], [1, 0]] and str(Ticket.parse(old)) == f"op_{'1' * 26}"
+    for wrong in (f"{old},", f"{old}x", f"{old};last=3"):
+        with pytest.raises(NotFound):
+            Ticket.parse(wrong)
 
 
 def test_bfloat16_is_widened_and_narrow_integers_too():

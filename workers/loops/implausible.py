@@ -53,8 +53,7 @@ def implausible(progress: Progress, metrics: Mapping[str, float]) -> list[EventR
     now = {name for name, bound in BOUNDS.items() if abs(metrics.get(name, 0.0)) > bound.most}
     if metrics.get(STALENESS):  # the sampler's weights are others, as the spec wants it
         now.discard(DISAGREEMENT)
-    if EVAL_LOSS not in metrics and EVAL_LOSS in progress.implausible:
-        now.add(EVAL_LOSS)  # only some steps measure it
+    now.update(name for name in progress.implausible if name not in metrics)  # not every commit has all of them
     fresh = [name for name in BOUNDS if name in now and name not in progress.implausible]
     progress.implausible = sorted(now)
     return [

@@ -1,8 +1,8 @@
 """Texts to tokens and back: prompts, chats, answers, and the tokens that end an answer."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
-from itertools import takewhile
+from itertools import accumulate, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from workers.rollout.engine import BROKEN
 
 NO_LIMIT = 1 << 20  # tokens of context, for a model that names none
 LOADED_BY = ("is_local", "local_files_only")  # how a tokenizer was loaded; transformers would save this with it
+STUCK = 8  # tokens in which no character comes to its end: these bytes are none
 SEAMS = "\n", ":", "a"  # texts whose tokens usually stay the same when another text follows
 
 
@@ -31,7 +32,8 @@ class Unfolding:
     def part(self, tokens: list[int]) -> str:
         """What came since the last part; `tokens` are all of the answer's until now."""
         whole = self._decode(tokens[self._window :])
-        certain = whole.rstrip(BROKEN)
+        stuck = len(tokens) - self._end > STUCK
+        certain = whole if stuck else whole.rstrip(BROKEN)
         new = certain[self._told :]
         self._told += len(new)
         self.length += len(new)
@@ -41,14 +43,19 @@ class Unfolding:
         return new
 
 
-def ends_of(tokens: Iterable[int], decode: Callable[[list[int]], str]) -> list[int]:
-    """How many characters of the tokens' text are whole after each of them."""
+def ends_of(tokens: Sequence[int], decode: Callable[[list[int]], str]) -> list[int]:
+    """How many characters of the tokens' text are whole after each of them; after the last that shows anything, all."""
+    pieces = {token: decode([token]) for token in set(tokens)}
+    whole = decode(list(tokens))
+    if BROKEN not in whole and "".join(pieces[token] for token in tokens) == whole:
+        return list(accumulate(len(pieces[token]) for token in tokens))
     unfolding, grown, ends = Unfolding(decode), list[int](), list[int]()
     for token in tokens:
         grown.append(token)
         unfolding.part(grown)
-        ends.append(unfolding.length)
-    return ends
+        ends.append(min(unfolding.length, len(whole)))
+    last = max((place for place, token in enumerate(tokens) if pieces[token]), default=len(ends))
+    return ends[:last] + [len(whole)] * (len(ends) - last)
 
 
 class Text:

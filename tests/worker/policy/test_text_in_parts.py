@@ -39,6 +39,27 @@ def test_the_ends_of_tokens_count_whole_characters_of_the_text_that_is_shown(loa
     assert ends_of(tokens, text.show) == [1, 1, 1, 1, 2, 7, 8]
 
 
+def test_an_end_token_behind_a_broken_character_is_behind_its_text(load) -> None:
+    text = text_of(load, tokenizer())
+    tokens = [*tokenizer()("a")["input_ids"], *tokenizer()("é")["input_ids"][:1], *tokenizer()("<pad>")["input_ids"]]
+    assert (text.decode(tokens), ends_of(tokens, text.decode)) == ("a\ufffd", [1, 2, 2])
+
+
+@pytest.mark.parametrize("said", ["é", "a", "🙂a"])
+def test_ends_take_time_in_proportion_to_the_tokens(load, said: str) -> None:
+    """Bytes that are no character, too: they are not read again with each of those that follow."""
+    text, read = text_of(load, tokenizer()), 0
+
+    def decode(tokens: list[int]) -> str:
+        nonlocal read
+        read += len(tokens)
+        return text.decode(tokens)
+
+    tokens = tokenizer()(said)["input_ids"][:1] * 500
+    assert ends_of(tokens, decode)[-1] == len(text.decode(tokens))
+    assert read < 20 * len(tokens)
+
+
 def test_pieces_have_the_text_of_each_token(load) -> None:
     tokens = tokenizer()(" a<|im_end|>")["input_ids"]
     pieces = text_of(load, tokenizer()).pieces(tokens)
