@@ -90,7 +90,10 @@ def test_it_is_made_moved_rolled_back_deleted_and_made_again(store: Store, saved
     drop(store)
     with pytest.raises(NotFound):
         at(store)
+    dropped_at = utcnow()
     assert promote(store, b, NOTHING) is True
+    with store.begin(readonly=True) as session:
+        assert aliases.get(session, "default", NAME).created_at >= dropped_at
     assert told(store) == [
         (1, "promote", None, a),
         (2, "promote", a, b),
