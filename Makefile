@@ -24,9 +24,9 @@ help: ## what there is
 demo: $(VENV)/.for-running ## train a model with GSPO through the whole stack, on this machine, in a few minutes
 	@$(BIN)/ratchet demo
 
-# Tests wait as often as they compute, so two cores have work for three processes.
-test: $(VENV)/.for-developing ## run the tests (ARGS="-k name" passes arguments on; N=2 processes instead of 3)
-	$(BIN)/python -m pytest -n $(or $(N),3) --dist worksteal $(ARGS)
+# Tests wait as often as they compute, so two cores have work for four processes.
+test: $(VENV)/.for-developing ## run the tests (ARGS="-k name" passes arguments on; N=2 processes instead of 4)
+	$(BIN)/python -m pytest -n $(or $(N),4) --dist worksteal $(ARGS)
 
 gpu-test: $(VENV)/.for-developing ## the tests that need GPUs; each is skipped where they are missing
 	$(BIN)/python -m pytest tests/gpu $(ARGS)
