@@ -80,7 +80,7 @@ def pytest_collection() -> Iterator[None]:
 def _statements_are_compiled_once() -> Iterator[None]:
     """Engines of one kind share the dialect and its compiled statements: each test has an engine of its own, and would spend
     a third of its time on writing the same SQL anew."""
-    known: dict[str, Engine] = {}
+    known, compiled = dict[str, Engine](), dict[Any, Any]()
 
     def shared(url: URL, **options: Any) -> Engine:
         engine = create_engine(url, **options)
@@ -88,8 +88,8 @@ def _statements_are_compiled_once() -> Iterator[None]:
         if first.dialect.server_version_info is None:  # it never connected, and does not know its server
             known[url.drivername] = engine
         elif first is not engine:
-            engine.dialect = engine.pool._dialect = first.dialect
-            engine._compiled_cache = first._compiled_cache
+            engine.dialect = first.dialect
+        engine.update_execution_options(compiled_cache=compiled)  # by dialect and statement
         return engine
 
     with pytest.MonkeyPatch.context() as patch:

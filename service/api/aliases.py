@@ -10,13 +10,13 @@ from sqlalchemy.orm import Session
 
 from service.edge.auth import Caller, CallerDep
 from service.edge.bodies import DocumentDep, OptionalDocumentDep, documented
-from service.edge.context import Context, ContextDep
+from service.edge.context import ContextDep
 from service.edge.idempotency import IdempotencyKeyDep, once
 from service.edge.pages import Page, PageQuery
 from service.edge.problems import BODY, responses
 from service.spec.aliases import wrong_alias
 from service.spec.section import Section
-from service.store import aliases, checkpoints, keys
+from service.store import aliases, checkpoints, clock, keys
 from service.store.aliases import Wish
 from service.store.tables import Alias, AliasChange
 from service.validation import invalid, parse
@@ -174,8 +174,8 @@ def promote(
     ) as turn:
         if turn.replay is not None:
             return turn.replay
-        wish = _wish(context, caller, request)
         with context.store.begin() as session:
+            wish = _wish(session, caller, request)
             row, made = aliases.promote(session, caller.project, alias, request.checkpoint, wish)
             [view] = AliasView.read(session, caller.project, row)
             turn.complete(session, view, 201 if made else 200)
@@ -197,8 +197,8 @@ def roll_back(
     with once(context.store, caller, idempotency_key, route=route[:128], body_sha256=document.sha256) as turn:
         if turn.replay is not None:
             return turn.replay
-        wish = _wish(context, caller, request)
         with context.store.begin() as session:
+            wish = _wish(session, caller, request)
             row = aliases.rollback(session, caller.project, alias, wish)
             [view] = AliasView.read(session, caller.project, row)
             turn.complete(session, view, 200)
@@ -209,8 +209,8 @@ def roll_back(
 def delete_alias(context: ContextDep, caller: CallerDep, alias: str, query: Annotated[DeleteAliasQuery, Query()]) -> None:
     """Delete an alias. Its checkpoint stays, as long as its job's retention says; its history stays, too."""
     with context.store.begin() as session:
-        aliases.delete(session, caller.project, alias, _wish(context, caller, query))
+        aliases.delete(session, caller.project, alias, _wish(session, caller, query))
 
 
-def _wish(context: Context, caller: Caller, asked: PromoteRequest | RollbackRequest | DeleteAliasQuery) -> Wish:
-    return Wish(key_id=caller.key_id, now=context.store.now(), note=asked.note, expected=asked.expected)
+def _wish(session: Session, caller: Caller, asked: PromoteRequest | RollbackRequest | DeleteAliasQuery) -> Wish:
+    return Wish(key_id=caller.key_id, now=clock.now(session), note=asked.note, expected=asked.expected)
