@@ -1,4 +1,4 @@
-"""`ratchet export metrics`, read back with the packages that it writes for."""
+"""`ratchet export metrics`, read back with the packages that it writes for (imported only where they are used)."""
 
 import threading
 from collections.abc import Callable
@@ -7,10 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import trackio  # pyright: ignore[reportMissingImports]
-from mlflow import MlflowClient  # pyright: ignore[reportMissingImports]
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # pyright: ignore[reportMissingImports]
-from trackio.sqlite_storage import SQLiteStorage  # pyright: ignore[reportMissingImports]
 
 from service.cli import export, sinks
 
@@ -33,6 +29,8 @@ def job_id(api: str, cli: Cli) -> str:
 
 
 def tensorboard(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
     events.Reload()
     return {name: [(point.step, point.value) for point in events.Scalars(name)] for name in events.Tags()["scalars"]}
@@ -109,6 +107,8 @@ def test_unknown_and_absent_sinks_are_named(cli: Cli, job_id: str, monkeypatch: 
 
 
 def test_mlflow_reads_what_was_written_once(cli: Cli, job_id: str, hand: Any, tmp_path: Path) -> None:
+    from mlflow import MlflowClient
+
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     held = hand.take()
     hand.step(held, 1, {"reward/mean": 0.25, "loss": float("nan")})
@@ -151,6 +151,9 @@ def test_wandb_has_what_was_written_once_across_offline_runs(cli: Cli, job_id: s
 def test_trackio_reads_what_was_written_once(
     cli: Cli, job_id: str, hand: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    import trackio
+    from trackio.sqlite_storage import SQLiteStorage
+
     monkeypatch.setattr("trackio.sqlite_storage.TRACKIO_DIR", tmp_path)
     held = hand.take()
     hand.step(held, 1, {"reward/mean": 0.25, "loss": float("nan")})

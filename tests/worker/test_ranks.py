@@ -62,9 +62,9 @@ def curves(stack: Any, job: Job) -> list[tuple[str, int, float]]:
 
 @pytest.mark.timeout(300)
 @SQLITE
-@pytest.mark.parametrize("sharding", ["optimizer", "full"])
+@pytest.mark.parametrize(("sharding", "dies"), [("optimizer", "the first"), ("full", "the other")])
 def test_a_job_on_two_ranks_is_like_one_on_one_rank_and_comes_through_the_death_of_either(
-    stack: Any, specs: Any, sharding: str
+    stack: Any, specs: Any, sharding: str, dies: str
 ) -> None:
     def submit(gpus: int, **sharding: str) -> Job:
         sections = {
@@ -88,20 +88,15 @@ def test_a_job_on_two_ranks_is_like_one_on_one_rank_and_comes_through_the_death_
 
     # Each rank with all of the optimizer's state gives the same bits as with its share of it. Sharded norms are sums of parts.
     disturbed = submit(2, sharding="none" if sharding == "optimizer" else "full")
-    stack.until(disturbed.id, lambda _: bool(followers(stack)))
+    stack.until(disturbed.id, lambda job: job.step >= 8)
     (follower,) = followers(stack)
-    os.kill(parent(follower), signal.SIGKILL)
-    assert ended([follower])
-    stack.until(disturbed.id, lambda job: job.attempt == 2 and job.step >= 3)
-    (follower,) = followers(stack)
-    os.kill(follower, signal.SIGKILL)
+    os.kill(parent(follower) if dies == "the first" else follower, signal.SIGKILL)
     killed = time.monotonic()
-    stack.until(disturbed.id, lambda job: job.status == "queued")
+    assert ended([follower])
+    stack.until(disturbed.id, lambda job: job.status == "queued" or job.attempt == 2)
     assert time.monotonic() - killed < 10
-    stack.until(disturbed.id, lambda job: job.attempt == 3 and job.step >= 8)
-    (follower,) = followers(stack)
     again = stack.succeeded(disturbed.id)
-    assert again.attempt == 3 and ended([follower])
+    assert again.attempt == 2 and ended(followers(stack))
     assert curves(stack, again) == theirs
     assert [name for name, tensor in stack.weights(again).items() if not torch.equal(tensor, weights[name])] == []
 
