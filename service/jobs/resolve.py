@@ -15,6 +15,7 @@ from service.errors import FieldError, InvalidRequest, NotFound
 from service.jobs.chats import Chats
 from service.jobs.data import Data, DataRows, InlineRows, open_source, split
 from service.jobs.gym import check_task
+from service.jobs.held_out import check_seeds, learnt_rows
 from service.jobs.reference_checks import Formula, check_references
 from service.jobs.resolve_model import resolve_model, tokenizer_folder
 from service.jobs.resolve_reward import check_metrics, check_reward
@@ -70,6 +71,7 @@ def resolve(store: Store, settings: Settings, project: str, spec: RLSpec | Super
     spec = _filled(spec.model_copy(update={"model": model}))
     data = _open(spec, paths, errors)
     errors += check_reward(spec, settings)
+    errors += check_seeds(spec.data)
     errors += check_metrics(spec)
     errors += check_rollout(spec, settings)
     errors += _check_context(spec, context)
@@ -92,7 +94,7 @@ def resolve(store: Store, settings: Settings, project: str, spec: RLSpec | Super
         max_steps=spec.limits.max_steps,
         from_checkpoint_id=None if model.from_checkpoint is None else model.from_checkpoint.id,
         estimates=estimates,
-        warnings=[*_warnings(spec, estimates), *overlong_rows(spec, data)],
+        warnings=[*_warnings(spec, estimates), *overlong_rows(spec, data), *learnt_rows(spec.data, data)],
         dataset_paths=paths,
         formulas=formulas,
         chats=None if tokenizer is None else Chats(tokenizer, spec, data),
@@ -270,8 +272,6 @@ def _warnings(spec: RLSpec | SupervisedSpec, estimates: dict[str, Any]) -> list[
     data, warmup, updates = spec.data, spec.optimizer.schedule.warmup_steps, estimates["optimizer_steps"]
     if data.prompt is not None and not columns_of(data.prompt):
         warnings.append("data.prompt names no column: every prompt is the same")
-    if isinstance(data.train, DatasetSource) and isinstance(data.eval, DatasetSource) and data.train.id == data.eval.id:
-        warnings.append("data.eval reads the training rows; a split holds rows out that are never trained on")
     if warmup >= updates:
         warnings.append(
             f"the learning rate is still warming up at the end: {warmup} warm-up steps, {updates} optimizer steps in all"

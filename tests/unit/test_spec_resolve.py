@@ -156,9 +156,54 @@ def test_what_is_legal_and_probably_not_meant_is_warned_of(trying: Try, world: S
     assert any("repeats some of the 8 rows" in text for text in trying(but(RL, rollout__prompts_per_step=16)).warnings)
     loose = but(RL, objective__surrogate={"clip_high": 0.2})
     assert trying(loose).warnings == parse(JobSpec, loose).objective.warnings(updates_per_rollout=4) != []
-    dataset = ingest(world.store, "default", "a", [b'{"q": "1+1", "a": "2"}\n'], 10**6)
-    source = {"source": "dataset", "id": dataset.id}
-    assert any("reads the training rows" in text for text in trying(but(RL, data__train=source, data__eval=source)).warnings)
+
+
+# ---------------------------------------------------------------- what is held out
+
+
+def test_held_out_rows_that_are_training_rows_are_warned_of(trying: Try, world: SimpleNamespace) -> None:
+    def said(**changes: Any) -> list[str]:
+        return [text for text in trying(but(RL, **changes)).warnings if "learnt by heart" in text]
+
+    lines = [json.dumps(row).encode() + b"\n" for row in ROWS[3:6]]
+    dataset = ingest(world.store, "default", "a", [b"".join(lines)], 10**6)
+    uploaded = {"source": "dataset", "id": dataset.id}
+    (text,) = said(data__eval=uploaded)
+    assert text.startswith("3 of the 3 rows of data.eval (for example row 0) have prompt and answer of a training row: ")
+    assert said(data__train=uploaded, data__eval=uploaded) and not said()
+    often = said(data__train__rows=ROWS * 3)  # a split of rows that stand there three times
+    assert len(often) == 1 and often[0].startswith("2 of the 2 rows of data.eval")
+    others = [{"q": "1+1", "a": "3"}, {"q": "2+1", "a": "4"}, {**ROWS[9], "more": 1}]
+    assert said(data__eval={"source": "inline", "rows": others})[0].startswith(
+        "1 of the 3 rows of data.eval (for example row 3)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("seed", "size", "wrong"),
+    [(5, 3, 3), (6, 1, 1), (14, 9, 1), (0, 6, 1), (0, 100, 10), (15, 3, 0), (0, 5, 0)],
+)
+def test_numbers_of_procedural_rows_are_held_out(trying: Try, seed: int, size: int, wrong: int) -> None:
+    """Row i is made from seed + i: training takes 5 to 14 of 20 here."""
+    train = {"source": "reasoning_gym", "task": "chain_sum", "size": 20, "max_rows": 10, "seed": 5}
+    spec = but(RL, model={"source": "org/model"}, data__train=train)
+    spec = but(spec, data__eval={**train, "seed": seed, "size": size, "max_rows": None})
+    spec = but(
+        spec,
+        model={"source": "org/model"},
+        data__prompt="{question}",
+        data__answer="{answer}",
+        reward__graders=[{"kind": "reasoning_gym"}],
+    )
+    if wrong:
+        error = only(trying, spec)
+        assert (error.pointer, error.code, error.got, error.allowed) == (
+            "/data/eval/seed", "not_held_out", seed, "at least 15"
+        )  # fmt: skip
+        assert f"so {wrong} of the {size} rows of data.eval would be training rows (seed 5, 10 rows)" in error.detail
+    else:
+        trying(spec)
+    trying(but(spec, data__eval__config={"max_terms": 3}))  # rows of its own
 
 
 # ---------------------------------------------------------------- rows and templates

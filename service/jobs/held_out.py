@@ -1,0 +1,61 @@
+"""Whether held-out rows are held out: none of them may be a training row."""
+
+from collections.abc import Iterator
+from time import monotonic
+
+from service.errors import FieldError
+from service.jobs.data import Data, Row, given_rows
+from service.spec.data import DataSpec, ReasoningGymSource
+
+READ_WITHIN_S = 2.0  # of an API thread
+
+
+def check_seeds(data: DataSpec) -> list[FieldError]:
+    """An error if both sources make rows of one reasoning-gym task from the same numbers.
+
+    In 102 of the 105 tasks of reasoning-gym 0.1.25, row i derives from seed + i alone: those of seed 1 are those of seed 0,
+    moved by one.
+    """
+    train, held_out = data.train, data.eval
+    if not isinstance(train, ReasoningGymSource) or not isinstance(held_out, ReasoningGymSource):
+        return []
+    rows, others = _rows(train), _rows(held_out)
+    if (train.task, train.config) != (held_out.task, held_out.config) or rows.stop <= others.start or others.stop <= rows.start:
+        return []
+    common = min(rows.stop, others.stop) - max(rows.start, others.start)
+    detail = (
+        f"row i of a reasoning_gym task is made from seed + i, so {common} of the {len(others)} rows of data.eval would be "
+        f"training rows (seed {train.seed}, {len(rows)} rows); eval.seed must be at least {rows.stop}"
+    )
+    return [FieldError("/data/eval/seed", detail, "not_held_out", held_out.seed, f"at least {rows.stop}")]
+
+
+def _rows(source: ReasoningGymSource) -> range:
+    return range(source.seed, source.seed + min(source.size, source.max_rows or source.size))
+
+
+def learnt_rows(spec: DataSpec, data: Data) -> Iterator[str]:
+    """A warning if rows of data.eval have the prompt and the answer of a training row. Procedural rows are not made here;
+    training rows that READ_WITHIN_S leaves no time for are not looked at."""
+    given = dict(given_rows(spec, data))
+    if len(given) < 2:
+        return
+    held_out: dict[int, list[int]] = {}
+    for index, row in enumerate(given["eval"]):
+        held_out.setdefault(_known_by(data, row), []).append(index)
+    learnt, until = set[int](), monotonic() + READ_WITHIN_S
+    for row in given["train"]:
+        if (key := _known_by(data, row)) in held_out:
+            learnt.add(key)
+        if monotonic() > until:
+            break
+    if learnt:
+        rows = sorted(index for key in learnt for index in held_out[key])
+        yield (
+            f"{len(rows)} of the {len(given['eval'])} rows of data.eval (for example row {given['eval'].number(rows[0])}) have "
+            "prompt and answer of a training row: what is measured on them may be learnt by heart"
+        )
+
+
+def _known_by(data: Data, row: Row) -> int:
+    return hash((repr(data.prompt(row)), data.answer(row)))
