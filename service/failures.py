@@ -74,6 +74,11 @@ CODES: Mapping[str, Code] = MappingProxyType(
             "data.overlong is skip, and every row of a split is too long",
             "shorten the template, or lower max_completion_tokens",
         ),
+        "row_not_made": Code(
+            "user",
+            "a reasoning-gym task cannot make a row with this config",
+            "change the source's config, or take another task",
+        ),
         "prompt_empty": Code("user", "a row's prompt has no tokens", "mend the row or the template, or take the row out"),
         "sequence_too_long": Code(
             "user", "a row's prompt and answer do not fit the context", "shorten the row, or take it out of the data"

@@ -144,7 +144,7 @@ def _source(source: TrainSource, paths: dict[str, Path], pointer: str) -> DataRo
         check_task(source, pointer)
         return InlineRows([GYM_ROW] * min(source.size, source.max_rows or source.size))
     try:
-        return open_source(source, paths.__getitem__, pointer)
+        return open_source(source, paths.__getitem__, pointer, None)
     except FileNotFoundError:
         detail = "the dataset's file is not here; API and workers share one data directory, or one bucket (RATCHET_BLOB_URL)"
         raise invalid([FieldError(f"{pointer}/id", detail, "files_missing")]) from None

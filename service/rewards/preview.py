@@ -76,7 +76,10 @@ def preview(
 ) -> Preview:
     """The first rows as prompts. Their reference, near and wrong answers are graded as if the model had given them."""
     data = open_data(spec.data, spec.seed, dataset_paths.__getitem__)
-    first = data.train[:rows]
+    try:
+        first = data.train[:rows]
+    except JobFailed as error:
+        return Preview([], [f"{error.code}: {error.detail}"])
     samples: list[dict[str, Any]] = [
         {"prompt": data.prompt(row), "reference": reference_of(spec, data, row), "graded": None, "errors": []} for row in first
     ]

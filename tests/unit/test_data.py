@@ -1,4 +1,7 @@
 import json
+import os
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -6,8 +9,9 @@ from typing import Any
 import pytest
 
 from service.errors import InvalidRequest
-from service.jobs.data import InlineRows, JsonlRows, Subset, open_data, plain_messages, prompt_indices
-from service.spec.data import DataSpec, Message
+from service.jobs.data import InlineRows, JsonlRows, Subset, open_data, open_source, plain_messages, prompt_indices
+from service.jobs.gym_rows import RowMaker
+from service.spec.data import DataSpec, Message, ReasoningGymSource
 
 ROWS = [{"q": f"{n}+{n}", "a": str(2 * n)} for n in range(10)]
 
@@ -139,3 +143,46 @@ def test_keys_that_a_table_leaves_empty_are_not_given_to_the_template() -> None:
     messages = [{**lacking, "content": ""}, {**lacking, "content": None, "tool_calls": [call], "thinking": "why"}]
     called = {"role": "assistant", "tool_calls": [call], "thinking": "why"}
     assert plain_messages(messages) == [{"role": "assistant", "content": ""}, called]
+
+
+# ---------------------------------------------------------------- procedural rows
+
+
+SAME_EVERYWHERE = """
+import json, sys
+from pathlib import Path
+from service.jobs.data import open_source
+from service.jobs.gym_rows import RowMaker
+from service.spec.data import ReasoningGymSource
+
+maker, order = RowMaker(), json.loads(sys.argv[1])
+for task in ("isomorphic_strings", "list_functions", "polynomial_multiplication"):
+    source = ReasoningGymSource(source="reasoning_gym", task=task, size=30, seed=3)
+    rows = open_source(source, lambda _: Path(), "/data/train", maker)
+    print(sorted((index, rows[index]["question"], str(rows[index]["answer"])) for index in order))
+"""
+
+
+def test_a_procedural_row_is_the_same_in_every_process_and_order() -> None:
+    """Other hashes of texts, another order: reasoning-gym alone makes other rows of these tasks."""
+    pytest.importorskip("reasoning_gym")
+
+    def made(order: list[int], **environment: str) -> str:
+        argv = [sys.executable, "-c", SAME_EVERYWHERE, json.dumps(order)]
+        return subprocess.run(argv, env={**os.environ, **environment}, capture_output=True, text=True, check=True).stdout
+
+    order = list(range(30))
+    assert made(order, PYTHONHASHSEED="1") == made(order[::-1], PYTHONHASHSEED="2")
+
+
+def test_rows_are_made_again_by_the_next_process_and_what_cannot_be_made_is_said() -> None:
+    pytest.importorskip("reasoning_gym")
+    maker, source = RowMaker(), ReasoningGymSource(source="reasoning_gym", task="spell_backward", size=3)
+    rows = open_source(source, lambda _: Path(), "/data/train", maker)
+    first = rows[0]
+    assert maker._child is not None
+    maker._child.kill()
+    maker._child.wait()
+    assert rows[0] == first
+    with pytest.raises(ValueError, match="spell_backward cannot make row x: TypeError"):
+        maker.row(source, "x")  # pyright: ignore[reportArgumentType]

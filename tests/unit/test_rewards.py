@@ -10,6 +10,7 @@ import pytest
 
 from service.errors import JobFailed
 from service.jobs.data import open_source
+from service.jobs.gym_rows import RowMaker
 from service.jobs.resolve_reward import WITHOUT_ANSWER
 from service.rewards import samples, sandbox, text
 from service.rewards.rewards import Rewards
@@ -254,10 +255,13 @@ def test_reasoning_gym_scores_with_the_tasks_own_scorer(gym_scorers: Rewards) ->
     assert "not made by reasoning-gym" in graded[3].errors["reasoning_gym"]
 
 
+MAKER = RowMaker()  # one process for all of them
+
+
 def rows_of(task: str, **config: Any) -> list[dict[str, Any]]:
     pytest.importorskip("reasoning_gym")
     source = ReasoningGymSource(source="reasoning_gym", task=task, config=config, size=4, seed=1)
-    return [dict(row) for row in open_source(source, lambda _: Path(), "/data/train")[:]]
+    return [dict(row) for row in open_source(source, lambda _: Path(), "/data/train", MAKER)[:]]
 
 
 @pytest.mark.parametrize(

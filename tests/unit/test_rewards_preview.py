@@ -108,6 +108,20 @@ def test_a_scorer_of_reasoning_gym_that_pays_wrong_answers_is_told() -> None:
     assert "pays 1 for " in lax.warnings[0] and "strict: true" in lax.warnings[0]
 
 
+def test_a_task_that_makes_no_rows_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any) -> None:
+        raise ValueError("letter_jumble cannot make row 0: ValueError: empty range")
+
+    pytest.importorskip("reasoning_gym")
+    monkeypatch.setattr("service.jobs.gym_rows.RowMaker.row", fails)
+    data = {"train": {"source": "reasoning_gym", "task": "letter_jumble", "size": 10}, "prompt": "{question}"}
+    told = preview.preview(
+        parse(JobSpec, spec(data=data, reward={"graders": [{"kind": "reasoning_gym"}]})), dataset_paths={}, secrets={}, rows=2
+    )
+    assert told.samples == []
+    assert told.warnings == ["row_not_made: letter_jumble cannot make row 0: ValueError: empty range"]
+
+
 def test_a_reward_service_that_is_down_is_tried_once_and_told() -> None:
     http = {"kind": "http", "url": "http://127.0.0.1:9/score", "max_retries": 10, "secret": "judge"}
     began = time.monotonic()

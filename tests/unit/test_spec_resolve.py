@@ -175,7 +175,7 @@ def test_held_out_rows_that_are_training_rows_are_warned_of(trying: Try, world: 
     assert len(often) == 1 and often[0].startswith("2 of the 2 rows of data.eval")
     others = [{"q": "1+1", "a": "3"}, {"q": "2+1", "a": "4"}, {**ROWS[9], "more": 1}]
     assert said(data__eval={"source": "inline", "rows": others})[0].startswith(
-        "1 of the 3 rows of data.eval (for example row 3)"
+        "1 of the 3 rows of data.eval (for example row 2)"
     )
 
 

@@ -25,7 +25,8 @@ from service.failures import CODES, table
 from service.ids import new_id, utcnow
 from service.jobs import lease as leases
 from service.jobs import lifecycle
-from service.jobs.data import Data, InlineRows
+from service.jobs.data import Data, InlineRows, ReasoningGymRows
+from service.jobs.gym_rows import RowMaker
 from service.jobs.lifecycle import create_job
 from service.jobs.reconciler import reconcile
 from service.jobs.resolve import resolve
@@ -33,6 +34,7 @@ from service.rewards.rewards import Rewards
 from service.rewards.samples import Graded, Sample
 from service.rewards.sandbox import Sandbox
 from service.settings import Settings
+from service.spec.data import ReasoningGymSource
 from service.spec.job import JobSpec, RLSpec, SupervisedSpec
 from service.spec.model import ModelSpec
 from service.spec.reward import RewardSpec
@@ -203,6 +205,14 @@ def _lengths(world: World, prompt: list[int]) -> None:
 
 PRODUCERS["prompt_empty"] = lambda world: _lengths(world, [])
 PRODUCERS["prompt_too_long"] = lambda world: _lengths(world, [1] * 65)
+
+
+@produces("row_not_made")
+def _(_: World) -> None:
+    pytest.importorskip("reasoning_gym")
+    config = {"min_words": 9000, "max_words": 9001}
+    source = ReasoningGymSource(source="reasoning_gym", task="letter_jumble", config=config)
+    ReasoningGymRows(source, RowMaker())[0]
 
 
 @produces("sequence_too_long")
