@@ -1,17 +1,19 @@
 """Compares two values: numbers exactly, formulas with math-verify and sympy. Runs only in the sandbox."""
 
 import re
+from dataclasses import replace
 from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
 from latex2sympy2_extended import NormalizationConfig
 from math_verify import LatexExtractionConfig, parse, verify
-from sympy import Rational
+from sympy import FiniteSet, Float, Intersection, Rational, S, Set, Union
+from sympy.core.relational import Relational
 
 from service.spec.maths.numerals import Numeral, same_number
 from service.spec.maths.units import disagree
-from service.spec.maths.values import Atom, Listing, Value, Words
+from service.spec.maths.values import INEQUALITY, Atom, Listing, Value, Words
 
 # Without math-verify's removal of units, which reads 3t as 3.
 LATEX = [
@@ -36,6 +38,8 @@ class Comparison:
             return self._same_words(expected, given)
         if expected.name and given.name and expected.name != given.name:
             return False
+        if (equal := _same_regions(expected, given)) is not None:
+            return equal
         if (texts := _relations(expected, given)) is not None:
             item, other = (expression(Atom(text)) for text in texts)
             return (
@@ -94,6 +98,56 @@ class Comparison:
             return False
         places = max(6, *(_places(atom.formula) for atom in (expected, given)))
         return bool(verify(one, other, float_rounding=places, timeout_seconds=0))
+
+
+def _same_regions(*values: Value) -> bool | None:
+    """Whether inequalities and unions of intervals hold the same real numbers; None if a value is something else."""
+    if not any(map(_is_region, values)):
+        return None
+    regions = [_region(value) for value in values]
+    if regions[0] is None or regions[1] is None:
+        return None
+    (names, one), (others, other) = regions[0], regions[1]
+    if names and others and names != others:
+        return False
+    return None if (sides := [one.is_subset(other), other.is_subset(one)]).count(None) else all(sides)
+
+
+def _is_region(value: Value) -> bool:
+    if isinstance(value, Listing):
+        return any(map(_is_region, value.items))
+    return isinstance(value, Atom) and bool(INEQUALITY.search(value.formula) or "\\cup" in value.formula)
+
+
+def _region(value: Value) -> tuple[frozenset[str], Set] | None:
+    """The unknown and its real values. Inequalities between which no `or` stands hold together, if they can."""
+    if isinstance(value, Words):
+        return None
+    if isinstance(value, Listing) and not value.brackets:
+        parts = [part for item in value.items if (part := _region(item)) is not None]
+        names, sets = frozenset[str]().union(*(names for names, _ in parts)), [numbers for _, numbers in parts]
+        if len(parts) < len(value.items) or len(names) > 1:
+            return None
+        together = not value.either and all(map(_is_region, value.items)) and Intersection(*sets)
+        return names, together if together and together is not S.EmptySet else Union(*sets)
+    text = _as_latex(replace(value, name=None))
+    read = None if text is None else expression(Atom(text))
+    if read is None:
+        return None
+    read = read.xreplace({number: Rational(str(number)) for number in read.atoms(Float)})
+    names = frozenset({value.name} if value.name else ())
+    if isinstance(read, Set):
+        return names, read.doit()
+    if names and getattr(read, "is_number", False):
+        return names, FiniteSet(read)
+    return (frozenset(map(str, read.free_symbols)), read.as_set()) if _solved(read) else None
+
+
+def _solved(read: Any) -> bool:
+    """Whether an inequality has one unknown alone on a side. To repeat that of the question is no answer: x^2 > 4, |x| > 2."""
+    relations = read.atoms(Relational) if _relation(read) else set()
+    sides = [side for relation in relations for side in relation.args]
+    return bool(sides) and len(read.free_symbols) == 1 and all(side.is_Symbol or side.is_number for side in sides)
 
 
 def _relations(*values: Value) -> list[str] | None:

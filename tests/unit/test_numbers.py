@@ -96,6 +96,19 @@ TABLE: dict[str, tuple[str, list[str], list[str]]] = {
         ["EUR 70,000", "70k", r"\boxed{70k}", "$70M", "USD 70", "$70"],
     ),
     "k is a variable": ("70k", [r"\boxed{70k}"], ["70000", "70", "$70k"]),
+    "inequalities for a union": (
+        r"(-\infty,-5]\cup[5,\infty)",
+        [r"x \le -5 \text{ or } x \ge 5", "5 <= x or x <= -5", r"The solution is $x \leq -5$ or $x \geq 5$.", r"t\le-5, t\ge5",
+         r"\boxed{x \le -5} or \boxed{x \ge 5}", r"x \le -5 \lor x \ge 5", r"(-\infty,-5] \text{ or } [5,\infty)"],
+        ["x < -5 or x > 5", "x <= -5 or x >= 4", "x >= 5", "-5, 5", r"|x| \ge 5", r"x^2 \ge 25", "x >= -5 and x <= 5"],
+    ),
+    "a union for inequalities": (
+        r"x < -1 \text{ or } 0 < x < 1/2 \text{ or } x = 2",
+        [r"\boxed{(-\infty,-1)\cup(0,0.5)\cup\{2\}}", r"x \in \{2\} \cup (0,\frac12) \cup (-\infty,-1)"],
+        [r"(-\infty,-1)\cup(0,0.5)", r"y < -1 \text{ or } 0 < y < 1/2 \text{ or } y = 2"],
+    ),
+    "inequalities that hold together": ("(3, 5)", ["x > 3 and x < 5", "x < 5, x > 3"], ["x > 3 or x < 5", "x > 3, y < 5"]),
+    "all but one": (r"x \ne 3", [r"(-\infty,3)\cup(3,\infty)", r"\mathbb{R}\setminus\{3\}", "x < 3 or x > 3"], ["3", "x > 3"]),
     "looks": (
         "42",
         [

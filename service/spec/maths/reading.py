@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from service.spec.maths.finals import Final, marked, neighbours, runs
 from service.spec.maths.signs import plain
 from service.spec.maths.units import is_unit
-from service.spec.maths.values import Listing, Unreadable, Value, Words, trimmed, value, words_of
+from service.spec.maths.values import Atom, Listing, Unreadable, Value, Words, trimmed, value, words_of
 
 COUNTED = re.compile(r"\b(\d+) \d+(?:\.\d+)?[ -]?([A-Za-z]+) ([a-z]{3,})")  # three of a size: `3 250 ml bottles`
 MAX_TRIED = 5  # marks, or formulas after a mark, to try before giving up
@@ -52,7 +52,7 @@ def answers(text: str, expected: Value, *, cut: bool, percent: str = "hundredths
     """Possible values of the answer's final result, best first; none if it has no result or was cut off inside it."""
     text = COUNTED.sub(lambda match: f"{match[1]} {match[3]}" if is_unit(match[2]) else match[0], plain(text))
     text = SEAMS.sub(" ", CALCULATED.sub("", text))
-    wants_list = isinstance(expected, Listing)
+    wants_list = isinstance(expected, Listing) or (isinstance(expected, Atom) and "\\cup" in expected.formula)
     if wants_list and len(boxes := neighbours(text)) > 1:
         yield from _read(", ".join(boxes), percent)
     for final in marked(text)[:MAX_TRIED]:
@@ -110,7 +110,9 @@ def _last_run(text: str, expected: Value, percent: str, cut: bool) -> Iterator[V
     if not found or (cut and found[-1].open):
         return
     last = found[-1].text
-    if isinstance(expected, Listing) and not expected.brackets:
+    if (isinstance(expected, Listing) and not expected.brackets) or (
+        isinstance(expected, Atom) and "\\cup" in expected.formula
+    ):
         joined = re.search(r"[^.!?\n]*\Z", text.rstrip(" .\n"))
         for tail in _tails(joined[0] if joined else ""):
             if read := list(_read(tail, percent)):

@@ -25,11 +25,12 @@ class Atom:
 
 @dataclass(frozen=True)
 class Listing:
-    """(1, 2), [0, 5), {1, 2, 3}, 3:2, or (brackets "") plain 1, 2, 3."""
+    """(1, 2), [0, 5), {1, 2, 3}, 3:2, or (brackets "") plain 1, 2, 3. `either`: inequalities joined by `or`."""
 
     brackets: str
     items: tuple["Value", ...]
     name: str | None = None
+    either: bool = False
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,11 @@ NAME = re.compile(
     re.DOTALL,
 )
 EQUALS = re.compile(r"(?<![<>!=\\])=+(?![=])|\\approx(?![a-zA-Z])|≈")
-AND = re.compile(r"\s*,?\s*(?:\\text\s*\{\s*,?\s*(?:and|or)\s*\}|(?<![\w\\])(?:and|or)(?![\w])|;)\s*")
+OR = re.compile(r"\s*,?\s*(?:\\text\s*\{\s*,?\s*or\s*\}|(?<![\w\\])or(?!\w)|\\(?:lor|vee)(?![a-zA-Z]))\s*")
+AND = re.compile(
+    rf"{OR.pattern}|\s*,?\s*(?:\\text\s*\{{\s*,?\s*and\s*\}}|(?<![\w\\])and(?!\w)|\\(?:land|wedge)(?![a-zA-Z])|;)\s*"
+)
+INEQUALITY = re.compile(r"[<>]|\\(?:le|ge|ne|lt|gt)(?![a-z])")
 PERCENT = re.compile(
     rf"(.+?)\s*(?:\\?%|(?:\\text\s*\{{\s*)?(?:percent|per cent|pct)(?:\s*\}})?)\s*(?:{TEXT})?", re.DOTALL | re.IGNORECASE
 )
@@ -110,6 +115,8 @@ def value(text: str, percent: str = "hundredths") -> Value:
         return value(steps[-1], percent)
     if (words := _words(text)) is not None:
         return words
+    if INEQUALITY.search(text) and len(parts := OR.split(text)) > 1:
+        return Listing("", tuple(value(part, percent) for part in parts), either=True)
     if len(parts := split(text)) > 1:
         return Listing("", tuple(value(part, percent) for part in parts))
     if (listing := _bracketed(text, percent)) is not None:
