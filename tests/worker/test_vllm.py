@@ -560,7 +560,13 @@ class Rig:
         self.adapters = Adapters(self.server, self.learner, job_id="job_1", attempt=1, folder=folder)
         text = self.base.text
         self.engine = Engine(
-            self.server, self.adapters, adapter="job_1", eos_ids=text.eos_ids, vocabulary=text.rows, decode=text.decode_all
+            self.server,
+            self.adapters,
+            adapter="job_1",
+            eos_ids=text.eos_ids,
+            vocabulary=text.rows,
+            decode=text.decode_all,
+            show=text.show_all,
         )
 
     def requests(self, count: int = 3, **how: Any) -> list[Request]:

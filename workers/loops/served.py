@@ -66,6 +66,7 @@ class Served:
             eos_ids=text.eos_ids,
             vocabulary=text.rows,
             decode=text.decode_all,
+            show=text.show_all,
         )
 
     def __enter__(self) -> Self:

@@ -91,6 +91,8 @@ class Base:
             eos_ids=text.eos_ids,
             pad_id=text.pad_id,
             decode=text.decode_all,
+            show=text.show_all,
+            frame=text.frame,
             head_alone=head_alone,
             slots=slots,
         )

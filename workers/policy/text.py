@@ -74,7 +74,7 @@ class Text:
         # Every token that ends an answer; the tokenizer's own comes first.
         self.eos_ids: list[int] = list(dict.fromkeys(i for i in ends if i is not None))
         named = self.tokenizer.bos_token_id, self.tokenizer.pad_token_id, self.tokenizer.unk_token_id
-        self._frame = {*self.eos_ids, *(i for i in named if i is not None)}
+        self.frame = frozenset([*self.eos_ids, *(i for i in named if i is not None)])  # tokens that `decode` leaves out
         self.pad_id: int = next((i for i in (self.tokenizer.pad_token_id, *self.eos_ids) if i is not None), 0)
         context = context_of(model.config.get_text_config().to_dict())
         self.context = min(self.tokenizer.model_max_length, NO_LIMIT) if context is None else context
@@ -143,7 +143,7 @@ class Text:
     def stop_ids(self, stop: Iterable[str]) -> list[int]:
         """The ids of the stop texts that are special tokens, and of tokens that no text shows and a stop text begins with:
         `decode` leaves these out, so the text would never hold it."""
-        hidden = [(content, token) for content, token in self._special.items() if token in self._frame]
+        hidden = [(content, token) for content, token in self._special.items() if token in self.frame]
         whole = [self._special[text] for text in stop if text in self._special]
         return list(dict.fromkeys([*whole, *(token for text in stop for content, token in hidden if text.startswith(content))]))
 
@@ -160,11 +160,13 @@ class Text:
 
     def show(self, tokens: list[int]) -> str:
         """The text of a prompt as the model reads it, with every special token."""
-        return self.tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return self.show_all([tokens])[0]
+
+    def show_all(self, rows: list[list[int]]) -> list[str]:
+        return self.tokenizer.batch_decode(rows, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def decode_all(self, rows: list[list[int]]) -> list[str]:
-        kept = [[token for token in row if token not in self._frame] for row in rows]
-        return self.tokenizer.batch_decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return self.show_all([[token for token in row if token not in self.frame] for row in rows])
 
     def pieces(self, tokens: Iterable[int]) -> dict[int, str]:
         """The text of each token alone, special ones too, with the space that it may begin with."""

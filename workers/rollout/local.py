@@ -105,8 +105,9 @@ def _not_finite() -> JobFailed:
 
 
 class LocalEngine(Engine):
-    """`head_alone`: the logits are exactly the output embeddings applied to the backbone's last hidden states. `slots`: use
-    slots if the model's kind allows it; `slotted` says whether they are used."""
+    """`decode` leaves out the tokens of `frame`, `show` none. `head_alone`: the logits are exactly the output embeddings
+    applied to the backbone's last hidden states. `slots`: use slots if the model's kind allows it; `slotted` says whether they
+    are used."""
 
     def __init__(
         self,
@@ -116,10 +117,13 @@ class LocalEngine(Engine):
         eos_ids: Iterable[int],
         pad_id: int,
         decode: Decode,
+        show: Decode,
+        frame: frozenset[int],
         head_alone: bool,
         slots: bool = True,
     ) -> None:
-        self._model, self._adapters, self._decode, self._head_alone = model, adapters, decode, head_alone
+        self._model, self._adapters, self._head_alone = model, adapters, head_alone
+        self._decode, self._show, self._frame = decode, show, frame
         self._eos_ids, self._pad_id, self._device = frozenset(eos_ids), pad_id, model.device
         self._takes = inspect.signature(type(model).forward).parameters.keys()
         kinds = windows(model) if slots and "position_ids" in self._takes else None
@@ -424,6 +428,9 @@ class LocalEngine(Engine):
         if not ended:
             return []
         texts = self._decode([row.tokens for row in ended])
+        for place, (row, text) in enumerate(zip(ended, texts, strict=True)):
+            if row.ticket in stopped and not _holds_stop(row, text):  # a token of the frame is a part of the stop text
+                texts[place] = self._show([row.tokens])[0]
         finished = [
             (row.ticket, row.completion(text, stopped=row.ticket in stopped)) for row, text in zip(ended, texts, strict=True)
         ]
@@ -481,11 +488,18 @@ class LocalEngine(Engine):
             return set()
         tails = [(row, row.tokens[-_tail(row.request.how.stop) :]) for row in rows]
         texts = self._decode([tail for _, tail in tails])
+        framed = [pair for pair in tails if not self._frame.isdisjoint(pair[1])]
         cut = [pair for pair, text in zip(tails, texts, strict=True) if text.startswith(BROKEN)]
         if cut:
             later = [(row, tail[skipped:]) for row, tail in cut for skipped in range(1, MOST_BYTES)]
             tails, texts = tails + later, texts + self._decode([tail for _, tail in later])
-        return {row.ticket for (row, _), text in zip(tails, texts, strict=True) if any(s in text for s in row.request.how.stop)}
+        if framed:
+            tails, texts = tails + framed, texts + self._show([tail for _, tail in framed])
+        return {row.ticket for (row, _), text in zip(tails, texts, strict=True) if _holds_stop(row, text)}
+
+
+def _holds_stop(row: _Row, text: str) -> bool:
+    return any(stop in text for stop in row.request.how.stop)
 
 
 def _token_bytes(model: PreTrainedModel) -> int:

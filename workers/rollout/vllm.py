@@ -49,9 +49,10 @@ class VllmEngine(Engine):
         eos_ids: Sequence[int],
         vocabulary: int,
         decode: Decode,
+        show: Decode,
     ) -> None:
         self._server, self._adapters, self._adapter = server, adapters, adapter
-        self._eos_ids, self._vocabulary, self._decode = frozenset(eos_ids), vocabulary, decode
+        self._eos_ids, self._vocabulary, self._decode, self._show = frozenset(eos_ids), vocabulary, decode, show
         self._next_ticket = 0
         self._waiting: dict[int, Request] = {}
         self._tasks: dict[int, asyncio.Task[Completion]] = {}
@@ -200,12 +201,16 @@ class VllmEngine(Engine):
             return _not_finite()
         [text] = self._decode([tokens])
         if choice.finish_reason == "stop":
-            if tokens[-1] not in self._ends(request) and not any(stop in text for stop in request.how.stop):
+            if tokens[-1] in self._ends(request):
+                return Completion(tokens, known, text, "stop")
+            # A token that `decode` leaves out may be a part of a stop text.
+            whole = next((one for one in (text, *self._show([tokens])) if any(stop in one for stop in request.how.stop)), None)
+            if whole is None:
                 raise self._server.mismatch(
                     f"it ended an answer at token {tokens[-1]}, where nothing that the job gave it ends one",
                     "start it with --generation-config vllm, and without stop tokens in --override-generation-config",
                 )
-            return Completion(tokens, known, text, "stop")
+            return Completion(tokens, known, whole, "stop")
         if len(tokens) < most:
             raise self._server.mismatch(
                 f"it cut an answer at {len(tokens)} tokens, asked for were {most}",

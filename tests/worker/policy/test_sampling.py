@@ -193,6 +193,17 @@ def test_a_stop_text_may_be_a_special_token_that_no_text_shows(load):
     assert all(answer.tokens.index(unknown) == len(answer.tokens) - 1 and answer.finish_reason == "stop" for answer in stopped)
 
 
+def test_a_stop_text_may_hold_a_token_that_no_text_shows_in_its_middle(load):
+    policy = load()
+    encode, engine = policy.text.encode, policy.base.engine
+    tokens = [*encode("xa"), policy.text.tokenizer.unk_token_id, *encode("b")]
+    how = SamplingParams(9, stop=("a<unk>b", "never"), stop_ids=tuple(policy.text.stop_ids(["a<unk>b"])))
+    drawn = iter([*tokens, *encode("yyyyyyy")])
+    engine._draw = lambda rows, logits: (rows[0].tokens.append(next(drawn)), rows[0].log_probs.append(0.0))
+    [answer] = engine.run([Request(encode("a"), how, seed=0)])
+    assert (answer.tokens, answer.text, answer.finish_reason) == (tokens, "xa<unk>b", "stop")
+
+
 def by_byte_fallback(row):
     """As Llama's tokenizers do: bytes in a row that are no text together are none at all."""
     return decoders.ByteFallback().decode([f"<0x{byte:02X}>" for byte in row])
