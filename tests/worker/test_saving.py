@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from service.doorbell import Doorbell
-from service.errors import BucketRefused
+from service.errors import BucketRefused, JobFailed
 from service.jobs import lease as leases
 from service.jobs import lifecycle
 from service.jobs.lifecycle import create_job
@@ -24,6 +24,8 @@ from service.store.session import Store
 from service.store.tables import Checkpoint, Job
 from service.validation import parse
 from workers import runner
+from workers.loops import managed
+from workers.loops.attempt import StepResult
 from workers.tenure.keeper import Keeper
 from workers.tenure.tenure import Tenure
 
@@ -133,6 +135,33 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_attempt_as_ever(
     quiet = rig.submit(spec)
     rig.work()
     assert_same(rig.weights(job_id), rig.weights(quiet))
+
+
+def test_an_evaluation_that_is_made_up_for_may_be_the_best(
+    rig: Rig, spec: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The service was down when the best step was evaluated: its checkpoint is kept when the job goes on."""
+    spec |= {"eval": {"every_steps": 2}, "early_stopping": {"patience": 9}, "checkpoints": {"every_steps": 9, "keep_last": 1}}
+    answers = iter([0.1, 0.2, None, 0.9, 0.3, 0.4, 0.3])
+
+    def evaluate(attempt: Any, step: int) -> StepResult:
+        if (reward := next(answers)) is None:
+            raise JobFailed("grader_unhealthy", "the service is down")
+        return StepResult({"eval/reward/mean": reward})
+
+    monkeypatch.setattr(managed, "evaluate", evaluate)
+    job_id = rig.submit(spec)
+    rig.work()
+    assert (rig.job(job_id).status, rig.job(job_id).step) == ("paused", 4)
+    rig.go_on(job_id)
+    rig.work()
+    job = rig.job(job_id)
+    assert [(one.step, one.metrics) for one in rig.checkpoints(job_id)] == [
+        (10, {"eval/reward/mean": 0.3}),
+        (4, {"eval/reward/mean": 0.9}),
+    ]
+    assert job.result is not None
+    assert job.result["best"]["step"] == 4 and job.result["best"]["checkpoint_id"] == rig.checkpoints(job_id)[1].id
 
 
 def test_after_one_that_failed_the_newer_state_is_saved(

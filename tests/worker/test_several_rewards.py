@@ -14,7 +14,7 @@ from workers.objectives import Objective
 RIGHT, SHORT = [1.0, 0.0, 0.0, 1.0], [0.1, 0.9, 0.5, 0.3]  # of one group; the second grader speaks more softly
 
 
-def spec(preset: str, on_error: str = "mask") -> RLSpec:
+def spec(preset: str, on_error: str = "mask", weight: float = 0.5) -> RLSpec:
     parsed = parse(
         JobSpec,
         {
@@ -26,7 +26,7 @@ def spec(preset: str, on_error: str = "mask") -> RLSpec:
             "reward": {
                 "graders": [
                     {"kind": "length", "name": "right", "max_tokens": 4},
-                    {"kind": "length", "name": "short", "max_tokens": 2, "weight": 0.5},
+                    {"kind": "length", "name": "short", "max_tokens": 2, "weight": weight},
                 ],
                 "on_error": on_error,
             },
@@ -79,3 +79,11 @@ def test_where_errors_are_worth_zero_every_score_of_such_a_sample_is() -> None:
     rewards, _ = rewards_of(spec("gdpo", "zero"), [group([1.05, 0.45, 0.0, 1.15], scores)])
     assert rewards[0].tolist() == [1.0, 0.1] and rewards[3].tolist() == [1.0, 0.3]
     assert rewards[2].tolist() == [0.0, 0.0]
+
+
+def test_a_grader_of_weight_0_is_only_watched() -> None:
+    """Where it alone tells answers apart there is nothing to learn, and the metrics and select.zero_variance say so."""
+    scores: list[dict[str, Any]] = [{"right": 1.0, "short": short} for short in SHORT]
+    rewards, weights = rewards_of(spec("gdpo", weight=0.0), [group([1.0] * 4, scores)])
+    assert weights is not None and weights.tolist() == [1.0]
+    assert rewards.tolist() == [[1.0]] * 4

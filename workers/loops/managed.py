@@ -50,11 +50,15 @@ def _driven(attempt: Attempt) -> Outcome:
     while not measure(attempt):
         if (interrupted := _interrupted(attempt)) is not None:
             return interrupted
-    if _owes_evaluation(attempt):
+    made_up = _owes_evaluation(attempt)
+    if made_up:
         with _saving(attempt):
             evaluation = _evaluation(attempt)
         _commit(attempt, evaluation)
     ended = progress.reason_to_stop(spec.early_stopping)
+    if made_up and 0 < progress.step < spec.limits.max_steps and _is_to_be_saved(attempt, evaluated=True) and ended is None:
+        attempt.tenure.saved_at = None  # what is there was saved when the evaluation failed, and does not know its result
+        _save(attempt, behind=True)
     while ended is None and progress.step < spec.limits.max_steps:
         if (interrupted := _interrupted(attempt)) is not None:
             return interrupted

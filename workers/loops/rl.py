@@ -104,14 +104,16 @@ def gather(
 def rewards_of(spec: RLSpec, groups: Sequence[Group]) -> tuple[Tensor, Tensor | None]:
     """The rewards [B], each the weighted sum of the graders, in float64; 0 for answers that were not graded.
 
-    If each grader's scores are normalised separately (GDPO): the scores [B, R] and the graders' weights [R].
+    If each grader's scores are normalised separately (GDPO): the scores [B, R] and the graders' weights [R], without graders
+    of weight 0, whose spread is no signal.
     """
     if spec.objective.advantage.several == "sum_then_normalize":
         return torch.tensor([reward or 0.0 for group in groups for reward in group.rewards], dtype=torch.float64), None
-    names = [grader.name or grader.kind for grader in spec.reward.graders]
+    graders = [grader for grader in spec.reward.graders if grader.weight] or spec.reward.graders
+    names = [grader.name or grader.kind for grader in graders]
     graded = [sample for group in groups for sample in group.graded]
     scores = [[0.0 if sample.total is None else sample.scores[name] or 0.0 for name in names] for sample in graded]
-    weights = torch.tensor([grader.weight for grader in spec.reward.graders], dtype=torch.float64)
+    weights = torch.tensor([grader.weight for grader in graders], dtype=torch.float64)
     return torch.tensor(scores, dtype=torch.float64), weights
 
 
