@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from service.cli.completion import complete_alias, complete_checkpoint_or_alias
+from service.cli.completion import complete_alias, complete_checkpoint, complete_checkpoint_or_alias
 from service.cli.connection import connect
 from service.cli.helps import command, group
 from service.cli.jobs import Json
@@ -16,7 +16,11 @@ AliasName = Annotated[
 ]
 Expected = Annotated[
     str | None,
-    typer.Option(metavar="CHECKPOINT", help="only if it points at this one now; none: only if there is no such alias"),
+    typer.Option(
+        metavar="CHECKPOINT",
+        help="only if it points at this one now; none: only if there is no such alias",
+        autocompletion=complete_checkpoint,
+    ),
 ]
 Note = Annotated[str | None, typer.Option(help="why: it stands in the history")]
 

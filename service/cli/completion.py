@@ -9,6 +9,7 @@ from rich.markup import escape
 from ratchet_client import Ratchet
 from service.cli.connection import connect
 from service.cli.output import one_line
+from service.metric_names import METRICS
 from service.states import Status
 
 OFFERED = 50
@@ -41,6 +42,25 @@ def complete_dataset(context: typer.Context, incomplete: str) -> list[tuple[str,
     return list(
         _offer(context, incomplete, lambda ratchet: ratchet.list_datasets(limit=OFFERED), lambda dataset: str(dataset["name"]))
     )
+
+
+def complete_metric(context: typer.Context, incomplete: str) -> list[tuple[str, str]]:
+    """A further job, or the name of a metric."""
+    known = [(one.name, escape(one.means.translate(SHELL))) for one in METRICS if one.name.startswith(incomplete)]
+    return complete_job(context, incomplete) + known
+
+
+def complete_download(context: typer.Context, incomplete: str) -> list[tuple[str, str]]:
+    """A job with --best, else a checkpoint or an alias."""
+    return (complete_job if context.params.get("best") else complete_checkpoint_or_alias)(context, incomplete)
+
+
+def complete_key(context: typer.Context, incomplete: str) -> list[tuple[str, str]]:
+    return list(_offer(context, incomplete, lambda ratchet: ratchet.list_keys(), lambda key: str(key["name"])))
+
+
+def complete_webhook(context: typer.Context, incomplete: str) -> list[tuple[str, str]]:
+    return list(_offer(context, incomplete, lambda ratchet: ratchet.list_webhooks(), lambda hook: str(hook["url"])))
 
 
 def complete_status(incomplete: str) -> list[str]:

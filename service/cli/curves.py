@@ -13,6 +13,7 @@ from rich.text import Text
 
 from ratchet_client.types import Rollout, Series
 from service.cli import exits
+from service.cli.completion import complete_metric
 from service.cli.connection import connect
 from service.cli.helps import command
 from service.cli.jobs import JobId, Json
@@ -39,6 +40,7 @@ def metrics(
         typer.Argument(
             metavar="[JOB]... [NAME]...",
             help="further jobs, and metrics such as reward/mean; default: the most important metrics",
+            autocompletion=complete_metric,
         ),
     ] = None,
     from_step: Annotated[int | None, typer.Option(min=0, help="the first step to draw")] = None,

@@ -11,7 +11,7 @@ import yaml
 from ratchet_client import Ratchet, RatchetError
 from ratchet_client.types import FINAL, Job, JobSummary, UsageTotals
 from service.cli import exits
-from service.cli.completion import complete_job, complete_status
+from service.cli.completion import complete_checkpoint_or_alias, complete_job, complete_status
 from service.cli.connection import connect
 from service.cli.dry_run import print_validation
 from service.cli.helps import command
@@ -204,7 +204,12 @@ def cancel(
 def fork(
     context: typer.Context,
     job_id: JobId,
-    from_checkpoint: Annotated[str | None, typer.Option(help="the checkpoint to start from; default: the job's newest")] = None,
+    from_checkpoint: Annotated[
+        str | None,
+        typer.Option(
+            help="the checkpoint to start from; default: the job's newest", autocompletion=complete_checkpoint_or_alias
+        ),
+    ] = None,
     changes: Annotated[
         str | None,
         typer.Option(metavar="FILE", help="a file of YAML or JSON that is merged into the job's spec; - reads standard input"),

@@ -7,7 +7,14 @@ from typing import Annotated
 import typer
 
 from ratchet_client.types import Checkpoint, Key
-from service.cli.completion import complete_checkpoint, complete_checkpoint_or_alias, complete_dataset
+from service.cli.completion import (
+    complete_checkpoint,
+    complete_checkpoint_or_alias,
+    complete_dataset,
+    complete_download,
+    complete_job,
+    complete_key,
+)
 from service.cli.connection import connect
 from service.cli.helps import command, group
 from service.cli.jobs import Json
@@ -19,6 +26,7 @@ CheckpointId = Annotated[str, typer.Argument(metavar="CHECKPOINT", help="ckpt_..
 ReadId = Annotated[
     str, typer.Argument(metavar="CHECKPOINT", help="ckpt_..., or an alias", autocompletion=complete_checkpoint_or_alias)
 ]
+KeyId = Annotated[str, typer.Argument(metavar="KEY", help="key_...", autocompletion=complete_key)]
 DatasetId = Annotated[str, typer.Argument(metavar="DATASET", help="ds_...", autocompletion=complete_dataset)]
 Limit = Annotated[int, typer.Option(min=1, max=100, help="how many to list")]
 After = Annotated[str | None, typer.Option(help="continue after this one (the last id of a page)")]
@@ -48,7 +56,7 @@ def register(app: typer.Typer) -> None:
 
 def list_checkpoints(
     context: typer.Context,
-    job: Annotated[str | None, typer.Option(metavar="JOB", help="only those of this job")] = None,
+    job: Annotated[str | None, typer.Option(metavar="JOB", help="only those of this job", autocompletion=complete_job)] = None,
     limit: Limit = 20,
     after: After = None,
     as_json: Json = False,
@@ -86,7 +94,9 @@ def list_checkpoints(
 
 def download(
     context: typer.Context,
-    checkpoint_id: ReadId,
+    checkpoint_id: Annotated[
+        str, typer.Argument(metavar="CHECKPOINT", help="ckpt_..., or an alias", autocompletion=complete_download)
+    ],
     to: Annotated[Path | None, typer.Option(help="the new folder; default: one named after the checkpoint")] = None,
     best: Annotated[
         bool, typer.Option("--best", help="the argument is a job: fetch its checkpoint with the best evaluation")
@@ -156,7 +166,9 @@ def lineage(context: typer.Context, checkpoint_id: ReadId, as_json: Json = False
 
 def prune(
     context: typer.Context,
-    job: Annotated[str | None, typer.Option(metavar="JOB", help="delete checkpoints of this job")] = None,
+    job: Annotated[
+        str | None, typer.Option(metavar="JOB", help="delete checkpoints of this job", autocompletion=complete_job)
+    ] = None,
     older_than_s: Annotated[
         float | None, typer.Option(min=0, help="delete checkpoints that were saved more than this many seconds ago")
     ] = None,
@@ -381,7 +393,7 @@ def create_key(
     complain(f"this is the only time that the key {key['id']} can be read; its scope is {scope.value}, and it {until}")
 
 
-def revoke_key(context: typer.Context, key_id: Annotated[str, typer.Argument(metavar="KEY", help="key_...")]) -> None:
+def revoke_key(context: typer.Context, key_id: KeyId) -> None:
     """Revoke an API key; it stops working at once."""
     with connect(context) as ratchet:
         ratchet.delete_key(key_id)
@@ -390,7 +402,7 @@ def revoke_key(context: typer.Context, key_id: Annotated[str, typer.Argument(met
 
 def rotate_key(
     context: typer.Context,
-    key_id: Annotated[str, typer.Argument(metavar="KEY", help="key_...")],
+    key_id: KeyId,
     grace_s: Annotated[float, typer.Option(min=0, help="seconds for which the old key goes on working")] = 86_400.0,
 ) -> None:
     """Replace an API key by a new one like it; the old one works a while longer."""
@@ -402,7 +414,7 @@ def rotate_key(
 
 def audit(
     context: typer.Context,
-    key: Annotated[str | None, typer.Option(metavar="KEY", help="only what this key did")] = None,
+    key: Annotated[str | None, typer.Option(metavar="KEY", help="only what this key did", autocompletion=complete_key)] = None,
     about: Annotated[str | None, typer.Option(metavar="ID", help="only what was done to this job, key, webhook ...")] = None,
     limit: Limit = 20,
     after: After = None,

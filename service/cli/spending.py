@@ -4,6 +4,7 @@ from typing import Annotated, Any
 
 import typer
 
+from service.cli.completion import complete_job, complete_key
 from service.cli.connection import connect
 from service.cli.helps import command
 from service.cli.jobs import Json, spent_text
@@ -24,8 +25,10 @@ def usage(
     by: Annotated[str, typer.Option(help="group by day, job or key; an administrator's key also by project")] = "day",
     first: Annotated[str | None, typer.Option("--from", metavar="YYYY-MM-DD", help="the first day (UTC)")] = None,
     last: Annotated[str | None, typer.Option("--to", metavar="YYYY-MM-DD", help="the last day (UTC)")] = None,
-    job: Annotated[str | None, typer.Option(metavar="JOB", help="only this job")] = None,
-    key: Annotated[str | None, typer.Option(metavar="KEY", help="only jobs submitted with this key")] = None,
+    job: Annotated[str | None, typer.Option(metavar="JOB", help="only this job", autocompletion=complete_job)] = None,
+    key: Annotated[
+        str | None, typer.Option(metavar="KEY", help="only jobs submitted with this key", autocompletion=complete_key)
+    ] = None,
     project: Project = None,
     as_json: Json = False,
 ) -> None:

@@ -5,13 +5,14 @@ from typing import Annotated
 
 import typer
 
+from service.cli.completion import complete_webhook
 from service.cli.connection import connect
 from service.cli.helps import group
 from service.cli.jobs import Json
 from service.cli.output import ago, clean, complain, print_facts, print_json, print_table, say
 from service.cli.resources import After, Limit
 
-WebhookId = Annotated[str, typer.Argument(metavar="WEBHOOK", help="whk_...")]
+WebhookId = Annotated[str, typer.Argument(metavar="WEBHOOK", help="whk_...", autocompletion=complete_webhook)]
 DeliveryId = Annotated[str, typer.Argument(metavar="DELIVERY", help="msg_...")]
 Events = Annotated[
     list[str] | None, typer.Option("--event", metavar="TYPE", help="a type of event, such as job.succeeded; may be repeated")

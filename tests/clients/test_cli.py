@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 
 from ratchet_client import Ratchet
 from service.cli import demo
 from service.cli.dry_run import print_validation
+from service.cli.main import app
 from service.errors import Failure
 from service.jobs import lease
 from service.jobs.lease import RolloutRow
@@ -534,6 +536,24 @@ def test_the_shell_is_offered_ids_and_states(api: str, cli: Cli, job_id: str) ->
     ratchet = Path(sys.executable).parent / "ratchet"
     offered = subprocess.run([ratchet], capture_output=True, text=True, env={**os.environ, **words})
     assert job_id in offered.stdout
+
+
+def test_wherever_an_id_is_wanted_some_are_offered() -> None:
+    """By the name that helps show for it; what only a person can make up, such as DELIVERY or a URL, is not there."""
+    wanted = {"JOB", "SESSION", "CHECKPOINT", "DATASET", "KEY", "WEBHOOK", "ALIAS", "[JOB]... [NAME]..."}
+    lacking, seen = list[str](), set[str]()
+
+    def look(command: Any, path: str) -> None:
+        for param in command.params:
+            if param.metavar in wanted:
+                seen.add(param.metavar)
+                if param._custom_shell_complete is None:
+                    lacking.append(f"{path} {param.name}")
+        for name, below in getattr(command, "commands", {}).items():
+            look(below, f"{path} {name}")
+
+    look(typer.main.get_command(app), "ratchet")
+    assert (lacking, seen) == ([], wanted)
 
 
 # ---------------------------------------------------------------- finding the service, and help

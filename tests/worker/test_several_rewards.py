@@ -84,6 +84,6 @@ def test_where_errors_are_worth_zero_every_score_of_such_a_sample_is() -> None:
 def test_a_grader_of_weight_0_is_only_watched() -> None:
     """Where it alone tells answers apart there is nothing to learn, and the metrics and select.zero_variance say so."""
     scores: list[dict[str, Any]] = [{"right": 1.0, "short": short} for short in SHORT]
-    rewards, weights = rewards_of(spec("gdpo", weight=0.0), [group([1.0] * 4, scores)])
+    rewards, weights = rewards_of(spec("gdpo", weight=0.0), [group(scores=scores)])
     assert weights is not None and weights.tolist() == [1.0]
     assert rewards.tolist() == [[1.0]] * 4
