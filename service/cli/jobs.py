@@ -320,11 +320,20 @@ def _print_outcome(job: Job) -> None:
     say(job["id"], status_text(job["status"]), f"at step {progress(job)} after {duration(job['run_s'])}")
     if job["status"] == "paused":
         why = job["error"] or {}
-        say(f"  it rests ({job['status_reason']}); mend what it rests for, then: ratchet resume {job['id']}")
+        say(f"  it rests ({job['status_reason']}); {_how_it_goes_on(job)}")
         if why.get("hint"):
             say(f"  hint: {clean(why['hint'])}")
     if job["checkpoint_id"]:
         say(f"  checkpoint {job['checkpoint_id']}  (ratchet checkpoints download {job['checkpoint_id']})")
+
+
+def _how_it_goes_on(job: Job) -> str:
+    resume = f"ratchet resume {job['id']}"
+    if job["status_reason"] != "budget_spent":
+        return f"mend what it rests for, then: {resume}"
+    budget = job["spec"].get("limits", {}).get("budget") or {}
+    options = [f"{option} N" for name, option in (("tokens", "--tokens"), ("worker_s", "--worker-s")) if budget.get(name)]
+    return f"give it more: {' '.join([resume, *options])}" if options else f"its project's is: ratchet budget; then: {resume}"
 
 
 def _print_job(job: Job) -> None:

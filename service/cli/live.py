@@ -15,7 +15,7 @@ from ratchet_client import FINAL, Ratchet
 from ratchet_client.types import Event, Job
 from service.cli.headline import Headline
 from service.cli.output import clean, console, json_text, number, one_line, status_text
-from service.metric_names import EVAL_GREEDY_REWARD_MEAN, EVAL_REWARD_MEAN
+from service.metric_names import EVAL_GREEDY_REWARD_MEAN, EVAL_LOSS, EVAL_REWARD_MEAN
 
 SPARKS = "▁▂▃▄▅▆▇█"
 SPARK_WIDTH = 24
@@ -176,12 +176,9 @@ def _warning(data: dict[str, Any]) -> Text:
 
 def _evaluation(data: dict[str, Any]) -> Text | None:
     metrics = data.get("metrics", {})
-    reward, greedy = metrics.get(EVAL_REWARD_MEAN), metrics.get(EVAL_GREEDY_REWARD_MEAN)
-    if reward is None:
-        return None
-    return Text(
-        f"eval at step {data['step']}: reward {number(reward)}" + (f", greedy {number(greedy)}" if greedy is not None else "")
-    )
+    told = {"reward": EVAL_REWARD_MEAN, "greedy": EVAL_GREEDY_REWARD_MEAN, "loss": EVAL_LOSS}
+    values = [f"{name} {number(metrics[metric])}" for name, metric in told.items() if metrics.get(metric) is not None]
+    return Text(f"eval at step {data['step']}: {', '.join(values)}") if values else None
 
 
 def _checkpoint(data: dict[str, Any]) -> Text:

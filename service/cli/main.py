@@ -72,14 +72,23 @@ class Command(typer.Typer):
 
 
 class Group(TyperGroup):
-    """Says what is wrong with an option without pydantic's prefix."""
+    """Says what is wrong with an option without pydantic's prefix, and as JSON if that was asked for."""
+
+    _as_json = False
+
+    def main(self, args: Any = None, *rest: Any, **options: Any) -> Any:
+        self._as_json = "--json" in (sys.argv[1:] if args is None else args)
+        return super().main(args, *rest, **options)
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except typer.BadParameter as error:
-            error.message = error.message.removeprefix("Value error, ")
-            raise
+        except typer.TyperException as error:  # the command line is wrong
+            if isinstance(error, typer.BadParameter):
+                error.message = error.message.removeprefix("Value error, ")
+            if not self._as_json:
+                raise
+            _refuse("usage", str(error.format_message()), exits.USAGE, as_json=True)
 
 
 def _refuse(code: str, detail: str, status: int, *, as_json: bool) -> NoReturn:

@@ -15,7 +15,7 @@ import pytest
 import typer
 
 from ratchet_client import Ratchet
-from service.cli import demo
+from service.cli import demo, jobs, live
 from service.cli.dry_run import print_validation
 from service.cli.main import app
 from service.errors import Failure
@@ -279,6 +279,21 @@ def test_a_job_that_rests_ends_the_watch_with_a_status_of_its_own_and_says_how_t
     assert "6  the followed job paused" in cli("--help").out
 
 
+def test_a_spent_budget_says_with_which_option_the_job_goes_on() -> None:
+    def told(budget: dict[str, Any]) -> str:
+        job: Any = {"id": "job_1", "status_reason": "budget_spent", "spec": {"limits": {"budget": budget}}}
+        return jobs._how_it_goes_on(job)
+
+    assert told({"tokens": 5, "worker_s": None}) == "give it more: ratchet resume job_1 --tokens N"
+    assert told({"worker_s": 2.5}) == "give it more: ratchet resume job_1 --worker-s N"
+    assert "ratchet budget" in told({})
+
+
+def test_an_evaluation_without_rewards_tells_its_loss(cli: Cli) -> None:
+    event: Any = {"type": "evaluation", "data": {"step": 3, "metrics": {"eval/loss": 0.25}}}
+    assert str(live.note_of(event)) == "eval at step 3: loss 0.250"
+
+
 def test_an_old_pause_does_not_end_the_watch_of_a_job_that_has_gone_on(cli: Cli, hand: Any, job_id: str) -> None:
     cli("pause", job_id)
     cli("resume", job_id)
@@ -525,6 +540,14 @@ def test_a_terminal_that_shows_only_ascii_gets_ascii(api: str, hand: Any, job_id
 
 def test_an_id_is_never_cut_or_folded(hand: Any, job_id: str) -> None:
     assert job_id in in_terminal("jobs", columns=40)
+
+
+def test_a_wrong_command_line_is_json_too_if_that_was_asked_for(cli: Cli) -> None:
+    for line in (("jobs", "--limit", "0"), ("keys", "create"), ("checkpoints", "shw"), ("compare", "job_1"), ("jobs", "--x")):
+        asked = cli(*line, "--json")
+        error = json.loads(asked.err)["error"]
+        assert (asked.code, asked.out, error["code"]) == (2, "", "usage") and len(error["detail"]) > 10, asked
+        assert cli(*line).code == 2
 
 
 def test_the_version_is_said(cli: Cli) -> None:
