@@ -221,9 +221,10 @@ def save(
     return Operation(head | {"purpose": purpose, "overwrite": overwrite}, lambda answer: cast(Saved, answer))
 
 
-def load(checkpoint_id: str, *, optimizer: bool = True) -> Operation[str]:
-    """Take the weights of a checkpoint, and the optimizer's state unless it shall start anew. Returns the checkpoint's id."""
-    return Operation({"kind": "load_checkpoint", "checkpoint": checkpoint_id, "optimizer": optimizer}, _checkpoint_id)
+def load(checkpoint: str, *, optimizer: bool = True) -> Operation[str]:
+    """Take the weights of a checkpoint (its id, or an alias: what that points at when this is accepted), and the optimizer's
+    state unless it shall start anew. Returns the checkpoint's id."""
+    return Operation({"kind": "load_checkpoint", "checkpoint": checkpoint, "optimizer": optimizer}, _checkpoint_id)
 
 
 def finish() -> Operation[str]:

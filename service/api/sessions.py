@@ -282,7 +282,8 @@ def _asked(raw: bytes, sent_as: str) -> tuple[bool, list[Asked], Graders]:
         for place, body in enumerate(bodies)
         if isinstance(body, Eval) and has_texts(body.graders)
     }
-    return many, [asked(body) for body in bodies], graders
+    wanted = [asked(body, f"/operations/{place}" if many else "") for place, body in enumerate(bodies)]
+    return many, wanted, graders
 
 
 def _begin(

@@ -121,10 +121,11 @@ def append_operations(
     *,
     also: Callable[[Session, list[Operation]], None] | None = None,
 ) -> list[Operation]:
-    """Log operations of a session or sampler, all or none, and wake its worker. A repeat returns the rows of the first time.
+    """Log operations of a session or sampler, all or none, and wake its worker. A repeat returns the rows of the first time,
+    also where an alias that it names was promoted or deleted since: what is named is looked up once, when it is logged.
 
     A session that rests because it was idle is queued again; one that its owner paused keeps them until it is resumed.
-    Raises NotFound, Conflict `session_over`, InvalidRequest `seq_reused`, Busy if too much waits already.
+    Raises NotFound, Conflict `session_over`, InvalidRequest `seq_reused` or of a `lookup`, Busy if too much waits already.
     """
     woken, trace = None, tracing.here()
     with store.write() as connection:  # without the ORM, which would take longer than the database
@@ -143,9 +144,13 @@ def append_operations(
             )
         if fresh:
             _has_room(settings, job, before, len(fresh), sum(row.size_bytes for row in fresh))
+        named = [(each, row) for each, (row, new) in zip(asked, appended, strict=True) if new and each.lookup is not None]
         rests = bool(fresh) and job.status == Status.PAUSED and job.status_reason == IDLE
-        if rests or also is not None:
+        if rests or named or also is not None:
             with Session(connection, expire_on_commit=False) as session:
+                for each, row in named:
+                    assert each.lookup is not None
+                    operations.rewrite(session, row, each.lookup(session, project))
                 if rests:
                     woken = jobs.get(session, project, job_id)
                     moves.move(session, woken, Status.QUEUED, "operation", now, rung_at=now)

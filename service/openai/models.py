@@ -49,8 +49,9 @@ def target(store: Store, settings: Settings, project: str, name: str) -> Target:
                 row = checkpoints.newest(session, job.id)
             else:
                 row = aliases.checkpoint(session, project, name)
-        except NotFound:
-            raise not_found(name, "there is no such one in this project") from None
+        except NotFound as error:
+            why = error.detail if is_alias(name) else "there is no such one in this project"
+            raise not_found(name, why) from None
         if row is not None and checkpoints.is_over(session, row):
             raise not_found(name, f"{row.id} was deleted, or its time (ttl_s) is over")
     if row is None:

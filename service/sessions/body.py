@@ -1,21 +1,27 @@
 """What an operation of a session may say in JSON: one model a kind. `asked` turns it into what is logged."""
 
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
+from sqlalchemy.orm import Session
 
+from service.errors import FieldError, NotFound
 from service.losses.numbers import tensor
 from service.relay.tensors import Tensor, Tensors
 from service.sessions.codec import pack
+from service.spec.aliases import is_alias
+from service.spec.model import CheckpointName
 from service.spec.objective import ObjectiveSpec
 from service.spec.reward import Grader, RewardSpec
 from service.spec.section import MOST, MOST_COUNTED, Section
 from service.spec.templates import columns_of
 from service.spec.training import COLDEST, Beta, MicrobatchTokens
+from service.store import aliases
 from service.store.operations import Asked
+from service.validation import invalid
 
 MOST_SEQ = 2**53
 MOST_ROWS = 65_536  # of one operation
@@ -289,7 +295,7 @@ class LoadCheckpoint(_Operation):
     """Take the weights of a checkpoint of this project, of the same base and adapter."""
 
     kind: Literal["load_checkpoint"]
-    checkpoint: Annotated[str, Field(pattern=r"^ckpt_[0-9a-z]+$", description="ckpt_...")]
+    checkpoint: CheckpointName
     optimizer: Annotated[bool, Field(description="and the optimizer's state; else it starts anew")] = True
 
 
@@ -316,8 +322,8 @@ OperationRequest = OperationBody | Operations
 # ---------------------------------------------------------------- to what is logged
 
 
-def asked(body: OperationBody) -> Asked:
-    """The operation as it is logged: its request in bytes, and its cost in tokens."""
+def asked(body: OperationBody, pointer: str = "") -> Asked:
+    """The operation as it is logged: its request in bytes, and its cost in tokens. `pointer`: to the body."""
     head, tensors, cost = body.model_dump(mode="json", include=HEADS.get(body.kind)), Tensors(), 1
     head.pop("seq", None)
     match body:
@@ -343,7 +349,23 @@ def asked(body: OperationBody) -> Asked:
             cost = sum(map(len, head["texts"])) + body.num_samples * body.sampling.max_tokens * len(body.rows)
         case _:
             pass
-    return Asked(body.kind, body.seq, pack(head, tensors), cost)
+    return Asked(body.kind, body.seq, pack(head, tensors), cost, lookup=lookup_of(head, pointer))
+
+
+def lookup_of(head: dict[str, Any], pointer: str = "") -> Callable[[Session, str], bytes] | None:
+    """What looks up the checkpoint that a `load_checkpoint` names by an alias. It raises InvalidRequest."""
+    if head["kind"] != "load_checkpoint" or not is_alias(head["checkpoint"]):
+        return None
+
+    def lookup(session: Session, project: str) -> bytes:
+        try:
+            found = aliases.checkpoint(session, project, head["checkpoint"])
+        except NotFound as error:
+            fault = FieldError(f"{pointer}/checkpoint", error.detail, "checkpoint_not_found", head["checkpoint"])
+            raise invalid([fault]) from error
+        return pack({**head, "checkpoint": found.id}, {})
+
+    return lookup
 
 
 HEADS: dict[str, set[str]] = {

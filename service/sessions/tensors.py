@@ -22,6 +22,7 @@ from service.sessions.body import (
     SaveCheckpoint,
     Temperature,
     TrainStep,
+    lookup_of,
 )
 from service.sessions.codec import HEAD, pack
 from service.spec.objective import ObjectiveSpec
@@ -126,7 +127,7 @@ def asked_of_tensors(raw: bytes) -> Asked:
         if sizes["B"] % body.minibatches:
             raise invalid([FieldError("/minibatches", f"must divide the {sizes['B']} answers", "invalid", body.minibatches)])
         cost *= body.epochs
-    return Asked(body.kind, body.seq, pack(head, tensors), max(1, cost))
+    return Asked(body.kind, body.seq, pack(head, tensors), max(1, cost), lookup=lookup_of(head))
 
 
 def _forms(body: Any) -> Forms:

@@ -3,7 +3,7 @@
 import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from service.spec.aliases import ALIAS
 from service.spec.section import MOST, Section
@@ -64,27 +64,30 @@ Adapter = Annotated[Lora | Full, Field(discriminator="kind")]
 NAMED = rf"^(ckpt_[0-9a-z]+|{ALIAS})$"
 
 
+def _is_an_id_or_an_alias(value: str) -> str:
+    if re.fullmatch(NAMED, value, re.ASCII) is None:
+        raise ValueError(f"must be the id of a checkpoint (ckpt_...) or an alias (digits@production), got {value[:200]!r}")
+    return value
+
+
+CheckpointName = Annotated[
+    str,
+    Field(
+        json_schema_extra={"pattern": NAMED},
+        description="ckpt_..., or an alias such as digits@production: the checkpoint that it points at now",
+    ),
+    AfterValidator(_is_an_id_or_an_alias),
+]
+
+
 class CheckpointRef(Section):
     """A checkpoint of an earlier job of the same project, to start from."""
 
-    id: Annotated[
-        str,
-        Field(
-            json_schema_extra={"pattern": NAMED},
-            description="ckpt_..., or an alias such as digits@production: the checkpoint that it points at now",
-        ),
-    ]
+    id: CheckpointName
     load: Annotated[
         Literal["weights", "weights+optimizer"],
         Field(description="what is taken from the checkpoint; the job counts its steps from 0 in both cases"),
     ] = "weights"
-
-    @field_validator("id")
-    @classmethod
-    def is_an_id_or_an_alias(cls, value: str) -> str:
-        if re.fullmatch(NAMED, value, re.ASCII) is None:
-            raise ValueError(f"must be the id of a checkpoint (ckpt_...) or an alias (digits@production), got {value[:200]!r}")
-        return value
 
 
 class ModelSpec(Section):

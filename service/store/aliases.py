@@ -17,10 +17,12 @@ from service.store import checkpoints, webhooks
 from service.store.dialect import insert
 from service.store.paging import descending
 from service.store.tables import Alias, AliasChange, Checkpoint
+from service.validation import did_you_mean
 
 MOST = 1000  # aliases of one project
 MARK = "@"  # stands in every alias, and in no id
 NOTHING = "none"  # as what is expected: that there is no such alias
+SHOWN = 10  # aliases that a message names
 TRIES = 20  # each that fails is a change of somebody else's that succeeded
 
 Action = Literal["promote", "rollback", "delete"]
@@ -43,7 +45,7 @@ def get(session: Session, project: str, name: str) -> Alias:
     """An alias of this project. Raises NotFound if there is none, or it was deleted."""
     row = _find(session, project, name)
     if row is None or row.checkpoint_id is None:
-        raise _not_found(name)
+        raise _not_found(session, project, name)
     return row
 
 
@@ -62,7 +64,7 @@ def history(
     Raises NotFound if there never was such an alias, InvalidRequest (cursor).
     """
     if _find(session, project, name) is None:
-        raise _not_found(name)
+        raise _not_found(session, project, name)
     of_it = (AliasChange.project == project) & (AliasChange.alias == name)
     place = (AliasChange.seq, AliasChange.id)
     return descending(session, select(AliasChange).where(of_it), of_it, place, {"after": after}, limit=limit)
@@ -207,8 +209,11 @@ def _has_room(session: Session, project: str) -> None:
         raise Conflict(f"a project has at most {MOST} aliases; delete one first", code="too_many_aliases")
 
 
-def _not_found(name: str) -> NotFound:
-    return NotFound(f"no alias {name} in this project", hint="GET /v1/aliases lists those that there are")
+def _not_found(session: Session, project: str, name: str) -> NotFound:
+    known = [row.name for row in page(session, project, limit=MOST)[0]]
+    there = f"there {'is' if len(known) == 1 else 'are'} {', '.join(known[:SHOWN])}{', …' * (len(known) > SHOWN)}"
+    detail = f"no alias {name} in this project; {there if known else 'it has none yet'}{did_you_mean(name, known)}"
+    return NotFound(detail, hint="GET /v1/aliases lists those that there are")
 
 
 def _moved(project: str, name: str) -> Conflict:

@@ -1,6 +1,6 @@
 """Queries over the operations of sessions and samplers: their write-ahead log. Only a lease's holder answers one."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields
 from datetime import datetime, timedelta
 from hashlib import sha256
@@ -32,6 +32,7 @@ class Asked:
     request: bytes
     cost: int = 1
     lane: str = ORDERED
+    lookup: Callable[[Session, str], bytes] | None = None  # given the project, the request with the id of what it names
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,12 @@ _T = table_of(Operation)
 _APPEND = for_both(
     lambda insert: insert(_T).on_conflict_do_nothing(index_elements=["job_id", "lane", "seq"]).returning(_T.c.id)
 )
+
+
+def rewrite(session: Session, row: Operation, request: bytes) -> None:
+    """Log this as the operation's request. A repeat is still known by what was sent."""
+    row.size_bytes = len(request)
+    session.execute(update(_T).where(_T.c.id == row.id).values(request=request, size_bytes=row.size_bytes))
 
 
 def at(session: Session, job_id: str, lane: str, seq: int) -> Operation | None:

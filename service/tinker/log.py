@@ -14,6 +14,7 @@ from service.sessions.body import AdamStep
 from service.sessions.codec import pack
 from service.store import tinker
 from service.store.operations import ORDERED, Asked
+from service.store.tables import Operation
 from service.store.tinker import Run
 from service.tinker import paths
 from service.tinker.requests import TTL, AdamParams, LoadWeights, OptimStep, SaveWeights
@@ -34,16 +35,18 @@ def append(
     also: Callable[[Session], None] | None = None,
 ) -> str:
     """Log the operation that `make` builds; if that raises InvalidRequest or NotFound, one that is refused. Returns its id."""
-    try:
-        asked = make()
-    except (InvalidRequest, NotFound) as error:
-        asked = Asked(REFUSED, seq, pack({"kind": REFUSED, "error": _error(error)}, {}), lane=lane)
-
     with_rows = None if also is None else lambda session, _: also(session)
-    try:
-        rows = lifecycle.append_operations(
+
+    def log(asked: Asked) -> list[Operation]:
+        return lifecycle.append_operations(
             context.store, context.doorbell, context.settings, caller.project, job_id, [asked], also=with_rows
         )
+
+    try:
+        try:
+            rows = log(make())
+        except (InvalidRequest, NotFound) as error:  # if it is not of `make`, logging this raises it, too
+            rows = log(Asked(REFUSED, seq, pack({"kind": REFUSED, "error": _error(error)}, {}), lane=lane))
     except Conflict as error:
         raise InvalidRequest(error.detail, code=error.code, hint=error.hint) from error
     return rows[0].id
@@ -116,12 +119,17 @@ def name_of(sent: SaveWeights, prefix: str = "") -> str:
     return prefix + (f"{sent.seq_id:06d}" if sent.path is None else paths.checked_name(sent.path))
 
 
-def load(context: Context, caller: Caller, sent: LoadWeights) -> Asked:
+def load(sent: LoadWeights) -> Asked:
+    """The path is looked up once, when this is logged: what has its name may be overwritten before it is sent again."""
     assert sent.seq_id is not None
-    with context.store.begin(readonly=True) as session:
-        _, row = paths.resolve(session, caller.project, paths.parse(sent.path, "/path"))
-    head = {"kind": "load_checkpoint", "checkpoint": row.id, "optimizer": sent.optimizer}
-    return Asked("load_checkpoint", sent.seq_id, pack(head, {}))
+    path = paths.parse(sent.path, "/path")
+    head = {"kind": "load_checkpoint", "checkpoint": str(path), "optimizer": sent.optimizer}
+
+    def lookup(session: Session, project: str) -> bytes:
+        _, row = paths.resolve(session, project, path)
+        return pack({**head, "checkpoint": row.id}, {})
+
+    return Asked("load_checkpoint", sent.seq_id, pack(head, {}), lookup=lookup)
 
 
 def integers(values: Sequence[Any], pointer: str, least: int = 0) -> list[int]:

@@ -248,7 +248,7 @@ def load_weights(context: ContextDep, caller: CallerDep, document: DocumentDep, 
         raise log.not_adam("/optimizer_config/type", sent.optimizer_config)
     if sent.model_id is not None and sent.seq_id is not None:
         row, job_id = log.model(context, caller, sent.model_id)
-        make = partial(log.load, context, caller, sent)
+        make = partial(log.load, sent)
         return _future(row.id, log.append(context, caller, job_id, make, seq=sent.seq_id))
     if sent.session_id is None or sent.model_seq_id is None:
         raise invalid([FieldError("", "give session_id and model_seq_id, or model_id and seq_id", "missing")])

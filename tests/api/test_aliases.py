@@ -13,8 +13,11 @@ from service.api.examples import SESSION_SPEC
 from service.ids import new_id
 from service.jobs import lease as leases
 from service.jobs.lease import CheckpointRow
+from service.sessions.codec import pack, unpack
+from service.store import operations
 
 NAME = "digits@production"
+TENSORS = "application/vnd.safetensors"
 MODEL = {"source": "tiny", "adapter": {"kind": "lora", "rank": 4}}
 Submit = Callable[..., dict[str, Any]]
 
@@ -182,9 +185,66 @@ def test_where_an_alias_is_not_there_or_out_of_place_that_is_said(client: httpx.
 
     absent = wrong(from_checkpoint="digits@absent")
     assert (absent["pointer"], absent["code"]) == ("/model/from_checkpoint/id", "checkpoint_not_found")
-    assert "no alias digits@absent" in absent["detail"]
+    assert "no alias digits@absent in this project; it has none yet" in absent["detail"]
     assert "an alias (digits@production)" in wrong(from_checkpoint="production")["detail"]
     assert "model.from_checkpoint" in wrong(source=NAME)["detail"]
+
+
+@pytest.fixture
+def sends(client: httpx.Client) -> Callable[..., httpx.Response]:
+    """Of a session, a `load_checkpoint` of NAME unless something else is named."""
+    path = f"/v1/sessions/{client.post('/v1/sessions', json={'model': MODEL}).json()['id']}/operations"
+
+    def send(seq: int, checkpoint: str = NAME, *, as_tensors: bool = False, **headers: str) -> httpx.Response:
+        body = {"kind": "load_checkpoint", "seq": seq, "checkpoint": checkpoint}
+        if as_tensors:
+            return client.post(path, content=pack(body, {}), headers={"Content-Type": TENSORS, **headers})
+        return client.post(path, json=body, headers=headers)
+
+    return send
+
+
+@pytest.mark.parametrize("as_tensors", [False, True])
+def test_a_session_loads_what_an_alias_pointed_at_when_the_operation_was_accepted(
+    api: Any, client: httpx.Client, saved: list[str], sends: Callable[..., httpx.Response], as_tensors: bool
+) -> None:
+    def logged(seq: int) -> str:
+        with api.store.begin(readonly=True) as sql:
+            (row,) = operations.since(sql, first["session_id"], seq, limit=1)
+            assert row.request is not None and row.size_bytes == len(row.request)
+            return unpack(row.request)[0]["checkpoint"]
+
+    promote(client, saved[0])
+    first = sends(1, as_tensors=as_tensors).json()
+    assert logged(1) == saved[0]
+    promote(client, saved[1])
+    assert sends(1, as_tensors=as_tensors).json()["id"] == first["id"] and logged(1) == saved[0]
+    sends(2, as_tensors=as_tensors)
+    assert logged(2) == saved[1]
+    client.delete(f"/v1/aliases/{NAME}")
+    assert sends(1, as_tensors=as_tensors).json()["id"] == first["id"]
+    reused = sends(1, saved[2], as_tensors=as_tensors)
+    assert (reused.status_code, reused.json()["code"]) == (422, "seq_reused")
+
+
+def test_an_alias_that_a_session_cannot_load_takes_no_place(
+    api: Any, client: httpx.Client, saved: list[str], sends: Callable[..., httpx.Response]
+) -> None:
+    promote(client, saved[0])
+    wrong = sends(1, "digit@production")
+    (fault,) = wrong.json()["errors"]
+    assert (wrong.status_code, fault["pointer"], fault["code"]) == (422, "/checkpoint", "checkpoint_not_found")
+    assert fault["detail"] == f"no alias digit@production in this project; there is {NAME}; did you mean '{NAME}'?"
+    assert "an alias (digits@production)" in sends(1, "production").json()["errors"][0]["detail"]
+    with api.client() as other:
+        session = other.post("/v1/sessions", json={"model": MODEL}).json()
+        load = {"kind": "load_checkpoint", "checkpoint": NAME}
+        answer = other.post(f"/v1/sessions/{session['id']}/operations", json={"operations": [{**load, "seq": 1}]})
+        (theirs,) = answer.json()["errors"]
+        assert (answer.status_code, theirs["pointer"]) == (422, "/operations/0/checkpoint")
+        assert theirs["detail"] == f"no alias {NAME} in this project; it has none yet"
+        assert other.get(f"/v1/sessions/{session['id']}/operations").json()["next_seq"] == 1
+    assert sends(1).status_code == 202
 
 
 def test_openai_s_routes_answer_from_what_it_points_at_now(api: Any, client: httpx.Client, saved: list[str]) -> None:

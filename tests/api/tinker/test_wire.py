@@ -270,6 +270,16 @@ def test_saving_over_a_name_is_a_user_error_in_band_unless_it_is_asked_for(wire)
     assert len(wire.http.get(f"/api/v1/training_runs/{model_id}/checkpoints").json()["checkpoints"]) == 1
 
 
+def test_a_load_that_is_sent_again_is_the_same_one_though_what_it_names_was_overwritten(wire):
+    model_id, other = wire.model(), wire.model()
+    path = wire.done(wire.ordered("save_weights", model_id, path="one"))["path"]
+    load = {"model_id": other, "seq_id": 1, "path": path, "optimizer": True}
+    first = wire.ok("load_weights", **load)["request_id"]
+    wire.done(wire.ordered("save_weights", model_id, path="one", overwrite=True))
+    again = wire.ok("load_weights", **load)["request_id"]
+    assert wire.done(first) == wire.done(again) == {"model_id": other, "type": "load_weights"}
+
+
 def test_weights_of_all_kinds_have_names_of_their_own(wire):
     model_id = wire.model()
     for path in ("save_weights", "save_weights_for_sampler", "save_weights_external"):

@@ -9,6 +9,7 @@ from session_operations import ADAM, FULL, LORA, forward_backward, loop, optim_s
 
 from service.spec.model import ModelSpec
 from service.spec.training import OptimizerSpec
+from service.store import aliases, clock
 from workers.policy.base import Base
 from workers.policy.learner import Learner
 from workers.policy.load import adapter_of
@@ -258,6 +259,25 @@ def test_saving_and_loading(rig: Any) -> None:
     anew = rig.weights(job)
     assert not same(anew, third)
     assert {float(v) for name, v in anew.items() if ":step/" in name} == {1.0}  # Adam begins anew
+
+
+def test_an_alias_is_loaded_as_it_pointed_when_it_was_accepted(rig: Any) -> None:
+    job = rig.session()
+    rig.send(
+        job, *loop(1), {"kind": "save_checkpoint", "name": "one"}, *loop(1, first=1), {"kind": "save_checkpoint", "name": "two"}
+    )
+    rig.work()
+    one, two = (rig.answer(job, seq)["checkpoint_id"] for seq in (4, 8))
+    load = {"kind": "load_checkpoint", "checkpoint": "mine@best"}
+    for seq, checkpoint_id in ((9, one), (10, two)):
+        with rig.store.begin() as session:
+            wish = aliases.Wish("key_test", clock.now(session))
+            aliases.promote(session, "default", "mine@best", checkpoint_id, wish)
+        rig.send(job, load, first=seq)
+    rig.send(job, load, first=9)  # once more
+    rig.work()
+    assert [rig.answer(job, seq)["checkpoint_id"] for seq in (9, 10)] == [one, two]
+    assert same(rig.weights(job), rig.weights(job, two))
 
 
 def test_a_name_is_taken_until_it_is_overwritten(rig: Any) -> None:
