@@ -176,7 +176,8 @@ def _no_signal(curves: Curves, updates: int, no_signal_steps: int) -> Iterator[A
     shown = [set(signs_of({name: values[step] for name, values in at.items() if step in values}, updates)) for step in steps]
     for name, sign in SIGNS.items():
         if all(name in signs for signs in shown):
-            detail = f"{sign.metric} showed it at each of the last {len(steps)} steps"
+            at_each = "the last step" if len(steps) == 1 else f"each of the last {len(steps)} steps"
+            detail = f"{sign.metric} showed it at {at_each}"
             severity = "warning" if sign.stops else "notice"
             yield Advice(name, severity, sign.metric, steps[0], steps[-1], detail, sign.cause, sign.remedy)
 

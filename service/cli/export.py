@@ -13,6 +13,7 @@ from service.cli.helps import command, text
 from service.cli.jobs import JobId
 from service.cli.output import say
 from service.cli.sinks import Sink, open_sink
+from service.validation.words import counted
 
 WINDOW = 5000  # steps in one request; far below what would be thinned out
 EVERY_S = 1.0  # while following: between two requests
@@ -50,7 +51,7 @@ def export_metrics(
                 exporting.follow()
         finally:
             sink.close()
-    say(f"{exporting.points} points of {job_id} written to {to.partition(':')[0]}")
+    say(f"{counted(exporting.points, 'point')} of {job_id} written to {to.partition(':')[0]}")
 
 
 class Exporting:

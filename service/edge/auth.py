@@ -23,6 +23,7 @@ from service.ids import utcnow
 from service.store import keys
 from service.store.keys import Known
 from service.store.session import Store
+from service.validation.words import counted
 
 log = logging.getLogger(__name__)
 
@@ -151,7 +152,7 @@ async def _take_turn(context: Context, key: Known) -> RateReply:
 def _check_turn(turn: Turn) -> None:
     if not turn.allowed:
         raise RateLimited(
-            f"this API key may ask {turn.rate.requests_per_s:g} times a second, and {turn.rate.burst} times at once",
+            f"this API key may ask {turn.rate.requests_per_s:g} times a second, and {counted(turn.rate.burst, 'time')} at once",
             hint="wait for the seconds of Retry-After, or have a key made with a higher rate",
             retry_after_s=turn.retry_after_s,
         )

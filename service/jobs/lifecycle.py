@@ -21,6 +21,7 @@ from service.store.jobs import SmallJob
 from service.store.operations import Asked, Load
 from service.store.session import Store
 from service.store.tables import Job, Operation
+from service.validation.words import counted
 
 if TYPE_CHECKING:
     from service.jobs.resolve import Resolved
@@ -174,7 +175,8 @@ def _has_room(settings: Settings, job: SmallJob, waiting: Load, count: int, size
     most, most_bytes = settings.max_waiting_operations, settings.max_waiting_operation_bytes
     if waiting.count + count > most or (waiting.count and waiting.size_bytes + size_bytes > most_bytes):
         raise Busy(
-            f"{job.id} has {waiting.count} waiting operations ({waiting.size_bytes} bytes); allowed are {most} ({most_bytes})",
+            f"{job.id} has {counted(waiting.count, 'waiting operation')} "
+            f"({waiting.size_bytes} bytes); allowed are {most} ({most_bytes})",
             code="session_full",
             hint="wait for answers before sending more",
         )

@@ -11,6 +11,7 @@ from service.states import FINAL, HELD, Status, allowed_actions, is_legal
 from service.store import events, operations, usage
 from service.store.jobs import Runtime
 from service.store.tables import Job
+from service.validation.words import counted
 
 KEPT_AFTER_THE_END = timedelta(hours=1)  # the errors of operations that an ended session left undone
 WISHED = frozenset({Status.PAUSING, Status.CANCELLING})
@@ -140,7 +141,7 @@ def lost(session: Session, job: Job, code: str, now: datetime) -> Status:
     crashes = job.crashes + 1
     allowed = int(job.spec.get("limits", {}).get("max_attempts", 3))
     if job.status == Status.RUNNING and crashes >= allowed:
-        detail = f"the worker was lost {crashes} times without a new checkpoint (limits.max_attempts is {allowed})"
+        detail = f"the worker was lost {counted(crashes, 'time')} without a new checkpoint (limits.max_attempts is {allowed})"
         return fail(session, job, Failure("crash_loop", detail), now, crashes=crashes)
     failure = Failure(code, f"attempt {job.attempt} ended without a word")
     return put_back(session, job, failure, now, crashes=crashes)

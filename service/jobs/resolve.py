@@ -31,6 +31,7 @@ from service.store import clock, datasets, workers
 from service.store.session import Store
 from service.store.tables import Dataset
 from service.validation import invalid
+from service.validation.words import counted
 
 T = TypeVar("T")
 
@@ -274,7 +275,8 @@ def _warnings(spec: RLSpec | SupervisedSpec, estimates: dict[str, Any]) -> list[
         warnings.append("data.prompt names no column: every prompt is the same")
     if warmup >= updates:
         warnings.append(
-            f"the learning rate is still warming up at the end: {warmup} warm-up steps, {updates} optimizer steps in all"
+            f"the learning rate is still warming up at the end: "
+            f"{counted(warmup, 'warm-up step')}, {counted(updates, 'optimizer step')} in all"
         )
     if isinstance(spec, RLSpec):
         warnings += spec.objective.warnings(updates_per_rollout=spec.update.minibatches * spec.update.epochs)
@@ -284,7 +286,8 @@ def _warnings(spec: RLSpec | SupervisedSpec, estimates: dict[str, Any]) -> list[
             warnings += [] if rounding is None else [rounding]
         if spec.rollout.prompts_per_step > estimates["train_rows"]:
             warnings.append(
-                f"a step of {spec.rollout.prompts_per_step} prompts repeats some of the {estimates['train_rows']} rows"
+                f"a step of {counted(spec.rollout.prompts_per_step, 'prompt')} "
+                f"repeats some of the {counted(estimates['train_rows'], 'row')}"
             )
     return warnings
 

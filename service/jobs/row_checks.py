@@ -101,7 +101,8 @@ def _absent(pointer: str, column: str, gap: _Gap, part: str, columns: list[str],
         detail = f"{{{column}}} names no column of the rows of data.{part}; columns: {listed}{did_you_mean(column, columns)}"
         return FieldError(pointer, detail, "unknown_column", column, columns[:MAX_SHOWN])
     what = "null" if gap.null else "absent"
-    detail = f"column {column!r} is absent or null in {gap.rows} of {rows} rows of data.{part}; it is {what} in row {gap.first}"
+    detail = f"column {column!r} is absent or null in {gap.rows} of {counted(rows, 'row')} of data.{part}; "
+    detail += f"it is {what} in row {gap.first}"
     return FieldError(pointer, detail, "column_missing", column)
 
 
@@ -221,7 +222,7 @@ def _unreadable(spec: RLSpec | SupervisedSpec, data: Data, rows: DataRows, part:
                 reported.add(error.pointer + error.code)
                 yield error
     if skipped == len(rows):
-        detail = f"data.overlong is skip, and all {skipped} rows of data.{part} are too long ({room.why})"
+        detail = f"data.overlong is skip, and every row of data.{part} ({counted(skipped, 'row')}) is too long ({room.why})"
         yield FieldError("/data/overlong", detail, "all_rows_overlong", "skip")
 
 
@@ -235,7 +236,7 @@ def overlong_rows(spec: RLSpec | SupervisedSpec, data: Data) -> Iterator[str]:
         found = [index for index, row in enumerate(rows or ()) if _is_too_long(data, row, room)]
         if rows is not None and found:
             which = f"for example row {rows.number(found[0])}: each {done}"
-            yield f"data.overlong: {len(found)} of {len(rows)} rows of data.{part} are too long ({room.why}), {which}"
+            yield f"data.overlong: {len(found)} of {counted(len(rows), 'row')} of data.{part} too long ({room.why}), {which}"
 
 
 def _room(spec: RLSpec | SupervisedSpec, context: int, part: str) -> _Room:
@@ -245,7 +246,7 @@ def _room(spec: RLSpec | SupervisedSpec, context: int, part: str) -> _Room:
     elif isinstance(spec, RLSpec):
         answers = spec.rollout.max_completion_tokens
     asked = spec.rollout.max_prompt_tokens if isinstance(spec, RLSpec) else None
-    why = f"context {context}, answers of up to {answers} tokens" if answers else f"context {context}"
+    why = f"context {context}, answers of up to {counted(answers, 'token')}" if answers else f"context {context}"
     why += f", rollout.max_prompt_tokens {asked}" if asked is not None else ""
     reads = isinstance(spec, SupervisedSpec) or (part == "eval" and spec.data.answer is not None)
     return _Room(min(context - answers, asked or context), context, why, reads, cuts=spec.data.overlong == "truncate_left")

@@ -158,7 +158,10 @@ def _flat_of_json(batch: CheckedBatch, name: str, value: list[Any], floats: str)
             batch.tensors[name] = numbers.tensor(numbers.flat(value, pointer, "d" if flags else floats, flags=flags))
             if name == "advantages" and batch.rows is not None and len(value) != batch.rows:
                 batch.refuse(
-                    name, f"has {len(value)} values; there are {batch.rows} sequences", got=len(value), allowed=batch.rows
+                    name,
+                    f"has {counted(len(value), 'value')} for {counted(batch.rows, 'sequence')}",
+                    got=len(value),
+                    allowed=batch.rows,
                 )
     except NotThese as error:
         batch.errors.append(error.error)

@@ -22,6 +22,7 @@ from service.spec.training import COLDEST, Beta, MicrobatchTokens
 from service.store import aliases
 from service.store.operations import Asked
 from service.validation import invalid
+from service.validation.words import counted
 
 MOST_SEQ = 2**53
 MOST_ROWS = 65_536  # of one operation
@@ -70,7 +71,9 @@ class LossRow(Section):
         for name in ("target_tokens", *PER_TOKEN):
             values = getattr(self, name)
             if values is not None and len(values) != len(self.tokens):
-                raise ValueError(f"{name} must have one entry for each of the {len(self.tokens)} tokens, got {len(values)}")
+                raise ValueError(
+                    f"{name} must have one entry for each of the {counted(len(self.tokens), 'token')}, got {len(values)}"
+                )
         widths = {len(row) for row in self.target_tokens if isinstance(row, list)}
         if len(widths) > 1:
             raise ValueError(f"target_tokens must have as many targets for each token, got {sorted(widths)[:5]}")
@@ -101,10 +104,13 @@ class Answer(Section):
         for name in ("log_probs", "mask"):
             values = getattr(self, name)
             if values is not None and len(values) != len(self.tokens):
-                raise ValueError(f"{name} must have one entry for each of the {len(self.tokens)} tokens, got {len(values)}")
+                raise ValueError(
+                    f"{name} must have one entry for each of the {counted(len(self.tokens), 'token')}, got {len(values)}"
+                )
         if isinstance(self.advantage, list) and len(self.advantage) != len(self.tokens):
             raise ValueError(
-                f"advantage must be one number, or one for each of the {len(self.tokens)} tokens, got {len(self.advantage)}"
+                f"advantage must be one number, or one for each of the {counted(len(self.tokens), 'token')}, "
+                f"got {len(self.advantage)}"
             )
         if (self.reward is None) == (self.advantage is None):
             raise ValueError("give either a `reward` or an `advantage`")
@@ -165,7 +171,7 @@ class Forward(_Operation):
         given = {name: sum(getattr(row, name) is not None for row in self.rows or []) for name in PER_TOKEN}
         for name, count in given.items():
             if 0 < count < len(self.rows or []):
-                raise ValueError(f"{name} is in {count} of {len(self.rows or [])} rows; it must be in all or none")
+                raise ValueError(f"{name} is in {count} of {counted(len(self.rows or []), 'row')}; it must be in all or none")
         return self
 
 

@@ -125,7 +125,9 @@ def asked_of_tensors(raw: bytes) -> Asked:
         cost += body.num_samples * body.sampling.max_tokens * max(1, sizes.get("P", len(body.texts or [])))
     if isinstance(body, _TrainHead):
         if sizes["B"] % body.minibatches:
-            raise invalid([FieldError("/minibatches", f"must divide the {sizes['B']} answers", "invalid", body.minibatches)])
+            raise invalid(
+                [FieldError("/minibatches", f"must divide the {counted(sizes['B'], 'answer')}", "invalid", body.minibatches)]
+            )
         cost *= body.epochs
     return Asked(body.kind, body.seq, pack(head, tensors), max(1, cost), lookup=lookup_of(head))
 

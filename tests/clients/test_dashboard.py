@@ -18,6 +18,7 @@ from ratchet_client import Ratchet, RatchetOperationError
 
 CHROMIUM = shutil.which("chromium")
 HOSTILE = "<img src=x onerror=alert(1)>"
+LONG = "a-name-without-any-space-" * 7
 PHONE = {"width": 390, "height": 844}
 
 
@@ -132,10 +133,10 @@ def test_a_job_is_watched_and_steered_in_a_browser(stack: Any, page: Page) -> No
             page.get_by_role("link", name=HOSTILE).click()
             watch_live(page, line, asked)
             look_at_samples(page)
-            pause_resume_fork(page)
+            fork = pause_resume_fork(page)
             promote(page, line.url, job["id"])
             assert key not in page.content()
-            visit_every_page(page, line.url, job["id"])
+            visit_every_page(page, line.url, job["id"], fork)
             assert not [one.url for one in asked if key in one.url]
             assert [
                 wrong for wrong in wrongs if "422" not in wrong and "404" not in wrong
@@ -224,7 +225,8 @@ def confirm(page: Page, action: str) -> None:
     expect(page.get_by_role("dialog")).to_have_count(0)
 
 
-def pause_resume_fork(page: Page) -> None:
+def pause_resume_fork(page: Page) -> str:
+    """Returns the id of the fork, whose name is long."""
     page.keyboard.press("P")
     confirm(page, "Pause")
     expect(badge(page)).to_have_text("paused")
@@ -235,9 +237,12 @@ def pause_resume_fork(page: Page) -> None:
     page.get_by_label("Changes of its spec").fill('{"limits": {"max_stepz": 3}}')
     page.get_by_role("dialog").get_by_role("button", name="Fork").click()
     expect(page.get_by_role("dialog").get_by_role("alert")).to_contain_text("max_steps")  # what is wrong, and what is near
+    expect(page.get_by_label("Name")).to_have_value(f"{HOSTILE} (fork)")
+    page.get_by_label("Name").fill(LONG)
     page.get_by_label("Changes of its spec").fill('{"limits": {"max_steps": 3}}')
     confirm(page, "Fork")
-    expect(page.get_by_role("heading", level=1)).to_have_text(f"{HOSTILE} (fork)")
+    expect(page.get_by_role("heading", level=1)).to_have_text(LONG)
+    return page.url.rpartition("/")[2]
 
 
 def promote(page: Page, url: str, job_id: str) -> None:
@@ -262,11 +267,21 @@ def promote(page: Page, url: str, job_id: str) -> None:
     expect(page.get_by_role("dialog")).to_have_count(0)
 
 
-def visit_every_page(page: Page, url: str, job_id: str) -> None:
+def visit_every_page(page: Page, url: str, job_id: str, fork: str) -> None:
     """Nothing is broken, nothing hostile comes alive, and on a phone nothing is wider than the screen."""
     page.set_viewport_size(PHONE)  # pyright: ignore[reportArgumentType]
     tabs = ("curves", "samples", "events", "attempts", "checkpoints", "spec", "advice")
-    paths = [*(f"jobs/{job_id}/{tab}" for tab in tabs), "jobs", "aliases", "playground", "workers", "usage", "keys", "compare"]
+    paths = [
+        *(f"jobs/{job_id}/{tab}" for tab in tabs),
+        "jobs",
+        "aliases",
+        "playground",
+        "workers",
+        "usage",
+        "keys",
+        f"compare/{job_id},{fork}",
+        f"jobs/{fork}",
+    ]
     for path in paths:
         page.goto(f"{url}#/{path}")
         page.wait_for_load_state("networkidle") if not path.startswith("jobs/") else page.wait_for_timeout(150)

@@ -305,14 +305,15 @@ def test_rows_that_are_too_long_for_the_tiny_model_are_counted_before_the_queue(
     rows = [*ROWS, {"q": "1" * 28, "a": "2"}]
     spec = but(RL, data__train__rows=rows, data__eval=None, model__tiny={"context": 32}, data__overlong=overlong)
     [warning] = [text for text in trying(spec).warnings if "overlong" in text]
-    assert "1 of 11 rows of data.train are too long" in warning and "row 10" in warning and becomes in warning
+    assert "1 of 11 rows of data.train too long" in warning and "row 10" in warning and becomes in warning
     assert not any("overlong" in text for text in trying(but(spec, data__train__rows=ROWS)).warnings)
 
 
 def test_a_split_of_which_nothing_would_be_left_is_refused(trying: Try) -> None:
     rows = [{"q": "1" * 28, "a": "2"}] * 3
     error = only(trying, but(RL, data__train__rows=rows, data__eval=None, model__tiny={"context": 32}, data__overlong="skip"))
-    assert (error.pointer, error.code) == ("/data/overlong", "all_rows_overlong") and "all 3 rows" in error.detail
+    assert (error.pointer, error.code) == ("/data/overlong", "all_rows_overlong")
+    assert "every row of data.train (3 rows)" in error.detail
 
 
 def test_an_answer_that_leaves_its_prompt_no_room_cannot_be_cut(trying: Try) -> None:

@@ -230,7 +230,7 @@ def test_rows_that_are_all_too_long_end_the_job(rig: Rig, make: Any) -> None:
     long = [{"q": "5" * 40, "a": "7"}]
     job = rig.run(make, short_rows(), eval_rows=long, overlong="skip")
     assert (job.status, job.error["code"], job.error["pointer"]) == ("failed", "all_rows_overlong", "/data/overlong")
-    assert "all 1 rows of data.eval" in job.error["detail"] and job.error["phase"] == "loading"
+    assert "every row of data.eval (1 row) is too long" in job.error["detail"] and job.error["phase"] == "loading"
     assert rig.run(make, long, overlong="skip").error["code"] == "all_rows_overlong"
 
 

@@ -15,6 +15,7 @@ from service.errors import JobFailed
 from service.jobs.data import DataRows, ReasoningGymRows, Subset, indices_of_steps
 from service.spec.job import RLSpec, SupervisedSpec
 from service.states import Phase
+from service.validation.words import counted
 from workers.loops.attempt import Attempt, prompt_tokens
 from workers.loops.sampling import draw_of, fitted
 from workers.loops.supervised import encode
@@ -99,7 +100,7 @@ def _without(part: Part, found: Sequence[int]) -> DataRows:
     if len(found) == len(part.rows):
         raise JobFailed(
             "all_rows_overlong",
-            f"data.overlong is skip, and all {len(part.rows)} rows of data.{part.name} are too long",
+            f"data.overlong is skip, and every row of data.{part.name} ({counted(len(part.rows), 'row')}) is too long",
             pointer="/data/overlong",
         )
     left_out = set(found)
@@ -110,7 +111,8 @@ def _tell(attempt: Attempt, facts: dict[str, Any]) -> None:
     """Write into the job's facts how many rows were too long, by split, and a warning for each split that had some."""
     done = "leaves out" if attempt.spec.data.overlong == "skip" else "cuts the prompts of"
     warnings = [
-        f"data.overlong: {attempt.spec.data.overlong} {done} {fact['overlong']} of {fact['rows']} rows of data.{name}, "
+        f"data.overlong: {attempt.spec.data.overlong} {done} {fact['overlong']} of "
+        f"{counted(fact['rows'], 'row')} of data.{name}, "
         f"for example row {fact['first'][0]}"
         for name, fact in facts.items()
         if fact["overlong"]

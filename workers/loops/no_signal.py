@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from service.errors import JobFailed
 from service.signals import SIGNS, signs_of
 from service.spec.job import RLSpec, SupervisedSpec
+from service.validation.words import counted
 from workers.loops.progress import Progress
 from workers.tenure.tenure import EventRow
 
@@ -19,7 +20,13 @@ def no_signal(progress: Progress, spec: RLSpec | SupervisedSpec, metrics: Mappin
     shown = signs_of(metrics, updates_of(spec))
     progress.signs = {name: progress.signs.get(name, 0) + 1 for name in shown}
     due = [name for name, count in progress.signs.items() if count == spec.limits.no_signal_steps]
-    return [("warning", {"step": progress.step, "metric": SIGNS[name].metric, "detail": _detail(name, spec)}) for name in due]
+    return [
+        (
+            "warning",
+            {"step": progress.step, "metric": SIGNS[name].metric, "detail": f"{_detail(name, spec)}; {SIGNS[name].remedy}"},
+        )
+        for name in due
+    ]
 
 
 def given_up(progress: Progress, spec: RLSpec | SupervisedSpec) -> JobFailed | None:
@@ -40,5 +47,4 @@ def given_up(progress: Progress, spec: RLSpec | SupervisedSpec) -> JobFailed | N
 
 
 def _detail(name: str, spec: RLSpec | SupervisedSpec) -> str:
-    sign = SIGNS[name]
-    return f"no signal for {spec.limits.no_signal_steps} steps ({name}): {sign.cause}; {sign.remedy}"
+    return f"no signal for {counted(spec.limits.no_signal_steps, 'step')} ({name}): {SIGNS[name].cause}"

@@ -218,7 +218,7 @@ def fitted(attempt: Attempt, prompts: Sequence[list[int]], numbers: Sequence[int
             raise JobFailed(
                 "prompt_too_long" if prompt else "prompt_empty",
                 f"the prompt of row {number} has {counted(len(prompt), 'token')}; allowed are 1 to {allowed} "
-                f"(context {text.context}, answers of up to {max_tokens} tokens"
+                f"(context {text.context}, answers of up to {counted(max_tokens, 'token')}"
                 + (f", rollout.max_prompt_tokens {asked})" if asked is not None else ")"),
                 hint="shorten the row or the template, lower max_completion_tokens, take the row out of the data, or set "
                 "data.overlong",

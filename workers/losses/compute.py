@@ -17,6 +17,7 @@ from torch import Tensor
 from service.errors import FieldError, Portable
 from service.spec.objective import ObjectiveSpec
 from service.spec.tensors import MEASURED, Uses, uses
+from service.validation.words import counted
 from workers.losses.batch import Item
 from workers.losses.checks import Findings, check
 from workers.objectives import LossOutputs, Objective, Rows
@@ -120,7 +121,7 @@ def _prepared(item: Item, objective: Objective, used: Uses, findings: Findings) 
         rows = replace(rows, picked=_picked(objective, log_probs, rows, item.seed))
     left_out = [] if findings.nonfinite_B is None else findings.nonfinite_B.nonzero().flatten().tolist()
     if left_out:
-        warnings.append(f"{len(left_out)} of {layout.rows} rows hold NaN or infinite numbers and were left out")
+        warnings.append(f"left out: {len(left_out)} of {counted(layout.rows, 'row')}, with NaN or infinite numbers")
     return Prepared(item, objective, log_probs, rows, metrics, warnings, left_out)
 
 

@@ -12,6 +12,7 @@ from math import isfinite
 import torch
 from torch import Tensor
 
+from service.validation.words import counted
 from workers.losses.compute import ItemAnswer, Prepared, returned
 from workers.objectives import LossOutputs, Rows
 from workers.objectives.metrics import Metrics
@@ -121,7 +122,7 @@ def _answer(
 ) -> ItemAnswer:
     layout, warnings = work.item.layout, list(work.warnings)
     if wrong:
-        warnings.append(f"the loss of {len(wrong)} of {layout.rows} rows is not finite, though what came in was")
+        warnings.append(f"the loss of {len(wrong)} of {counted(layout.rows, 'row')} is not finite, though what came in was")
     elif not isfinite(loss):
         warnings.append("the loss is not finite, though that of every row is")
     sent = {name: layout.as_sent(values[:, : layout.longest]) for name, values in tensors.items()}

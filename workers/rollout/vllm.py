@@ -12,6 +12,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ValidationError
 
 from service.errors import JobFailed
+from service.validation.words import counted
 from workers.rollout.engine import Completion, Engine, Request
 from workers.rollout.local import Decode
 from workers.rollout.vllm_adapters import Adapters
@@ -190,7 +191,7 @@ class VllmEngine(Engine):
             raise self._server.mismatch("it has read other prompt tokens than it was sent")
         if len(tokens) != len(log_probs) or not 0 < len(tokens) <= most:
             raise self._server.mismatch(
-                f"it answered {len(tokens)} tokens with {len(log_probs)} log-probs; asked for were 1 to {most}"
+                f"it answered {counted(len(tokens), 'token')} with {len(log_probs)} log-probs; asked for were 1 to {most}"
             )
         if not all(0 <= token < self._vocabulary for token in tokens):
             raise self._server.mismatch(
@@ -213,7 +214,7 @@ class VllmEngine(Engine):
             return Completion(tokens, known, whole, "stop")
         if len(tokens) < most:
             raise self._server.mismatch(
-                f"it cut an answer at {len(tokens)} tokens, asked for were {most}",
+                f"it cut an answer at {counted(len(tokens), 'token')}, asked for were {most}",
                 "give it a longer --max-model-len, and no max_new_tokens in --override-generation-config",
             )
         return Completion(tokens, known, text, "length")

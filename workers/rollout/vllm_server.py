@@ -23,6 +23,7 @@ from service.jobs.resolve_rollout import NETWORKS
 from service.outgoing import AddressNotAllowed, NameNotAllowed, certificates, checked
 from service.spec.addresses import Networks, address_refused, name_refused
 from service.spec.training import VllmEngine
+from service.validation.words import counted
 
 POINTER, COMPLETIONS = "/rollout/engine", "/v1/completions"
 WATCH_S = 0.5  # how often the owner's wishes are looked at while requests are under way
@@ -325,7 +326,7 @@ class Server:
         return JobFailed("rollout_address_refused", f"{self._named}: {reason}", pointer=f"{POINTER}/url")
 
     def _gave_up(self, again: Again, attempts: int, seconds: float) -> JobFailed:
-        tried = f"{again} (tried {attempts} times in {seconds:.0f} s, rollout.engine.wait_s)"
+        tried = f"{again} (tried {counted(attempts, 'time')} in {seconds:.0f} s, rollout.engine.wait_s)"
         return self._address_refused(tried) if isinstance(again, AgainByName) else self.unavailable(tried)
 
     @property

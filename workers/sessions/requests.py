@@ -17,6 +17,7 @@ from service.sessions.codec import unpack
 from service.spec.objective import ObjectiveSpec
 from service.spec.tensors import uses
 from service.validation import did_you_mean, parse, shown
+from service.validation.words import counted
 from workers.loops.update import Answers
 from workers.losses.batch import viewed
 from workers.objectives.objective import Objective
@@ -257,7 +258,7 @@ def prompts_of(request: Request, text: Text) -> Prompts:
         if len(prompt) + least > text.context:
             raise refused(
                 "sequence_too_long",
-                f"prompt {row} has {len(prompt)} tokens and may get {least} more; the context holds {text.context}",
+                f"prompt {row} has {counted(len(prompt), 'token')} and may get {least} more; the context holds {text.context}",
                 "/prompts",
                 hint="shorten the prompt, or lower max_tokens",
             )
@@ -311,7 +312,9 @@ def _cuts(values: Tensor) -> list[int]:
 def _fit(starts: list[int], text: Text, pointer: str) -> None:
     for row, (start, end) in enumerate(pairwise(starts)):
         if end - start > text.context:
-            raise refused("sequence_too_long", f"row {row} has {end - start} tokens; the context holds {text.context}", pointer)
+            raise refused(
+                "sequence_too_long", f"row {row} has {counted(end - start, 'token')}; the context holds {text.context}", pointer
+            )
 
 
 def _tokens(values: Tensor, name: str, text: Text) -> Tensor:

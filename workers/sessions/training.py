@@ -13,6 +13,7 @@ from torch import Tensor
 from service.jobs.lease import finite
 from service.metric_names import LOSS_SUM, POLICY_LOSS, REWARD_MEAN, TOKENS_TRAINED
 from service.sessions.codec import pack
+from service.validation.words import counted
 from workers.loops import update
 from workers.loops.nonfinite import Suspects
 from workers.loops.update import Experience, How, minibatches
@@ -112,7 +113,9 @@ def train_step(trainer: Trainer, request: Request, seq: int) -> Done:
     groups, experience, how, measured = _experience(trainer, request, seq)
     count, parts, epochs = len(experience.sequences), head["minibatches"], head["epochs"]
     if count % parts:
-        raise refused("invalid_minibatches", f"minibatches must divide the {count} answers, got {parts}", "/minibatches")
+        raise refused(
+            "invalid_minibatches", f"minibatches must divide the {counted(count, 'answer')}, got {parts}", "/minibatches"
+        )
     cut = minibatches(count, parts, epochs, trainer.seed, seq)
     measured |= update.update(trainer.learner, groups.objective, experience, cut, how, lambda *_: trainer.beat())
     measured |= _rewards(groups)

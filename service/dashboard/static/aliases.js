@@ -20,7 +20,7 @@ export function open({signal, title, fail}) {
     replace(place, table("Aliases", ["alias", "points at", "changed", "by", "note", ""], shown.map((one) => row(
       h("strong", null, one.id),
       [h("code", null, one.checkpoint_id), " ", h("small", {class: "soft"}, `step ${one.step} of `, one.job_id ? h("a", {href: `#/jobs/${one.job_id}/checkpoints`}, one.job_id) : "a deleted job")],
-      ago(one.changed_at), one.changed_by, one.note,
+      h("span", {class: "whole"}, ago(one.changed_at)), one.changed_by, one.note,
       h("div", {class: "buttons"},
         h("button", {type: "button", onclick: () => history(one).catch(fail)}, "History"),
         write && one.previous_id ? h("button", {type: "button", onclick: () => change(back(one))}, "Roll back …") : null,

@@ -125,7 +125,10 @@ function open() {
   const stop = new AbortController();
   shown = {stop, keys: {}, name};
   for (const link of root.querySelectorAll("nav a")) {
-    if (link.dataset.page === (name ?? "jobs")) link.setAttribute("aria-current", "page");
+    if (link.dataset.page === (name ?? "jobs")) {
+      link.setAttribute("aria-current", "page");
+      link.scrollIntoView({block: "nearest", inline: "nearest"}); // on a phone the pages are a row that scrolls
+    }
     else link.removeAttribute("aria-current");
   }
   const context = {rest, query: new URLSearchParams(query), signal: stop.signal, keys: shown.keys, title: (text) => { document.title = `${text} · Ratchet`; }};

@@ -20,14 +20,14 @@ export function sparkline(curve) {
   const values = known.map(([, value]) => value);
   const [low, high, first, last] = [Math.min(...values), Math.max(...values), known[0][0], known.at(-1)[0]];
   const points = known.map(([step, value]) => {
-    const x = last === first ? width : (width * (step - first)) / (last - first);
+    const x = last === first ? width - 3 : (width * (step - first)) / (last - first);
     const y = high === low ? height / 2 : height - 2 - ((height - 4) * (value - low)) / (high - low);
     return `${x.toFixed(1)},${y.toFixed(1)}`;
   });
   const said = `${curve.name}: ${number(values[0])} to ${number(values.at(-1))}`;
   return h("span", {class: "spark"},
     svg("svg", {viewBox: `0 0 ${width} ${height}`, width, height, role: "img", "aria-label": said},
-      svg("title", null, said), svg("polyline", {points: points.join(" "), fill: "none"})),
+      svg("title", null, said), points.length > 1 ? svg("polyline", {points: points.join(" "), fill: "none"}) : svg("circle", {cx: width - 3, cy: height / 2, r: "2"})),
     h("span", {class: "value"}, number(values.at(-1))));
 }
 
@@ -122,7 +122,7 @@ export class Chart {
     return {
       ...this.size(), series, bands,
       scales: {x: {time: false}, y: {range: (u, low, high) => range(low, high)}},
-      axes: [{...axis, size: 32}, {...axis, size: 62, values: (u, values) => values.map((value) => number(value))}],
+      axes: [{...axis, size: 32}, {...axis, size: 68, values: (u, values) => values.map((value) => number(value))}],
       legend: {show: true, live: true},
       cursor: {
         sync: {key: this.sync, setSeries: false},

@@ -20,7 +20,7 @@ export function open(job) {
     replace(place, table("Checkpoints", ["checkpoint", "step", "saved", "size", "measured", ""], data.map((one) => row(
       [h("code", null, one.id), " ", one.is_final ? badge("final", "plain") : null, one.pinned_at ? badge("pinned", "succeeded") : null,
         one.aliases.map((alias) => [" ", h("a", {class: "badge succeeded", href: "#/aliases"}, alias)])],
-      one.step, ago(one.created_at), bytes(one.size_bytes), Object.entries(one.metrics).filter(([name]) => /reward\/mean|loss$/.test(name)).map(([name, value]) => `${name} ${number(value)}`).join(" · "),
+      one.step, h("span", {class: "whole"}, ago(one.created_at)), h("span", {class: "whole"}, bytes(one.size_bytes)), Object.entries(one.metrics).filter(([name]) => /reward\/mean|loss$/.test(name)).map(([name, value]) => `${name} ${number(value)}`).join(" · "),
       h("div", {class: "buttons"},
         h("button", {type: "button", onclick: () => download(one).catch(fail)}, "Download"),
         write ? h("button", {type: "button", onclick: () => promote(one).then((done) => done && load()).catch(fail)}, "Promote …") : null,

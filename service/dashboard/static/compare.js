@@ -4,10 +4,12 @@ import {get, poll} from "./api.js";
 import {Chart} from "./charts.js";
 import {empty, field, h, replace, row, select, table} from "./dom.js";
 import {chosen} from "./jobs.js";
-import {count, duration, number} from "./format.js";
+import {count, duration} from "./format.js";
 
 const MOST = 8;
 const POINTS = 500;
+const MANAGED = ["rl", "supervised"]; // kinds of jobs whose last step is known
+const NAME = 40; // characters of a name in a legend
 
 export function open({rest, signal, title, fail}) {
   title("Compare");
@@ -40,13 +42,13 @@ export function open({rest, signal, title, fail}) {
     const [page, ...names] = await Promise.all([get("/v1/jobs:overview", {id: ids, limit: MOST, curves: "none"}, signal),
       ...ids.map((id) => get(`/v1/jobs/${id}/metrics/names`, {}, signal))]);
     const jobs = ids.map((id) => page.data.find((job) => job.id === id)).filter(Boolean);
-    labels = Object.fromEntries(jobs.map((job) => [job.id, `${job.name || "(no name)"} ${job.id.slice(-5)}`]));
+    labels = Object.fromEntries(jobs.map((job) => [job.id, `${cut(job.name || "(no name)")} ${job.id.slice(-5)}`]));
     const known = [...new Set(names.flatMap((one) => one.data.map((metric) => metric.name)))].sort();
     const wanted = known.includes("reward/mean") ? "reward/mean" : known.find((name) => name.includes("loss")) ?? known[0];
     replace(which, known.map((name) => h("option", {value: name}, name)));
     if (wanted) which.value = wanted;
     replace(facts, table("The jobs", ["job", "status", "steps", "tokens", "worker time"], jobs.map((job) =>
-      row(h("a", {href: `#/jobs/${job.id}`}, labels[job.id]), job.status, `${number(job.step)} / ${number(job.max_steps)}`, count(job.tokens), duration(job.worker_s)))));
+      row(h("a", {href: `#/jobs/${job.id}`}, labels[job.id]), job.status, MANAGED.includes(job.kind) ? `${job.step} / ${job.max_steps}` : job.step, count(job.tokens), duration(job.worker_s)))));
     if (wanted) poll(draw, 5000, signal).catch(fail);
     else replace(holder, empty("These jobs have measured nothing yet."));
   }
@@ -56,4 +58,8 @@ export function open({rest, signal, title, fail}) {
   signal.addEventListener("abort", () => chart?.close());
   begin().catch(fail);
   return [heading, h("div", {class: "filters"}, field("Curve", which)), holder, facts];
+}
+
+function cut(name) {
+  return name.length > NAME ? `${name.slice(0, NAME - 1)}…` : name;
 }

@@ -70,7 +70,7 @@ export function open(job) {
     const drawn = new Set(shown());
     replace(more, h("option", {value: ""}, "another curve …"), known.filter((one) => !drawn.has(one.name)).map((one) => h("option", {value: one.name, title: one.means}, one.name)));
     replace(nothing, known.length ? null : empty(job.now?.status === "queued" ? "It waits for a worker. Is one there?" : "Nothing is measured yet: the first step comes when the model is loaded.",
-      job.now?.status === "queued" ? "curl http://127.0.0.1:8000/readyz" : `ratchet watch ${id}`));
+      job.now?.status === "queued" ? "ratchet workers" : `ratchet watch ${id}`));
     if (!known.length) return;
     store.clear();
     const waiting = [...charts]; // long curves take a while: each chart is shown as soon as its own are there

@@ -36,8 +36,8 @@ export function ask({title, text, fields = [], action, danger = false, work}) {
 
 /** Show something in a dialog. */
 export function show(title, ...content) {
-  const dialog = h("dialog", {"aria-labelledby": "dialog-title", class: "wide"}, h("h2", {id: "dialog-title"}, title), content,
-    h("div", {class: "buttons"}, h("button", {type: "button", class: "main", autofocus: true, onclick: () => dialog.close()}, "Close")));
+  const dialog = h("dialog", {"aria-labelledby": "dialog-title", class: "wide"}, h("h2", {id: "dialog-title", tabindex: "-1", autofocus: true}, title), content, // what is long is read from its beginning
+    h("div", {class: "buttons"}, h("button", {type: "button", class: "main", onclick: () => dialog.close()}, "Close")));
   dialog.addEventListener("close", () => dialog.remove());
   document.body.append(dialog);
   dialog.showModal();

@@ -21,7 +21,7 @@ export function open(context) {
   const name = h("h1", null, id);
   const state = h("span");
   const facts = h("p", {class: "facts"});
-  const bar = h("progress", {max: "1", value: "0", "aria-label": "steps done"});
+  const bar = h("progress", {max: "1", value: "0", "aria-label": "steps done", hidden: true});
   const wrong = h("div");
   const buttons = h("div", {class: "buttons"});
   const line = h("small", {class: "soft", role: "status"});
@@ -109,7 +109,12 @@ export function open(context) {
     });
   }
 
-  begin().catch(fail);
+  begin().catch((error) => {
+    fail(error);
+    if (shown) return;
+    tabs.hidden = true; // there is no such job
+    replace(place, h("a", {href: "#/jobs"}, "All jobs"));
+  });
   setTimeout(into);
   TABS.forEach(([key], i) => { keys[i + 1] = () => { location.hash = `#/jobs/${id}/${key}`; }; });
   for (const [key, action] of [["P", "pause"], ["R", "resume"], ["X", "cancel"], ["F", "fork"]]) {

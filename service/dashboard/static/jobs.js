@@ -48,6 +48,11 @@ export function open({query, signal, keys, title, fail}) {
     load().catch(fail);
   }
 
+  function clear() {
+    search.value = status.value = kind.value = "";
+    changed();
+  }
+
   let asked = 0;
   async function load(curves = "all") {
     const number = ++asked;
@@ -75,7 +80,7 @@ export function open({query, signal, keys, title, fail}) {
     older.disabled = !page.has_more;
     list.hidden = !page.data.length;
     const filtered = search.value || status.value || kind.value || after;
-    replace(nothing, page.data.length ? null : filtered ? empty("No job is like that.")
+    replace(nothing, page.data.length ? null : filtered ? h("div", {class: "empty"}, h("p", null, "No job is like that."), h("button", {type: "button", onclick: clear}, "Show all jobs"))
       : empty("There are no jobs yet. Submit one:", "ratchet submit examples/copy-digits.yaml", "ratchet demo --help"));
     marks();
   }
@@ -99,7 +104,7 @@ export function open({query, signal, keys, title, fail}) {
     const curve = h("td", {"data-label": "curve"});
     const spent = h("span");
     const by = h("td", {"data-label": "by", class: "by"});
-    const made = h("time");
+    const made = h("time", {class: "whole"});
     const element = h("tr", null,
       h("td", {class: "pick"}, box),
       h("td", {class: "name"}, link, h("small", {class: "soft"}, `${job.kind} · ${job.id}`), job.tags.map((tag) => h("span", {class: "tag"}, tag))),

@@ -69,10 +69,10 @@ export function open({query, signal, title, keys, fail}) {
     const made = (one) => ["checkpoint", "alias"].includes(one.kind);
     const options = data.map((one) => h("option", {value: one.id, "data-about": made(one) ? one.description : null}, made(one) ? `${one.id} (${one.description})` : one.id));
     const ids = data.map((one) => one.id);
-    const newest = data.filter((one) => one.kind === "checkpoint").map((one) => one.id);
+    const likely = ["alias", "checkpoint"].flatMap((kind) => data.filter((one) => one.kind === kind).map((one) => one.id)); // a running job soon deletes its newest
     for (const [i, one] of sides.entries()) {
       replace(one.model, h("option", {value: ""}, "nobody"), options.map((option) => option.cloneNode(true)));
-      const wanted = query.get(one.side) ?? (i === 0 ? newest[0] ?? "tiny" : newest[1] ?? "tiny");
+      const wanted = query.get(one.side) ?? (likely[i] ?? "tiny");
       if (!ids.includes(wanted)) one.model.append(h("option", {value: wanted}, wanted));
       one.choose(wanted);
     }

@@ -128,7 +128,7 @@ function answer(one, i, mode, full, low, high) {
   return h("li", {class: `answer ${kind}`, "aria-label": `answer ${i + 1}`},
     h("p", null, h("strong", null, `reward ${number(one.reward)}`), one.advantage === undefined ? null : ` · advantage ${one.advantage > 0 ? "+" : ""}${number(one.advantage)}`),
     h("p", {class: "soft"}, facts.join(" · ")),
-    tokens ? h("div", {class: "text"}, tokens.text.map((text, at) => token(text, at, tokens, mode, full, detail)), tokens.text.length < one.tokens ? h("span", {class: "soft"}, ` … of the other ${one.tokens - tokens.text.length} tokens nothing is kept: `) : null,
+    tokens ? h("div", {class: "text"}, tokens.text.map((text, at) => token(text, at, tokens, mode, full, detail)), tokens.text.length < one.tokens ? h("span", {class: "soft"}, ` … of the other ${counted(one.tokens - tokens.text.length, "token")} nothing is kept: `) : null,
       tokens.text.length < one.tokens ? one.text.slice(tokens.text.join("").length) : null) : h("div", {class: "text"}, one.text),
     detail, one.errors ? h("p", {class: "wrong"}, Object.entries(one.errors).map(([name, text]) => `${name}: ${text}`).join("; ")) : null);
 }

@@ -43,7 +43,7 @@ function viewer(whole, signal) {
 }
 
 function value(one) {
-  return one === undefined ? h("span", {class: "soft"}, "not there") : h("code", null, JSON.stringify(shortened(one)));
+  return one === undefined ? h("span", {class: "soft"}, "not there") : h("code", {class: "json"}, JSON.stringify(shortened(one)));
 }
 
 function shortened(one) {

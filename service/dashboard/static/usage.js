@@ -2,7 +2,7 @@
 
 import {get, session} from "./api.js";
 import {empty, field, h, replace, row, select, table} from "./dom.js";
-import {count, duration, number} from "./format.js";
+import {count, counted, duration} from "./format.js";
 
 const OPERATORS = "default"; // the project whose admins see every project
 
@@ -26,8 +26,9 @@ export function open({signal, title, fail}) {
     const label = (group) => (group === null ? "not known" : by.value === "job" ? h("a", {href: `#/jobs/${group}`}, group) : names[group] ? `${names[group]} (${group})` : group);
     replace(place, usage.data.length ? table("Usage", [by.value, "tokens", "sampled", "trained", "worker time", "attempts", "of it wasted"], [...usage.data.map((one) => line(label(one.group), one)), line(h("strong", null, "all"), usage.total)])
       : empty("Nothing was spent yet.", "ratchet submit examples/copy-digits.yaml", "ratchet usage --by job"));
-    const bounds = [bound.tokens === null ? null : `${number(bound.spent.tokens)} of ${number(bound.tokens)} tokens`, bound.worker_s === null ? null : `${duration(bound.spent.worker_s)} of ${duration(bound.worker_s)} of workers`].filter(Boolean);
-    replace(budget, h("h2", null, `Budget of ${bound.project}`), h("p", null, bounds.length ? `${bounds.join(" · ")}, since ${bound.since}` : "No bound is set."));
+    const bounds = [bound.tokens === null ? null : `${count(bound.spent.tokens)} of ${counted(bound.tokens, "token")}`, bound.worker_s === null ? null : `${duration(bound.spent.worker_s)} of ${duration(bound.worker_s)} of workers`].filter(Boolean);
+    replace(budget, h("h2", null, `Budget of ${bound.project}`), bounds.length ? h("p", null, `${bounds.join(" · ")}, ${bound.since < "1970-01-02" ? "of all time" : `since ${bound.since}`}`)
+      : h("p", null, "No bound is set. To set one: ", h("code", null, `ratchet budget --project ${bound.project} --tokens 50000000`)));
   }
 
   for (const one of [by, project, since]) one.addEventListener("change", () => load().catch(fail));

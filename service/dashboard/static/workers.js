@@ -16,7 +16,7 @@ export function open({signal, title, fail}) {
       bytes(one.memory?.process), one.memory?.gpu_total ? `${bytes(one.memory.gpu_used)} of ${bytes(one.memory.gpu_total)}` : "–", ago(one.started_at), ago(one.last_seen_at),
       one.job_ids.map((id) => h("a", {href: `#/jobs/${id}`, class: "spaced"}, id))))) : empty("No worker was seen within the last minute: jobs wait in the queue. Start one:", "ratchet up", "ratchet workers"));
     const classes = Object.entries(waits.waiting).filter(([, one]) => one.jobs);
-    replace(queue, h("p", null, classes.length ? classes.map(([name, one]) => `${one.jobs} of class ${name} wait, the oldest for ${duration(one.oldest_wait_s)}`).join(" · ") : "Nothing waits."),
+    replace(queue, h("p", null, classes.length ? classes.map(([name, one]) => `${one.jobs} of class ${name} ${one.jobs === 1 ? "waits," : "wait, the oldest"} for ${duration(one.oldest_wait_s)}`).join(" · ") : "Nothing waits."),
       next.data.length ? table("Your queued jobs, newest first", ["job", "kind", "made", "why"], next.data.map((one) => row(h("a", {href: `#/jobs/${one.id}`}, one.name || one.id), one.kind, ago(one.created_at), one.status_reason ?? "–"))) : null);
   }, 5000, signal).catch(fail);
   return [h("h1", null, "Workers"), place, h("h2", null, "Queue"), queue];

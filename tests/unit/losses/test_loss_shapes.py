@@ -29,7 +29,7 @@ from service.relay.tensors import BadTensors, Tensor, encode
         ({"segment_ids": [[0, 0], [0, 1.0, 1]]}, "/segment_ids/1/1", "invalid", "an integer of 64 bits, got 1.0"),
         ({"segment_ids": [[0, 0], [0, 2**63, 1]]}, "/segment_ids/1/1", "invalid", "an integer of 64 bits"),
         ({"segment_ids": [[0, 0], [0, True, 1]]}, "/segment_ids/1/1", "invalid", "an integer, got true"),
-        ({"advantages": [1.0]}, "/advantages", "shape_mismatch", "has 1 values; there are 2 sequences"),
+        ({"advantages": [1.0]}, "/advantages", "shape_mismatch", "has 1 value for 2 sequences"),
         ({"advantages": [1.0, [1.0]]}, "/advantages/1", "invalid", "must be a number, got an array of 1 item"),
         ({"advantages": [[1.0, 2.0], [1.0]]}, "/advantages/1", "shape_mismatch", "has 1 token, log_probs has 3"),
         (
