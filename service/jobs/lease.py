@@ -171,11 +171,10 @@ def _wish(status: str, wish: str | None, *, draining: bool) -> Wish | None:
 
 
 def set_phase(store: Store, lease: Lease, phase: Phase) -> None:
-    with _holding(store, lease) as (session, job):
+    with _stepping(store, lease) as (connection, job):
         if job.phase != phase:
-            job.phase = Phase(phase).value
-            session.flush()
-            events.append(session, job.id, "phase_changed", {"phase": job.phase})
+            name = Phase(phase).value
+            events.append_all(connection, job.id, [("phase_changed", {"phase": name})], phase=name)
 
 
 def rewind(store: Store, lease: Lease, step: int, *, anew: bool = False) -> None:

@@ -26,13 +26,15 @@ def append_all(
     *,
     now: datetime | None = None,
     step: int | None = None,
+    phase: str | None = None,
 ) -> int:
-    """Write events in order, and what webhooks hear of them; with `step` set the job's. Returns the number of the last one.
+    """Write events in order, and what webhooks hear of them; with `step` or `phase` set the job's. Returns the number of the
+    last one.
 
     Raises NotFound (no job).
     """
     now = now or clock.now(session)
-    taken = {"of_job": job_id, "count": len(events), "now": now, "to_step": step}
+    taken = {"of_job": job_id, "count": len(events), "now": now, "to_step": step, "to_phase": phase}
     row = connection_of(session).execute(_TAKE, taken).first()
     if row is None:
         raise NotFound(f"no job {job_id}")
@@ -96,6 +98,7 @@ _TAKE = (
         last_event=_JOBS.c.last_event + bindparam("count"),
         updated_at=bindparam("now"),
         step=func.coalesce(bindparam("to_step", type_=_JOBS.c.step.type), _JOBS.c.step),
+        phase=func.coalesce(bindparam("to_phase", type_=_JOBS.c.phase.type), _JOBS.c.phase),
     )
     .returning(_JOBS.c.last_event, _JOBS.c.project)
 )

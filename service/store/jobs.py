@@ -28,7 +28,7 @@ from service.errors import NotFound
 from service.states import FINAL, HELD, Status
 from service.store.dialect import table_of
 from service.store.paging import newest_first
-from service.store.tables import Checkpoint, Job, Worker
+from service.store.tables import Budget, Checkpoint, Job, Worker
 
 
 def get(session: Session, project: str, job_id: str, *, lock: bool = False) -> Job:
@@ -61,6 +61,7 @@ class SmallJob(NamedTuple):
     key_id: str | None
     status: str
     status_reason: str | None
+    phase: str | None
     attempt: int
     lease_owner: str | None
     step: int
@@ -68,6 +69,9 @@ class SmallJob(NamedTuple):
     budget_tokens: int | None
     budget_worker_s: float | None
     crashes: int
+    project_tokens: int | None  # of its project's budget, as are the next two; None if it has none
+    project_worker_s: float | None
+    project_since: str | None
 
 
 def forgive(connection: Connection, job_id: str) -> None:
@@ -114,10 +118,14 @@ _SHOWN = select(
         if column.name not in _UNSHOWN
     )
 ).where(table_of(Job).c.id == bindparam("job_id"), table_of(Job).c.project == bindparam("project"))
+_OF_PROJECT = {"project_tokens": "tokens", "project_worker_s": "worker_s", "project_since": "since"}  # columns of Budget
 _LOCK_SMALL = (
-    select(*(table_of(Job).c[name] for name in SmallJob._fields))
+    select(
+        *(table_of(Budget).c[_OF_PROJECT[name]] if name in _OF_PROJECT else table_of(Job).c[name] for name in SmallJob._fields)
+    )
+    .select_from(table_of(Job).outerjoin(table_of(Budget), table_of(Budget).c.project == table_of(Job).c.project))
     .where(table_of(Job).c.id == bindparam("job_id"))
-    .with_for_update(key_share=True)
+    .with_for_update(key_share=True, of=table_of(Job))
 )
 
 

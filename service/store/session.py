@@ -122,7 +122,9 @@ def _teach_sqlite(engine: Engine, *, foreign_keys: bool) -> None:
         readonly = connection.get_execution_options().get(READONLY, False)
         raw: Any = connection.connection.driver_connection
         # What cannot fail goes past SQLAlchemy, which takes longer for it than SQLite.
-        raw.execute(f"PRAGMA query_only={'ON' if readonly else 'OFF'}").close()
+        if connection.info.get(READONLY) is not readonly:
+            raw.execute(f"PRAGMA query_only={'ON' if readonly else 'OFF'}").close()
+            connection.info[READONLY] = readonly
         if readonly:
             raw.execute("BEGIN").close()
         else:

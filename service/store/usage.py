@@ -287,10 +287,14 @@ def is_spent(session: Session | Connection, job: Job | SmallJob) -> bool:
     bounded = job.budget_tokens is not None or job.budget_worker_s is not None
     if bounded and _exceeds(of_job(session, job.id), job.budget_tokens, job.budget_worker_s):
         return True
-    budget = connection_of(session).execute(_BUDGET, {"of": job.project}).first()
-    if budget is None or (budget.tokens is None and budget.worker_s is None):
+    if isinstance(job, SmallJob):
+        tokens, worker_s, since = job.project_tokens, job.project_worker_s, job.project_since
+    else:
+        found: Any = connection_of(session).execute(_BUDGET, {"of": job.project}).first()
+        tokens, worker_s, since = found or (None, None, None)
+    if tokens is None and worker_s is None:
         return False
-    return _exceeds(report(session, job.project, first_day=budget.since)[0], budget.tokens, budget.worker_s)
+    return _exceeds(report(session, job.project, first_day=since)[0], tokens, worker_s)
 
 
 _BUDGET = select(*(table_of(Budget).c[name] for name in ("tokens", "worker_s", "since"))).where(
