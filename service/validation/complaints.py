@@ -85,9 +85,10 @@ def _elsewhere_called(root: Any, key: str) -> str | None:
     """Our counterpart of another library's name, if the document has a place for it, or is a job and another kind has one."""
     if (hint := hint_for_key(key)) is None:
         return None
-    if pointer_of(root, hint.partition(".")[0].split()[-1]):
+    is_job = pointer_of(root, "data.train") == "/data/train"
+    if pointer_of(root, hint.partition(".")[0].split()[-1]) or (is_job and hint.startswith("`")):  # a command
         return f"here that is {hint}"
-    return f"in a job of kind rl that is {hint}" if pointer_of(root, "data.train") == "/data/train" else None
+    return f"in a job of kind rl that is {hint}" if is_job else None
 
 
 def _must_be(place: Place, got: Any, must_be: str, legal: list[str] | None = None) -> Complaint:

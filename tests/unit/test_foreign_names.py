@@ -58,6 +58,7 @@ def test_a_key_of_another_library_is_refused_with_its_name_here(name: str) -> No
         ("rollout", "max_steps", "a key of this name belongs to /limits/max_steps"),
         ("eval", "temprature", "did you mean 'temperature'?"),
         ("update", "temperature", "here that is rollout.temperature"),
+        ("checkpoints", "output_dir", "here that is `ratchet checkpoints download"),
         ("checkpoints", "metric_for_best_model", "here that is checkpoints.keep_best.metric"),
     ],
 )
