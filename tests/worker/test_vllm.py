@@ -588,6 +588,18 @@ def rig(vllm: Vllm, trained: Base, tmp_path: Path) -> Iterator[Any]:
         one.server.close()
 
 
+def test_a_stop_text_with_a_token_that_no_text_shows_in_its_middle_is_one(rig: Any) -> None:
+    one = rig()
+    text = one.base.text
+    tokens = [*text.encode("xa"), text.tokenizer.unk_token_id, *text.encode("b")]
+    request = Request([5], SamplingParams(max_tokens=9, stop=("a<unk>b",)), seed=0)
+    choice = {"prompt_token_ids": [5], "token_ids": tokens, "logprobs": {"token_logprobs": [-1.0] * 4}, "finish_reason": "stop"}
+    answer = one.engine._read({"choices": [choice]}, request)
+    assert (answer.tokens, answer.text, answer.finish_reason) == (tokens, "xa<unk>b", "stop")
+    with pytest.raises(JobFailed, match="nothing that the job gave it ends one"):
+        one.engine._read({"choices": [choice]}, Request([5], SamplingParams(max_tokens=9, stop=("a<unk>c",)), seed=0))
+
+
 def test_answers_are_those_of_the_local_engine_in_any_order_and_number(vllm: Vllm, rig: Any) -> None:
     one = rig(at_once=2)
     asked = one.requests(7) + one.requests(3, temperature=0.5, top_k=9) + one.requests(2, stop=("a", "<eos>"), stop_ids=(1,))
