@@ -38,19 +38,19 @@ class Checkpoints(Resource):
         Only regular files below that folder are taken; their sha256 sums are compared with the checkpoint's manifest.
         `optimizer=False` leaves out the optimizer's state, which only a resume needs.
         """
-        directory = Path(directory)
+        place = Path(directory).absolute()  # the folder appears by a rename, and `.` would go on meaning the one before
         if "@" in checkpoint_id:
             checkpoint_id = self.get_checkpoint(checkpoint_id)["id"]
         path, params = f"/v1/checkpoints/{part(checkpoint_id)}/archive", None if optimizer else {"optimizer": "false"}
         response = self._transport.request("GET", path, params=params, stream=True)
         with closing(response):
             try:
-                archive.unpack(response.iter_bytes(CHUNK_BYTES), directory, without=() if optimizer else (OPTIMIZER,))
+                archive.unpack(response.iter_bytes(CHUNK_BYTES), place, without=() if optimizer else (OPTIMIZER,))
             except httpx.TransportError as error:
                 raise self._transport.unreachable(error) from error
         with suppress(RatchetError):  # an older service has none; the weights are here all the same
-            (directory / "README.md").write_text(self.checkpoint_card(checkpoint_id), "utf-8")
-        return directory
+            (place / "README.md").write_text(self.checkpoint_card(checkpoint_id), "utf-8")
+        return Path(directory)
 
     def checkpoint_card(self, checkpoint_id: str) -> str:
         """What the checkpoint is, where it comes from and how to load it, as markdown."""

@@ -39,10 +39,12 @@ Row = dict[str, str]
 def run(*, url: str | None, stack_dir: Path | None, data_dir: Path | None, keep: Path | None, seed: int) -> None:
     """Run the demo on the named service, else on its own embedded stack. Raises RatchetError if anything fails.
 
-    `keep`: a new folder for the model. It is checked before anything is trained.
+    `keep`: a new folder for the model. It is made before anything is trained. Raises OSError if it cannot be.
     """
-    if keep is not None and keep.exists() and (not keep.is_dir() or any(keep.iterdir())):
-        raise RatchetError(f"--keep names a new folder for the model, and {keep} is there already")
+    if keep is not None:
+        if keep.exists() and (not keep.is_dir() or any(keep.iterdir())):
+            raise RatchetError(f"--keep names a new folder for the model, and {keep} is there already")
+        keep.mkdir(parents=True, exist_ok=True)
     if url is not None or stack_dir is not None:
         with Ratchet(*find(url, data_dir=stack_dir)) as ratchet:
             teach(ratchet, seed, keep)

@@ -635,6 +635,8 @@ def test_the_demo_says_what_to_do_next_and_keeps_the_model_only_in_a_new_folder(
     (tmp_path / "full" / "file").touch()
     refused = cli("demo", "--keep", str(tmp_path / "full"))
     assert refused.code == 1 and "is there already" in refused.err and refused.out == ""
+    refused = cli("demo", "--keep", str(tmp_path / "full" / "file" / "below"))
+    assert refused.code == 1 and "Not a directory" in refused.err and refused.out == "", "before anything is trained"
 
 
 def test_the_example_job_is_valid(api: str, cli: Cli) -> None:

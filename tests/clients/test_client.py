@@ -248,6 +248,18 @@ def test_a_bad_archive_leaves_nothing_behind(script: Any, ratchet: Ratchet, tmp_
     assert [path.name for path in tmp_path.rglob("*")] == ["here"]
 
 
+def test_a_checkpoint_is_unpacked_into_the_empty_folder_where_one_is(
+    script: Any, ratchet: Ratchet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (here := tmp_path / "here").mkdir()
+    monkeypatch.chdir(here)
+    script.reply(archive(("a", b"right")))
+    script.reply(b"# the card", Content_Type="text/markdown")
+    ratchet.download_checkpoint("ckpt_1", ".")
+    assert sorted(path.name for path in here.iterdir()) == ["README.md", "a", "manifest.json"]
+    assert list(tmp_path.iterdir()) == [here]
+
+
 def test_names_that_only_look_like_dots_stay_inside(script: Any, ratchet: Ratchet, tmp_path: Path) -> None:
     names = ["\uff0e\uff0e/evil", "\u2025/evil", "%2e%2e/evil", "a\u2215..\u2215evil"]
     script.reply(archive(*((name, b"x") for name in names)))
