@@ -18,7 +18,7 @@ from service.jobs.gym import check_task
 from service.jobs.held_out import check_seeds, learnt_rows
 from service.jobs.reference_checks import Formula, check_references
 from service.jobs.resolve_model import resolve_model, tokenizer_folder
-from service.jobs.resolve_reward import check_metrics, check_reward
+from service.jobs.resolve_reward import check_metrics, check_reward, wrong_ways
 from service.jobs.resolve_rollout import check_rollout, rollout_warnings
 from service.jobs.row_checks import check_rows, overlong_rows
 from service.settings import Settings
@@ -278,6 +278,7 @@ def _warnings(spec: RLSpec | SupervisedSpec, estimates: dict[str, Any]) -> list[
             f"the learning rate is still warming up at the end: "
             f"{counted(warmup, 'warm-up step')}, {counted(updates, 'optimizer step')} in all"
         )
+    warnings += wrong_ways(spec)
     if isinstance(spec, RLSpec):
         warnings += spec.objective.warnings(updates_per_rollout=spec.update.minibatches * spec.update.epochs)
         warnings += rollout_warnings(spec)

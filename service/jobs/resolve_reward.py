@@ -1,7 +1,7 @@
 """Checks of graders and of the metrics that other sections name."""
 
 from service.errors import FieldError
-from service.metric_names import EVAL, EVAL_GREEDY, EVAL_LOSS, OF_ANSWERS
+from service.metric_names import EVAL, EVAL_GREEDY, EVAL_LOSS, OF_ANSWERS, find
 from service.settings import Settings
 from service.spec.addresses import refusal
 from service.spec.data import ReasoningGymSource, SplitSource
@@ -12,6 +12,7 @@ from service.validation import did_you_mean
 # Tasks of reasoning-gym whose rows have no answer, only a scorer (docs/graders.md).
 WITHOUT_ANSWER = {"boxnet", "graph_color", "propositional_logic", "rubiks_cube", "rush_hour"}
 NETWORKS = "RATCHET_GRADER_NETWORKS"
+BETTER = {"up": "max", "down": "min"}  # the mode of a metric
 
 
 def check_reward(spec: RLSpec | SupervisedSpec, settings: Settings) -> list[FieldError]:
@@ -49,6 +50,22 @@ def _other_sources(spec: RLSpec | SupervisedSpec) -> str:
         if source is not None and not isinstance(source, ReasoningGymSource | SplitSource)
     ]
     return ", ".join(others)
+
+
+def wrong_ways(spec: RLSpec | SupervisedSpec) -> list[str]:
+    """Warnings where early_stopping or keep_best take the worse values of their metric for the better ones."""
+    rules = {"early_stopping": spec.early_stopping, "checkpoints.keep_best": spec.checkpoints.keep_best}
+    right = {
+        rule.metric: BETTER.get(found.better)
+        for rule in rules.values()
+        if rule and (found := find(rule.metric)) and found.name == rule.metric  # a grader's own score may be a penalty
+    }
+    return [
+        f"{place}.mode is {rule.mode}, and of {rule.metric} the {'smaller' if mode == 'min' else 'larger'} values are better: "
+        f"write mode: {mode}"
+        for place, rule in rules.items()
+        if rule is not None and (mode := right.get(rule.metric)) not in (None, rule.mode)
+    ]
 
 
 def check_metrics(spec: RLSpec | SupervisedSpec) -> list[FieldError]:

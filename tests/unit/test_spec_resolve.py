@@ -152,6 +152,10 @@ def test_what_is_legal_and_probably_not_meant_is_warned_of(trying: Try, world: S
     assert trying(RL).warnings == []
     warm = but(RL, optimizer__schedule={"warmup_steps": 40})
     assert any("still warming up at the end" in text for text in trying(warm).warnings)
+    worse = but(SUPERVISED, early_stopping={"metric": "eval/loss", "patience": 2})
+    wrong = "early_stopping.mode is max, and of eval/loss the smaller values are better: write mode: min"
+    assert wrong in trying(worse).warnings
+    assert wrong not in trying(but(worse, early_stopping__mode="min")).warnings
     assert any("every prompt is the same" in text for text in trying(but(RL, data__prompt="1+1=")).warnings)
     assert any("repeats some of the 8 rows" in text for text in trying(but(RL, rollout__prompts_per_step=16)).warnings)
     loose = but(RL, objective__surrogate={"clip_high": 0.2})
