@@ -113,9 +113,12 @@ def create_app(settings: Settings | None = None) -> FastAPI:
             reconciler = Reconciler(store, settings, doorbell)
             reconciler.start()
             open_parts.push_async_callback(run_in_threadpool, reconciler.stop)
+            store.on_deliveries = doorbell.ring_couriers
             courier = Courier(store, settings)
             courier.start()
             open_parts.push_async_callback(run_in_threadpool, courier.stop)
+            listening = asyncio.create_task(courier.listen(signals), name="courier's bell")
+            open_parts.callback(listening.cancel)
             app.state.context = context = Context(
                 settings,
                 store,

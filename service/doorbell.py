@@ -32,6 +32,7 @@ RING_TASK = "ratchet.train"
 LOSSES_TASK = "ratchet.losses"
 LOSSES_QUEUE = "losses"
 PARTS = "ratchet:parts:"  # channels of answers that are told while they grow, one a lane
+COURIERS = "webhooks"  # stands for a job's id in the signal that deliveries of webhooks wait
 KEYS_EDITION = "ratchet:keys:edition"  # changes with each revocation of an API key
 CLASSES = ("any", "cpu", "gpu")
 TO_WORKERS = frozenset({b"operation", b"wish", b"guest"})  # signals that say nothing to followers
@@ -170,6 +171,10 @@ class Doorbell:
         """Wake listeners of the job. `what`: `events` (there are new ones), `wish` (its worker should look at once), or of a
         session `operation`. With a base's key in place of the id, `guest`: a session that shares this base is queued."""
         return self._publish(channel_name(job_id), what)
+
+    def ring_couriers(self) -> bool:
+        """Tell those who deliver webhooks that something is due."""
+        return self._publish(channel_name(COURIERS), "delivery")
 
     def tell(self, lane: str, parts: Sequence[tuple[int, int, str]]) -> None:
         """Publish parts of an operation's answers to whoever listens: (answer, characters that came before, text)."""

@@ -37,6 +37,7 @@ class Parent:
 
     def __init__(self, settings: Settings) -> None:
         self.settings, self.store, self.doorbell = settings, open_store(settings), Doorbell(settings)
+        self.store.on_deliveries = self.doorbell.ring_couriers
         self._losses = WorkerQueue(settings, line.losses(settings))
         self.id = new_id("wrk")
         os.environ[WORKER_ID] = self.id

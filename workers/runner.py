@@ -63,7 +63,9 @@ def run_next(rung_by: str) -> None:
 def _keeper() -> Keeper:
     """The one keeper of this process. It lives as long as the process, so that no time is lost between two jobs."""
     settings = get_settings()
-    return Keeper(open_store(settings), settings, Doorbell(settings)).start()
+    store, doorbell = open_store(settings), Doorbell(settings)
+    store.on_deliveries = doorbell.ring_couriers
+    return Keeper(store, settings, doorbell).start()
 
 
 @cache

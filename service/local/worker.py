@@ -67,6 +67,7 @@ def _argv(name: str) -> list[str]:
 def settle_the_dead(settings: Settings) -> None:
     """Put the jobs of killed workers of this machine back into the queue now, before their leases expire."""
     store, doorbell = open_store(settings), Doorbell(settings)
+    store.on_deliveries = doorbell.ring_couriers
     try:
         with store.begin(readonly=True) as session:
             owners = jobs.owners(session)

@@ -1,6 +1,6 @@
 """The store: one engine, one way to open a transaction, one folder of blobs. Query modules never commit."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -31,6 +31,7 @@ MAX_OVERFLOW = 35  # together with the pool's 5, one connection for each of the 
 # hide_parameters: values from callers and models appear in no error text, and so in no log.
 COMMON: dict[str, Any] = {"max_overflow": MAX_OVERFLOW, "json_serializer": dumps, "hide_parameters": True}
 READONLY = "ratchet_readonly"  # execution option, read by the begin hook below
+DELIVERIES = "ratchet_deliveries"  # in a connection's info: its transaction has put something into the outbox of webhooks
 
 
 class Store:
@@ -39,6 +40,7 @@ class Store:
     def __init__(self, engine: Engine, blobs: Blobs) -> None:
         self.engine = engine
         self.blobs = blobs
+        self.on_deliveries: Callable[[], object] = lambda: None  # after a commit with new deliveries: ring whoever sends them
         self._reading = engine.execution_options(**{READONLY: True, "postgresql_readonly": True})
 
     @contextmanager
@@ -48,14 +50,21 @@ class Store:
         Rows stay readable afterwards (nothing expires on commit). A readonly transaction refuses writes. On SQLite a writing
         transaction waits for other writers at its first statement; a readonly one does not wait.
         """
+        told = False
         with Session(self._reading if readonly else self.engine, expire_on_commit=False) as session, session.begin():
             yield session
+            told = not readonly and session.in_transaction() and session.connection().info.pop(DELIVERIES, False)
+        if told:
+            self.on_deliveries()
 
     @contextmanager
     def write(self) -> Iterator[Connection]:
         """A writing transaction without a Session: for the one that every step makes."""
         with self.engine.connect() as connection, connection.begin():
             yield connection
+            told = connection.info.pop(DELIVERIES, False)
+        if told:
+            self.on_deliveries()
 
     @contextmanager
     def look(self) -> Iterator[Connection]:
@@ -87,12 +96,14 @@ def make_engine(url: str, *, foreign_keys: bool = True) -> Engine:
             parsed = parsed.set(drivername="postgresql+psycopg")
         engine = create_engine(parsed, pool_pre_ping=True, connect_args=POSTGRES_OPTIONS, **COMMON)
         event.listen(engine, "handle_error", _without_values)
+        event.listen(engine, "rollback", _without_deliveries)
         return engine
     if backend == "sqlite":
         if parsed.database not in (None, "", ":memory:"):
             Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
         engine = create_engine(parsed, connect_args={"timeout": BUSY_TIMEOUT_S}, **COMMON)
         _teach_sqlite(engine, foreign_keys=foreign_keys)
+        event.listen(engine, "rollback", _without_deliveries)
         return engine
     raise ValueError(f"RATCHET_DATABASE_URL must be a sqlite:/// or postgresql+psycopg:// URL, got {parsed.drivername}://")
 
@@ -102,6 +113,10 @@ def _without_values(context: ExceptionContext) -> None:
     for error in (context.original_exception, context.sqlalchemy_exception):
         if error is not None and error.args and isinstance(error.args[0], str):
             error.args = (error.args[0].partition("\n")[0], *error.args[1:])
+
+
+def _without_deliveries(connection: Connection) -> None:
+    connection.info.pop(DELIVERIES, None)
 
 
 def _teach_sqlite(engine: Engine, *, foreign_keys: bool) -> None:

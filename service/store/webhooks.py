@@ -16,6 +16,7 @@ from service.ids import new_id
 from service.states import Status
 from service.store.dialect import connection_of, table_of
 from service.store.paging import newest_first
+from service.store.session import DELIVERIES
 from service.store.tables import AliasChange, Job, Webhook, WebhookDelivery
 from service.store.values import dumps
 
@@ -143,6 +144,8 @@ def _send(
     ]
     session.add_all(rows)
     session.flush()
+    if rows:
+        session.connection().info[DELIVERIES] = True
     return rows
 
 
@@ -162,8 +165,9 @@ class Claimed:
     secrets: tuple[str, ...]  # the newest first
 
 
-def any_due(session: Session, now: datetime) -> bool:
-    return session.scalar(select(WebhookDelivery.id).where(*_due(now)).limit(1)) is not None
+def next_due(session: Session) -> datetime | None:
+    """When the first of those that wait is due, or was; None if none waits."""
+    return session.scalar(select(func.min(WebhookDelivery.next_try_at)).where(WebhookDelivery.status == "waiting"))
 
 
 def claim(
@@ -344,6 +348,7 @@ def redeliver(session: Session, hook: Webhook, delivery_id: str, now: datetime) 
     again = update(WebhookDelivery).where(WebhookDelivery.id == delivery_id)
     again = again.values(status="waiting", next_try_at=now, last_attempt=WebhookDelivery.attempts + MAX_ATTEMPTS)
     session.execute(again, execution_options={"synchronize_session": False})
+    session.connection().info[DELIVERIES] = True
     return delivery(session, hook.project, hook.id, delivery_id)
 
 

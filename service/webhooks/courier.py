@@ -6,6 +6,7 @@ Killed at any point, nothing is lost: a claim ends by itself, and then another a
 import asyncio
 import logging
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from random import SystemRandom
@@ -15,6 +16,7 @@ from time import time
 import httpx
 
 from service import telemetry
+from service.doorbell import COURIERS, Signals
 from service.outgoing import AddressNotAllowed, NameNotAllowed, certificates, checked
 from service.settings import Settings
 from service.spec.addresses import address_refused, name_refused
@@ -25,7 +27,8 @@ from service.webhooks import signing
 
 log = logging.getLogger(__name__)
 
-EVERY_S = 2.0  # how often the outbox is looked at
+EVERY_S = 30.0  # how often the outbox is looked at if nobody rings: a ring may be lost
+AGAIN_S = 2.0  # after which it is looked at again where it could not be read, or others hold what is due
 AT_ONCE, PER_WEBHOOK = 32, 4  # deliveries on their way; so many of one webhook, so that a slow one hardly delays others
 TIMEOUT_S = 10.0  # of an attempt as a whole; far shorter than a claim
 STOP_WITHIN_S = 5.0  # what is on its way when the process ends; after that it is sent again by another process
@@ -52,11 +55,13 @@ def pause_s(failures: int) -> float:
 
 
 class Courier:
-    """A thread that looks into the outbox every EVERY_S and sends what is due."""
+    """A thread that looks into the outbox when it is rung, when a delivery is due, and every EVERY_S, and sends what is due."""
 
     def __init__(self, store: Store, settings: Settings) -> None:
         self._store, self._settings = store, settings
         self._stop = Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._rung = asyncio.Event()
         self._thread = Thread(target=lambda: asyncio.run(self._run()), name="courier", daemon=True)
         self._busy: Counter[str] = Counter()  # deliveries on their way, by webhook
         self._sending: set[asyncio.Task[None]] = set()
@@ -64,8 +69,22 @@ class Courier:
     def start(self) -> None:
         self._thread.start()
 
+    def ring(self) -> None:
+        """Look now. From any thread."""
+        if self._loop is not None:
+            with suppress(RuntimeError):  # the loop has ended
+                self._loop.call_soon_threadsafe(self._rung.set)
+
+    async def listen(self, signals: Signals) -> None:
+        """Ring at every signal that deliveries wait, and while signals are away, until this is cancelled."""
+        with signals.watch(COURIERS) as watch:
+            while True:
+                if await watch.wait(EVERY_S) or not signals.connected:
+                    self.ring()
+
     def stop(self) -> None:
         self._stop.set()
+        self.ring()
         self._thread.join(timeout=STOP_WITHIN_S + TIMEOUT_S)
 
     def once(self) -> int:
@@ -74,22 +93,22 @@ class Courier:
 
     async def _once(self) -> int:
         async with self._client() as client:
-            count = await self._look(client)
+            count, _ = await self._look(client)
             await asyncio.gather(*self._sending)
         return count
 
     async def _run(self) -> None:
+        self._loop = asyncio.get_running_loop()
         async with self._client() as client:
             while not self._stop.is_set():
-                took = 0
+                self._rung.clear()
+                again_s = AGAIN_S
                 try:
-                    took = await self._look(client)
+                    _, again_s = await self._look(client)
                 except Exception:  # the store is away: looking again is all that this thread is for
                     log.exception("the outbox of webhooks could not be read")
-                if self._sending:
-                    await asyncio.wait(self._sending, timeout=EVERY_S, return_when=asyncio.FIRST_COMPLETED)
-                elif not took:
-                    await asyncio.to_thread(self._stop.wait, EVERY_S * _random.uniform(0.8, 1.2))
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self._rung.wait(), again_s)
             if self._sending:
                 await asyncio.wait(self._sending, timeout=STOP_WITHIN_S)
             for task in self._sending:
@@ -104,24 +123,29 @@ class Courier:
             transport=httpx.AsyncHTTPTransport(verify=certificates(), limits=limits), timeout=None, follow_redirects=False
         )
 
-    async def _look(self, client: httpx.AsyncClient) -> int:
-        """Claim what is due, as far as there are hands, and begin to send it. Returns how many were claimed."""
+    async def _look(self, client: httpx.AsyncClient) -> tuple[int, float]:
+        """Claim what is due, as far as there are hands, and begin to send it. Returns how many were claimed, and in how many
+        seconds to look again; what is sent rings when it is done."""
         free = AT_ONCE - len(self._sending)
-        claimed = await asyncio.to_thread(self._claim, free, frozenset(self._busy)) if free else []
+        claimed, again_s = await asyncio.to_thread(self._claim, free, frozenset(self._busy)) if free else ([], EVERY_S)
         for one in claimed:
             self._busy[one.webhook_id] += 1
             task = asyncio.create_task(self._attempt(client, one))
             self._sending.add(task)
             task.add_done_callback(self._sending.discard)
-        return len(claimed)
+        return len(claimed), again_s
 
-    def _claim(self, limit: int, busy: frozenset[str]) -> list[Claimed]:
+    def _claim(self, limit: int, busy: frozenset[str]) -> tuple[list[Claimed], float]:
+        """What is due now, and the seconds until more may be."""
         now = self._store.now()
         with self._store.begin(readonly=True) as session:
-            if not webhooks.any_due(session, now):
-                return []
+            due = webhooks.next_due(session)
+        if due is None or due > now:
+            left_s = EVERY_S if due is None else (due - now).total_seconds()
+            return [], min(EVERY_S * _random.uniform(0.8, 1.2), left_s)
         with self._store.begin() as session:
-            return webhooks.claim(session, now, limit=limit, per_webhook=PER_WEBHOOK, busy=busy)
+            claimed = webhooks.claim(session, now, limit=limit, per_webhook=PER_WEBHOOK, busy=busy)
+        return claimed, 0.0 if claimed else AGAIN_S
 
     async def _attempt(self, client: httpx.AsyncClient, claimed: Claimed) -> None:
         try:
@@ -133,6 +157,7 @@ class Courier:
             self._busy[claimed.webhook_id] -= 1
             if not self._busy[claimed.webhook_id]:
                 del self._busy[claimed.webhook_id]
+            self.ring()  # there is a free hand, or another attempt is due sooner than anything else
 
     async def _send(self, client: httpx.AsyncClient, claimed: Claimed) -> Outcome:
         """One attempt. Of the answer only the status and Retry-After are read."""
@@ -185,7 +210,8 @@ class Courier:
             if outcome.status == GONE:
                 disabled = webhooks.disable(session, claimed.webhook_id, "the answer was 410 Gone", now)
             else:
-                reason = f"every attempt has failed for {lasts_s / 86_400:g} days; the last error: {outcome.error}"
+                lasts = "a day" if lasts_s == 86_400 else f"{lasts_s / 86_400:g} days"
+                reason = f"every attempt has failed for {lasts}; the last error: {outcome.error}"
                 since = now - timedelta(seconds=lasts_s)
                 disabled = webhooks.disable(session, claimed.webhook_id, reason, now, failing_since=since)
         if disabled:

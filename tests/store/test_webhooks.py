@@ -12,11 +12,12 @@ from typing import Any
 
 import httpx
 import pytest
+from pydantic import SecretStr
 from sqlalchemy import select
 from standardwebhooks.webhooks import Webhook as Verifier
 from standardwebhooks.webhooks import WebhookVerificationError
 
-from service.doorbell import Doorbell
+from service.doorbell import Doorbell, Signals
 from service.errors import Conflict
 from service.ids import utcnow
 from service.jobs import lease as leases
@@ -477,6 +478,101 @@ def test_the_thread_delivers_and_stops(store: Store, settings: Settings, new_job
     courier.stop()
     assert not courier._thread.is_alive()
     assert {row.status for row in outbox(store, hook)} == {"delivered"} and len(set(receiver.ids())) == 10
+
+
+def test_who_delivers_is_rung_once_a_delivery_is_committed_and_for_nothing_else(store: Store, new_job: NewJob) -> None:
+    job, rung = new_job(), list[int]()
+    hook = hook_of(store, "http://127.0.0.1/", events=("job.created", "job.warning"))
+    store.on_deliveries = lambda: rung.append(len(outbox(store, hook)))
+    new_job()
+    assert rung == [1]  # it is there for whoever looks now
+    warning = (job.id, "warning", {"detail": "odd"})
+    with store.begin() as session:
+        events.append(session, *warning)
+        session.rollback()
+    assert rung == [1]
+    with store.begin() as session:
+        events.append(session, job.id, "checkpoint_saved", {})  # nobody wants it
+    with store.begin() as session:
+        events.append(session, *warning)
+    with store.write() as connection:
+        events.append(connection, *warning)
+    assert rung == [1, 2, 3]
+    with store.begin() as session:
+        webhooks.redeliver(session, hook, outbox(store, hook)[0].id, store.now())
+    with store.begin() as session:
+        webhooks.next_due(session)
+    assert rung == [1, 2, 3, 3]
+
+
+@pytest.fixture
+def bell(settings: Settings, own_redis: Any) -> Iterator[tuple[Doorbell, Signals]]:
+    settings = settings.model_copy(update={"redis_url": SecretStr(own_redis.url)})
+    doorbell = Doorbell(settings)
+    yield doorbell, Signals(settings)
+    doorbell.close()
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+def test_a_courier_is_rung_and_without_redis_it_polls(
+    store: Store, settings: Settings, new_job: NewJob, receiver: Receiver, bell: tuple[Doorbell, Signals], own_redis: Any
+) -> None:
+    doorbell, signals = bell
+    store.on_deliveries = doorbell.ring_couriers
+    looks, real = list[float](), webhooks.next_due
+    hook = hook_of(store, receiver.url, events=("job.created",))
+
+    def delivered(count: int, within_s: float) -> None:
+        new_job()
+        receiver.wait_for(count, within_s)
+        deadline = monotonic() + within_s
+        while outbox(store, hook)[count - 1].status != "delivered":
+            assert monotonic() < deadline
+            sleep(0.01)
+
+    async def run() -> None:
+        await signals.start()
+        while not signals.connected:
+            await asyncio.sleep(0.01)
+        listening = asyncio.create_task(courier.listen(signals))
+        courier.start()
+        await asyncio.to_thread(delivered, 1, couriers.EVERY_S / 10)
+        await asyncio.to_thread(delivered, 2, couriers.EVERY_S / 10)
+        looks.clear()
+        await asyncio.sleep(2.5)
+        assert not looks  # an idle one costs nothing
+        own_redis.kill()
+        await asyncio.to_thread(delivered, 3, couriers.EVERY_S / 4)  # signals are away: it looks again and again
+        listening.cancel()
+        await signals.stop()
+
+    courier = Courier(store, settings)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(webhooks, "next_due", lambda session: looks.append(monotonic()) or real(session))
+        asyncio.run(run())
+        courier.stop()
+    assert not courier._thread.is_alive()
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+def test_a_courier_that_nobody_rings_wakes_for_what_is_due_and_a_lost_ring_costs_one_pause(
+    store: Store, settings: Settings, new_job: NewJob, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hook_of(store, receiver.url, events=("job.created",))
+    monkeypatch.setattr(couriers, "pause_s", lambda failures: 0.2)
+    receiver.answer = lambda number: 500 if number == 1 else 204
+    new_job()
+    courier = Courier(store, settings)
+    courier.start()
+    receiver.wait_for(2, within_s=couriers.EVERY_S / 4)
+    courier.stop()
+    monkeypatch.setattr(couriers, "EVERY_S", 0.2)
+    courier = Courier(store, settings)
+    courier.start()
+    sleep(0.1)
+    new_job()
+    receiver.wait_for(3, within_s=5)
+    courier.stop()
 
 
 def test_connections_are_not_shared_between_webhooks() -> None:
