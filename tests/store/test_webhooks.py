@@ -14,6 +14,7 @@ import httpx
 import pytest
 from pydantic import SecretStr
 from sqlalchemy import select
+from sqlalchemy.orm import Session
 from standardwebhooks.webhooks import Webhook as Verifier
 from standardwebhooks.webhooks import WebhookVerificationError
 
@@ -495,8 +496,9 @@ def test_who_delivers_is_rung_once_a_delivery_is_committed_and_for_nothing_else(
         events.append(session, job.id, "checkpoint_saved", {})  # nobody wants it
     with store.begin() as session:
         events.append(session, *warning)
-    with store.write() as connection:
-        events.append(connection, *warning)
+    with store.write() as connection, Session(connection) as session:
+        events.append(session, *warning)
+        session.commit()  # into the connection's transaction
     assert rung == [1, 2, 3]
     with store.begin() as session:
         webhooks.redeliver(session, hook, outbox(store, hook)[0].id, store.now())
