@@ -6,7 +6,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from traceback import format_exception
@@ -116,12 +116,18 @@ NO_SETTINGS = {"URL", "API_KEY", "WORKER_ID", "API_IMAGE", "WORKER_IMAGE", "PUBL
 
 def warn_of_unknown_variables(environment: Mapping[str, str] = os.environ) -> None:
     """Log RATCHET_ variables that have no effect, because a misspelt one is easily overlooked."""
+    for said in unknown_variables(environment):
+        log.warning("%s", said)
+
+
+def unknown_variables(environment: Mapping[str, str] = os.environ) -> Iterator[str]:
+    """Of each RATCHET_ variable that has no effect, that this is so, and what was probably meant."""
     known = {name.upper() for name in Settings.model_fields} | NO_SETTINGS
     for variable in sorted(environment):
         prefix, name = variable[:8], variable[8:]
         if prefix == "RATCHET_" and name not in known and not name.startswith("TEST_"):
             meant = nearest(name, sorted(known))
-            log.warning("%s sets nothing%s", variable, f"; did you mean {prefix}{meant}?" if meant else "")
+            yield f"{variable} sets nothing" + (f"; did you mean {prefix}{meant}?" if meant else "")
 
 
 def _one_warning(message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None) -> str:

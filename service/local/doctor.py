@@ -26,6 +26,7 @@ from service.settings import Settings
 from service.store import clock, workers
 from service.store.bucket import Bucket
 from service.store.session import Store, alembic_config, open_store
+from service.telemetry import unknown_variables
 
 SCARCE_BYTES, TOO_FEW_BYTES = 10 * 2**30, 2**30  # free disk: a warning, an error
 SLOW_S = 0.1  # an answer of the database or Redis that takes longer is told
@@ -89,12 +90,14 @@ def _settings(settings: Settings) -> Iterator[Finding]:
         yield Finding("settings", "error", str(error), "the API does not start like this; see README's table of settings")
     else:
         yield Finding("settings", "ok", f"environment {settings.environment}")
+    for said in unknown_variables():
+        yield Finding("settings", "warning", said, "correct its name, or take it away; see README's table of settings")
 
 
 def _disk(settings: Settings) -> Iterator[Finding]:
     folder = settings.data_dir.absolute()
     if not folder.is_dir():
-        yield Finding("disk", "error", f"{folder} is no folder", "make it, or set RATCHET_DATA_DIR")
+        yield Finding("disk", "error", f"{folder} is no folder", "ratchet up makes it; or set RATCHET_DATA_DIR")
         return
     probe = folder / ".doctor"
     try:
@@ -137,7 +140,10 @@ def _database(settings: Settings) -> Iterator[Finding]:
         yield from _look_at(store, settings, shown)
     except SQLAlchemyError as error:
         reason = str(getattr(error, "orig", error)).partition("\n")[0]
-        yield Finding("database", "error", f"{shown}: {reason}", "start it, and check RATCHET_DATABASE_URL")
+        remedy = "start it, and check RATCHET_DATABASE_URL"
+        if "FATAL:" in reason:  # there is a server, which refuses
+            remedy = "make that database and user, or correct RATCHET_DATABASE_URL"
+        yield Finding("database", "error", f"{shown}: {reason}", remedy)
     finally:
         store.close()
 
@@ -192,6 +198,9 @@ def _redis(settings: Settings) -> Iterator[Finding]:
         client.ping()
         took_s = perf_counter() - started
         facts: Any = client.info()
+    except (redis.AuthenticationError, redis.ResponseError) as error:  # there is a server, which refuses
+        yield Finding("redis", "error", str(error), "correct user, password and number of the database in RATCHET_REDIS_URL")
+        return
     except (redis.RedisError, OSError) as error:
         yield Finding("redis", "error", str(error), "start it, and check RATCHET_REDIS_URL")
         return

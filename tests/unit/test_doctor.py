@@ -2,12 +2,14 @@
 
 import os
 from collections import namedtuple
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import SecretStr
+from sqlalchemy import make_url
 
 from service.local import doctor
 from service.settings import Settings
@@ -61,6 +63,23 @@ def test_a_database_server_that_is_away_and_no_password_is_told(settings: Settin
     away = SecretStr("postgresql+psycopg://me:of-nobody-else@127.0.0.1:1/x")
     status, detail, remedy = only(settings.model_copy(update={"database_url": away}), "database")
     assert status == "error" and "RATCHET_DATABASE_URL" in remedy and "of-nobody-else" not in detail
+
+
+def test_a_server_that_answers_and_refuses_is_not_to_be_started(
+    settings: Settings, own_redis: Any, new_postgres_database: Callable[[], str]
+) -> None:
+    absent = make_url(new_postgres_database()).set(database="of_nobody").render_as_string(hide_password=False)
+    status, detail, remedy = only(settings.model_copy(update={"database_url": SecretStr(absent)}), "database")
+    assert status == "error" and "does not exist" in detail and "start" not in remedy
+    own_redis.client().config_set("requirepass", "of-nobody-else")
+    status, _, remedy = only(settings.model_copy(update={"redis_url": SecretStr(own_redis.url)}), "redis")
+    assert status == "error" and "password" in remedy and "start" not in remedy
+
+
+def test_a_variable_that_sets_nothing_is_told(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RATCHET_MODEL_DIR", "/models")
+    told = found(settings, "settings")
+    assert ("warning", "RATCHET_MODEL_DIR sets nothing; did you mean RATCHET_MODELS_DIR?") in [one[:2] for one in told]
 
 
 def test_a_redis_that_is_away_or_drops_messages(settings: Settings, own_redis: Any) -> None:
