@@ -70,6 +70,7 @@ def main(url: str, data_dir: Path) -> None:
         page.get_by_label("API key").fill(key)
         page.get_by_role("button", name="Sign in").click()
         rows = page.locator(".jobs tbody tr")
+        rows.first.wait_for()  # signed in
         for _ in range(3):
             tools = page.context.new_cdp_session(page)
             tools.send("Performance.enable", {"timeDomain": "threadTicks"})

@@ -125,8 +125,9 @@ export function open(context) {
     tabs, place];
 }
 
-// Events that come with every step say all that is new; what else changes with a step is looked at now and then.
-const OFTEN = {step: (data) => ({step: data.step}), phase_changed: (data) => ({phase: data.phase}), evaluation: () => ({})};
+// Events that may come with every step say all that is new above the tabs; what else changes with a step is looked at now and then.
+const OFTEN = {step: (data) => ({step: data.step}), phase_changed: (data) => ({phase: data.phase}),
+  ...Object.fromEntries(["evaluation", "checkpoint_saved", "warning", "step_skipped", "reward_errors"].map((type) => [type, () => ({})]))};
 const LOOK_MS = 15_000;
 
 function once(work) {
