@@ -36,7 +36,7 @@ def beside_a_host(rollouts: int) -> None:
     adapter = {"kind": "lora", "rank": 8, "target_modules": "all-linear"}
     with (
         warmed_up(0) as demo,
-        started(worker=True, **WORKERS) as stack,
+        started(workers=1, **WORKERS) as stack,
         stack.ratchet.session(model={"source": "tiny", "adapter": adapter}) as session,
     ):
         row = {"tokens": [3, 4, 5], "target_tokens": [4, 5, 6]}

@@ -50,8 +50,9 @@ class Stack:
 
 
 @contextmanager
-def started(backend: str = "sqlite", *, worker: bool = False, **environment: str) -> Iterator[Stack]:
-    """`environment`: further settings (RATCHET_...), for all processes. `worker`: one for losses."""
+def started(backend: str = "sqlite", *, workers: int = 0, **environment: str) -> Iterator[Stack]:
+    """`environment`: further settings (RATCHET_...), for all processes. `workers`: how many there are; they serve losses unless
+    RATCHET_SERVES says otherwise."""
     children: list[subprocess.Popen[bytes]] = []
     with tempfile.TemporaryDirectory(prefix="ratchet-bench-") as folder, database(backend, Path(folder)) as database_url:
         data_dir, key = Path(folder), "tml-" + secrets.token_urlsafe(32)
@@ -82,9 +83,9 @@ def started(backend: str = "sqlite", *, worker: bool = False, **environment: str
         try:
             start("Redis", redis_binary(), "--port", str(redis_port), "--bind", "127.0.0.1", "--save", "")
             start("API", sys.executable, "-P", "-m", "service")
-            if worker:
-                celery = ["celery", "-A", "workers.app", "worker", "--without-gossip", "--without-mingle"]
-                start("worker", sys.executable, "-P", "-m", *celery)
+            celery = ["celery", "-A", "workers.app", "worker", "--without-gossip", "--without-mingle"]
+            for name in ("worker", *(f"worker {number}" for number in range(2, workers + 1)))[:workers]:
+                start(name, sys.executable, "-P", "-m", *celery, "-n", f"{name.replace(' ', '-')}@%h")
             with Ratchet(f"http://127.0.0.1:{api_port}", key) as ratchet:
                 wait_until_ready(ratchet.base_url, children)
                 yield Stack(ratchet, settings, names)

@@ -166,7 +166,7 @@ def measure(rounds: int) -> Findings:
     padded = batch(ROWS, TOKENS)
     sent, small = flat(padded), flat(batch(2, 16))
     found, here = Findings(), InProcess()
-    with started(worker=True) as stack:
+    with started(workers=1) as stack:
         for _ in range(5):  # caches, connections
             ways = through(stack.ratchet, sent), through(here, sent), bare(objective, padded).view(-1)
             assert torch.equal(ways[0], ways[1]) and torch.equal(ways[0], ways[2]), "all ways give the same gradient"

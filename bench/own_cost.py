@@ -203,7 +203,7 @@ def main() -> None:
         with started(backend) as stack:
             share(stack, options.steps)
             growth(stack)
-        with started(backend, worker=True, RATCHET_SERVES="training") as stack:
+        with started(backend, workers=1, RATCHET_SERVES="training") as stack:
             tiny_jobs(stack, options.jobs)
 
 

@@ -54,7 +54,7 @@ def bare(answers: dict[str, str], port: int) -> None:
 
 
 def measure(backend: str, rounds: int) -> dict[str, tuple[Arm, Arm]]:
-    with started(backend, worker=True) as stack:
+    with started(backend, workers=1) as stack:
         [made] = ask(stack.url, [post("/v1/jobs", stack.key, SPEC)], status=201)
         job_id = json.loads(made.body)["id"]
 

@@ -71,7 +71,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="ratchet-bench-model-") as folder:
         make_model(Path(folder))
         environment = {"RATCHET_SERVES": "training", "RATCHET_TORCH_THREADS": "1"}
-        with started(asked.backend, worker=True, **environment) as stack:
+        with started(asked.backend, workers=1, **environment) as stack:
             if "small" in cases:
                 steps("2 x 32 tokens", stack, folder, SMALL, asked.turns)
             if "large" in cases:
@@ -283,7 +283,7 @@ def memory(backend: str) -> None:
         del model
         print(f"\nmemory: base {base / 1e6:.0f} MB; each adapter {adapter / 1e6:.1f} MB, its AdamW moments twice that")
         print(f"{'sessions':18}{'bytes MB':>10}{'PSS MB':>10}{'RSS MB':>10}{'peak MB':>10}{'added MB':>10}")
-        stack = opened.enter_context(started(backend, worker=True, **environment))
+        stack = opened.enter_context(started(backend, workers=1, **environment))
         sessions, before = list[Session](), 0.0
         for count in range(1, 9):
             sessions.append(opened.enter_context(session_of(stack, folder, rank)))

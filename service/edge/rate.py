@@ -100,7 +100,9 @@ class Limiter:
     def __init__(self, settings: Settings, clock: Callable[[], float] = monotonic) -> None:
         self._default = Rate(settings.key_requests_per_s, settings.key_burst) if settings.key_requests_per_s else None
         url = redis_py_url(settings.redis_url.get_secret_value())
-        self._redis = redis.asyncio.Redis.from_url(url, retry=Retry(NoBackoff(), 0), max_connections=CONNECTIONS)
+        # Without a timeout of the client's, because `_asked` has one, and this one would make a task for each command.
+        options: dict[str, Any] = {"retry": Retry(NoBackoff(), 0), "max_connections": CONNECTIONS, "socket_timeout": None}
+        self._redis = redis.asyncio.Redis.from_url(url, **options)
         self._take = self._redis.register_script(TAKE)
         self._turns = asyncio.Semaphore(CONNECTIONS)  # first come, first served
         self._gathering: dict[tuple[str, Rate | None], _Together] = {}

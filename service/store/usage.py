@@ -144,6 +144,7 @@ GROUPS: Mapping[str, Any] = {"day": Usage.day, "job": Usage.job_id, "key": Usage
 # The number of attempts: one may have rows for several days, and number 0 is not an attempt.
 ATTEMPTS = func.count(func.distinct(Usage.job_id + ":" + cast(func.nullif(Usage.attempt, 0), Usage.job_id.type)))
 SUMS = (*TOKENS, *SECONDS, *(f"wasted_{name}" for name in AMOUNTS))
+_PHASES = tuple(phase.value for phase in Phase)
 _ADDED = (*SUMS, *(f"unsaved_{name}" for name in AMOUNTS), "steps", "queued_s")
 
 
@@ -253,11 +254,10 @@ def report(
 
 def _totals(rows: Any) -> list[Totals]:
     totals = []
-    for name, count, *sums in rows:
-        values = dict(zip(SUMS, sums, strict=True))
-        phase_s = {phase.value: float(values[f"{phase}_s"]) for phase in Phase}
-        tokens = {name: int(values[name]) for name in SUMS if name.endswith("tokens")}
-        totals.append(Totals(name, count, **tokens, phase_s=phase_s, wasted_s=float(values["wasted_s"])))
+    for name, count, sampled, trained, *seconds, wasted_sampled, wasted_trained, wasted_s in rows:  # in the order of SUMS
+        phase_s = dict(zip(_PHASES, map(float, seconds), strict=True))
+        tokens = int(sampled), int(trained)
+        totals.append(Totals(name, count, *tokens, phase_s, int(wasted_sampled), int(wasted_trained), float(wasted_s)))
     return totals
 
 
