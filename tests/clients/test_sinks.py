@@ -159,7 +159,7 @@ def test_trackio_reads_what_was_written_once(
     hand.step(held, 1, {"reward/mean": 0.25, "loss": float("nan")})
     assert cli("export", "metrics", job_id, "--to", "trackio:curves").out.startswith("2 points")
     hand.step(held, 2, {"reward/mean": 0.5})
-    assert cli("export", "metrics", job_id, "--to", "trackio:curves").out.startswith("1 points")
+    assert cli("export", "metrics", job_id, "--to", "trackio:curves").out.startswith("1 point of")
     assert cli("export", "metrics", job_id, "--to", "trackio:curves").out.startswith("0 points")
     (run,) = trackio.Api().runs("curves")
     assert (run.id, run.name, run.config) == (job_id, "curves", {"kind": "rl"})
