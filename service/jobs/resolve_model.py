@@ -62,13 +62,15 @@ def _source(name: str, settings: Settings) -> str:
     models = settings.local_models_dir
     here = [models / name] + [models.parent / name] * name.startswith(f"{models.name}/")
     for local in map(os.path.abspath, here):
-        if os.path.isdir(local) and models != Path(local) and _is_ours(local, settings):
+        if os.path.isdir(local) and models != Path(local) and _may_be_named(local, settings):
             return local
     return os.path.abspath(name) if settings.takes_any_model_folder and os.path.isdir(name) else name
 
 
-def _is_ours(folder: str, settings: Settings) -> bool:
-    """Whether it is inside the operator's models directory, even after following links."""
+def _may_be_named(folder: str | Path, settings: Settings) -> bool:
+    """Whether any folder may be, or it is inside the operator's models directory, even after following links."""
+    if settings.takes_any_model_folder:
+        return True
     return Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(settings.local_models_dir))
 
 
@@ -88,7 +90,7 @@ def _context(source: str, revision: str | None, settings: Settings, errors: list
             errors.append(_not_found(source, detail, settings))
         return None
     folder = Path(source)
-    if not (settings.takes_any_model_folder or _is_ours(source, settings)):  # the same error whether it exists or not
+    if not _may_be_named(source, settings):  # the same error whether it exists or not
         detail = f"{source} is none of the operator's models, which lie in {settings.local_models_dir}"
         errors.append(_not_found(source, detail, settings))
         return None
@@ -107,7 +109,8 @@ def _context(source: str, revision: str | None, settings: Settings, errors: list
 
 
 def _not_found(source: str, detail: str, settings: Settings) -> FieldError:
-    known = ["tiny", *sorted(path.name for path in settings.local_models_dir.glob("*") if path.is_dir())]
+    folders = (path for path in settings.local_models_dir.glob("*") if path.is_dir() and _may_be_named(path, settings))
+    known = ["tiny", *sorted(path.name for path in folders)]
     near = did_you_mean(Path(source).name, known)
     detail = f"{detail}{near}; here are: {', '.join(known[:20])}; or name a hub id such as org/model"
     return FieldError("/model/source", detail, "model_not_found", source, known)

@@ -49,6 +49,18 @@ def test_a_model_is_one_of_the_operator_s(production, spec, tmp_path):
 
 
 @ONE_STORE
+def test_a_link_that_leads_out_counts_where_any_folder_does(production, serve, spec):
+    with production.client() as client:
+        link = str(production.settings.local_models_dir / "leading-out")
+        error = model_error(client.post("/v1/jobs", json=spec(model={"source": link})))
+        assert error["allowed"] == ["tiny", "mine"] and "did you mean" not in error["detail"]
+    with serve(production.settings.model_copy(update={"environment": "development"})) as api, api.client() as client:
+        job = client.post("/v1/jobs", json=spec(model={"source": "leading-out"}))
+        assert job.status_code == 201, job.text
+        assert job.json()["spec"]["model"]["source"] == link
+
+
+@ONE_STORE
 def test_a_model_s_name_leads_nowhere_else(production, spec, tmp_path):
     elsewhere, models = tmp_path / "elsewhere", production.settings.local_models_dir
     names = [
