@@ -1,13 +1,14 @@
 """Whether held-out rows are held out: none of them may be a training row."""
 
 from collections.abc import Iterator
+from itertools import takewhile
 from time import monotonic
 
 from service.errors import FieldError
-from service.jobs.data import Data, Row, given_rows
+from service.jobs.data import Data, DataRows, Row, given_rows
 from service.spec.data import DataSpec, ReasoningGymSource
 
-READ_WITHIN_S = 2.0  # of an API thread
+READ_WITHIN_S = 1.0  # of an API thread, for the rows of each part
 
 
 def check_seeds(data: DataSpec) -> list[FieldError]:
@@ -35,26 +36,26 @@ def _rows(source: ReasoningGymSource) -> range:
 
 
 def learnt_rows(spec: DataSpec, data: Data) -> Iterator[str]:
-    """A warning if rows of data.eval have the prompt and the answer of a training row. Procedural rows are not made here;
-    training rows that READ_WITHIN_S leaves no time for are not looked at."""
+    """A warning if rows of data.eval have the prompt and the answer of a training row. Procedural rows are not made here, and
+    rows that READ_WITHIN_S leaves no time for are not looked at."""
     given = dict(given_rows(spec, data))
     if len(given) < 2:
         return
     held_out: dict[int, list[int]] = {}
-    for index, row in enumerate(given["eval"]):
+    for index, row in _in_time(given["eval"]):
         held_out.setdefault(_known_by(data, row), []).append(index)
-    learnt, until = set[int](), monotonic() + READ_WITHIN_S
-    for row in given["train"]:
-        if (key := _known_by(data, row)) in held_out:
-            learnt.add(key)
-        if monotonic() > until:
-            break
+    learnt = {key for _, row in _in_time(given["train"]) if (key := _known_by(data, row)) in held_out}
     if learnt:
         rows = sorted(index for key in learnt for index in held_out[key])
         yield (
             f"{len(rows)} of the {len(given['eval'])} rows of data.eval (for example row {given['eval'].number(rows[0])}) have "
             "prompt and answer of a training row: what is measured on them may be learnt by heart"
         )
+
+
+def _in_time(rows: DataRows) -> Iterator[tuple[int, Row]]:
+    until = monotonic() + READ_WITHIN_S
+    return takewhile(lambda _: monotonic() < until, enumerate(rows))
 
 
 def _known_by(data: Data, row: Row) -> int:

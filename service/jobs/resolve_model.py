@@ -59,10 +59,10 @@ def _source(name: str, settings: Settings) -> str:
         return name
     if name.startswith(("/", "./", "../", "~")):
         return os.path.abspath(os.path.expanduser(name))
-    models = settings.local_models_dir
+    models = Path(os.path.abspath(settings.local_models_dir))
     here = [models / name] + [models.parent / name] * name.startswith(f"{models.name}/")
     for local in map(os.path.abspath, here):
-        if os.path.isdir(local) and models != Path(local) and _may_be_named(local, settings):
+        if os.path.isdir(local) and models in Path(local).parents and _may_be_named(local, settings):
             return local
     return os.path.abspath(name) if settings.takes_any_model_folder and os.path.isdir(name) else name
 
