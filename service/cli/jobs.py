@@ -332,7 +332,8 @@ def _how_it_goes_on(job: Job) -> str:
     if job["status_reason"] != "budget_spent":
         return f"mend what it rests for, then: {resume}"
     budget = job["spec"].get("limits", {}).get("budget") or {}
-    options = [f"{option} N" for name, option in (("tokens", "--tokens"), ("worker_s", "--worker-s")) if budget.get(name)]
+    spent = [name for name in ("tokens", "worker_s") if budget.get(name) and job["usage"][name] >= budget[name]]
+    options = [f"--{name.replace('_', '-')} N" for name in spent]
     return f"give it more: {' '.join([resume, *options])}" if options else f"its project's is: ratchet budget; then: {resume}"
 
 

@@ -11,7 +11,8 @@ import random
 import signal
 import subprocess
 import sys
-from threading import Lock
+import time
+from threading import Lock, Thread
 from typing import Any
 
 from service.jobs.gym import open_task
@@ -26,7 +27,7 @@ class RowMaker:
         self._lock = Lock()
 
     def row(self, source: ReasoningGymSource, index: int) -> dict[str, Any]:
-        """Row `index` of the source. Raises ValueError if the task cannot make it."""
+        """Row `index` of the source. ValueError: the task cannot make it. RuntimeError: the child was ended twice."""
         with self._lock:
             status = None
             for _ in range(2):  # a second try, because the child may have been ended from outside
@@ -35,8 +36,11 @@ class RowMaker:
                     break
                 except (OSError, EOFError, pickle.UnpicklingError):
                     status = self.close()
+                except BaseException:  # its answer would be taken for that of the next row
+                    self.close()
+                    raise
             else:
-                made = f"the process that makes its rows ended with status {status}"
+                raise RuntimeError(f"the process that makes rows of {source.task} ended with status {status}, at row {index}")
         if isinstance(made, str):
             raise ValueError(f"{source.task} cannot make row {index}: {made}")
         return made
@@ -71,6 +75,7 @@ def main() -> None:
     """The child: answers sources and numbers from stdin with rows, until its parent is gone."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
+    Thread(target=_end_with, args=[os.getppid()], daemon=True).start()
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a task prints must not mix with the rows
     tasks: dict[str, Any] = {}
@@ -81,6 +86,13 @@ def main() -> None:
             return
         pickle.dump(_row(tasks, source, index), answers)
         answers.flush()
+
+
+def _end_with(parent: int) -> None:
+    """A row may take long: this does not wait for it."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 def _row(tasks: dict[str, Any], source: ReasoningGymSource, index: int) -> dict[str, Any] | str:

@@ -8,6 +8,7 @@ from service.errors import FieldError
 from service.jobs.data import Data, DataRows, Row, given_rows
 from service.spec.data import DataSpec, ReasoningGymSource
 
+ROWS_TOGETHER = {"acre", "gsm_symbolic", "list_functions"}
 READ_WITHIN_S = 1.0  # of an API thread, for the rows of each part
 
 
@@ -15,7 +16,7 @@ def check_seeds(data: DataSpec) -> list[FieldError]:
     """An error if both sources make rows of one reasoning-gym task from the same numbers.
 
     In 102 of the 105 tasks of reasoning-gym 0.1.25, row i derives from seed + i alone: those of seed 1 are those of seed 0,
-    moved by one.
+    moved by one. In the others all rows derive from the seed together.
     """
     train, held_out = data.train, data.eval
     if not isinstance(train, ReasoningGymSource) or not isinstance(held_out, ReasoningGymSource):
@@ -23,12 +24,19 @@ def check_seeds(data: DataSpec) -> list[FieldError]:
     rows, others = _rows(train), _rows(held_out)
     if (train.task, train.config) != (held_out.task, held_out.config) or rows.stop <= others.start or others.stop <= rows.start:
         return []
-    common = min(rows.stop, others.stop) - max(rows.start, others.start)
-    detail = (
-        f"row i of a reasoning_gym task is made from seed + i, so {common} of the {len(others)} rows of data.eval would be "
-        f"training rows (seed {train.seed}, {len(rows)} rows); eval.seed must be at least {rows.stop}"
-    )
-    return [FieldError("/data/eval/seed", detail, "not_held_out", held_out.seed, f"at least {rows.stop}")]
+    if train.task in ROWS_TOGETHER:
+        if train.seed != held_out.seed:
+            return []
+        detail, allowed = f"both sources would make the same rows of {train.task}; eval.seed must be another", "another"
+    else:
+        allowed = f"at least {rows.stop}"
+        allowed += f", or at most {train.seed - len(others)}" if train.seed >= len(others) else ""
+        common = min(rows.stop, others.stop) - max(rows.start, others.start)
+        detail = (
+            f"row i of {train.task} is made from seed + i, so {common} of the {len(others)} rows of data.eval would be "
+            f"training rows (seed {train.seed}, {len(rows)} rows); eval.seed must be {allowed}"
+        )
+    return [FieldError("/data/eval/seed", detail, "not_held_out", held_out.seed, allowed)]
 
 
 def _rows(source: ReasoningGymSource) -> range:

@@ -15,6 +15,9 @@ from service.spec.maths.numerals import Numeral, same_number
 from service.spec.maths.units import disagree
 from service.spec.maths.values import INEQUALITY, Atom, Listing, Value, Words
 
+MOST_PARTS = 12  # of a region
+HARD = re.compile(r"\^|!(?!=)|\d{20}")  # powers and factorials of any size, which sympy would write out
+
 # Without math-verify's removal of units, which reads 3t as 3.
 LATEX = [
     LatexExtractionConfig(
@@ -102,7 +105,7 @@ class Comparison:
 
 def _same_regions(*values: Value) -> bool | None:
     """Whether inequalities and unions of intervals hold the same real numbers; None if a value is something else."""
-    if not any(map(_is_region, values)):
+    if not any(map(_is_region, values)) or not all(map(_is_small, values)):
         return None
     regions = [_region(value) for value in values]
     if regions[0] is None or regions[1] is None:
@@ -119,8 +122,15 @@ def _is_region(value: Value) -> bool:
     return isinstance(value, Atom) and bool(INEQUALITY.search(value.formula) or "\\cup" in value.formula)
 
 
+def _is_small(value: Value) -> bool:
+    """Whether its regions are quickly found."""
+    if isinstance(value, Listing):
+        return len(value.items) <= MOST_PARTS and all(map(_is_small, value.items))
+    return isinstance(value, Atom) and HARD.search(value.formula) is None and value.formula.count("\\cup") < MOST_PARTS
+
+
 def _region(value: Value) -> tuple[frozenset[str], Set] | None:
-    """The unknown and its real values. Inequalities between which no `or` stands hold together, if they can."""
+    """The unknown and its real values. Inequalities between which no word stands hold together, if they can."""
     if isinstance(value, Words):
         return None
     if isinstance(value, Listing) and not value.brackets:
@@ -128,8 +138,10 @@ def _region(value: Value) -> tuple[frozenset[str], Set] | None:
         names, sets = frozenset[str]().union(*(names for names, _ in parts)), [numbers for _, numbers in parts]
         if len(parts) < len(value.items) or len(names) > 1:
             return None
-        together = not value.either and all(map(_is_region, value.items)) and Intersection(*sets)
-        return names, together if together and together is not S.EmptySet else Union(*sets)
+        if value.joined == "or" or not all(map(_is_region, value.items)):
+            return names, Union(*sets)
+        together = Intersection(*sets)
+        return names, Union(*sets) if together is S.EmptySet and not value.joined else together
     text = _as_latex(replace(value, name=None))
     read = None if text is None else expression(Atom(text))
     if read is None:

@@ -282,11 +282,13 @@ def test_a_job_that_rests_ends_the_watch_with_a_status_of_its_own_and_says_how_t
 def test_a_spent_budget_says_with_which_option_the_job_goes_on() -> None:
     def told(budget: dict[str, Any]) -> str:
         job: Any = {"id": "job_1", "status_reason": "budget_spent", "spec": {"limits": {"budget": budget}}}
+        job["usage"] = {"tokens": 6, "worker_s": 2.5}
         return jobs._how_it_goes_on(job)
 
     assert told({"tokens": 5, "worker_s": None}) == "give it more: ratchet resume job_1 --tokens N"
     assert told({"worker_s": 2.5}) == "give it more: ratchet resume job_1 --worker-s N"
-    assert "ratchet budget" in told({})
+    assert told({"tokens": 7, "worker_s": 2.0}) == "give it more: ratchet resume job_1 --worker-s N"
+    assert "ratchet budget" in told({}) and "ratchet budget" in told({"tokens": 7, "worker_s": None})
 
 
 def test_an_evaluation_without_rewards_tells_its_loss(cli: Cli) -> None:

@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 
 from service.errors import InvalidRequest
+from service.jobs import gym_rows
 from service.jobs.data import InlineRows, JsonlRows, Subset, open_data, open_source, plain_messages, prompt_indices
 from service.jobs.gym_rows import RowMaker
 from service.spec.data import DataSpec, Message, ReasoningGymSource
@@ -186,3 +188,24 @@ def test_rows_are_made_again_by_the_next_process_and_what_cannot_be_made_is_said
     assert rows[0] == first
     with pytest.raises(ValueError, match="spell_backward cannot make row x: TypeError"):
         maker.row(source, "x")  # pyright: ignore[reportArgumentType]
+
+
+def test_who_makes_rows_ends_with_its_parent_in_the_middle_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    parents, ended = [7, 7, 1], list[int]()
+    monkeypatch.setattr(os, "getppid", lambda: parents.pop(0))
+    monkeypatch.setattr(os, "_exit", ended.append)
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    gym_rows._end_with(7)
+    assert (parents, ended) == ([], [1])
+
+
+def test_after_an_interrupted_row_the_next_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    maker, closed = RowMaker(), list[bool]()
+    monkeypatch.setattr(maker, "_ask", interrupted)
+    monkeypatch.setattr(maker, "close", lambda: closed.append(True))
+    with pytest.raises(KeyboardInterrupt):
+        maker.row(ReasoningGymSource(source="reasoning_gym", task="gcd"), 0)
+    assert closed

@@ -100,7 +100,8 @@ TABLE: dict[str, tuple[str, list[str], list[str]]] = {
         r"(-\infty,-5]\cup[5,\infty)",
         [r"x \le -5 \text{ or } x \ge 5", "5 <= x or x <= -5", r"The solution is $x \leq -5$ or $x \geq 5$.", r"t\le-5, t\ge5",
          r"\boxed{x \le -5} or \boxed{x \ge 5}", r"x \le -5 \lor x \ge 5", r"(-\infty,-5] \text{ or } [5,\infty)"],
-        ["x < -5 or x > 5", "x <= -5 or x >= 4", "x >= 5", "-5, 5", r"|x| \ge 5", r"x^2 \ge 25", "x >= -5 and x <= 5"],
+        ["x < -5 or x > 5", "x <= -5 or x >= 4", "x >= 5", "-5, 5", r"|x| \ge 5", r"x^2 \ge 25", "x >= -5 and x <= 5",
+         "x <= -5 and x >= 5", r"x \le -5 \land x \ge 5", "x <= -5 or x >= 5^{9^{9}}", "x <= -5 or x >= 9!!!!"],
     ),
     "a union for inequalities": (
         r"x < -1 \text{ or } 0 < x < 1/2 \text{ or } x = 2",

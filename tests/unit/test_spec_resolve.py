@@ -202,12 +202,14 @@ def test_numbers_of_procedural_rows_are_held_out(trying: Try, seed: int, size: i
     if wrong:
         error = only(trying, spec)
         assert (error.pointer, error.code, error.got, error.allowed) == (
-            "/data/eval/seed", "not_held_out", seed, "at least 15"
+            "/data/eval/seed", "not_held_out", seed, "at least 15" + (f", or at most {5 - size}" if size <= 5 else "")
         )  # fmt: skip
         assert f"so {wrong} of the {size} rows of data.eval would be training rows (seed 5, 10 rows)" in error.detail
     else:
         trying(spec)
     trying(but(spec, data__eval__config={"max_terms": 3}))  # rows of its own
+    together = but(spec, data__train__task="acre", data__eval__task="acre")
+    trying(together) if seed != 5 else only(trying, together)
 
 
 # ---------------------------------------------------------------- rows and templates

@@ -56,7 +56,7 @@ def _driven(attempt: Attempt) -> Outcome:
             evaluation = _evaluation(attempt)
         _commit(attempt, evaluation)
     ended = progress.reason_to_stop(spec.early_stopping)
-    if made_up and 0 < progress.step < spec.limits.max_steps and _is_to_be_saved(attempt, evaluated=True) and ended is None:
+    if made_up and 0 < progress.step < spec.limits.max_steps and progress.leads(spec.kept_best) and ended is None:
         attempt.tenure.saved_at = None  # what is there was saved when the evaluation failed, and does not know its result
         _save(attempt, behind=True)
     while ended is None and progress.step < spec.limits.max_steps:

@@ -3,6 +3,7 @@
 import re
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from typing import Literal
 
 from service.spec.maths.numerals import BASED, GROUPED, SCALES, Numeral, numeral
 from service.spec.maths.units import CURRENCIES, Unit, is_unit, unit
@@ -25,12 +26,12 @@ class Atom:
 
 @dataclass(frozen=True)
 class Listing:
-    """(1, 2), [0, 5), {1, 2, 3}, 3:2, or (brackets "") plain 1, 2, 3. `either`: inequalities joined by `or`."""
+    """(1, 2), [0, 5), {1, 2, 3}, 3:2, or (brackets "") plain 1, 2, 3. `joined`: how inequalities are, if by a word."""
 
     brackets: str
     items: tuple["Value", ...]
     name: str | None = None
-    either: bool = False
+    joined: Literal["", "or", "and"] = ""
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,8 @@ NAME = re.compile(
 )
 EQUALS = re.compile(r"(?<![<>!=\\])=+(?![=])|\\approx(?![a-zA-Z])|≈")
 OR = re.compile(r"\s*,?\s*(?:\\text\s*\{\s*,?\s*or\s*\}|(?<![\w\\])or(?!\w)|\\(?:lor|vee)(?![a-zA-Z]))\s*")
-AND = re.compile(
-    rf"{OR.pattern}|\s*,?\s*(?:\\text\s*\{{\s*,?\s*and\s*\}}|(?<![\w\\])and(?!\w)|\\(?:land|wedge)(?![a-zA-Z])|;)\s*"
-)
+BOTH = re.compile(r"\s*,?\s*(?:\\text\s*\{\s*,?\s*and\s*\}|(?<![\w\\])and(?!\w)|\\(?:land|wedge)(?![a-zA-Z]))\s*")
+AND = re.compile(rf"{OR.pattern}|{BOTH.pattern}|\s*,?\s*;\s*")
 INEQUALITY = re.compile(r"[<>]|\\(?:le|ge|ne|lt|gt)(?![a-z])")
 PERCENT = re.compile(
     rf"(.+?)\s*(?:\\?%|(?:\\text\s*\{{\s*)?(?:percent|per cent|pct)(?:\s*\}})?)\s*(?:{TEXT})?", re.DOTALL | re.IGNORECASE
@@ -115,8 +115,11 @@ def value(text: str, percent: str = "hundredths") -> Value:
         return value(steps[-1], percent)
     if (words := _words(text)) is not None:
         return words
-    if INEQUALITY.search(text) and len(parts := OR.split(text)) > 1:
-        return Listing("", tuple(value(part, percent) for part in parts), either=True)
+    if INEQUALITY.search(text):
+        if len(parts := OR.split(text)) > 1:
+            return Listing("", tuple(value(part, percent) for part in parts), joined="or")
+        if len(parts := BOTH.split(text)) > 1:
+            return Listing("", tuple(value(part, percent) for part in parts), joined="and")
     if len(parts := split(text)) > 1:
         return Listing("", tuple(value(part, percent) for part in parts))
     if (listing := _bracketed(text, percent)) is not None:
