@@ -116,7 +116,8 @@ def _without_values(context: ExceptionContext) -> None:
 
 
 def _without_deliveries(connection: Connection) -> None:
-    connection.info.pop(DELIVERIES, None)
+    if not connection.invalidated:  # else its info is gone with it
+        connection.info.pop(DELIVERIES, None)
 
 
 def _teach_sqlite(engine: Engine, *, foreign_keys: bool) -> None:

@@ -3,9 +3,10 @@ from collections.abc import Callable
 from datetime import datetime, timedelta, timezone
 from threading import Thread
 from traceback import format_exception
+from typing import Any
 
 import pytest
-from sqlalchemy import insert, select, text, update
+from sqlalchemy import Connection, insert, select, text, update
 from sqlalchemy.exc import DBAPIError, IntegrityError, StatementError
 
 from service.ids import utcnow
@@ -125,3 +126,15 @@ def test_what_was_to_be_stored_stands_in_no_error(store: Store, new_job: NewJob,
     text = "".join(format_exception(broken.value))
     assert "PLANTED" not in text
     assert ("workers" if kind == "not null" else "events") in text  # it still says what it was about
+
+
+def test_a_lost_connection_hides_no_error(store: Store) -> None:
+    def lose(begin: Callable[[], Any]) -> None:
+        with begin() as opened:
+            (opened if isinstance(opened, Connection) else opened.connection()).invalidate()
+            raise ConnectionError("lost")
+
+    for begin in (store.write, store.begin):
+        with pytest.raises(ConnectionError, match="lost"):
+            lose(begin)
+    assert store.now()
