@@ -334,7 +334,11 @@ def _how_it_goes_on(job: Job) -> str:
     budget = job["spec"].get("limits", {}).get("budget") or {}
     spent = [name for name in ("tokens", "worker_s") if budget.get(name) and job["usage"][name] >= budget[name]]
     options = [f"--{name.replace('_', '-')} N" for name in spent]
-    return f"give it more: {' '.join([resume, *options])}" if options else f"its project's is: ratchet budget; then: {resume}"
+    return (
+        f"give it more: {' '.join([resume, *options])}"
+        if options
+        else f"its project's budget is spent (ratchet budget); then: {resume}"
+    )
 
 
 def _print_job(job: Job) -> None:

@@ -251,7 +251,7 @@ def _text_of(content: str | list[dict[str, Any]]) -> str:
     return content if isinstance(content, str) else "".join(part["text"] for part in content)
 
 
-def open_source(source: TrainSource, dataset_path: Callable[[str], Path], pointer: str, maker: RowMaker | None) -> DataRows:
+def open_source(source: TrainSource, dataset_path: Callable[[str], Path], pointer: str, maker: RowMaker) -> DataRows:
     """The rows of one source; `pointer` is its place in the spec, `maker` makes those of a procedural one."""
     match source:
         case DatasetSource():
@@ -259,7 +259,7 @@ def open_source(source: TrainSource, dataset_path: Callable[[str], Path], pointe
         case InlineSource():
             return InlineRows(source.rows[: source.max_rows])
         case ReasoningGymSource():
-            return ReasoningGymRows(source, maker or RowMaker(), pointer)
+            return ReasoningGymRows(source, maker, pointer)
 
 
 def split(rows: DataRows, held_out: int, seed: int) -> tuple[DataRows, DataRows]:

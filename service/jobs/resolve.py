@@ -15,6 +15,7 @@ from service.errors import FieldError, InvalidRequest, NotFound
 from service.jobs.chats import Chats
 from service.jobs.data import Data, DataRows, InlineRows, open_source, split
 from service.jobs.gym import check_task
+from service.jobs.gym_rows import RowMaker
 from service.jobs.held_out import check_seeds, learnt_rows
 from service.jobs.reference_checks import Formula, check_references
 from service.jobs.resolve_model import resolve_model, tokenizer_folder
@@ -145,7 +146,7 @@ def _source(source: TrainSource, paths: dict[str, Path], pointer: str) -> DataRo
         check_task(source, pointer)
         return InlineRows([GYM_ROW] * min(source.size, source.max_rows or source.size))
     try:
-        return open_source(source, paths.__getitem__, pointer, None)
+        return open_source(source, paths.__getitem__, pointer, RowMaker())
     except FileNotFoundError:
         detail = "the dataset's file is not here; API and workers share one data directory, or one bucket (RATCHET_BLOB_URL)"
         raise invalid([FieldError(f"{pointer}/id", detail, "files_missing")]) from None

@@ -52,7 +52,7 @@ def answers(text: str, expected: Value, *, cut: bool, percent: str = "hundredths
     """Possible values of the answer's final result, best first; none if it has no result or was cut off inside it."""
     text = COUNTED.sub(lambda match: f"{match[1]} {match[3]}" if is_unit(match[2]) else match[0], plain(text))
     text = SEAMS.sub(" ", CALCULATED.sub("", text))
-    wants_list = isinstance(expected, Listing) or (isinstance(expected, Atom) and "\\cup" in expected.formula)
+    wants_list = isinstance(expected, Listing) or _is_union(expected)
     if wants_list and len(boxes := neighbours(text)) > 1:
         yield from _read(", ".join(boxes), percent)
     for final in marked(text)[:MAX_TRIED]:
@@ -105,14 +105,16 @@ def _within(final: Final, expected: Value, percent: str, cut: bool) -> Iterator[
             return
 
 
+def _is_union(expected: Value) -> bool:
+    return isinstance(expected, Atom) and "\\cup" in expected.formula
+
+
 def _last_run(text: str, expected: Value, percent: str, cut: bool) -> Iterator[Value]:
     found = runs(text)
     if not found or (cut and found[-1].open):
         return
     last = found[-1].text
-    if (isinstance(expected, Listing) and not expected.brackets) or (
-        isinstance(expected, Atom) and "\\cup" in expected.formula
-    ):
+    if (isinstance(expected, Listing) and not expected.brackets) or _is_union(expected):
         joined = re.search(r"[^.!?\n]*\Z", text.rstrip(" .\n"))
         for tail in _tails(joined[0] if joined else ""):
             if read := list(_read(tail, percent)):
