@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 CHAT, PLAIN = "Qwen/Qwen3-8B", "Qwen/Qwen3.5-9B-Base"  # the names in the recipes, with their renderers: qwen3 and role_colon
+ANSWERER = "Qwen/Qwen3.5-9B"  # of `twenty_questions`, which cannot be told another
 ARITHMETIC = ["env=arithmetic", "loss_fn=importance_sampling", "group_size=8", "groups_per_batch=6", "learning_rate=3e-4"]
 STREAM = ["stream_minibatch_config.groups_per_batch=6", "stream_minibatch_config.num_minibatches=2"]
 LOOP = ("renderer_name", "behavior_if_log_dir_exists")
@@ -114,6 +115,41 @@ RECIPES = {
         ["sdft/reverse_kl_mean", "grad_norm"],
         model=CHAT,
     ),
+    "rubric": Recipe(  # another model grades
+        "rubric.train",
+        [
+            "loss_fn=importance_sampling",
+            "train_group_size=4",
+            "groups_per_batch=4",
+            "learning_rate=1e-3",
+            f"grader_llm_name={CHAT}",
+            "grader_renderer_name=qwen3",
+            "train_jsonl_path=rubrics.jsonl",
+            "test_jsonl_path=rubrics.jsonl",
+            "eval_every=0",
+        ],
+        [REWARD, KL],
+        steps=2,
+    ),
+    "guess_number": Recipe(  # many turns
+        "multiplayer_rl.guess_number.train",
+        ["group_size=4", "batch_size=4", "max_tokens=8", "eval_every=0"],
+        [REWARD, KL],
+        steps=2,
+        unnamed=("lora_rank",),
+    ),
+    "twenty_questions": Recipe(  # many turns, and another model answers
+        "multiplayer_rl.twenty_questions.train",
+        ["group_size=4", "batch_size=4", "max_tokens=8", "eval_every=0"],
+        [REWARD, KL],
+        steps=2,
+        unnamed=("lora_rank",),
+    ),
+    "prompt_distillation": Recipe(
+        "prompt_distillation.train",
+        ["file_path=conversations.jsonl", "batch_size=8", "learning_rate=1e-3", "eval_every=0"],
+        [NLL],
+    ),
 }
 
 
@@ -157,6 +193,14 @@ def data_sets() -> dict[str, dict[str, list[dict[str, Any]]]]:
     }
 
 
+def prepare(work: Path, model: Path | None = None) -> None:
+    """Make WORK what the recipes take for the hub, with the given model or a small one."""
+    claim(work)
+    write_data(work)
+    for seed, name in enumerate((CHAT, PLAIN, ANSWERER)):
+        place_model(work, name, seed, model)
+
+
 def claim(work: Path) -> None:
     """Make WORK this script's own. Exits if something of somebody else's is in it."""
     if work.is_dir() and not (work / MARK).is_file() and any(each.name != ".ratchet" for each in work.iterdir()):
@@ -190,6 +234,20 @@ def write_data(work: Path) -> None:
         (folder / "README.md").write_text(f"---\nconfigs:\n  - config_name: {config}\n    data_files:{files}\n---\n")
     rows = data_sets()["HuggingFaceH4/no_robots"]["train"]
     (work / "conversations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    graded = [
+        {
+            "convo": [{"role": "user", "content": ask}],
+            "rubric_items": [
+                {
+                    "rubric_str": f"Is the answer {answer}?",
+                    "extraction_regex": "([0-9])",  # of the random answer of a small grader
+                    "grader_output_format_instruction": "Answer with a digit",
+                }
+            ],
+        }
+        for ask, answer in sums(0, 64)
+    ]
+    (work / "rubrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in graded))
 
 
 def write_model(folder: Path, seed: int) -> None:
@@ -244,10 +302,8 @@ class Ran:
         return ", ".join(parts)
 
 
-def run(name: str, recipe: Recipe, work: Path, steps: int, more: list[str]) -> Ran:
-    log = work / "runs" / name
-    shutil.rmtree(log, ignore_errors=True)
-    log.parent.mkdir(exist_ok=True)
+def arguments(recipe: Recipe, log: Path) -> list[str]:
+    """What its command line is given, but for the number of steps."""
     common = {
         "model_name": recipe.model,
         "lora_rank": "16",
@@ -255,20 +311,34 @@ def run(name: str, recipe: Recipe, work: Path, steps: int, more: list[str]) -> R
         "behavior_if_log_dir_exists": "resume" if recipe.resumes else "delete",
         "log_path": str(log),
     }
-    arguments = [f"{key}={value}" for key, value in common.items() if key not in recipe.unnamed]
-    command = [sys.executable, "-m", f"tinker_cookbook.recipes.{recipe.module}", *arguments, *recipe.args]
-    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TINKER_TELEMETRY": "0"}
-    environment = {**os.environ, **offline, "HF_DATASETS_CACHE": str(work / "cache")}
+    return [*(f"{key}={value}" for key, value in common.items() if key not in recipe.unnamed), *recipe.args]
+
+
+def offline(work: Path) -> dict[str, str]:
+    """Variables with which nothing asks a hub."""
+    quiet = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TINKER_TELEMETRY": "0"}
+    return {**os.environ, **quiet, "HF_DATASETS_CACHE": str(work / "cache")}
+
+
+def measured(log: Path) -> list[dict[str, Any]]:
+    """The metrics of its steps so far."""
+    metrics = log / "metrics.jsonl"
+    return [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.is_file() else []
+
+
+def run(name: str, recipe: Recipe, work: Path, steps: int, more: list[str]) -> Ran:
+    log = work / "runs" / name
+    shutil.rmtree(log, ignore_errors=True)
+    log.parent.mkdir(exist_ok=True)
+    command = [sys.executable, "-m", f"tinker_cookbook.recipes.{recipe.module}", *arguments(recipe, log)]
     began, status = time.monotonic(), 0
     with log.with_suffix(".log").open("wb") as out:
         for most in (steps // 2, steps) if recipe.resumes else (steps,):
             whole = [*command, f"max_steps={most}", *more]
-            status = subprocess.run(whole, cwd=work, env=environment, stdout=out, stderr=out, check=False).returncode
+            status = subprocess.run(whole, cwd=work, env=offline(work), stdout=out, stderr=out, check=False).returncode
             if status:
                 break
-    metrics = log / "metrics.jsonl"
-    rows = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.is_file() else []
-    return Ran(name, status, time.monotonic() - began, rows)
+    return Ran(name, status, time.monotonic() - began, measured(log))
 
 
 def main() -> None:
@@ -286,10 +356,7 @@ def main() -> None:
     if given.model is not None and not given.model.is_dir():
         parser.error(f"--model {given.model} is not a folder")
     work = given.work.absolute()
-    claim(work)
-    write_data(work)
-    for seed, name in enumerate((CHAT, PLAIN)):
-        place_model(work, name, seed, given.model)
+    prepare(work, given.model)
     if given.only_prepare:
         return
     failed = False
