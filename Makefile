@@ -97,9 +97,10 @@ $(VENV)/.for-running: pyproject.toml constraints.txt | machine
 	$(PIP_INSTALL) -e '.[worker,embedded]'
 	@touch $@
 
+# The cookbook asks for what images and encryption need, too, which the recipes in the tests do not.
 $(VENV)/.for-developing: pyproject.toml constraints.txt | machine
 	$(PIP_INSTALL) -e '.[worker,embedded,reasoning-gym,dev]'
-	$(PIP_INSTALL) --no-deps tinker-cookbook  # it asks for images and encryption, too, which the recipes in the tests do not use
+	$(PIP_INSTALL) --no-deps tinker-cookbook
 	@touch $@ $(VENV)/.for-running
 
 # What this machine must have, said in one line where it has not; and the virtual environment.
