@@ -73,12 +73,17 @@ def asked(message: Any) -> Asked:
     if len(widths) > 1:
         head["widths"] = widths
         if "weights" not in columns:  # what is filled up must weigh nothing
-            columns["weights"] = [_Values(array("f", [1.0]) * len(one.numbers), one.width) for one in columns["target_tokens"]]
+            columns["weights"] = [_ones(one) for one in columns["target_tokens"]]
     for name, values in columns.items():
         ours, typecode = INPUTS[name]
         wide = name in WIDE and any(width for _, width in widths)
         tensors[ours] = _wide(values, typecode, lengths) if wide else tensor(_joined(typecode, values))
     return Asked(head["kind"], message.seq_id, pack(head, tensors), sum(lengths))
+
+
+def _ones(targets: _Values) -> _Values:
+    """The weights of a datum that has none."""
+    return _Values(array("f", [1.0]) * len(targets.numbers), targets.width)
 
 
 def _loss(name: str) -> str:
@@ -114,22 +119,26 @@ def _tokens(chunks: Iterable[Any], pointer: str) -> bytes:
 
 
 def _columns(data: Sequence[Any], lengths: list[int]) -> dict[str, list[_Values]]:
-    """By input, the values of each datum. Every input is in all datums or in none."""
-    names = sorted(data[0].loss_fn_inputs)
+    """By input, the values of each datum. Every input is in all datums or in none, except weights, which are 1."""
+    names = sorted({name for datum in data for name in datum.loss_fn_inputs})
     columns: dict[str, list[_Values]] = {name: [] for name in names}
     if unknown := [name for name in names if name not in INPUTS]:
         name = unknown[0]
+        i = next(i for i, datum in enumerate(data) if name in datum.loss_fn_inputs)
         detail = f"no loss takes it; known are {', '.join(INPUTS)}{did_you_mean(name, list(INPUTS))}"
-        raise _wrong(f"/data/0/loss_fn_inputs/{escape(name)}", detail, "unknown")
-    if "target_tokens" not in columns:
-        raise _wrong("/data/0/loss_fn_inputs", "target_tokens is missing", "missing")
+        raise _wrong(f"/data/{i}/loss_fn_inputs/{escape(name)}", detail, "unknown")
     cells = 0
     for i, (datum, length) in enumerate(zip(data, lengths, strict=True)):
         inputs = datum.loss_fn_inputs
         pointer = f"/data/{i}/loss_fn_inputs"
-        if len(inputs) != len(names) or any(name not in inputs for name in names):
+        if "target_tokens" not in inputs:
+            raise _wrong(pointer, "target_tokens is missing", "missing")
+        if any(name not in inputs for name in names if name != "weights"):
             raise _wrong(pointer, f"must have the same inputs in all datums: {names}, got {sorted(inputs)}")
         for name in names:
+            if name not in inputs:
+                columns[name].append(_ones(columns["target_tokens"][-1]))
+                continue
             width = _width(inputs[name], name, length, f"{pointer}/{name}")
             cells += length * (width or 1)
             if cells > MOST_CELLS * len(names):

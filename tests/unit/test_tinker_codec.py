@@ -214,8 +214,22 @@ def test_what_does_not_fit_is_refused_in_its_place(change, pointer):
 
 
 def test_all_datums_have_the_same_inputs():
-    message = sent(datum([1], target_tokens=[1], weights=[1.0]), datum([1], target_tokens=[1]))
-    assert refused(message).pointer == "/data/1/loss_fn_inputs"
+    whole = datum([1], target_tokens=[1], logprobs=[0.0], advantages=[1.0])
+    assert refused(sent(whole, datum([1], target_tokens=[1], logprobs=[0.0]))).pointer == "/data/1/loss_fn_inputs"
+    assert refused(sent(datum([1], target_tokens=[1]), datum([1], weights=[1.0]))).pointer == "/data/1/loss_fn_inputs"
+    message = sent(datum([1], target_tokens=[1]), datum([1], target_tokens=[1]))
+    message.data[1].loss_fn_inputs["weigths"].CopyFrom(message.data[1].loss_fn_inputs["target_tokens"])
+    assert refused(message).pointer == "/data/1/loss_fn_inputs/weigths"
+
+
+@pytest.mark.parametrize("without", [0, 1])
+def test_a_datum_without_weights_among_others_weighs_one(without):
+    message = sent(*(datum([1, 2], target_tokens=[3, 4], weights=[0.5, -2.0]) for _ in range(2)))
+    del message.data[without].loss_fn_inputs["weights"]
+    _, tensors, _ = asked(message)
+    expected = [[0.5, -2.0], [0.5, -2.0]]
+    expected[without] = [1.0, 1.0]
+    assert values(tensors["weights"]) == [weight for row in expected for weight in row]
 
 
 def test_a_small_sparse_request_does_not_become_a_large_one(monkeypatch):
