@@ -1,6 +1,5 @@
 """Commands about jobs: submit, validate, jobs, show, watch, cancel, pause, resume, fork, delete."""
 
-import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -32,6 +31,7 @@ from service.cli.output import (
     status_text,
 )
 from service.metric_names import EVAL_GREEDY_REWARD_MEAN, EVAL_LOSS, EVAL_REWARD_MEAN
+from service.validation.core_yaml import CoreLoader
 from service.validation.words import counted
 
 FACTS = {  # of job.resolved
@@ -258,18 +258,9 @@ def read_spec(file: str) -> bytes:
     return sys.stdin.buffer.read()
 
 
-class _Loader(yaml.SafeLoader):
-    """Reads YAML like the service: 1e-5 is a number."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
-
-
 def parse_mapping(text: bytes, file: str) -> dict[str, Any]:
     try:
-        value = yaml.load(text, Loader=_Loader)
+        value = yaml.load(text, Loader=CoreLoader)
     except yaml.YAMLError as error:
         raise RatchetError(f"{file} is not YAML: {error}") from None
     if not isinstance(value, dict):

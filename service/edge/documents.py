@@ -1,7 +1,6 @@
 """Parse JSON and YAML from callers: plain JSON values, no duplicate keys, nothing that databases or the stack cannot hold."""
 
 import json
-import re
 from codecs import BOM_UTF8
 from collections.abc import Callable
 from functools import partial
@@ -12,10 +11,10 @@ import yaml
 from service.errors import BodyTooLarge, Malformed, RatchetError
 from service.spec.storable import MAX_DEPTH, not_storable
 from service.validation import invalid
+from service.validation.core_yaml import CoreLoader, DuplicateKey
 from service.validation.strict_json import MAX_VALUES, BadJson, decoded, no_key_twice, read
 
 MAX_KEYS = 2000  # of one object: validation reports an error for each unknown key
-EXPONENT = "[eE][-+]?[0-9]+"
 
 
 def parse_json(raw: bytes) -> Any:
@@ -85,40 +84,16 @@ def canonical(data: Any) -> bytes:
 # ---------------------------------------------------------------- YAML
 
 
-class _Loader(yaml.CSafeLoader):
-    """YAML 1.2's core schema: `1e-5` is a number; dates, `no` and `12:30` are strings. Duplicate keys are refused."""
-
-    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 (PyYAML reads it from the class; filled below)
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key, _ in node.value:
-            if key.tag != "tag:yaml.org,2002:str":
-                raise _at(key.start_mark, "a key must be a string: put it in quotes")
-            if key.value in seen:
-                raise _at(key.start_mark, f"the key {key.value!r} stands twice in one mapping", "duplicate_key")
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-for _tag, _pattern, _first in (
-    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
-    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
-    ("int", r"[-+]?(0|[1-9][0-9]*)", list("-+0123456789")),
-    ("float", rf"[-+]?(\.[0-9]+|[0-9]+\.[0-9]*)({EXPONENT})?|[-+]?[0-9]+{EXPONENT}", list("-+0123456789.")),
-    ("float", r"[-+]?\.(inf|Inf)|\.(nan|NaN)", list("-+.")),
-):
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), _first)
-
-
 def parse_yaml(raw: bytes) -> Any:
     """Parse and check YAML. Raises Malformed (line, column), InvalidRequest (pointer), BodyTooLarge (MAX_KEYS)."""
     try:
         text = decoded(_content(raw, "YAML"))
         _check_events(text)
-        data = yaml.load(text, Loader=_Loader)
+        data = yaml.load(text, Loader=CoreLoader)
     except BadJson as error:
         raise _malformed("YAML", error) from None
+    except DuplicateKey as error:
+        raise _at(error.problem_mark, str(error.problem), "duplicate_key") from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         raise _at(mark, ", ".join(filter(None, (error.context, error.problem)))) from None
@@ -132,7 +107,7 @@ def parse_yaml(raw: bytes) -> Any:
 def _check_events(text: str) -> None:
     """Refuse tags, too deep nesting and aliases before any value is built. With aliases one line can expand to gigabytes."""
     depth = 0
-    for event in yaml.parse(text, Loader=_Loader):
+    for event in yaml.parse(text, Loader=CoreLoader):
         if isinstance(event, yaml.AliasEvent):
             raise _at(event.start_mark, f"aliases (*{event.anchor}) are not taken; write the value out")
         if getattr(event, "tag", None) is not None:
