@@ -43,16 +43,29 @@ STEPS = {
 AGAIN = "sdft"  # is run once more, and its worker killed on the way
 
 
-@pytest.fixture(scope="module")
-def script() -> SimpleNamespace:
-    return SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[3] / "examples" / "cookbook" / "recipes.py")))
+Rows = dict[str, list[dict[str, Any]]]  # the metrics of each step by recipe
 
 
-@pytest.fixture(scope="module")
-def ran(script: SimpleNamespace, whole: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
-    """The metrics of each step by recipe."""
-    work = tmp_path_factory.mktemp("cookbook")
-    script.prepare(work)
+@pytest.mark.timeout(600)  # one test, so that no other process runs all of it again
+def test_recipes_run_and_learn_and_one_survives_its_worker(whole: Any, tmp_path: Path) -> None:
+    script = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[3] / "examples" / "cookbook" / "recipes.py")))
+    script.prepare(tmp_path / "work")
+    rows = run(script, whole, tmp_path / "work", tmp_path / "log")
+    steps = {name: sum("time/total" in row or NLL in row or "dpo_loss" in row for row in rows[name]) for name in STEPS}
+    assert steps == STEPS
+    for name in ("math_rl", "math_rl-stream", "distillation"):
+        the_sampler_and_the_trainer_agree([row[KL] for row in rows[name] if KL in row])
+    for name, metric in (("chat_sl", NLL), ("sl_loop", NLL), ("preference-dpo", "dpo_loss")):
+        first, *_, last = [row[metric] for row in rows[name] if metric in row]
+        assert last < first - 0.01
+    decisions_are_taught(*rows["decisions"])
+    learnt, again = of_learning(rows[AGAIN]), of_learning(rows["again"])
+    assert len(learnt[0]) > 20
+    assert again == learnt  # to the last digit
+
+
+def run(script: SimpleNamespace, whole: Any, work: Path, log: Path) -> Rows:
+    """Every recipe, then one again, whose worker is killed after its first step, then `decisions`."""
     logs = {name: work / "runs" / name for name in [*STEPS, "again", "decisions"]}
     queue = []
     for name, recipe in [*((name, name) for name in STEPS), ("again", AGAIN)]:
@@ -60,15 +73,16 @@ def ran(script: SimpleNamespace, whole: Any, tmp_path_factory: pytest.TempPathFa
         arguments = [*script.arguments(about, logs[name]), f"max_steps={STEPS[recipe]}"]
         queue.append([f"tinker_cookbook.recipes.{about.module}", arguments])
     queue.append([str(Path(__file__).with_name("decisions.py")), [script.PLAIN, str(logs["decisions"])]])
-    with whole({"models_dir": work}, RATCHET_MODELS_DIR=str(work)) as server, (work / "log").open("wb") as out:
+    first_step = logs["again"] / "metrics.jsonl"
+    with whole({"models_dir": work}, RATCHET_MODELS_DIR=str(work)) as server, log.open("wb") as out:
         environment = script.offline(work) | {"TINKER_BASE_URL": server.url, "TINKER_API_KEY": server.key}
         command = [sys.executable, "-c", DRIVER, json.dumps(queue)]
         with subprocess.Popen(command, cwd=work, env=environment, stdout=out, stderr=out) as process:
-            while process.poll() is None and not script.measured(logs["again"]):
+            while process.poll() is None and not (first_step.exists() and first_step.stat().st_size):
                 time.sleep(0.02)
             if killed := process.poll() is None:  # else it failed, or was too fast
                 kill_the_host_of_the_newest_session(server)
-        assert process.returncode == 0 and killed, (work / "log").read_text()[-3000:]
+        assert process.returncode == 0 and killed, log.read_text()[-3000:]
     return {name: script.measured(log) for name, log in logs.items()}
 
 
@@ -81,40 +95,20 @@ def kill_the_host_of_the_newest_session(server: Whole) -> None:
     store.close()
 
 
-def test_every_recipe_ran_all_its_steps(ran: dict[str, list[dict[str, Any]]]) -> None:
-    of_steps = {name: [row for row in ran[name] if "time/total" in row or NLL in row or "dpo_loss" in row] for name in STEPS}
-    assert {name: len(rows) for name, rows in of_steps.items()} == STEPS
+def the_sampler_and_the_trainer_agree(kl: list[float]) -> None:
+    assert kl and all(abs(value) < 1e-6 for value in kl)
 
 
-@pytest.mark.parametrize("name", ["math_rl", "math_rl-stream", "distillation"])
-def test_the_sampler_and_the_trainer_agree(ran: dict[str, list[dict[str, Any]]], name: str) -> None:
-    assert all(abs(row[KL]) < 1e-6 for row in ran[name] if KL in row)
-    assert any(KL in row for row in ran[name])
+def decisions_are_taught(before: dict[str, float], hard: dict[str, float], soft: dict[str, float]) -> None:
+    """By a label, then by probabilities."""
 
+    def brier(probabilities: dict[str, float]) -> float:
+        return sum((probabilities[name] - wanted) ** 2 for name, wanted in {"heads": 0.5, "tails": 0.25, "edge": 0.25}.items())
 
-@pytest.mark.parametrize(("name", "metric"), [("chat_sl", NLL), ("sl_loop", NLL), ("preference-dpo", "dpo_loss")])
-def test_a_loss_falls(ran: dict[str, list[dict[str, Any]]], name: str, metric: str) -> None:
-    values = [row[metric] for row in ran[name] if metric in row]
-    assert len(values) == STEPS[name]
-    assert values[-1] < values[0] - 0.01
-
-
-def test_decisions_are_taught_by_hard_and_by_soft_labels(ran: dict[str, list[dict[str, Any]]]) -> None:
-    before, hard, soft = ran["decisions"]
-    assert all(sum(each.values()) == pytest.approx(1) for each in ran["decisions"])
+    assert all(sum(each.values()) == pytest.approx(1) for each in (before, hard, soft))
     assert hard["tails"] > before["tails"] + 0.1
     assert brier(soft) < brier(hard) - 0.01
 
 
-def brier(probabilities: dict[str, float]) -> float:
-    return sum((probabilities[name] - wanted) ** 2 for name, wanted in {"heads": 0.5, "tails": 0.25, "edge": 0.25}.items())
-
-
-def test_a_recipe_whose_worker_is_killed_ends_with_the_undisturbed_run_s_metrics(ran: dict[str, list[dict[str, Any]]]) -> None:
-    """To the last digit."""
-
-    def of_learning(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        return [{name: value for name, value in row.items() if not name.startswith("time/")} for row in rows]
-
-    assert of_learning(ran["again"]) == of_learning(ran[AGAIN])
-    assert len(of_learning(ran[AGAIN])[0]) > 20
+def of_learning(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{name: value for name, value in row.items() if not name.startswith("time/")} for row in rows]
