@@ -73,7 +73,8 @@ def resolve(store: Store, settings: Settings, project: str, spec: RLSpec | Super
     spec = _filled(spec.model_copy(update={"model": model}))
     data = _open(spec, paths, errors)
     errors += check_reward(spec, settings)
-    errors += check_seeds(spec.data)
+    if data is not None and data.eval is not None:
+        errors += check_seeds(spec.data)
     errors += check_metrics(spec)
     errors += check_rollout(spec, settings)
     errors += _check_context(spec, context)

@@ -207,9 +207,37 @@ def test_numbers_of_procedural_rows_are_held_out(trying: Try, seed: int, size: i
         assert f"so {wrong} of the {size} rows of data.eval would be training rows (seed 5, 10 rows)" in error.detail
     else:
         trying(spec)
-    trying(but(spec, data__eval__config={"max_terms": 3}))  # rows of its own
+    other = but(spec, data__eval__config={"max_terms": 3})  # most of its rows are the same
+    trying(other) if not wrong else only(trying, other)
     together = but(spec, data__train__task="acre", data__eval__task="acre")
     trying(together) if seed != 5 else only(trying, together)
+
+
+def test_numbers_of_a_composites_parts_are_held_out(trying: Try) -> None:
+    """The n-th part of a composite makes row i from seed + n + i."""
+    pytest.importorskip("reasoning_gym")
+    train = {"source": "reasoning_gym", "task": "chain_sum", "size": 20, "seed": 5}  # from 5 to 24
+    parts = [{"name": "leg_counting"}, {"name": "chain_sum", "weight": 2}]
+    composite = {"source": "reasoning_gym", "task": "composite", "size": 10, "config": {"datasets": parts}}
+    spec = but(
+        RL,
+        model={"source": "org/model"},
+        data__prompt="{question}",
+        data__answer="{answer}",
+        reward__graders=[{"kind": "reasoning_gym"}],
+    )
+    for seed, wrong in ((22, True), (23, False)):
+        both = but(spec, data__train=train, data__eval={**composite, "seed": seed})
+        if wrong:
+            error = only(trying, both)
+            assert (error.pointer, error.code, error.allowed) == ("/data/eval/seed", "not_held_out", "at least 23")
+            assert "row i of chain_sum is made from seed + i, so up to 1 of the 10 rows" in error.detail
+        else:
+            trying(both)
+    swapped = {**composite, "config": {"datasets": parts[::-1]}}
+    both = but(spec, data__train={**composite, "seed": 20}, data__eval={**swapped, "seed": 30})
+    assert only(trying, both).allowed == "at least 31, or at most 9"  # of leg_counting 21 to 30, and 32 to 41
+    trying(but(both, data__eval__seed=31))
 
 
 # ---------------------------------------------------------------- rows and templates
