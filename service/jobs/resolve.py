@@ -21,7 +21,7 @@ from service.jobs.reference_checks import Formula, check_references
 from service.jobs.resolve_model import resolve_model, tokenizer_folder
 from service.jobs.resolve_reward import check_metrics, check_reward, wrong_ways
 from service.jobs.resolve_rollout import check_rollout, rollout_warnings
-from service.jobs.row_checks import check_rows, overlong_rows
+from service.jobs.row_checks import check_rows, overlong_rows, without_overlong
 from service.settings import Settings
 from service.spec.data import DatasetSource, InlineSource, ReasoningGymSource, SplitSource, TrainSource
 from service.spec.job import RLSpec, SupervisedSpec
@@ -88,7 +88,8 @@ def resolve(store: Store, settings: Settings, project: str, spec: RLSpec | Super
     if errors or data is None:
         raise _refused(errors)
     full = spec.model_dump(mode="json", by_alias=True)
-    estimates = _estimates(spec, data)
+    taken = without_overlong(spec, data)
+    estimates = _estimates(spec, taken)
     return Resolved(
         spec=full,
         spec_sha256=sha256_of(full),
@@ -97,7 +98,7 @@ def resolve(store: Store, settings: Settings, project: str, spec: RLSpec | Super
         max_steps=spec.limits.max_steps,
         from_checkpoint_id=None if model.from_checkpoint is None else model.from_checkpoint.id,
         estimates=estimates,
-        warnings=[*_warnings(spec, estimates), *overlong_rows(spec, data), *learnt_rows(spec.data, data)],
+        warnings=[*_warnings(spec, estimates), *overlong_rows(spec, data), *learnt_rows(spec.data, taken)],
         dataset_paths=paths,
         formulas=formulas,
         chats=None if tokenizer is None else Chats(tokenizer, spec, data),

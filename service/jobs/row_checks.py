@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from service.errors import FieldError
-from service.jobs.data import Data, DataRows, Row
+from service.jobs.data import Data, DataRows, Row, Subset
 from service.spec.data import DatasetSource, ReasoningGymSource, SplitSource
 from service.spec.job import RLSpec, SupervisedSpec
 from service.spec.templates import columns_of
@@ -237,6 +237,18 @@ def overlong_rows(spec: RLSpec | SupervisedSpec, data: Data) -> Iterator[str]:
         if rows is not None and found:
             which = f"for example row {rows.number(found[0])}: each {done}"
             yield f"data.overlong: {len(found)} of {counted(len(rows), 'row')} of data.{part} too long ({room.why}), {which}"
+
+
+def without_overlong(spec: RLSpec | SupervisedSpec, data: Data) -> Data:
+    """The rows that the job takes of these: without those that are too long, if data.overlong is skip and the model is tiny."""
+    if spec.model.tiny is None or spec.data.overlong != "skip":
+        return data
+    kept: dict[str, DataRows] = {}
+    for part, rows in (("train", data.train), ("eval", data.eval)):
+        room = _room(spec, spec.model.tiny.context, part)
+        if rows is not None:
+            kept[part] = Subset(rows, [index for index, row in enumerate(rows) if not _is_too_long(data, row, room)])
+    return replace(data, **kept)
 
 
 def _room(spec: RLSpec | SupervisedSpec, context: int, part: str) -> _Room:

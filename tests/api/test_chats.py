@@ -92,6 +92,8 @@ def test_a_row_that_no_step_takes_is_not_rendered(client, supervised) -> None:
     body = supervised(NO_SYSTEM, data, update={"batch_size": 1})
     assert told(client, {**body, "limits": {"max_steps": 1}}) == []
     assert len(told(client, {**body, "limits": {"max_steps": 2}})) == 1
+    data["overlong"] = "skip"  # the worker looks at all rows, to leave out those that are too long
+    assert len(told(client, {**supervised(NO_SYSTEM, data, update={"batch_size": 1}), "limits": {"max_steps": 1}})) == 1
 
 
 @pytest.mark.parametrize(

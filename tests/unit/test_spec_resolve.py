@@ -343,6 +343,20 @@ def test_rows_that_are_too_long_for_the_tiny_model_are_counted_before_the_queue(
     assert not any("overlong" in text for text in trying(but(spec, data__train__rows=ROWS)).warnings)
 
 
+def test_estimates_and_warnings_leave_out_the_rows_that_the_job_does(trying: Try) -> None:
+    long = {"q": "1" * 28, "a": "2"}
+    held_out = {"source": "inline", "rows": [long, {"q": "5+5", "a": "5"}]}
+    spec = but(RL, data__train__rows=[long] * 5 + ROWS[:4], data__eval=held_out, model__tiny={"context": 32})
+    resolved = trying(but(spec, data__overlong="skip", rollout__prompts_per_step=8))
+    estimates = {"train_rows": 4, "prompts_per_epoch": 4, "epochs": 20.0, "eval_rows": 1, "completions": 160 + 4 * 1}
+    assert {name: resolved.estimates[name] for name in estimates} == estimates
+    assert any("a step of 8 prompts repeats some of the 4 rows" in text for text in resolved.warnings)
+    assert not any("learnt by heart" in text for text in resolved.warnings)
+    learnt = but(SUPERVISED, data__train__rows=[{"q": "1" * 32, "a": "2"}, *ROWS[:4]], data__overlong="skip", data__eval=None)
+    learnt = but(learnt, model__tiny={"context": 32})
+    assert trying(learnt).estimates["learnt_tokens_per_epoch"] == sum(len(row["a"]) + 1 for row in ROWS[:4])
+
+
 def test_a_split_of_which_nothing_would_be_left_is_refused(trying: Try) -> None:
     rows = [{"q": "1" * 28, "a": "2"}] * 3
     error = only(trying, but(RL, data__train__rows=rows, data__eval=None, model__tiny={"context": 32}, data__overlong="skip"))
