@@ -143,9 +143,17 @@ class Text:
     def stop_ids(self, stop: Iterable[str]) -> list[int]:
         """The ids of the stop texts that are special tokens, and of tokens that no text shows and a stop text begins with:
         `decode` leaves these out, so the text would never hold it."""
-        hidden = [(content, token) for content, token in self._special.items() if token in self.frame]
         whole = [self._special[text] for text in stop if text in self._special]
-        return list(dict.fromkeys([*whole, *(token for text in stop for content, token in hidden if text.startswith(content))]))
+        hidden = [self._special[content] for text in stop for content in self._hidden if text.startswith(content)]
+        return list(dict.fromkeys([*whole, *hidden]))
+
+    def shows(self, texts: Iterable[str]) -> bool:
+        """Whether `decode` shows all of these texts: none holds a token that it leaves out."""
+        return not any(content in text for text in texts for content in self._hidden)
+
+    @property
+    def _hidden(self) -> list[str]:
+        return [content for content, token in self._special.items() if token in self.frame]
 
     def save(self, folder: Path) -> None:
         """Write the tokenizer's files. They do not depend on where the tokenizer was loaded from."""

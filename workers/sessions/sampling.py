@@ -148,9 +148,11 @@ class Sampling:
             self._open.remove(one)
 
     def parts(self) -> Iterator[tuple[str, list[Part]]]:
-        """What came since the last call, of operations that asked for it: their lanes and the parts of their answers."""
+        """What came since the last call, of operations that asked for it: their lanes and the parts of their answers. None
+        where a part would not show how a stop text begins."""
         for one in self._open:
-            if not one.request.head.get("parts"):
+            head = one.request.head
+            if not head.get("parts") or not self.base.text.shows(head["sampling"].get("stop", ())):
                 continue
             told = list[Part]()
             for ticket, tokens in self.base.engine.so_far(list(one.tickets)).items():

@@ -95,6 +95,20 @@ def test_parts_make_the_answer(rig: Any, chatty: str, monkeypatch: pytest.Monkey
         assert grows and whole.startswith(grows)
 
 
+def test_no_parts_are_told_where_they_do_not_show_how_a_stop_begins(
+    rig: Any, chatty: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of `a<pad>bc` a part shows `abc`, and whoever holds back what may be the stop's beginning lets `b` go."""
+    monkeypatch.setattr("workers.sessions.host.PART_S", 0.0)
+    told: set[str] = set()
+    monkeypatch.setattr(rig.doorbell, "tell", lambda lane, parts: told.add(lane))
+    sampling = {**SAMPLING, "max_tokens": 40, "temperature": 1.0}
+    ask(rig, chatty, "hidden", texts=["ab"], sampling={**sampling, "stop": ["a<pad>bc"]}, parts=True)
+    ask(rig, chatty, "shown", texts=["ab"], sampling={**sampling, "stop": ["a<|tool|>bc"]}, parts=True)
+    rig.work()
+    assert told == {"shown"} and rig.answer(chatty, 1, "hidden")["texts"] == rig.answer(chatty, 1, "shown")["texts"]
+
+
 def test_withdrawn_operations_leave_the_engine(rig: Any, chatty: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its caller went away while it was sampled: it is not sampled to its end, and others are."""
     steps, withdrawn = 0, False
