@@ -1,5 +1,6 @@
 """A ForwardBackwardRequest as what a session logs: flat tensors of all datums, without numpy."""
 
+import re
 import sys
 from array import array
 from collections.abc import Iterable, Sequence
@@ -34,11 +35,17 @@ INPUTS = {
     "clip_low_threshold": ("clip_low_threshold", "f"),
     "clip_high_threshold": ("clip_high_threshold", "f"),
 }
+THEIRS = {ours: theirs for theirs, (ours, _) in INPUTS.items() if ours != theirs}
 WIDE = ("target_tokens", "weights")  # may have K columns
 STABLE = (
     "stable_reinforce has no public formula, so it is not offered here; use importance_sampling, ppo or cispo "
     "(in the cookbook: loss_fn=importance_sampling)"
 )
+
+
+def in_their_names(text: str) -> str:
+    """The words of a worker about tensors of a loss, with the wire's names."""
+    return re.sub(rf"\b({'|'.join(THEIRS)})\b", lambda ours: THEIRS[ours[0]], text)
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from service.store import jobs, operations, tinker
 from service.store.operations import Outcome
 from service.store.tables import Operation, TinkerModel, TinkerSampler
 from service.tinker import answers, compression, paths, samplers
+from service.tinker.datums import in_their_names
 from service.tinker.face import PREFIX
 from service.tinker.log import REFUSED
 from service.tinker.requests import RetrieveFuture
@@ -147,8 +148,11 @@ def _look(context: Context, caller: Caller, ticket: Ticket, done: Outcome | None
 
 
 def _in_its_words(session: Session, caller: Caller, ticket: Ticket, error: dict[str, Any]) -> dict[str, Any]:
-    """The error of a sample whose weights were deleted while it waited, without ids of ours; others as they are."""
-    if ticket.sampler_id is not None and error.get("code") in ("checkpoint_not_found", "session_over"):
+    """The error of a sample whose weights were deleted while it waited, without ids of ours; of training, with the wire's names
+    of tensors; others as they are."""
+    if ticket.sampler_id is None:
+        return {**error, "detail": in_their_names(error["detail"])}
+    if error.get("code") in ("checkpoint_not_found", "session_over"):
         try:
             samplers.weights(session, caller, tinker.get(session, TinkerSampler, caller.project, ticket.sampler_id))
         except NotFound as gone:

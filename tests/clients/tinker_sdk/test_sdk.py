@@ -116,6 +116,19 @@ def test_values_that_cannot_be_are_the_user_s_error(untrained, one, message):
     assert caught.value.category == types.RequestErrorCategory.User
 
 
+@pytest.mark.parametrize(
+    ("loss", "given", "named"),
+    [
+        ("ppo", {"advantages": [1.0] * 5}, "the loss ppo needs the tensor logprobs "),
+        ("gspo", {"advantages": [1.0] * 5, "logprobs": [-1.0] * 5}, "the loss gspo needs the tensor sequence_ratio_mask "),
+        ("ppo", {"weights": [1.0] * 5, "advantages": [1.0] * 5, "logprobs": [-1.0] * 5}, "it takes logprobs, advantages, seq"),
+    ],
+)
+def test_an_error_of_the_worker_has_the_names_of_the_client_s_tensors(untrained, loss, given, named):
+    with pytest.raises(tinker.RequestFailedError, match=named):
+        untrained.forward_backward([datum(**given)], loss).result()
+
+
 def test_targets_of_two_dimensions(untrained):
     targets = np.array([TOKENS[1:], [7] * 5]).T
     weights = np.full((5, 2), 0.5, np.float32)
