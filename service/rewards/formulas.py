@@ -51,6 +51,8 @@ class Comparison:
                 and bool(verify(item, other, allow_set_relation_comp=True, timeout_seconds=0))
             )
         if isinstance(expected, Listing) or isinstance(given, Listing):
+            if _joined_otherwise(expected, given):
+                return False
             return self._same_lists(*(_list(item) for item in (expected, given)))
         return self._same_atoms(expected, given)
 
@@ -133,6 +135,8 @@ def _region(value: Value) -> tuple[frozenset[str], Set] | None:
     """The unknown and its real values. Inequalities between which no word stands hold together, if they can."""
     if isinstance(value, Words):
         return None
+    if (members := _numbers(value)) is not None:
+        return frozenset(), FiniteSet(*members)
     if isinstance(value, Listing) and not value.brackets:
         parts = [part for item in value.items if (part := _region(item)) is not None]
         names, sets = frozenset[str]().union(*(names for names, _ in parts)), [numbers for _, numbers in parts]
@@ -153,6 +157,24 @@ def _region(value: Value) -> tuple[frozenset[str], Set] | None:
     if names and getattr(read, "is_number", False):
         return names, FiniteSet(read)
     return (frozenset(map(str, read.free_symbols)), read.as_set()) if _solved(read) else None
+
+
+def _numbers(value: Value) -> list[Any] | None:
+    """The members of a set of numbers without names and units; None if it is something else."""
+    if not isinstance(value, Listing) or value.brackets not in UNORDERED or value.name:
+        return None
+    plain = [item for item in value.items if isinstance(item, Atom) and not (item.name or item.unit or item.base)]
+    read = [expression(item) for item in plain]
+    return read if len(read) == len(value.items) and all(getattr(item, "is_number", False) for item in read) else None
+
+
+def _joined_otherwise(*values: Value) -> bool:
+    """Whether one side joins inequalities of several unknowns by `or`, and the other does not: they hold in other places."""
+    listings = [value for value in values if isinstance(value, Listing) and _is_region(value)]
+    if len(listings) < 2 or len({value.joined == "or" for value in listings}) < 2:
+        return False
+    read = [expression(item) for item in listings[0].items if isinstance(item, Atom)]
+    return len({name for item in read for name in getattr(item, "free_symbols", ())}) > 1
 
 
 def _solved(read: Any) -> bool:

@@ -110,6 +110,15 @@ TABLE: dict[str, tuple[str, list[str], list[str]]] = {
     ),
     "inequalities that hold together": ("(3, 5)", ["x > 3 and x < 5", "x < 5, x > 3"], ["x > 3 or x < 5", "x > 3, y < 5"]),
     "all but one": (r"x \ne 3", [r"(-\infty,3)\cup(3,\infty)", r"\mathbb{R}\setminus\{3\}", "x < 3 or x > 3"], ["3", "x > 3"]),
+    "a union of sets": (
+        r"\{1,2,3\}",
+        [r"\boxed{\{1,2\}\cup\{3\}}", r"\{3,1\}\cup\{1,2\}"],
+        [r"\{1,2\}\cup\{4\}", r"\{1\}\cup\{3\}", r"[1,2]\cup\{3\}"],
+    ),
+    "a set for a union": (r"\{1,2\}\cup\{3\}", [r"\boxed{\{1,2,3\}}", "1, 2, 3"], [r"\{1,2\}", "1, 2, 4", "(1, 2, 3)"]),
+    "inequalities of two unknowns": ("x > 3, y < 5", ["y < 5 and x > 3", "y < 5, x > 3"], ["y < 5 or x > 3", "x > 3"]),
+    "one of two inequalities": ("x > 3 or y < 5", ["y < 5 or x > 3"], ["y < 5, x > 3", "y < 5 and x > 3"]),
+    "an inequality that does not hold": ("x > 3", ["so x > 3"], ["not x > 3", r"\boxed{\text{not } x > 3}", r"\neg(x > 3)"]),
     "looks": (
         "42",
         [

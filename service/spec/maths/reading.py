@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from service.spec.maths.finals import Final, marked, neighbours, runs
 from service.spec.maths.signs import plain
 from service.spec.maths.units import is_unit
-from service.spec.maths.values import Atom, Listing, Unreadable, Value, Words, trimmed, value, words_of
+from service.spec.maths.values import INEQUALITY, Atom, Listing, Unreadable, Value, Words, trimmed, value, words_of
 
 COUNTED = re.compile(r"\b(\d+) \d+(?:\.\d+)?[ -]?([A-Za-z]+) ([a-z]{3,})")  # three of a size: `3 250 ml bottles`
 MAX_TRIED = 5  # marks, or formulas after a mark, to try before giving up
@@ -15,6 +15,7 @@ CALCULATED = re.compile(r"<<[^<>]*>>")  # GSM8K's calculator
 SEAMS = re.compile(r"(?<=[A-Za-z]{2}:)(?=[\d$\\(-])|(?<![\w-])[=-]+>|[→⇒]")  # where a word or an arrow touches a number
 APPROXIMATELY = re.compile(r"\\approx(?![a-zA-Z])|≈")
 CONSTANT = re.compile(r"\\(?:sqrt|frac|pi|log|ln|sin|cos|tan|cdot|times|binom|circ)(?![A-Za-z])|(?<![A-Za-z])e(?![A-Za-z])")
+NOT = re.compile(r"(?:\bnot|\\(?:neg|lnot))\s*\}?[\s$({]*\Z", re.IGNORECASE)
 ALLOWED = (
     "a number (1,000, 1.5e3, 3 1/2, 50%, 5 cm), a LaTeX formula, a list, tuple, interval or set of these, one word or "
     "\\text{...}, or a text with its final answer in \\boxed{...}, <answer> or after ####"
@@ -100,9 +101,16 @@ def _within(final: Final, expected: Value, percent: str, cut: bool) -> Iterator[
         yield from found
         return
     for run in runs(sentence[:MAX_SENTENCE])[:MAX_TRIED]:
+        if _is_denied(run, sentence):
+            return
         if found := list(_read(run.text, percent)):
             yield from found
             return
+
+
+def _is_denied(run: Final, text: str) -> bool:
+    """Whether the run is an inequality behind a `not`: it says the opposite of what it would alone."""
+    return bool(INEQUALITY.search(run.text) and NOT.search(text[: run.at]))
 
 
 def _is_union(expected: Value) -> bool:
@@ -111,7 +119,7 @@ def _is_union(expected: Value) -> bool:
 
 def _last_run(text: str, expected: Value, percent: str, cut: bool) -> Iterator[Value]:
     found = runs(text)
-    if not found or (cut and found[-1].open):
+    if not found or (cut and found[-1].open) or _is_denied(found[-1], text):
         return
     last = found[-1].text
     if (isinstance(expected, Listing) and not expected.brackets) or _is_union(expected):
