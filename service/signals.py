@@ -16,6 +16,7 @@ from service.metric_names import (
     EVAL_GREEDY_REWARD_MEAN,
     EVAL_REWARD_MEAN,
     POLICY_KL_K3,
+    REF_KL_K3,
     REWARD_MEAN,
     STALENESS,
 )
@@ -151,7 +152,7 @@ class Curve:
 Curves = Mapping[str, Curve]
 NEEDED = tuple(
     {
-        *(REWARD_MEAN, EVAL_REWARD_MEAN, EVAL_GREEDY_REWARD_MEAN, POLICY_KL_K3, CLIP_LOW, CLIP_HIGH),
+        *(REWARD_MEAN, EVAL_REWARD_MEAN, EVAL_GREEDY_REWARD_MEAN, POLICY_KL_K3, REF_KL_K3, CLIP_LOW, CLIP_HIGH),
         *(FLAT, GRADIENT, ENTROPY, LENGTH, TRUNCATED, ERRORS, LEAST_RATIO, MOST_RATIO, SKIPPED, DISAGREEMENT, SPREAD),
     }
 )
@@ -161,7 +162,19 @@ ENOUGH = 8  # points of a curve, before a trend is read off it
 def advise(curves: Curves, *, updates: int, no_signal_steps: int) -> list[Advice]:
     """What stands out in these curves (those of NEEDED that there are): the warnings first."""
     found = [*_no_signal(curves, updates, no_signal_steps)]
-    for rule in (_collapse, _entropy, _length, _held_out, _flat_groups, _truncated, _errors, _skipped, _disagreement, _kl):
+    for rule in (
+        _collapse,
+        _entropy,
+        _length,
+        _held_out,
+        _flat_groups,
+        _truncated,
+        _errors,
+        _skipped,
+        _disagreement,
+        _kl,
+        _huge_kl,
+    ):
         found += rule(curves)
     return sorted(found, key=lambda advice: advice.severity != "warning")
 
@@ -373,3 +386,23 @@ def _kl(curves: Curves) -> Iterator[Advice]:
             "updates become too large for the data of one step",
             "lower optimizer.learning_rate or update.epochs, or lower optimizer.max_grad_norm",
         )
+
+
+# What no healthy run has, in nats a token; the loop warns of it too.
+HUGE_KL = 10.0
+HUGE: Mapping[str, tuple[str, str]] = {
+    POLICY_KL_K3: (
+        "within one step the policy moved far from the one that sampled",
+        "lower optimizer.learning_rate or update.epochs",
+    ),
+    REF_KL_K3: ("the policy is far from the reference", "raise objective.kl.coef, or lower optimizer.learning_rate"),
+}
+
+
+def _huge_kl(curves: Curves) -> Iterator[Advice]:
+    for name, (cause, remedy) in HUGE.items():
+        curve = curves.get(name)
+        steps = [] if curve is None else [s for s, value in zip(curve.steps, curve.values, strict=True) if value > HUGE_KL]
+        if curve is not None and steps:
+            detail = f"{name} reached {max(curve.values):.3g} nats a token"
+            yield Advice("huge_kl", "warning", name, steps[0], steps[-1], detail, cause, remedy)

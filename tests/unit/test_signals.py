@@ -47,6 +47,7 @@ WRONG: Mapping[str, Mapping[str, Sequence[float]]] = {
     "updates_skipped": {"optimizer/skipped": [0.0] * 29 + [2.0]},
     "sampler_disagrees": {"rollout/approx_kl_k3": [0.05] * 30},
     "steps_too_large": {"policy/approx_kl_k3": [0.001] * 10 + [0.5] * 20},
+    "huge_kl": {"kl/ref_k3": [0.02] * 29 + [12.0]},
 }
 
 
@@ -61,6 +62,14 @@ def test_nothing_stands_out_in_a_sound_run() -> None:
     assert found({**SOUND, **a_step_ahead}) == set()
     assert found({}) == set()
     assert found({name: values[:3] for name, values in SOUND.items()}) == set()
+
+
+def test_a_huge_kl_is_told_with_its_steps_and_its_highest_value() -> None:
+    """Also where one step leaves no trend, in a curve too short for one."""
+    curves = {"policy/approx_kl_k3": Curve.of([1, 2, 3, 4], [0.1, 40.0, 11.0, 0.1]), "kl/ref_k3": Curve.of([1, 2], [9.9, 10.0])}
+    [advice] = advise(curves, updates=1, no_signal_steps=10)
+    assert (advice.rule, advice.metric, advice.from_step, advice.to_step) == ("huge_kl", "policy/approx_kl_k3", 2, 3)
+    assert advice.detail == "policy/approx_kl_k3 reached 40 nats a token"
 
 
 @pytest.mark.parametrize("rule", WRONG)

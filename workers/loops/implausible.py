@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from service.metric_names import DISAGREEMENT, EVAL_LOSS, LOSS, POLICY_KL_K3, POLICY_LOSS, REF_KL_K3, STALENESS
+from service.metric_names import DISAGREEMENT, EVAL_LOSS, LOSS, POLICY_LOSS, STALENESS
+from service.signals import HUGE, HUGE_KL
 from workers.loops.progress import Progress
 from workers.tenure.tenure import EventRow
 
@@ -19,14 +20,7 @@ class Bound:
 
 FAR = "policy/ratio_max", "optimizer/grad_norm", "optimizer/learning_rate"
 BOUNDS: dict[str, Bound] = {
-    POLICY_KL_K3: Bound(
-        10.0,
-        "within one step the policy moved far from the one that sampled; lower optimizer.learning_rate or update.epochs",
-        FAR,
-    ),
-    REF_KL_K3: Bound(
-        10.0, "the policy is far from the reference; raise objective.kl.coef, or lower optimizer.learning_rate", FAR
-    ),
+    **{name: Bound(HUGE_KL, f"{cause}; {remedy}", FAR) for name, (cause, remedy) in HUGE.items()},
     DISAGREEMENT: Bound(
         1.0, "sampler and trainer disagree about the same weights; use model.dtype: float32, or report the model's family"
     ),
