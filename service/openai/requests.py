@@ -71,7 +71,9 @@ class CompletionRequest(_Request):
     logprobs: Annotated[int | None, Field(ge=0, le=MOST_TOP, description="of the tokens, and so many of the likeliest")] = None
     echo: Annotated[bool | None, Field(description="the prompt stands before the answer, in logprobs too")] = None
     best_of: Annotated[int | None, Field(ge=1, le=128, description="must be n if it is given")] = None
-    suffix: Annotated[Literal[""] | None, Field(description="is not offered")] = None
+    suffix: Annotated[
+        Annotated[str, Field(max_length=0)] | None, Field(description="is not offered: only null and an empty text are taken")
+    ] = None
 
     @model_validator(mode="after")
     def makes_sense(self) -> Self:
