@@ -52,7 +52,9 @@ def ends_of(tokens: Sequence[int], decode: Callable[[list[int]], str]) -> list[i
     unfolding, grown, ends = Unfolding(decode), list[int](), list[int]()
     for token in tokens:
         grown.append(token)
-        unfolding.part(grown)
+        part, piece = unfolding.part(grown), pieces[token]
+        if ends and part.startswith(BROKEN) and piece and not piece.startswith(BROKEN) and part.endswith(piece):
+            ends[-1] = min(unfolding.length - len(piece), len(whole))  # the bytes before this token are no character
         ends.append(min(unfolding.length, len(whole)))
     last = max((place for place, token in enumerate(tokens) if pieces[token]), default=len(ends))
     return ends[:last] + [len(whole)] * (len(ends) - last)

@@ -45,6 +45,14 @@ def test_an_end_token_behind_a_broken_character_is_behind_its_text(load) -> None
     assert (text.decode(tokens), ends_of(tokens, text.decode)) == ("a\ufffd", [1, 2, 2])
 
 
+def test_bytes_that_are_no_character_stand_before_the_token_behind_them(load) -> None:
+    text = text_of(load, tokenizer())
+    first, *rest = tokenizer()("🙂")["input_ids"]
+    tokens = [first, first, *tokenizer()("<|tool|>é")["input_ids"], first, rest[0], *tokenizer()("b")["input_ids"]]
+    assert text.decode(tokens) == "\ufffd\ufffd<|tool|>é\ufffdb"
+    assert ends_of(tokens, text.decode) == [0, 2, 10, 10, 11, 11, 12, 13]
+
+
 @pytest.mark.parametrize("said", ["é", "a", "🙂a"])
 def test_ends_take_time_in_proportion_to_the_tokens(load, said: str) -> None:
     """Bytes that are no character, too: they are not read again with each of those that follow."""
