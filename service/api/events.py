@@ -64,6 +64,10 @@ class EventsQuery(EitherWay):
         Literal["oldest_first", "newest_first"], Field(description="of a list; newest first it ends before `before`")
     ] = "oldest_first"
     before: Annotated[int | None, Field(ge=1, le=MAX_SEQ, description="newest first: only events with a smaller `seq`")] = None
+    every_s: Annotated[
+        float,
+        Field(ge=0, le=60, description="of a stream: what is new is told at once, but not before so long after the last time"),
+    ] = 0
     without: Annotated[
         list[Literal["step", "phase_changed"]], Field(description="newest first: types to leave out; repeatable")
     ] = Field(default_factory=list)
@@ -114,7 +118,7 @@ async def list_events(
     if _is_stream(request):
         await run_in_threadpool(_read, context, caller, job_id, 0, 0)  # a 404 must come before the stream begins
         after = query.after if last_event_id is None else last_event_id
-        stream = _stream(context, caller, job_id, after)
+        stream = _stream(context, caller, job_id, after, query.every_s)
         return EventSourceResponse(stream, headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
     if query.order == "newest_first":
         rows = await run_in_threadpool(_read_back, context, caller, job_id, query)
@@ -157,10 +161,10 @@ def _line(event: EventView) -> TailLine:
     return TailLine(event.seq, format_sse_event(id=str(event.seq), event=event.type, data_str=event.model_dump_json()))
 
 
-async def _stream(context: Context, caller: Caller, job_id: str, after: int) -> AsyncIterator[bytes]:
+async def _stream(context: Context, caller: Caller, job_id: str, after: int, every_s: float) -> AsyncIterator[bytes]:
     """The stream. Between two events it holds no thread and no connection, and does not poll."""
     look = partial(_look, context, caller.project, job_id)
-    with context.tails.follow(job_id, caller.key_id, look) as tail:
+    with context.tails.follow(job_id, caller.key_id, look, every_s) as tail:
         yield format_sse_event(retry=RETRY_MS, comment=f"events of {job_id}")
         while not context.stopping.is_set() and caller.key_id not in tail.revoked:
             lines = tail.behind(after)

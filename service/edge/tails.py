@@ -1,11 +1,13 @@
 """Followers of one job share one reader of its log: however many there are in this process, an event is read and encoded
-once. Older events than the newest ones kept here each follower reads for itself."""
+once, or once for each pace at which they are told. Older events than the newest ones kept here each follower reads for
+itself."""
 
 import asyncio
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from time import monotonic
 
 from starlette.concurrency import run_in_threadpool
 
@@ -39,10 +41,10 @@ Looking = Callable[[int | None, frozenset[str]], Look]  # arguments: event to re
 
 
 class Tail:
-    """The newest events of one job, kept while it has followers."""
+    """The newest events of one job, kept while it has followers. Between two reads of what is new pass at least `every_s`."""
 
-    def __init__(self, signals: Signals, job_id: str, look: Looking) -> None:
-        self._signals, self._job_id, self._look = signals, job_id, look
+    def __init__(self, signals: Signals, job_id: str, look: Looking, every_s: float) -> None:
+        self._signals, self._job_id, self._look, self._every_s = signals, job_id, look, every_s
         self._lines: deque[TailLine] = deque(maxlen=KEPT)
         self._changed = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -80,10 +82,11 @@ class Tail:
     async def _run(self, bell: Watch) -> None:
         try:
             while not self.ended:
-                look = await run_in_threadpool(self._look, self.last, frozenset(self.followers))
+                look, looked_at = await run_in_threadpool(self._look, self.last, frozenset(self.followers)), monotonic()
                 self._take(look)
                 if not look.has_more and not self.ended:
                     await bell.wait(POLL_S)
+                    await asyncio.sleep(looked_at + self._every_s - monotonic())
         except NotFound:  # the job was deleted
             self.end()
         except Exception as error:  # the store is away: the streams break, and their clients reconnect
@@ -113,14 +116,15 @@ class Tails:
 
     def __init__(self, signals: Signals) -> None:
         self._signals = signals
-        self._tails: dict[str, Tail] = {}
+        self._tails: dict[tuple[str, float], Tail] = {}
 
     @contextmanager
-    def follow(self, job_id: str, key_id: str, look: Looking) -> Iterator[Tail]:
-        """The job's tail, shared by its followers and kept as long as there is one."""
-        tail = self._tails.get(job_id)
+    def follow(self, job_id: str, key_id: str, look: Looking, every_s: float) -> Iterator[Tail]:
+        """The job's tail, shared by its followers of this pace and kept as long as there is one."""
+        which = job_id, every_s
+        tail = self._tails.get(which)
         if tail is None or tail.ended:
-            tail = self._tails[job_id] = Tail(self._signals, job_id, look)
+            tail = self._tails[which] = Tail(self._signals, job_id, look, every_s)
             tail.start()
         tail.followers[key_id] += 1
         try:
@@ -129,8 +133,8 @@ class Tails:
             tail.followers[key_id] -= 1
             tail.followers += Counter()  # drops zero counts
             if not tail.followers:
-                if self._tails.get(job_id) is tail:
-                    del self._tails[job_id]
+                if self._tails.get(which) is tail:
+                    del self._tails[which]
                 tail.stop()
 
     def stop(self) -> None:

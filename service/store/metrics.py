@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 from service.store.dialect import connection_of, name_of, replacing
 from service.store.tables import Metric
 
-FEW = 1000  # points
+FEW = 5000  # points
 
 
 @dataclass

@@ -26,8 +26,9 @@ def parse(lines):
             fields[name] = value
 
 
-def stream(client, job_id, **headers):
-    return client.stream("GET", f"/v1/jobs/{job_id}/events", headers={"Accept": "text/event-stream", **headers})
+def stream(client, job_id, params=None, **headers):
+    headers = {"Accept": "text/event-stream", **headers}
+    return client.stream("GET", f"/v1/jobs/{job_id}/events", params=params, headers=headers)
 
 
 def finish(api, job_id, steps=3):
@@ -105,6 +106,32 @@ def test_a_stream_sees_what_is_signalled_at_once(api, client, submit, monkeypatc
             assert next(told)[2]["data"]["step"] == step
             took.append(monotonic() - committed)
     assert min(took) < 1.0
+
+
+def test_a_stream_may_be_told_now_and_then_and_misses_nothing(api, client, submit, monkeypatch):
+    looks = []
+    monkeypatch.setattr("service.api.events._look", lambda *given: looks.append(1) or look(*given))
+    job, steps = submit(), 40
+    lease, _ = api.claim(job["id"])
+    with stream(client, job["id"], {"every_s": 1}) as response:
+        told = parse(response.iter_lines())
+        seqs = [next(told)[0] for _ in range(3)]
+        for step in range(1, steps + 1):
+            leases.commit_step(api.store, lease, step, {}, [])
+            api.doorbell.signal(job["id"], "events")
+            sleep(0.02)
+        leases.succeed(api.store, lease, {"reason": "max_steps"}, "max_steps")
+        api.doorbell.signal(job["id"], "events")
+        seqs += [seq for seq, _, _ in told]
+    assert seqs == list(range(1, 3 + steps + 2))
+    assert len(looks) < steps / 2  # and one for each signal without it
+
+
+@pytest.mark.parametrize("every_s", ["-1", "60.5", "nan", "often"])
+def test_how_often_a_stream_is_told_is_checked(client, submit, every_s):
+    with stream(client, submit()["id"], {"every_s": every_s}) as response:
+        assert response.status_code == 422
+        assert json.loads(response.read())["errors"][0]["pointer"] == "/query/every_s"
 
 
 def test_a_quiet_stream_is_kept_alive(api, client, submit, monkeypatch):

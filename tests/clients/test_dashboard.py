@@ -290,3 +290,18 @@ def visit_every_page(page: Page, url: str, job_id: str, fork: str) -> None:
         assert page.locator("img, iframe, object").count() == 0
         assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"], path
         expect(page.locator("main .wrong:not(article)")).to_have_count(0)  # an article is advice about the job
+
+
+def test_a_long_curve_is_put_together_in_the_page_as_the_server_does_it(stack: Any, page: Page) -> None:
+    page.goto(stack.url)
+
+    def condensed(points: int, **curve: Any) -> Any:
+        module = "await import(new URL('curves.js', document.querySelector('script').src))"
+        return page.evaluate(f"async ([curve, points]) => ({module}).condensed(curve, points)", [curve, points])
+
+    found = condensed(3, step=list(range(1, 11)), value=list(range(10)))
+    assert found == {"step": [4, 7, 10], "value": [1.5, 5, 8], "min": [0, 4, 7], "max": [3, 6, 9]}
+    found = condensed(1, step=[10, 20, 21, 22], value=[1, 2, 5, None], min=[0, 1, 5, None], max=[3, 4, 5, None])
+    assert found == {"step": [22], "value": [pytest.approx(35 / 21)], "min": [0], "max": [5]}  # of 10, 10 and 1 steps
+    found = condensed(2, step=[1, 2, 3, 4], value=[None, None, -1, -3])
+    assert found == {"step": [2, 4], "value": [None, -2], "min": [None, -3], "max": [None, -1]}

@@ -1,6 +1,7 @@
 // The HTTP API, asked with the key that was typed in. The key is kept in this tab's session and sent as a header only.
 
 const KEPT = "ratchet.key";
+const TOLD_EVERY_S = 1; // of a job's events: its steps may take milliseconds, and each telling has its cost
 const RECONNECT_MS = [500, 1000, 2000, 5000, 10000];
 
 export const session = {
@@ -100,7 +101,7 @@ export async function follow(jobId, last, {tell, state, signal}) {
   while (!signal.aborted) {
     try {
       const headers = {Accept: "text/event-stream", "Last-Event-ID": String(last)};
-      const answer = await request("GET", `/v1/jobs/${jobId}/events`, {headers, signal});
+      const answer = await request("GET", `/v1/jobs/${jobId}/events`, {parameters: {every_s: TOLD_EVERY_S}, headers, signal});
       state("live");
       for await (const {id, data} of events(answer)) {
         tries = 0;

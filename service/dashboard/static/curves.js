@@ -21,6 +21,31 @@ const GROUPS = [
   ["Speed", ["perf/sample_tokens_per_s", "perf/update_tokens_per_s"]],
 ];
 
+/** A curve as the server puts it together: of `points` stretches of equal width the last step, mean, least and greatest. A point
+ *  counts for the steps since the one before it. */
+export function condensed({step, value, min = value, max = value}, points) {
+  const [first, width] = [step[0], step.at(-1) - step[0] + 1];
+  const made = {step: [], value: [], min: [], max: []};
+  let at = -1;
+  let counted = 0;
+  step.forEach((one, i) => {
+    const stretch = Math.floor(((one - first) * points) / width);
+    if (stretch !== at) {
+      [at, counted] = [stretch, 0];
+      for (const column of Object.values(made)) column.push(null);
+    }
+    const last = made.step.length - 1;
+    made.step[last] = one;
+    if (value[i] === null) return;
+    const weight = i ? one - step[i - 1] : step[1] - one;
+    counted += weight;
+    made.value[last] += ((value[i] - made.value[last]) * weight) / counted; // null counts as 0 here
+    made.min[last] = Math.min(min[i], made.min[last] ?? Infinity);
+    made.max[last] = Math.max(max[i], made.max[last] ?? -Infinity);
+  });
+  return made;
+}
+
 export function open(job) {
   const {id, signal, fail} = job;
   const grid = h("div", {class: "charts"});
@@ -118,8 +143,8 @@ export function open(job) {
           const from = Math.max(0, ...[...store.values()].map((one) => one.step.at(-1) ?? 0)) + 1;
           const {series} = await get(`/v1/jobs/${id}/metrics`, {name: shown(), from_step: from, points: 5000}, signal);
           for (const [name, one] of Object.entries(series)) append(name, one);
-          if ([...store.values()].some((one) => one.step.length > 3 * POINTS)) await load();
-          else show();
+          for (const [name, one] of store) if (one.step.length > 3 * POINTS) store.set(name, condensed(one, POINTS));
+          show();
         }
       } catch { /* the next event asks again */ }
       await wait(EVERY_MS, signal);
