@@ -62,13 +62,13 @@ class Minder:
                 self._idle_since = None
 
     def look(self) -> None:
-        now = self._store.now()
-        for job_id in lease.disobeyed(self._store, self._owner, now):
+        held = lease.in_hands_of(self._store, self._owner)
+        for job_id in held.disobeyed:
             log.error("job %s: the training process did not obey in time; killing it", job_id)
             kill_children()
-            lease.unresponsive(self._store, self._doorbell, job_id, now)
+            lease.unresponsive(self._store, self._doorbell, job_id, self._store.now())
         trains = any(request.name == RING_TASK for request in state.active_requests)  # loss requests need no job
-        if not trains or not lease.holds_nothing(self._store, self._owner):
+        if not trains or not held.nothing:
             self._idle_since = None
         elif self._idle_since is None:
             self._idle_since = monotonic()

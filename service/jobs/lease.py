@@ -104,10 +104,10 @@ def claim_beside(
     return taken
 
 
-def others_wait(store: Store, classes: Collection[str], base_key: str | None) -> bool:
-    """Whether a queued job could start on a worker of these classes that does not share this base."""
-    with store.begin(readonly=True) as session:
-        return jobs.others_queued(session, classes, base_key, clock.now(session))
+def queued(store: Store, classes: Collection[str], base_key: str | None) -> tuple[bool, bool]:
+    """Whether sessions or samplers of this base are queued that could start on a worker of these classes, and other jobs."""
+    with store.look() as connection:
+        return jobs.queued(connection, classes, base_key, clock.now(connection))
 
 
 def _rest(session: Session, job: Job, now: datetime) -> None:
@@ -532,10 +532,22 @@ def worker_lost(store: Store, doorbell: Doorbell, owner: str) -> list[str]:
     return [job.id for job in settled]
 
 
-def disobeyed(store: Store, owner: str, now: datetime) -> list[str]:
-    """Jobs that this worker did not pause or cancel in time. Its parent ends the training process, then settles them."""
-    with store.begin(readonly=True) as session:
-        return jobs.disobeyed(session, now, owner=owner)
+@dataclass(frozen=True)
+class InHands:
+    """The jobs that a worker holds: whether there are none, and those that it did not pause or cancel in time."""
+
+    nothing: bool
+    disobeyed: list[str]
+
+
+def in_hands_of(store: Store, owner: str, now: datetime | None = None) -> InHands:
+    """As of now. The worker's parent ends a training process that does not obey, then settles its jobs."""
+    with store.look() as connection:
+        held = jobs.in_hands_of(connection, owner)
+        now = now or clock.now(connection)
+    asked = (Status.PAUSING, Status.CANCELLING)
+    late = [job.id for job in held if job.status in asked and job.wish_until is not None and job.wish_until < now]
+    return InHands(not held, late)
 
 
 def unresponsive(store: Store, doorbell: Doorbell, job_id: str, now: datetime) -> Status | None:
@@ -546,11 +558,6 @@ def unresponsive(store: Store, doorbell: Doorbell, job_id: str, now: datetime) -
     if went_to is not None:
         doorbell.signal(job_id, "events")
     return went_to
-
-
-def holds_nothing(store: Store, owner: str) -> bool:
-    with store.begin(readonly=True) as session:
-        return not jobs.held(session, owner=owner)
 
 
 # ---------------------------------------------------------------- the workers' own table

@@ -1,6 +1,6 @@
 """Queries over jobs. Changes of status are in service.jobs.moves; nothing else writes `status`."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, NamedTuple
@@ -14,6 +14,7 @@ from sqlalchemy import (
     bindparam,
     case,
     delete,
+    exists,
     func,
     or_,
     select,
@@ -202,12 +203,21 @@ def queued_of_base(session: Session, classes: Collection[str], base_key: str, no
     return list(session.scalars(query.limit(limit).execution_options(populate_existing=True)))
 
 
-def others_queued(session: Session, classes: Collection[str], base_key: str | None, now: datetime) -> bool:
-    """Whether a job that does not share this base may start now."""
-    query = select(Job.id).where(Job.status == Status.QUEUED, Job.resource_class.in_(list(classes)), _is_due(now))
-    if base_key is not None:
-        query = query.where(or_(Job.base_key.is_(None), Job.base_key != base_key))
-    return session.scalar(query.limit(1)) is not None
+def queued(connection: Connection, classes: Collection[str], base_key: str | None, now: datetime) -> tuple[bool, bool]:
+    """Whether sessions or samplers of this base may start now, and whether other jobs may."""
+    row = connection.execute(_QUEUED, {"classes": list(classes), "base_key": base_key or "", "now": now}).one()
+    return bool(row.ours), bool(row.others)
+
+
+_IN_QUEUE = (
+    Job.status == Status.QUEUED,
+    Job.resource_class.in_(bindparam("classes", expanding=True)),
+    or_(Job.not_before.is_(None), Job.not_before <= bindparam("now")),
+)
+_QUEUED = select(
+    exists().where(*_IN_QUEUE, Job.base_key == bindparam("base_key")).label("ours"),
+    exists().where(*_IN_QUEUE, or_(Job.base_key.is_(None), Job.base_key != bindparam("base_key"))).label("others"),
+)
 
 
 def sampler(session: Session, project: str, base_key: str) -> Job | None:
@@ -278,6 +288,18 @@ def held(session: Session, *, owner: str | None = None, expired_at: datetime | N
     return list(session.scalars(query.order_by(Job.id)))
 
 
+def in_hands_of(connection: Connection, owner: str) -> Sequence[Any]:
+    """The jobs that this worker holds: rows of id, status and wish_until."""
+    return connection.execute(_IN_HANDS_OF, {"owner": owner}).all()
+
+
+_IN_HANDS_OF = (
+    select(Job.id, Job.status, Job.wish_until)
+    .where(Job.status.in_(HELD), Job.lease_owner == bindparam("owner"))
+    .order_by(Job.id)
+)
+
+
 @dataclass(frozen=True)
 class Renewed:
     """A job whose lease was renewed, and what its worker should know."""
@@ -312,11 +334,9 @@ def shorten_leases(session: Session, latest: datetime) -> None:
         session.execute(shortened, execution_options={"synchronize_session": False})
 
 
-def disobeyed(session: Session, now: datetime, *, owner: str | None = None) -> list[str]:
-    """Ids of jobs whose worker, `owner` or any, should have paused or cancelled them before `now` and has not."""
+def disobeyed(session: Session, now: datetime) -> list[str]:
+    """Ids of jobs whose worker should have paused or cancelled them before `now` and has not."""
     query = select(Job.id).where(Job.status.in_((Status.PAUSING, Status.CANCELLING)), Job.wish_until < now)
-    if owner is not None:
-        query = query.where(Job.lease_owner == owner)
     return list(session.scalars(query.order_by(Job.id)))
 
 

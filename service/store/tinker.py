@@ -71,9 +71,15 @@ def seen(session: Session, client: TinkerSession, now: datetime) -> None:
 
 def silent(connection: Connection, job_ids: Collection[str], since: datetime) -> set[str]:
     """Which of these sessions belong to clients that were not heard of since then."""
-    query = select(TinkerModel.job_id).join(TinkerSession, TinkerSession.id == TinkerModel.session_id)
-    rows = connection.scalars(query.where(TinkerModel.job_id.in_(list(job_ids)), TinkerSession.seen_at < since))
+    rows = connection.scalars(_SILENT, {"jobs": list(job_ids), "since": since})
     return {job_id for job_id in rows if job_id is not None}
+
+
+_SILENT = (
+    select(TinkerModel.job_id)
+    .join(TinkerSession, TinkerSession.id == TinkerModel.session_id)
+    .where(TinkerModel.job_id.in_(bindparam("jobs", expanding=True)), TinkerSession.seen_at < bindparam("since"))
+)
 
 
 def finish(session: Session, client_id: str, how: dict[str, Any], now: datetime) -> bool:

@@ -31,10 +31,11 @@ def test_a_running_job_hears_what_is_wished(api, client, submit, action, body, w
     assert leases.renew_all(api.store, api.settings, [lease]) == {lease: wish}
     late = [] if grace_s is None else [job["id"]]
     moment = asked + timedelta(seconds=grace_s or 0)
-    assert leases.disobeyed(api.store, lease.owner, moment - timedelta(seconds=1)) == []
-    assert leases.disobeyed(api.store, lease.owner, moment + timedelta(seconds=30)) == late
+    assert leases.in_hands_of(api.store, lease.owner, moment - timedelta(seconds=1)).disobeyed == []
+    assert leases.in_hands_of(api.store, lease.owner, moment + timedelta(seconds=30)).disobeyed == late
+    assert not leases.in_hands_of(api.store, lease.owner).nothing
     leases.cancelled(api.store, lease) if action == "cancel" else leases.pause(api.store, lease)
-    assert leases.disobeyed(api.store, lease.owner, moment + timedelta(days=2)) == []
+    assert leases.in_hands_of(api.store, lease.owner, moment + timedelta(days=2)) == leases.InHands(True, [])
 
 
 @pytest.mark.parametrize(
@@ -59,7 +60,7 @@ def test_asked_again_the_shorter_grace_counts(api, client, submit):
     lease, _ = api.claim(job["id"])
     for grace_s in (600, 5, 300):
         client.post(f"/v1/jobs/{job['id']}/cancel", json={"grace_seconds": grace_s})
-    assert leases.disobeyed(api.store, lease.owner, utcnow() + timedelta(seconds=6)) == [job["id"]]
+    assert leases.in_hands_of(api.store, lease.owner, utcnow() + timedelta(seconds=6)).disobeyed == [job["id"]]
     leases.cancelled(api.store, lease)
 
 

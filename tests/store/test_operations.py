@@ -273,10 +273,13 @@ def test_process_takes_further_sessions_of_its_base(store: Store, doorbell: Door
     first.claim()
     key = first.job().base_key
     assert key is not None
-    assert not leases.others_wait(store, {"any"}, key)
+    assert leases.queued(store, {"any"}, key) == (True, False)
+    assert leases.queued(store, {"any"}, None) == leases.queued(store, {"any"}, "another") == (False, True)
+    assert leases.queued(store, {"gpu"}, key) == (False, False)
     taken = leases.claim_beside(store, settings, "w1", {"any"}, key, 8)
     assert [job.id for _, job in taken] == [second.id]
     assert leases.claim_beside(store, settings, "w1", {"any"}, key, 8) == []
+    assert leases.queued(store, {"any"}, key) == (False, False)
 
 
 def test_one_sampler_a_base_and_project(store: Store, doorbell: Doorbell, settings: Settings) -> None:

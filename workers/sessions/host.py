@@ -49,7 +49,7 @@ HURRIED_IDLE_S = 2.0  # how long a guest may be idle where other work waits
 SLICE_S, LONG_SLICE_S = 0.05, 0.25  # of sampling: while operations in order wait, and while none does
 PART_S = 0.05  # between two parts of an answer that is told while it grows
 WRITTEN_S = 0.01  # of waiting for a checkpoint to be durable, or for graders, between two looks for other work
-FIND_S = 0.02  # between two looks for operations to sample, while there is other work
+FIND_S = 0.02  # between two looks for operations, while there is other work; nobody leaves by an older one
 ROOM = 256  # rows in the engine; more are let in, fairly, as others end
 AT_ONCE = 64  # guests that join together
 TOGETHER = 2  # operations of a guest in one turn, a gradient and its step: nobody else waits for longer than these
@@ -99,7 +99,7 @@ class Host:
         self._other_commits = WeakValueDictionary[str, Sampling]()  # on bases at other commits, while a guest uses them
         self._base_key: str | None = None
         self._classes = resource_classes(self.settings)
-        self._looked_at = self._found_loose_at = 0.0
+        self._looked_at = self._found_following_at = self._found_loose_at = 0.0
         self._others_since: float | None = None  # since when other work waits for this process
 
     def run(self, lease: Lease, job: Job) -> None:
@@ -218,9 +218,11 @@ class Host:
 
     def _look(self) -> None:
         """What need not be looked at all the time."""
-        self._find_following()  # nobody leaves who has work
-        self._find_loose()
-        others = leases.others_wait(self.store, self._classes, self._base_key)
+        if monotonic() - self._found_following_at >= FIND_S:  # nobody leaves who has work
+            self._find_following()
+        if monotonic() - self._found_loose_at >= FIND_S:
+            self._find_loose()
+        ours, others = leases.queued(self.store, self._classes, self._base_key)
         self._others_since = None if not others else self._others_since or monotonic()
         gives_way = others and monotonic() - (self._others_since or 0.0) >= self.settings.session_slice_s
         idle_s = min(HURRIED_IDLE_S, self.settings.session_idle_s) if others else self.settings.session_idle_s
@@ -237,7 +239,7 @@ class Host:
                     guest.tenure.rest(guest.done)
                     self._forget(guest)
         self._forget_withdrawn()
-        if self._base_key is not None and self._guests and not gives_way:
+        if ours and self._base_key is not None and self._guests and not gives_way:
             for lease, job in leases.claim_beside(
                 self.store, self.settings, self._owner, self._classes, self._base_key, AT_ONCE
             ):
@@ -346,6 +348,7 @@ class Host:
         return guest.session is not None and guest.session.is_grading
 
     def _find_following(self) -> None:
+        self._found_following_at = monotonic()
         unknown = {g.id: g.done for g in self._guests.values() if g.session is not None and not g.following}
         if unknown:
             with self.store.look() as connection:
