@@ -35,7 +35,7 @@ PARTS = "ratchet:parts:"  # channels of answers that are told while they grow, o
 COURIERS = "webhooks"  # stands for a job's id in the signal that deliveries of webhooks wait
 KEYS_EDITION = "ratchet:keys:edition"  # changes with each revocation of an API key
 CLASSES = ("any", "cpu", "gpu")
-TO_WORKERS = frozenset({b"operation", b"wish", b"guest"})  # signals that say nothing to followers
+TO_WORKERS = frozenset({"operation", "wish", "guest"})  # signals that say nothing to followers, nor to who waits for another
 TIMEOUT_S = 1.0  # for a connection, and for an answer
 HUSH_S = 10.0  # no signals for this long after one timed out: a frozen Redis must not cost a second per signal
 POLL_S = 1.0  # how long a listener sleeps while Redis is down
@@ -51,8 +51,9 @@ def queue_name(resource_class: str) -> str:
     return f"train.{resource_class}"
 
 
-def channel_name(job_id: str) -> str:
-    return f"ratchet:job:{job_id}"
+def channel_name(job_id: str, what: str = "events") -> str:
+    """Where this kind of signal about the job is sent: one channel for all followers, one for each kind to workers."""
+    return f"ratchet:{what}:{job_id}" if what in TO_WORKERS else f"ratchet:job:{job_id}"
 
 
 def redis_py_url(url: str) -> str:
@@ -170,7 +171,7 @@ class Doorbell:
     def signal(self, job_id: str, what: str) -> bool:
         """Wake listeners of the job. `what`: `events` (there are new ones), `wish` (its worker should look at once), or of a
         session `operation`. With a base's key in place of the id, `guest`: a session that shares this base is queued."""
-        return self._publish(channel_name(job_id), what)
+        return self._publish(channel_name(job_id, what), what)
 
     def ring_couriers(self) -> bool:
         """Tell those who deliver webhooks that something is due."""
@@ -201,35 +202,35 @@ class Doorbell:
             return False
         return True
 
-    def listen(self, job_ids: Set[str], timeout_s: float, *, what: str | None = "wish") -> bool:
-        """Wait for a signal of this kind (None: any) about one of these jobs. False on timeout. If Redis is down, only sleep.
+    def listen(self, job_ids: Set[str], timeout_s: float) -> bool:
+        """Wait for a wish about one of these jobs. False on timeout. If Redis is down, only sleep.
 
         A thread's subscription is kept between its calls, so no signal in between is missed for a job of the previous call.
         """
-        return self.hear(job_ids, timeout_s, what=None if what is None else {what}) is not None
+        return self.hear(job_ids, timeout_s, what={"wish"}) is not None
 
-    def hear(self, job_ids: Set[str], timeout_s: float, *, what: Set[str] | None = None) -> str | None:
-        """Like `listen` for signals of several kinds (None: all). Returns the kind that came first, None on timeout."""
+    def hear(self, job_ids: Set[str], timeout_s: float, *, what: Set[str]) -> str | None:
+        """Like `listen` for these kinds of TO_WORKERS. Returns the kind that came first, None on timeout."""
         deadline = time.monotonic() + timeout_s
         try:
-            subscription = self._subscription(job_ids)
+            subscription = self._subscription({channel_name(job_id, each) for job_id in job_ids for each in what})
             while (left := deadline - time.monotonic()) > 0:
                 message = subscription.get_message(ignore_subscribe_messages=True, timeout=left)
-                if message is not None and (what is None or message["data"].decode() in what):
+                if message is not None:
                     return message["data"].decode()
         except (redis.RedisError, OSError):
             self.hang_up()
             time.sleep(max(0.0, deadline - time.monotonic()))
         return None
 
-    def _subscription(self, job_ids: Set[str]) -> PubSub:
+    def _subscription(self, channels: Set[str]) -> PubSub:
         if getattr(self._mine, "subscription", None) is None:
-            self._mine.subscription, self._mine.job_ids = self._redis.pubsub(), frozenset[str]()
-        subscription, before = self._mine.subscription, self._mine.job_ids
-        for change, ids in ((subscription.subscribe, job_ids - before), (subscription.unsubscribe, before - job_ids)):
-            if ids:
-                change(*map(channel_name, ids))
-        self._mine.job_ids = frozenset(job_ids)
+            self._mine.subscription, self._mine.channels = self._redis.pubsub(), frozenset[str]()
+        subscription, before = self._mine.subscription, self._mine.channels
+        for change, names in ((subscription.subscribe, channels - before), (subscription.unsubscribe, before - channels)):
+            if names:
+                change(*names)
+        self._mine.channels = frozenset(channels)
         return subscription
 
     def hang_up(self) -> None:
@@ -355,7 +356,7 @@ class Signals:
                 if channel.startswith(PARTS):
                     if (parts := self._parts.get(channel.removeprefix(PARTS))) is not None:
                         parts.take(json.loads(message["data"]))
-                elif message["data"] not in TO_WORKERS:
+                else:
                     self._wake(channel.removeprefix(channel_name("")))
 
     def _wake(self, job_id: str) -> None:

@@ -15,7 +15,7 @@ from kombu.connection import Connection
 from pydantic import SecretStr
 
 from service import doorbell
-from service.doorbell import RING_TASK, Doorbell, Signals, celery_app, kombu_url, queue_name, redis_py_url
+from service.doorbell import RING_TASK, Doorbell, Signals, celery_app, channel_name, kombu_url, queue_name, redis_py_url
 from service.settings import Settings
 
 
@@ -204,7 +204,24 @@ def test_a_listener_wakes_for_its_job_and_its_kind_of_signal(bell: Doorbell) -> 
     assert time.monotonic() - started < 2
     thread.join()
     assert bell.listen({"job_1"}, 0.1) is False
-    assert bell.listen({"job_1"}, 0.1, what=None) is False  # the one before the wish was passed over, not kept
+
+
+def test_a_signal_wakes_only_who_waits_for_its_kind(bell: Doorbell, url: str) -> None:
+    """Each that it wakes takes the time of a core that also computes."""
+    client = redis.Redis.from_url(redis_py_url(url))
+
+    async def act() -> list[int]:
+        async with running(url):
+            assert bell.listen({"job_1"}, 0.05) is False
+            return [client.publish(channel_name("job_1", what), what) for what in ("wish", "operation", "events", "answer")]  # pyright: ignore[reportReturnType]
+
+    assert asyncio.run(act()) == [1, 0, 1, 1]
+
+
+def test_signals_of_several_kinds_are_heard(bell: Doorbell) -> None:
+    thread = signal_soon(bell, ("job_1", "wish"), ("job_1", "events"), ("job_2", "guest"))
+    assert bell.hear({"job_1", "job_2"}, 5, what={"operation", "guest"}) == "guest"
+    thread.join()
 
 
 def test_a_listener_hears_each_of_its_jobs_and_no_longer_those_that_it_had_before(bell: Doorbell) -> None:

@@ -49,7 +49,8 @@ HURRIED_IDLE_S = 2.0  # how long a guest may be idle where other work waits
 SLICE_S, LONG_SLICE_S = 0.05, 0.25  # of sampling: while operations in order wait, and while none does
 PART_S = 0.05  # between two parts of an answer that is told while it grows
 WRITTEN_S = 0.01  # of waiting for a checkpoint to be durable, or for graders, between two looks for other work
-FIND_S = 0.02  # between two looks for operations, while there is other work; nobody leaves by an older one
+FIND_S = 0.02  # between two looks for operations to sample, while others are run in order
+HEARD = frozenset({"operation", "guest"})
 ROOM = 256  # rows in the engine; more are let in, fairly, as others end
 AT_ONCE = 64  # guests that join together
 TOGETHER = 2  # operations of a guest in one turn, a gradient and its step: nobody else waits for longer than these
@@ -99,7 +100,7 @@ class Host:
         self._other_commits = WeakValueDictionary[str, Sampling]()  # on bases at other commits, while a guest uses them
         self._base_key: str | None = None
         self._classes = resource_classes(self.settings)
-        self._looked_at = self._found_following_at = self._found_loose_at = 0.0
+        self._looked_at = self._found_loose_at = 0.0
         self._others_since: float | None = None  # since when other work waits for this process
 
     def run(self, lease: Lease, job: Job) -> None:
@@ -132,9 +133,9 @@ class Host:
         elif not worked and not sampled and any(self._is_grading(guest) for guest in self._guests.values()):
             sleep(WRITTEN_S)
         elif not worked and not sampled and self._guests:
-            if self.doorbell.hear(self._heard, LOOK_S, what={"operation", "guest"}) == "guest":
+            if self.doorbell.hear(self._heard, LOOK_S, what=HEARD) == "guest":
                 self._looked_at = 0.0
-            self._found_loose_at = 0.0
+            self._found_loose_at = monotonic()  # what runs in order goes first, for so long
 
     def _end_saving(self) -> None:
         """Make visible what has become durable."""
@@ -153,7 +154,7 @@ class Host:
         spec = SamplerSpec if job.kind == "sampler" else SessionSpec
         guest = Guest(tenure, spec.model_validate(job.spec))
         self._guests[job.id] = guest
-        self.doorbell.hear(self._heard, 0.0)  # from now on no signal is missed
+        self.doorbell.hear(self._heard, 0.0, what=HEARD)  # from now on no signal is missed
         with self._alone(guest, joins=True):
             self.store.blobs.discard_before(job.id, lease.attempt)
             if isinstance(guest.spec, SessionSpec):
@@ -218,10 +219,8 @@ class Host:
 
     def _look(self) -> None:
         """What need not be looked at all the time."""
-        if monotonic() - self._found_following_at >= FIND_S:  # nobody leaves who has work
-            self._find_following()
-        if monotonic() - self._found_loose_at >= FIND_S:
-            self._find_loose()
+        self._found_loose_at = 0.0
+        self._find()  # nobody leaves who has work
         ours, others = leases.queued(self.store, self._classes, self._base_key)
         self._others_since = None if not others else self._others_since or monotonic()
         gives_way = others and monotonic() - (self._others_since or 0.0) >= self.settings.session_slice_s
@@ -313,7 +312,7 @@ class Host:
 
     def _work(self) -> bool:
         """Run the operation whose turn it is, and small ones behind it. False if none waits."""
-        self._find_following()
+        self._find()
         ready = [guest for guest in self._guests.values() if guest.following and guest.session and guest.session.is_ready]
         waiting = {guest.id: guest.project for guest in ready}
         if not waiting:
@@ -347,20 +346,31 @@ class Host:
     def _is_grading(self, guest: Guest) -> bool:
         return guest.session is not None and guest.session.is_grading
 
-    def _find_following(self) -> None:
-        self._found_following_at = monotonic()
-        unknown = {g.id: g.done for g in self._guests.values() if g.session is not None and not g.following}
-        if unknown:
-            with self.store.look() as connection:
-                for row in operations.ready(connection, unknown):
-                    self._guests[row.job_id].following.append(row)
+    def _find(self) -> None:
+        """Find the next operations in order, where none is known; and those to sample, if it is time or none is in order."""
+        guests = self._guests
+        unknown = {g.id: g.done for g in guests.values() if g.session is not None and not g.following}
+        is_time = monotonic() - self._found_loose_at >= FIND_S
+        if not unknown and not is_time and self._is_in_order:
+            return
+        with self.store.look() as connection:
+            for row in operations.ready(connection, unknown):
+                guests[row.job_id].following.append(row)
+            if is_time or not self._is_in_order:
+                self._found_loose_at = monotonic()
+                known = [row_id for guest in guests.values() for row_id in (*guest.loose, *guest.sampled)]
+                for row in operations.loose(connection, list(guests), known=known):
+                    guests[row.job_id].loose[row.id] = row
+
+    @property
+    def _is_in_order(self) -> bool:
+        """Whether an operation is known that runs in order."""
+        return any(guest.following for guest in self._guests.values())
 
     # ---------------------------------------------------------------- sampling
 
     def _sample(self, slice_s: float) -> bool:
         """Sample for a while. False if there is nothing to sample."""
-        if monotonic() - self._found_loose_at >= FIND_S:
-            self._find_loose()
         until, told_at = monotonic() + slice_s, monotonic()
         while self._admit():
             for sampling in self._samplings:
@@ -394,14 +404,6 @@ class Host:
             guest.tenure.forget_traces(gone)
             for row_id in gone & guest.loose.keys():
                 del guest.loose[row_id]
-
-    def _find_loose(self) -> None:
-        self._found_loose_at = monotonic()
-        known = [row_id for guest in self._guests.values() for row_id in (*guest.loose, *guest.sampled)]
-        with self.store.look() as connection:
-            found = operations.loose(connection, list(self._guests), known=known)
-        for row in found:
-            self._guests[row.job_id].loose[row.id] = row
 
     def _admit(self) -> bool:
         """Let operations into the engine, as far as there is room. False if there is nothing in it."""
