@@ -14,6 +14,7 @@ from starlette.concurrency import run_in_threadpool
 from service.api.examples import OPERATION, SESSION_SPEC
 from service.api.jobs import JobsQuery, completed
 from service.api.views import JobPage, JobSummary, JobView
+from service.doorbell import Watch
 from service.edge.arrays import parse_arrays
 from service.edge.auth import Caller, CallerDep
 from service.edge.bodies import TINY_BYTES, DocumentDep, TurnDep, documented, limited, media_type
@@ -212,13 +213,14 @@ async def append_operations(request: Request, context: ContextDep, caller: Calle
     answer_as = accepted(request, (sent_as, TENSORS if sent_as == JSON else JSON))
     raw = await limited(request, context.settings.max_loss_body_bytes, "an operation").body()
     seconds = wait_s(request)
-    async with _turn(context, caller, raw):
-        many, wanted, graders, ids = await run_in_threadpool(_begin, context, caller, session_id, raw, sent_as)
-    if graders:
-        async with context.checks.turn(caller.key_id):
-            await run_in_threadpool(_check, graders)
-        ids = await run_in_threadpool(_log, context, caller, session_id, wanted)
-    found = await _wait(context, caller, session_id, ids, seconds)
+    with context.signals.watch(session_id) as watch:  # no answer is given unheard once they are logged
+        async with _turn(context, caller, raw):
+            many, wanted, graders, (ids, all_wait) = await run_in_threadpool(_begin, context, caller, session_id, raw, sent_as)
+        if graders:
+            async with context.checks.turn(caller.key_id):
+                await run_in_threadpool(_check, graders)
+            ids, all_wait = await run_in_threadpool(_log, context, caller, session_id, wanted)
+        found = await _wait(context, caller, session_id, ids, seconds, watch if all_wait else None)
     if many:
         answered = partial(_several, context, caller, ids, found)
     else:
@@ -288,10 +290,10 @@ def _asked(raw: bytes, sent_as: str) -> tuple[bool, list[Asked], Graders]:
 
 def _begin(
     context: Context, caller: Caller, session_id: str, raw: bytes, sent_as: str
-) -> tuple[bool, list[Asked], Graders, list[str]]:
-    """`_asked`, and the ids if there was nothing to check, so that they are logged at once."""
+) -> tuple[bool, list[Asked], Graders, tuple[list[str], bool]]:
+    """`_asked`, and what `_log` returns if there was nothing to check, so that they are logged at once."""
     many, wanted, graders = _asked(raw, sent_as)
-    return many, wanted, graders, [] if graders else _log(context, caller, session_id, wanted)
+    return many, wanted, graders, ([], False) if graders else _log(context, caller, session_id, wanted)
 
 
 def _check(graders: Graders) -> None:
@@ -300,10 +302,10 @@ def _check(graders: Graders) -> None:
         raise invalid(errors)
 
 
-def _log(context: Context, caller: Caller, session_id: str, wanted: list[Asked]) -> list[str]:
-    """Their ids, once they are logged."""
+def _log(context: Context, caller: Caller, session_id: str, wanted: list[Asked]) -> tuple[list[str], bool]:
+    """Their ids, and whether all of them wait, once they are logged."""
     rows = lifecycle.append_operations(context.store, context.doorbell, context.settings, caller.project, session_id, wanted)
-    return [row.id for row in rows]
+    return [row.id for row in rows], all(row.status == "waiting" for row in rows)
 
 
 def _id_of(context: Context, caller: Caller, session_id: str, operation: str) -> str:
@@ -322,13 +324,15 @@ def _turn(context: Context, caller: Caller, raw: bytes) -> AbstractAsyncContextM
     return context.conversions.turn(caller.key_id) if len(raw) > SMALL_BYTES else nullcontext()
 
 
-async def _wait(context: Context, caller: Caller, session_id: str, ids: list[str], seconds: float) -> Found:
-    """Wait until all of them are answered, for at most `seconds`. Returns those that are."""
+async def _wait(
+    context: Context, caller: Caller, session_id: str, ids: list[str], seconds: float, since: Watch | None = None
+) -> Found:
+    """Wait until all of them are answered, for at most `seconds`. Returns those that are. `since`: see `Answers.wait`."""
     if seconds <= 0:
         return {}
     with context.open_answers.hold(caller.key_id):
         async with caller.share.resting():
-            return {} if context.stopping.is_set() else await context.answers.wait(session_id, ids, seconds)
+            return {} if context.stopping.is_set() else await context.answers.wait(session_id, ids, seconds, since=since)
 
 
 def _is_quick(ids: list[str], found: Found) -> bool:

@@ -7,7 +7,7 @@ from contextlib import suppress
 
 from starlette.concurrency import run_in_threadpool
 
-from service.doorbell import Signals
+from service.doorbell import Signals, Watch
 from service.store import operations
 from service.store.operations import Outcome
 from service.store.session import Store
@@ -36,34 +36,42 @@ class Answers:
         self._signals, self._store = signals, store
         self._waiters: dict[str, set[Waiter]] = {}  # by session
 
-    async def wait(self, job_id: str, ids: Collection[str], timeout_s: float) -> dict[str, Outcome]:
+    async def wait(
+        self, job_id: str, ids: Collection[str], timeout_s: float, *, since: Watch | None = None
+    ) -> dict[str, Outcome]:
         """What came of these operations, by id, as soon as none of them waits any more, or after `timeout_s`. Those that still
-        wait, or are gone, are left out."""
-        return (await self.watch(job_id, ids, timeout_s)).found
+        wait, or are gone, are left out.
 
-    async def watch(self, job_id: str, ids: Collection[str], timeout_s: float) -> Waiter:
+        since  watches the session, from before they were seen to wait: until it is rung they need not be looked at
+        """
+        return (await self.watch(job_id, ids, timeout_s, since=since)).found
+
+    async def watch(self, job_id: str, ids: Collection[str], timeout_s: float, *, since: Watch | None = None) -> Waiter:
         """The same; unless it is `over`, some of them were seen to wait until the end."""
         waiter, mine = Waiter(ids), self._waiters.get(job_id)
         joins = mine is not None
         if mine is None:
             mine = self._waiters[job_id] = set()
-            asyncio.create_task(self._look(job_id, mine), name=f"answers-{job_id}")  # noqa: RUF006  it ends with its waiters
+            asyncio.create_task(self._look(job_id, mine, since), name=f"answers-{job_id}")  # noqa: RUF006  it ends with its waiters
         mine.add(waiter)
         try:
             with suppress(TimeoutError):
                 async with asyncio.timeout(timeout_s):
-                    if joins:  # what was signalled before is not read again for those who come later
+                    # What was signalled before is not read again for those who come later.
+                    if joins and (since is None or since.rung.is_set()):
                         waiter.take(*await run_in_threadpool(self._read, list(ids)))
                     await waiter.over.wait()
             return waiter
         finally:
             mine.discard(waiter)
 
-    async def _look(self, job_id: str, mine: set[Waiter]) -> None:
+    async def _look(self, job_id: str, mine: set[Waiter], since: Watch | None) -> None:
         """Read what is answered at each signal, as long as somebody waits."""
         try:
             with self._signals.watch(job_id) as bell:
                 await asyncio.sleep(0)  # until the first waiter stands in the list
+                if since is not None and not since.rung.is_set():
+                    await bell.wait(POLL_S)
                 while mine:
                     asked = {id_ for waiter in mine for id_ in waiter.left}
                     found, gone = await run_in_threadpool(self._read, asked) if asked else ({}, set[str]())

@@ -63,3 +63,27 @@ def test_an_answer_from_between_two_waits_is_found_at_once(monkeypatch) -> None:
         assert await first == {"one": "the first"}
 
     asyncio.run(run())
+
+
+def test_what_was_seen_to_wait_is_not_looked_at_before_a_signal(monkeypatch) -> None:
+    """Nor is it missed, if the signal comes between the two."""
+    monkeypatch.setattr(answers, "POLL_S", 10 * WAITS_S)
+
+    async def run() -> None:
+        session, early = Session(), Bell()
+        waiting = Answers(session, session)  # pyright: ignore[reportArgumentType]
+        monkeypatch.setattr(waiting, "_read", session.read)
+        calm: Any = Bell()
+        first = asyncio.create_task(waiting.wait("job", ["one"], WAITS_S, since=calm))
+        second = asyncio.create_task(waiting.wait("job", ["two"], WAITS_S, since=calm))
+        await asyncio.sleep(0.02)
+        assert session.reads == []
+        session.done |= {"one": "the first", "two": "the second", "three": "the third"}
+        early.rung.set()
+        assert await waiting.wait("job", ["three"], WAITS_S, since=early) == {"three": "the third"}  # pyright: ignore[reportArgumentType]
+        session.bell.rung.set()
+        assert (await first, await second) == ({"one": "the first"}, {"two": "the second"})
+        early.rung.set()
+        assert await waiting.wait("job", ["three"], WAITS_S, since=early) == {"three": "the third"}  # pyright: ignore[reportArgumentType]
+
+    asyncio.run(run())
