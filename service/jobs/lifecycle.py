@@ -122,14 +122,16 @@ def append_operations(
     *,
     also: Callable[[Session, list[Operation]], None] | None = None,
 ) -> list[Operation]:
-    """Log operations of a session or sampler, all or none, and wake its worker. A repeat returns the rows of the first time,
-    also where an alias that it names was promoted or deleted since: what is named is looked up once, when it is logged.
+    """Log operations of a session or sampler, all or none, and wake its worker; they are durable when this returns. A repeat
+    returns the rows of the first time, also where an alias that it names was promoted or deleted since: what is named is
+    looked up once, when it is logged.
 
     A session that rests because it was idle is queued again; one that its owner paused keeps them until it is resumed.
     Raises NotFound, Conflict `session_over`, InvalidRequest `seq_reused` or of a `lookup`, Busy if too much waits already.
     """
     woken, trace = None, tracing.here()
-    with store.write() as connection:  # without the ORM, which would take longer than the database
+    # Without the ORM, which would take longer than the database. Its worker begins while the disk is still written to.
+    with store.write(synced=False) as connection:
         job, now = jobs.lock_small(connection, job_id), clock.now(connection)
         if job is None or job.project != project or job.kind not in operations.KINDS:
             raise NotFound(f"no session {job_id} in this project")
@@ -162,6 +164,7 @@ def append_operations(
         _ring(store, doorbell, woken)
     elif fresh:
         doorbell.signal(job_id, "operation")
+    store.sync()
     return rows
 
 

@@ -1,5 +1,6 @@
 """The store: one engine, one way to open a transaction, one folder of blobs. Query modules never commit."""
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -30,7 +31,7 @@ POSTGRES_OPTIONS = {
 MAX_OVERFLOW = 35  # together with the pool's 5, one connection for each of the API's 40 threads
 # hide_parameters: values from callers and models appear in no error text, and so in no log.
 COMMON: dict[str, Any] = {"max_overflow": MAX_OVERFLOW, "json_serializer": dumps, "hide_parameters": True}
-READONLY = "ratchet_readonly"  # execution option, read by the begin hook below
+READONLY, UNSYNCED = "ratchet_readonly", "ratchet_unsynced"  # execution options, read by the begin hook below
 DELIVERIES = "ratchet_deliveries"  # in a connection's info: its transaction has put something into the outbox of webhooks
 
 
@@ -42,6 +43,7 @@ class Store:
         self.blobs = blobs
         self.on_deliveries: Callable[[], object] = lambda: None  # after a commit with new deliveries: ring whoever sends them
         self._reading = engine.execution_options(**{READONLY: True, "postgresql_readonly": True})
+        self._unsynced = engine.execution_options(**{UNSYNCED: True})
 
     @contextmanager
     def begin(self, *, readonly: bool = False) -> Iterator[Session]:
@@ -58,9 +60,14 @@ class Store:
             self.on_deliveries()
 
     @contextmanager
-    def write(self) -> Iterator[Connection]:
-        """A writing transaction without a Session: for the one that every step makes."""
-        with self.engine.connect() as connection, connection.begin():
+    def write(self, *, synced: bool = True) -> Iterator[Connection]:
+        """A writing transaction without a Session: for the one that every step makes.
+
+        synced  False: SQLite does not wait for the disk, and the caller must call `sync` before anybody is told of it. Other
+                processes see it before: if the power fails, it is lost, but so are they, for they run on the same machine,
+                and what they wrote, for later commits come later in the log. PostgreSQL waits all the same
+        """
+        with (self.engine if synced else self._unsynced).connect() as connection, connection.begin():
             yield connection
             told = connection.info.pop(DELIVERIES, False)
         if told:
@@ -71,6 +78,19 @@ class Store:
         """A readonly transaction without a Session, at a third of the cost: for the one query that every request makes."""
         with self._reading.connect() as connection, connection.begin():
             yield connection
+
+    def sync(self) -> None:
+        """Return when everything that was committed is on the disk. It holds no lock, as a commit would."""
+        if self.engine.dialect.name != "sqlite":
+            return
+        try:
+            log = os.open(f"{self.engine.url.database}-wal", os.O_RDONLY)
+        except FileNotFoundError:  # it was all moved into the database, which SQLite waits for; or there is no file at all
+            return
+        try:
+            os.fsync(log)
+        finally:
+            os.close(log)
 
     def now(self) -> datetime:
         """The time by the clock of the leases, see `clock`."""
@@ -135,12 +155,16 @@ def _teach_sqlite(engine: Engine, *, foreign_keys: bool) -> None:
 
     @event.listens_for(engine, "begin")
     def on_begin(connection: Connection) -> None:
-        readonly = connection.get_execution_options().get(READONLY, False)
+        options = connection.get_execution_options()
+        readonly, unsynced = options.get(READONLY, False), options.get(UNSYNCED, False)
         raw: Any = connection.connection.driver_connection
         # What cannot fail goes past SQLAlchemy, which takes longer for it than SQLite.
         if connection.info.get(READONLY) is not readonly:
             raw.execute(f"PRAGMA query_only={'ON' if readonly else 'OFF'}").close()
             connection.info[READONLY] = readonly
+        if connection.info.get(UNSYNCED, False) is not unsynced:
+            raw.execute(f"PRAGMA synchronous={'NORMAL' if unsynced else 'FULL'}").close()
+            connection.info[UNSYNCED] = unsynced
         if readonly:
             raw.execute("BEGIN").close()
         else:

@@ -98,6 +98,20 @@ def test_sqlite_writers_queue_and_readers_do_not_wait(store: Store) -> None:
     assert order == ["first writer", "second writer"]
 
 
+def test_only_the_transaction_that_says_so_does_not_wait_for_the_disk(store: Store) -> None:
+    asked, waits, does_not = "PRAGMA synchronous", 2, 1
+    if store.engine.dialect.name == "postgresql":
+        with store.look() as connection:
+            asked = "SHOW synchronous_commit"
+            waits = does_not = connection.exec_driver_sql(asked).scalar()  # as the server is set
+    with store.write(synced=False) as connection:
+        assert connection.exec_driver_sql(asked).scalar() == does_not
+    with store.write() as connection:  # of the same pool
+        assert connection.exec_driver_sql(asked).scalar() == waits
+    with store.begin() as session:
+        assert session.connection().exec_driver_sql(asked).scalar() == waits
+
+
 @pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
 def test_postgres_ends_a_transaction_whose_client_is_frozen_before_a_lease_ends(store: Store, settings: Settings) -> None:
     """Else its row would stay locked, and every reconciler would wait for it, with all other jobs."""
