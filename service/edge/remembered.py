@@ -33,7 +33,7 @@ class Remembered(Generic[T]):
 
 
 class Recent(Generic[K, T]):
-    """The newest `most` entries, each for `for_s` seconds. For one thread."""
+    """The newest `most` entries, each for `for_s` seconds. Safe to share between threads: each change is one of the dict's."""
 
     def __init__(self, most: int, for_s: float, clock: Callable[[], float] = monotonic) -> None:
         self._most, self._for_s, self._clock = most, for_s, clock

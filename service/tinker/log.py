@@ -18,6 +18,7 @@ from service.store.tables import Operation
 from service.store.tinker import Run
 from service.tinker import paths
 from service.tinker.requests import TTL, AdamParams, LoadWeights, OptimStep, SaveWeights
+from service.tinker.tickets import Ticket
 from service.validation import below, invalid, parse
 
 REFUSED = "refused"  # an operation that does nothing but fail, with the error in its head
@@ -49,7 +50,10 @@ def append(
             rows = log(Asked(REFUSED, seq, pack({"kind": REFUSED, "error": _error(error)}, {}), lane=lane))
     except Conflict as error:
         raise InvalidRequest(error.detail, code=error.code, hint=error.hint) from error
-    return rows[0].id
+    [row] = rows
+    if lane == ORDERED and row.kind != REFUSED and row.status == "waiting":  # it is asked for next
+        context.polled.put((caller.project, str(Ticket(operation_id=row.id))), (job_id, row.id))
+    return row.id
 
 
 def _error(error: InvalidRequest | NotFound) -> dict[str, Any]:
