@@ -59,10 +59,9 @@ from service.tinker.face import FACE as TINKER
 from service.tinker.routes import ROUTERS as TINKER_ROUTERS
 from service.webhooks.courier import Courier
 
-# In the order in which a path is looked for: first those whose callers wait for milliseconds.
+# A path is looked for in the order of the routers: first those whose callers wait for milliseconds.
+QUICK = (losses, sessions)
 RESOURCES = (
-    losses,
-    sessions,
     dry_run,
     jobs,
     events,
@@ -149,10 +148,13 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     faces.install(app, TINKER, *face.FACES)
     problems.install(app)
     app.add_middleware(Frame)
-    for resource in RESOURCES:
-        app.include_router(resource.router, responses=problems.responses(*problems.COMMON))
+    common = problems.responses(*problems.COMMON)
+    for resource in QUICK:
+        app.include_router(resource.router, responses=common)
     for router in TINKER_ROUTERS:
         app.include_router(router)
+    for resource in RESOURCES:
+        app.include_router(resource.router, responses=common)
     for openai in (routes, files, fine_tuning):
         app.include_router(openai.router)
     app.include_router(health.router)
