@@ -17,6 +17,7 @@ from service.store import clock, workers
 from service.store.tables import TinkerModel, TinkerSession, Worker
 from service.validation import parse
 from workers.policy.base import Base
+from workers.sessions import host
 from workers.sessions.host import Host
 from workers.sessions.session import Session
 from workers.sessions.training import TRAINING
@@ -93,6 +94,29 @@ def test_a_large_tenant_delays_a_small_one_by_two_operations_at_most(rig: Any, m
     rig.work()
     assert ran.count("large") == 100 and ran.count("small") == 1
     assert ran.index("small") - 10 <= 2
+
+
+@SQLITE
+def test_samples_are_found_while_operations_in_order_run(rig: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "FIND_S", 0.0)
+    session, ran = rig.session(), list[str]()
+    rig.send(session, *[forward_backward(row(5, 6))] * 30)
+    when(monkeypatch, 5, lambda: rig.send_loose(session, SAMPLE, lane="beside"))
+    plain_do, plain_add = Session.do, Host._add
+
+    def do(self: Session, row: Any) -> None:
+        plain_do(self, row)
+        ran.append("in order")
+
+    def add(self: Host, guest: Any, row: Any) -> None:
+        plain_add(self, guest, row)
+        ran.append("sample")
+
+    monkeypatch.setattr(Session, "do", do)
+    monkeypatch.setattr(Host, "_add", add)
+    rig.work()
+    assert rig.answer(session, 1, "beside")["tokens"]
+    assert ran.index("sample") <= 5 + host.TOGETHER
 
 
 def test_turns_are_by_work_and_not_by_arrival() -> None:
