@@ -345,7 +345,10 @@ def _row(context: Context, caller: Caller, operation_id: str, found: Found) -> O
     if operation_id in found:
         return found[operation_id]
     with context.store.begin(readonly=True) as session:
-        return operations.get(session, caller.project, operation_id)
+        row = operations.get(session, caller.project, operation_id)
+    if row.status == "waiting":
+        context.store.sync()  # another request may have logged it this moment
+    return row
 
 
 def _view(row: Operation | Outcome) -> OperationView:

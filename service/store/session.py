@@ -63,9 +63,9 @@ class Store:
     def write(self, *, synced: bool = True) -> Iterator[Connection]:
         """A writing transaction without a Session: for the one that every step makes.
 
-        synced  False: SQLite does not wait for the disk, and the caller must call `sync` before anybody is told of it. Other
-                processes see it before: if the power fails, it is lost, but so are they, for they run on the same machine,
-                and what they wrote, for later commits come later in the log. PostgreSQL waits all the same
+        synced  False: SQLite does not wait for the disk, and who tells anybody of it must call `sync` before. Other processes
+                see it at once: if the power fails, it is lost, but so are they, for they run on the same machine, and what
+                they wrote, for later commits come later in the log. PostgreSQL waits all the same
         """
         with (self.engine if synced else self._unsynced).connect() as connection, connection.begin():
             yield connection

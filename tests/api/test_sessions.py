@@ -17,6 +17,7 @@ from service.sessions.codec import pack, summary, unpack
 from service.spec.session import base_key
 from service.store import operations
 from service.store.operations import Answered
+from service.store.session import Store
 from service.store.tables import Operation
 
 LORA = {"source": "tiny", "adapter": {"kind": "lora", "rank": 4}}
@@ -93,6 +94,17 @@ def test_operations_newest_first_say_what_came_of_them(api: Any, client: httpx.C
     (wrong,) = strange.json()["errors"]
     assert (strange.status_code, wrong["code"], wrong["pointer"]) == (422, "unknown_cursor", "/query/before")
     assert client.get(url, params={"order": "newest"}).status_code == 422
+
+
+def test_what_waits_is_told_of_when_it_is_on_the_disk(client: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another request may have logged it and wait for the disk itself."""
+    session, synced, sync = start(client), list[float](), Store.sync
+    monkeypatch.setattr(Store, "sync", lambda self: synced.append(monotonic()) or sync(self))
+    assert send(client, session, 1, STEP).status_code == 202
+    assert send(client, session, 1, STEP).status_code == 202 and len(synced) >= 2
+    before = monotonic()
+    assert client.get(f"/v1/sessions/{session['id']}/operations/1").status_code == 202
+    assert synced[-1] > before
 
 
 @pytest.mark.parametrize("path", ["/v1/sessions/{}/operations", "/v1/jobs/{}/events"])
