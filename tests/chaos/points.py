@@ -194,8 +194,9 @@ def _note_who_writes() -> None:
     write = Store.write
 
     @contextmanager
-    def noted_write(self: Store) -> Any:
-        with _writing if self.engine.dialect.name == "sqlite" else nullcontext(), write(self) as connection:
+    def noted_write(self: Store, *, synced: bool = True) -> Any:
+        held = _writing if self.engine.dialect.name == "sqlite" else nullcontext()
+        with held, write(self, synced=synced) as connection:
             yield connection
 
     Store.begin, Store.write = noted, noted_write
