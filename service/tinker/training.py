@@ -75,10 +75,9 @@ def _create(
     answer = {"request_id": str(Ticket(model_id=model_id)), "model_id": model_id}
     with context.store.begin(readonly=True) as session:
         client = tinker.get(session, TinkerSession, caller.project, sent.session_id)
-        if tinker.find(session, TinkerModel, caller.project, model_id) is not None:
-            return answer
-    if client.finished_at is not None:
-        raise InvalidRequest(f"the session {client.id} was finished; create another one", code="session_over")
+        made = tinker.find(session, TinkerModel, caller.project, model_id)
+        there = None if made is None or made.job_id is None else jobs.get(session, caller.project, made.job_id)
+        first = None if there is None else there.spec_sent
     spec = parse(
         SessionSpec,
         {
@@ -88,6 +87,14 @@ def _create(
             "seed": seed,
         },
     )
+    if made is not None:
+        again = spec if first is None else parse(SessionSpec, first)
+        if again.model != spec.model or again.seed != spec.seed:
+            detail = f"model_seq_id {sent.model_seq_id} was used for another model, {model_id}; each has a number of its own"
+            raise InvalidRequest(detail, [FieldError("/model_seq_id", detail, "seq_reused")], code="seq_reused")
+        return answer
+    if client.finished_at is not None:
+        raise InvalidRequest(f"the session {client.id} was finished; create another one", code="session_over")
     resolved = resolve_session(context.store, context.settings, caller.project, spec)
 
     def also(session: Session, job: Job) -> None:

@@ -89,6 +89,12 @@ def test_a_seq_that_is_used_for_something_else_is_refused_for_good(wire):
     wire.forward_backward(model_id, [5], seq_id=1)
     answer = wire.send(wire.message(model_id, [6], seq_id=1).SerializeToString())
     assert (answer.status_code, answer.json()["code"]) == (422, "seq_reused")
+    create = {"session_id": wire.session_id, "model_seq_id": 9, "base_model": "tiny", "lora_config": {"rank": 4}}
+    wire.ok("create_model", **create)
+    for other in ({"lora_config": {"rank": 8}}, {"lora_config": {"rank": 4, "seed": 1}}, {"lora_config": None}):
+        answer = wire.post("create_model", **{**create, **other})
+        assert (answer.status_code, answer.json()["code"]) == (422, "seq_reused")
+    wire.ok("create_model", **create)
 
 
 def test_what_is_refused_uses_up_its_place(wire):
