@@ -11,7 +11,7 @@ from starlette.concurrency import run_in_threadpool
 
 from service.api.events import MAX_SEQ
 from service.api.examples import JOB_SPEC
-from service.api.views import JobPage, JobSummary, JobView
+from service.api.views import JobPage, JobView
 from service.edge import audit
 from service.edge.auth import Caller, CallerDep
 from service.edge.bodies import DocumentDep, OptionalDocumentDep, ShowTurnDep, TurnDep, documented
@@ -194,7 +194,7 @@ def list_jobs(context: ContextDep, caller: CallerDep, query: Annotated[JobsQuery
     """Jobs without their specs, newest first."""
     with context.store.begin(readonly=True) as session, below("/query"):
         rows, has_more = jobs.page(session, caller.project, **query.model_dump())
-    return JobPage.of([JobSummary.of(row) for row in rows], [row.id for row in rows], has_more)
+        return JobPage.read(session, rows, has_more)
 
 
 @router.get("/{job_id}", response_model=JobView, responses=responses(404))

@@ -14,7 +14,7 @@ from service.edge.context import ContextDep
 from service.edge.pages import Page
 from service.metric_names import LOSS, LOSS_SUM, REWARD_MEAN
 from service.states import FINAL, Phase, Status
-from service.store import jobs, keys, metrics, usage
+from service.store import clock, jobs, keys, metrics, usage
 from service.store.metrics import Series
 from service.store.tables import Job
 from service.validation import below
@@ -91,10 +91,10 @@ def read_overview(context: ContextDep, caller: CallerDep, query: Annotated[Overv
         rows, has_more = jobs.page(session, caller.project, **filters, ids=query.id, light=True)
         spent = usage.of_jobs(session, [row.id for row in rows])
         names = keys.names(session, {row.key_id for row in rows if row.key_id is not None})
-        data = []
+        now, data = clock.now(session), []
         for row in rows:
             wanted = query.curves == "all" or (query.curves == "live" and row.status not in FINAL)
-            summary = JobSummary.columns(row)
+            summary = JobSummary.columns(row, now)
             tokens, worker_s = spent.get(row.id, (0, 0.0))
             data.append(
                 GlanceView(

@@ -13,7 +13,7 @@ from starlette.concurrency import run_in_threadpool
 
 from service.api.examples import OPERATION, SESSION_SPEC
 from service.api.jobs import JobsQuery, completed
-from service.api.views import JobPage, JobSummary, JobView
+from service.api.views import JobPage, JobView
 from service.doorbell import Watch
 from service.edge.arrays import parse_arrays
 from service.edge.auth import Caller, CallerDep
@@ -182,7 +182,7 @@ def list_sessions(context: ContextDep, caller: CallerDep, query: Annotated[Sessi
     """Sessions, or samplers, without their specs, newest first."""
     with context.store.begin(readonly=True) as session, below("/query"):
         rows, has_more = jobs.page(session, caller.project, **query.model_dump())
-    return JobPage.of([JobSummary.of(row) for row in rows], [row.id for row in rows], has_more)
+        return JobPage.read(session, rows, has_more)
 
 
 @router.get("/{session_id}", responses=responses(404))

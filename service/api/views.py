@@ -9,8 +9,9 @@ from sqlalchemy.orm import Session
 
 from service.api.usage import UsageTotals
 from service.edge.pages import Page
+from service.jobs import moves
 from service.states import Phase, Status, allowed_actions
-from service.store import operations, usage
+from service.store import clock, operations, usage
 from service.store.tables import Job
 
 DERIVED = frozenset({"usage", "object", "metadata", "allowed_actions", "links"})  # not columns of the same name
@@ -69,7 +70,7 @@ class JobSummary(BaseModel):
     parent_id: Annotated[str | None, Field(description="the job that it was forked from")]
     from_checkpoint_id: Annotated[str | None, Field(description="the checkpoint that it started from")]
     checkpoint_id: Annotated[str | None, Field(description="its newest checkpoint: where a resume or a fork goes on")]
-    run_s: Annotated[float, Field(description="seconds of running, over all attempts, without the present one")]
+    run_s: Annotated[float, Field(description="seconds of running, over all attempts; of the present one until now")]
     last_event: Annotated[int, Field(description="number of its newest event")]
     allowed_actions: Annotated[list[str], Field(description="what may be asked of it now")]
     created_at: datetime
@@ -79,15 +80,19 @@ class JobSummary(BaseModel):
     links: Links
 
     @classmethod
-    def of(cls, job: Job) -> Self:
-        return cls(**cls.columns(job))
-
-    @classmethod
-    def columns(cls, job: Job | Row[Any]) -> dict[str, Any]:
+    def columns(cls, job: Job | Row[Any], now: datetime) -> dict[str, Any]:
+        """Its fields at the time `now`, by the clock of the leases."""
         columns = {name: getattr(job, name) for name in cls.model_fields if name not in DERIVED}
         forks = job.kind not in operations.KINDS
         allowed = [action for action in allowed_actions(Status(job.status)) if forks or action != "fork"]
-        return {**columns, "metadata": job.user_metadata, "allowed_actions": allowed, "links": Links.of(job.id)}
+        run_s = job.run_s + moves.running_s(job, now)
+        return {
+            **columns,
+            "metadata": job.user_metadata,
+            "allowed_actions": allowed,
+            "run_s": run_s,
+            "links": Links.of(job.id),
+        }
 
 
 class JobView(JobSummary):
@@ -107,13 +112,16 @@ class JobView(JobSummary):
     @classmethod
     def read(cls, session: Session | Connection, job: Job | Row[Any]) -> Self:
         """The job, with its data from other tables."""
-        return cls(**cls.columns(job), usage=UsageTotals.of(usage.of_job(session, job.id)))
+        return cls(**cls.columns(job, clock.now(session)), usage=UsageTotals.of(usage.of_job(session, job.id)))
 
     @classmethod
     def new(cls, job: Job) -> Self:
         """A job in the transaction that creates it: it has spent nothing."""
-        return cls(**cls.columns(job), usage=UsageTotals.of(usage.NO_TOTALS))
+        return cls(**cls.columns(job, job.created_at), usage=UsageTotals.of(usage.NO_TOTALS))
 
 
 class JobPage(Page[JobSummary]):
-    pass
+    @classmethod
+    def read(cls, session: Session, rows: list[Job], has_more: bool) -> Self:
+        now = clock.now(session)
+        return cls.of([JobSummary(**JobSummary.columns(row, now)) for row in rows], [row.id for row in rows], has_more)

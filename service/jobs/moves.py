@@ -3,7 +3,7 @@
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import update
+from sqlalchemy import Row, update
 from sqlalchemy.orm import Session
 
 from service.errors import Conflict, Failure
@@ -70,7 +70,7 @@ def _consequences(job: Job, target: Status, now: datetime) -> dict[str, Any]:
     return columns
 
 
-def running_s(job: Job | Runtime, now: datetime) -> float:
+def running_s(job: Job | Runtime | Row[Any], now: datetime) -> float:
     """Seconds of the present attempt. What came after the end of its lease is not its worker's, nor its owner's to pay."""
     if job.claimed_at is None:
         return 0.0

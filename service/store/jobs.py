@@ -41,7 +41,7 @@ def get(session: Session, project: str, job_id: str, *, lock: bool = False) -> J
 
 
 def shown(connection: Connection, project: str, job_id: str) -> Row[Any]:
-    """A job of this project, as it is shown: without the ORM, and without lease and place in the queue. Raises NotFound."""
+    """A job of this project, as it is shown: without the ORM, and without its worker and place in the queue. Raises NotFound."""
     row = connection.execute(_SHOWN, {"job_id": job_id, "project": project}).first()
     if row is None:
         raise NotFound(f"no job {job_id} in this project")
@@ -100,9 +100,7 @@ _UNSHOWN = frozenset(
         "resource_class",
         "wish",
         "wish_until",
-        "lease_until",
         "lease_owner",
-        "claimed_at",
         "crashes",
         "retries",
         "updated_at",

@@ -1,6 +1,7 @@
 """The life of a job over HTTP."""
 
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from time import monotonic, sleep
 
 import pytest
@@ -9,6 +10,7 @@ from service.errors import Failure
 from service.ids import new_id
 from service.jobs import lease as leases
 from service.states import Phase
+from service.store import jobs
 from service.store.checkpoints import CheckpointRow
 
 
@@ -53,6 +55,28 @@ def test_a_job_from_submission_to_success(each_api, spec):
         assert done["result"] == {"reason": "max_steps"}
         assert done["allowed_actions"] == ["fork", "delete"]
         assert client.get(job["links"]["events"]).json()["last_id"] == done["last_event"]
+
+
+@pytest.mark.parametrize("route", ["jobs", "sessions"])
+def test_how_long_a_job_has_run_includes_its_present_attempt_until_now(each_api, spec, route):
+    api = each_api
+    with api.client() as client:
+        body = spec() if route == "jobs" else {"model": {"source": "tiny"}}
+        job_id = client.post(f"/v1/{route}", json=body).json()["id"]
+        assert client.get(f"/v1/{route}/{job_id}").json()["run_s"] == 0
+        api.claim(job_id)
+        began = api.store.now() - timedelta(seconds=90)
+        with api.store.begin() as session:
+            job = jobs.find(session, job_id, lock=True)
+            job.run_s, job.claimed_at, job.lease_until = 30.0, began, began + timedelta(days=1)
+        for read in (
+            lambda: client.get(f"/v1/{route}/{job_id}").json(),
+            lambda: client.get(f"/v1/{route}").json()["data"][0],
+            lambda: client.post(f"/v1/jobs/{job_id}/pause").json(),
+        ):
+            before = (api.store.now() - began).total_seconds()
+            run_s = read()["run_s"]
+            assert 30 + before <= run_s <= 30 + (api.store.now() - began).total_seconds()
 
 
 def test_yaml_and_json_make_the_same_job(client, spec):
