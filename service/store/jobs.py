@@ -41,7 +41,7 @@ def get(session: Session, project: str, job_id: str, *, lock: bool = False) -> J
 
 
 def shown(connection: Connection, project: str, job_id: str) -> Row[Any]:
-    """A job of this project, as it is shown: without the ORM, and without its worker and place in the queue. Raises NotFound."""
+    """A job of this project, as it is shown: without the ORM, its worker and its place in the queue. Raises NotFound."""
     row = connection.execute(_SHOWN, {"job_id": job_id, "project": project}).first()
     if row is None:
         raise NotFound(f"no job {job_id} in this project")

@@ -6,7 +6,7 @@ from typing import Any
 from pydantic_core import ErrorDetails
 
 from service.errors import FieldError
-from service.validation.foreign import hint_for_key, hint_for_kind, hint_for_value
+from service.validation.foreign import hint_for_key, hint_for_kind, hint_for_value, not_offered
 from service.validation.walk import Place, escape, legal_elsewhere, pointer_of
 from service.validation.words import did_you_mean, is_very_near, quoted, shown
 
@@ -76,6 +76,8 @@ def unknown_key(pointer: str, key: str, legal: list[str], root: Any = None) -> F
             meant = f"; {hint}"
         elif where := legal_elsewhere(root, key):
             meant = f"; a key of this name belongs to {where}"
+        elif _is_job(root) and (why := not_offered(key)):
+            meant = f"; it {why}"
     if not meant and legal:
         meant = "; legal: " + ", ".join(legal)
     return FieldError(pointer, f"unknown key {quoted(shown(key))}{meant}", "unknown_key", allowed=legal)
@@ -85,10 +87,14 @@ def _elsewhere_called(root: Any, key: str) -> str | None:
     """Our counterpart of another library's name, if the document has a place for it, or is a job and another kind has one."""
     if (hint := hint_for_key(key)) is None:
         return None
-    is_job = pointer_of(root, "data.train") == "/data/train"
+    is_job = _is_job(root)
     if pointer_of(root, hint.partition(".")[0].split()[-1]) or (is_job and hint.startswith("`")):  # a command
         return f"here that is {hint}"
     return f"in a job of kind rl that is {hint}" if is_job else None
+
+
+def _is_job(root: Any) -> bool:
+    return pointer_of(root, "data.train") == "/data/train"
 
 
 def _must_be(place: Place, got: Any, must_be: str, legal: list[str] | None = None) -> Complaint:
@@ -96,7 +102,7 @@ def _must_be(place: Place, got: Any, must_be: str, legal: list[str] | None = Non
         return Complaint(place, FieldError(place.pointer, _sentence(must_be, got), "invalid", got, must_be), must_be)
     one_of = f"one of {must_be}" if len(legal) > 1 else must_be
     hint = hint_for_value(place.pointer, got)
-    detail = _sentence(one_of, got) + (f"; here that is {hint}" if hint else did_you_mean(str(got), legal))
+    detail = _sentence(one_of, got) + _meant(str(got), hint, legal)
     return Complaint(place, FieldError(place.pointer, detail, "unknown_value", got, legal), must_be)
 
 
@@ -110,9 +116,16 @@ def _wrong_tag(place: Place, key: str, sent: Any) -> FieldError:
         return FieldError(pointer, f"is required: one of {', '.join(legal)}", "missing", allowed=legal)
     got = shown(sent[key], key)
     hint = hint_for_kind(str(got)) if key == "kind" and place.root is None else hint_for_value(pointer, got)
-    meant = f"; here that is {hint}" if hint else did_you_mean(str(got), legal)
-    detail = _sentence(f"one of {', '.join(legal)}", got) + meant
+    detail = _sentence(f"one of {', '.join(legal)}", got) + _meant(str(got), hint, legal)
     return FieldError(pointer, detail, "unknown_value", got, legal)
+
+
+def _meant(got: str, hint: str | None, legal: list[str]) -> str:
+    """What to write instead of a value that is not legal. `hint`: what another library's is called here."""
+    if hint:
+        return f"; here that is {hint}"
+    why = not_offered(got)
+    return f"; it {why}" if why else did_you_mean(got, legal)
 
 
 def merge_unions(complaints: list[Complaint]) -> list[FieldError]:

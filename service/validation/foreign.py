@@ -1,4 +1,4 @@
-"""Names that TRL, OpenAI and verl use for things with another name here. They are only used in hints and never accepted."""
+"""Names of TRL, OpenAI and verl: what they are called here, or that they are not offered. Only for hints; never accepted."""
 
 # key -> its place here
 KEYS = {
@@ -28,9 +28,9 @@ KEYS = {
     "kl_coef": "objective.kl.coef",
     "kl_penalty": "objective.kl.estimator",
     "kl_loss_type": "objective.kl.estimator",
-    "use_kl_loss": "objective.kl.place (loss)",
-    "use_kl_in_reward": "objective.kl.place (reward)",
-    "use_bias_correction_kl": "objective.kl.gradient (ratio_weighted)",
+    "use_kl_loss": "objective.kl with place: loss",
+    "use_kl_in_reward": "objective.kl with place: reward",
+    "use_bias_correction_kl": "objective.kl with gradient: ratio_weighted",
     "ref_model": "objective.kl.reference",
     "epsilon": "objective.surrogate.clip_low and clip_high",
     "epsilon_low": "objective.surrogate.clip_low",
@@ -136,7 +136,7 @@ KEYS = {
     "stop_token_ids": "rollout.stop (texts; special tokens, too)",
     "kl_estimator": "objective.kl.estimator",
     "kl_ctrl": "objective.kl",
-    "whiten_rewards": "objective.advantage.scale (whiten)",
+    "whiten_rewards": "objective.advantage.scale: whiten",
     "off_policy_mask_threshold": "objective.correct.sequence_delta",
     "hyperparameters": "optimizer, update and limits",
     "method": "kind, and objective.preset",
@@ -156,7 +156,7 @@ KEYS = {
     "fsdp": "resources.sharding",
     "dataset_name": "data.train",
     "shuffle_dataset": "data.train.shuffle",
-    "eval_samples": "data.eval {source: split, rows}",
+    "eval_samples": "data.eval: {source: split, rows: N}",
     "dataset_text_field": "data.prompt and data.answer",
     "completion": "data.answer",
     "messages": "data.chat (the name of the column)",
@@ -165,17 +165,55 @@ KEYS = {
     "experiment_name": "name",
 }
 
+# name -> the rest of a sentence that says that nothing here is its counterpart
+NOT_OFFERED = {
+    **dict.fromkeys(
+        (
+            *("gradient_checkpointing", "gradient_checkpointing_kwargs", "enable_gradient_checkpointing", "use_liger_kernel"),
+            *("use_remove_padding", "packing", "padding_free", "use_dynamic_bsz", "use_torch_compile", "attn_implementation"),
+            *("tf32", "ddp_timeout", "dataset_num_proc", "dataloader_num_workers", "remove_unused_columns"),
+        ),
+        "is not offered: Ratchet chooses how it computes, and update.microbatch_tokens bounds the memory; leave it out",
+    ),
+    **dict.fromkeys(
+        ("vllm_gpu_memory_utilization", "vllm_tensor_parallel_size", "gpu_memory_utilization", "tensor_model_parallel_size"),
+        "is not offered: a vLLM server (rollout.engine) is started with settings of its own; leave it out",
+    ),
+    **dict.fromkeys(
+        ("critic", "use_critic", "value_model", "vf_coef", "value_lr", "cliprange_value", "gae_lambda"),
+        "is not offered: there is no critic here, advantages come from the rewards of a prompt's group; leave it out",
+    ),
+    **dict.fromkeys(
+        ("min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias"),
+        "is not offered: answers are drawn by rollout.temperature, top_p and top_k only",
+    ),
+    **dict.fromkeys(
+        ("sync_ref_model", "ref_model_sync_steps", "ref_model_mixup_alpha"),
+        "is not offered: the reference is the starting weights or the policy that sampled (objective.kl.reference)",
+    ),
+    **dict.fromkeys(
+        ("chosen", "rejected", "dpo"),
+        "is not offered: Ratchet learns from rewards (kind: rl) or given answers (kind: supervised), not from preferences",
+    ),
+    **dict.fromkeys(
+        ("compute_metrics", "callbacks", "formatting_func", "rollout_func"),
+        "is not offered: code of yours is not run here; a grader of kind http asks your service, a session is your own loop",
+    ),
+    **dict.fromkeys(
+        ("entropy_coeff", "entropy_coef", "neftune_noise_alpha", "label_smoothing_factor"), "is not offered; leave it out"
+    ),
+}
+
 # what another library calls the kind of a job -> what to write
 KINDS = {
     "sft": "kind: supervised",
     "fine_tuning": "kind: supervised",
     "reinforcement": "kind: rl",
-    "reinforce": "kind: rl with objective {preset: reinforce_pp}, or rloo",
+    "reinforce": "kind: rl with objective {preset: reinforce_pp}, or {preset: rloo}",
     **{
         name: f"kind: rl with objective {{preset: {name}}}"
         for name in ("ppo", "grpo", "gspo", "dapo", "dr_grpo", "rloo", "cispo")
     },
-    "dpo": "preference pairs are not offered; with a reward: kind: rl",
 }
 
 
@@ -183,8 +221,7 @@ KINDS = {
 VALUES = {
     "preset": {
         "sft": KINDS["sft"],
-        "dpo": KINDS["dpo"],
-        "bnpo": "no preset at all: a token mean over the whole step",
+        "bnpo": "the objective without a preset: a mean over the tokens of the whole step",
         "drgrpo": "dr_grpo",
         "reinforce": "reinforce_pp, or rloo",
         "reinforce++": "reinforce_pp",
@@ -204,22 +241,31 @@ VALUES = {
         "math_verify": "number",
         "string_check": "exact, or contains",
         "text_similarity": "similarity",
-        **dict.fromkeys(("python", "function", "score_model", "label_model", "endpoint"), "http: your own service"),
+        **dict.fromkeys(("python", "function", "score_model", "label_model", "endpoint"), "http, which asks your own service"),
     },
 }
 
 
 def hint_for_key(key: str) -> str | None:
     """The place here of what another library calls `key`."""
-    return KEYS.get(key.lower().replace("-", "_"))
+    return KEYS.get(_ours(key))
+
+
+def not_offered(name: str) -> str | None:
+    """Why nothing here is the counterpart of a key, a kind or a preset of another library, as the rest of a sentence."""
+    return NOT_OFFERED.get(_ours(name))
 
 
 def hint_for_value(pointer: str, value: object) -> str | None:
     """What to write at this place instead of another library's value."""
     names = [name for name in pointer.split("/") if name and not name.isdigit()]
     field = names[-2] if names[-1:] == ["kind"] and len(names) > 1 else names[-1] if names else ""
-    return VALUES.get(field, {}).get(str(value).lower().replace("-", "_"))
+    return VALUES.get(field, {}).get(_ours(str(value)))
 
 
 def hint_for_kind(kind: str) -> str | None:
-    return KINDS.get(kind.lower().replace("-", "_"))
+    return KINDS.get(_ours(kind))
+
+
+def _ours(name: str) -> str:
+    return name.lower().replace("-", "_")

@@ -9,7 +9,7 @@ import pytest
 from service.errors import InvalidRequest
 from service.spec.job import JobSpec
 from service.validation import parse
-from service.validation.foreign import KEYS, KINDS, VALUES
+from service.validation.foreign import KEYS, KINDS, NOT_OFFERED, VALUES
 from service.validation.walk import pointer_of
 
 SPEC: dict[str, Any] = {
@@ -71,9 +71,9 @@ def test_in_a_section_a_misspelt_word_goes_before_another_librarys(section: str,
 @pytest.mark.parametrize(
     ("section", "value", "pointer", "said"),
     [
-        ("objective", {"preset": "dpo"}, "/objective/preset", "here that is preference pairs are not offered"),
+        ("objective", {"preset": "dpo"}, "/objective/preset", "got 'dpo'; it is not offered: Ratchet learns from rewards"),
         ("objective", {"preset": "sft"}, "/objective/preset", "here that is kind: supervised"),
-        ("objective", {"preset": "BNPO"}, "/objective/preset", "here that is no preset at all"),
+        ("objective", {"preset": "BNPO"}, "/objective/preset", "here that is the objective without a preset"),
         ("objective", {"preset": "GSPO"}, "/objective/preset", "did you mean 'gspo'?"),
         ("objective", {"aggregate": "seq-mean-token-mean"}, "/objective/aggregate/kind", "here that is seq"),
         ("objective", {"aggregate": {"kind": "dr_grpo"}}, "/objective/aggregate/kind", "here that is constant"),
@@ -113,6 +113,24 @@ def test_every_name_that_the_page_for_trls_users_lists_is_known() -> None:
     assert len(names) > 25 and "top_entropy_quantile" in names
     for name in names:
         assert name in KEYS or "belongs to" in refusal({**SPEC, name: 1})[1], name
+
+
+@pytest.mark.parametrize("name", NOT_OFFERED)
+def test_a_name_without_a_counterpart_is_said_not_to_be_offered(name: str) -> None:
+    for section in ("", "rollout", "update", "model"):
+        spec = {**SPEC, section: {**SPEC.get(section, {}), name: 1}} if section else {**SPEC, name: 1}
+        _, detail = refusal(spec)
+        assert detail == f"unknown key '{name}'; it {NOT_OFFERED[name]}"
+    paths = re.findall(r"\b(?:rollout|update|objective)(?:\.[a-z_]+)+", NOT_OFFERED[name])
+    assert all(pointer_of(JobSpec, path).replace("/", ".").strip(".") == path for path in paths)
+    assert name not in KEYS
+
+
+def test_a_kind_without_a_counterpart_is_said_not_to_be_offered() -> None:
+    assert refusal({**SPEC, "kind": "dpo"}) == (
+        "/kind",
+        f"must be one of rl, supervised, got 'dpo'; it {NOT_OFFERED['dpo']}",
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
