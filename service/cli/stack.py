@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -130,9 +131,9 @@ def backup(directory: BackupDir, data_dir: DataDir = DEFAULT_DATA_DIR) -> None:
     from service.local import backup as backups
 
     facts = _with_settings(data_dir, lambda settings: backups.backup(settings, directory))
-    say(f"{directory}: {facts['blobs']} checkpoints and datasets, as of {facts['made_at']}")
+    say(f"{directory}: {_held(facts)}")
     if facts["lost"]:
-        complain(f"{len(facts['lost'])} were lost before: {', '.join(facts['lost'][:5])}")
+        complain(f"lost before this backup: {len(facts['lost'])}, such as {', '.join(facts['lost'][:5])}")
 
 
 def restore(directory: BackupDir, data_dir: DataDir = DEFAULT_DATA_DIR) -> None:
@@ -145,8 +146,13 @@ def restore(directory: BackupDir, data_dir: DataDir = DEFAULT_DATA_DIR) -> None:
     from service.local import backup as backups
 
     facts = _with_settings(data_dir, lambda settings: backups.restore(settings, directory))
-    say(f"restored as of {facts['made_at']}: {facts['blobs']} checkpoints and datasets")
+    say(f"restored: {_held(facts)}")
     say(f"jobs that ran then are queued: {', '.join(facts['queued']) or 'none'}")
+
+
+def _held(facts: dict[str, Any]) -> str:
+    made_at = datetime.fromisoformat(facts["made_at"])
+    return f"the database as of {made_at:%Y-%m-%d %H:%M:%S} UTC; checkpoints and datasets: {facts['blobs']}"
 
 
 def _with_settings(data_dir: Path, work: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:

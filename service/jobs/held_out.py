@@ -8,6 +8,7 @@ from time import monotonic
 from service.errors import FieldError
 from service.jobs.data import Data, DataRows, Row, given_rows
 from service.spec.data import DataSpec, ReasoningGymSource
+from service.validation.words import counted
 
 ROWS_TOGETHER = {"acre", "gsm_symbolic", "list_functions"}
 READ_WITHIN_S = 1.0  # of an API thread, for the rows of each part
@@ -53,8 +54,8 @@ def check_seeds(data: DataSpec) -> list[FieldError]:
         most = "" if whole else "up to "
         common = min(learnt.numbers.stop, measured.numbers.stop) - max(learnt.numbers.start, measured.numbers.start)
         detail = (
-            f"row i of {learnt.task} is made from seed + i, so {most}{common} of the {len(measured.numbers)} rows of data.eval "
-            f"would be training rows (seed {train.seed}, {len(learnt.numbers)} rows); eval.seed must be {allowed}"
+            f"row i of {learnt.task} is made from seed + i, so {most}{counted(common, 'row')} of the {len(measured.numbers)} of "
+            f"data.eval would be learnt from (seed {train.seed}, {counted(len(learnt.numbers), 'row')}); eval.seed must be {allowed}"
         )
     return [FieldError("/data/eval/seed", detail, "not_held_out", held_out.seed, allowed)]
 
@@ -81,8 +82,9 @@ def learnt_rows(spec: DataSpec, data: Data) -> Iterator[str]:
     if learnt:
         rows = sorted(index for key in learnt for index in held_out[key])
         yield (
-            f"{len(rows)} of the {len(given['eval'])} rows of data.eval (for example row {given['eval'].number(rows[0])}) have "
-            "prompt and answer of a training row: what is measured on them may be learnt by heart"
+            f"{counted(len(rows), 'row')} of the {len(given['eval'])} of data.eval (for example row "
+            f"{given['eval'].number(rows[0])}) {'has' if len(rows) == 1 else 'have'} prompt and answer "
+            "of a training row: what is measured on them may be learnt by heart"
         )
 
 

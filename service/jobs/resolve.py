@@ -213,7 +213,8 @@ def _check_gpus(session: Session, spec: RLSpec | SupervisedSpec) -> list[FieldEr
     most = [max(n for n in range(1, MOST_GPUS + 1) if class_of(name, n) in classes) for classes in offered if name in classes]
     if not most or gpus <= max(most):
         return []
-    detail = f"workers here give a job at most {max(most)} GPUs (without GPUs: processes; RATCHET_GPUS_PER_JOB), got {gpus}"
+    allowed = f"at most {counted(max(most), 'GPU')} (without GPUs: processes; RATCHET_GPUS_PER_JOB)"
+    detail = f"workers here give a job {allowed}, got {gpus}"
     return [FieldError("/resources/gpus", detail, "too_many_gpus", gpus, max(most))]
 
 

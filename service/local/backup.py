@@ -36,6 +36,7 @@ from service.store.blobs import Blobs
 from service.store.bucket import Bucket, blob_of
 from service.store.session import Store, alembic_config, make_engine, open_store, upgrade
 from service.store.tables import Base
+from service.validation.words import counted
 
 log = logging.getLogger(__name__)
 
@@ -243,7 +244,7 @@ def _fill_bucket(settings: Settings, copy: Path) -> None:
     _, others = bucket.blobs(ours)
     if others:
         raise BackupFailed(
-            f"{settings.blob_url} holds {len(others)} blobs that this backup does not know, such as {min(others)}; "
+            f"{settings.blob_url} holds {counted(len(others), 'blob')} that this backup does not know, such as {min(others)}; "
             "restore into another prefix (RATCHET_BLOB_URL), or the restored service would delete them"
         )
     for blob in sorted(ours):

@@ -68,6 +68,7 @@ def test_how_long_a_job_has_run_includes_its_present_attempt_until_now(each_api,
         began = api.store.now() - timedelta(seconds=90)
         with api.store.begin() as session:
             job = jobs.find(session, job_id, lock=True)
+            assert job is not None
             job.run_s, job.claimed_at, job.lease_until = 30.0, began, began + timedelta(days=1)
         for read in (
             lambda: client.get(f"/v1/{route}/{job_id}").json(),

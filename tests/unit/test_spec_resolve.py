@@ -19,6 +19,7 @@ from service.spec.job import JobSpec
 from service.store.session import Store
 from service.store.tables import Checkpoint
 from service.validation import parse
+from service.validation.words import counted
 
 ROWS = [{"q": f"{n}+{n}", "a": str(2 * n)} for n in range(10)]
 RL: dict[str, Any] = job_specs.RL | {
@@ -173,13 +174,13 @@ def test_held_out_rows_that_are_training_rows_are_warned_of(trying: Try, world: 
     dataset = ingest(world.store, "default", "a", [b"".join(lines)], 10**6)
     uploaded = {"source": "dataset", "id": dataset.id}
     (text,) = said(data__eval=uploaded)
-    assert text.startswith("3 of the 3 rows of data.eval (for example row 0) have prompt and answer of a training row: ")
+    assert text.startswith("3 rows of the 3 of data.eval (for example row 0) have prompt and answer of a training row: ")
     assert said(data__train=uploaded, data__eval=uploaded) and not said()
     often = said(data__train__rows=ROWS * 3)  # a split of rows that stand there three times
-    assert len(often) == 1 and often[0].startswith("2 of the 2 rows of data.eval")
+    assert len(often) == 1 and often[0].startswith("2 rows of the 2 of data.eval")
     others = [{"q": "1+1", "a": "3"}, {"q": "2+1", "a": "4"}, {**ROWS[9], "more": 1}]
     assert said(data__eval={"source": "inline", "rows": others})[0].startswith(
-        "1 of the 3 rows of data.eval (for example row 2)"
+        "1 row of the 3 of data.eval (for example row 2) has prompt and answer"
     )
 
 
@@ -204,7 +205,7 @@ def test_numbers_of_procedural_rows_are_held_out(trying: Try, seed: int, size: i
         assert (error.pointer, error.code, error.got, error.allowed) == (
             "/data/eval/seed", "not_held_out", seed, "at least 15" + (f", or at most {5 - size}" if size <= 5 else "")
         )  # fmt: skip
-        assert f"so {wrong} of the {size} rows of data.eval would be training rows (seed 5, 10 rows)" in error.detail
+        assert f"so {counted(wrong, 'row')} of the {size} of data.eval would be learnt from (seed 5, 10 rows)" in error.detail
     else:
         trying(spec)
     other = but(spec, data__eval__config={"max_terms": 3})  # most of its rows are the same

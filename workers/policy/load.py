@@ -148,7 +148,7 @@ def _load_pretrained(source: str, revision: str | None, device: torch.device, dt
         )
     model, report = loaded
     if missing := report["missing_keys"]:
-        raise _unsupported(source, f"{len(missing)} weights are missing, for example {min(missing)}")
+        raise _unsupported(source, f"weights are missing: {len(missing)}, for example {min(missing)}")
     if "past_key_values" not in inspect.signature(type(model).forward).parameters:
         raise _unsupported(source, f"{type(model).__name__} has no key-value cache to sample with")
     return Loaded(_ready(model, device), tokenizer, commit)
