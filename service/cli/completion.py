@@ -5,6 +5,7 @@ from typing import Any
 
 import typer
 from rich.markup import escape
+from typer import _completion_shared as shells  # where bash's script is replaced
 
 from ratchet_client import Ratchet
 from service.cli.connection import connect
@@ -14,6 +15,32 @@ from service.states import Status
 
 OFFERED = 50
 SHELL = str.maketrans(dict.fromkeys("\\$`\"'", "·"))  # special inside the double quotes that zsh reads descriptions in
+
+# Bash gives a word with @ or = in it in pieces (COMP_WORDBREAKS), and replaces only its end, which is $2. So pieces without a
+# blank between them are joined before the service is asked, and what stands before that end is taken off its answers.
+BASH = """
+%(complete_func)s() {
+    local IFS=$'\\n' piece blank word rest=$COMP_LINE words=()
+    for piece in "${COMP_WORDS[@]:0:COMP_CWORD+1}"; do
+        blank=${rest%%%%[![:blank:]]*}
+        if [[ -n $blank || ${#words[@]} -eq 0 ]]; then words+=("$piece"); else words[-1]+=$piece; fi
+        rest=${rest#"$blank$piece"}
+    done
+    word=${words[-1]}
+    COMPREPLY=( $( env COMP_WORDS="${words[*]}" \\
+                   COMP_CWORD=$(( ${#words[@]} - 1 )) \\
+                   %(autocomplete_var)s=complete_bash $1 ) )
+    COMPREPLY=( "${COMPREPLY[@]#"${word%%"$2"}"}" )
+    return 0
+}
+
+complete -o default -F %(complete_func)s %(prog_name)s
+"""
+
+
+def install_script() -> None:
+    """Let `--install-completion` and `--show-completion` give bash the script above in place of Typer's."""
+    shells._completion_scripts["bash"] = BASH  # pyright: ignore[reportPrivateUsage]
 
 
 def complete_job(context: typer.Context, incomplete: str) -> list[tuple[str, str]]:

@@ -13,6 +13,7 @@ from service.cli import (
     advice,
     aliases,
     compare,
+    completion,
     curves,
     doctor,
     exits,
@@ -105,6 +106,7 @@ def _version(asked: bool) -> None:
         raise typer.Exit
 
 
+completion.install_script()
 app = Command(
     cls=Group,
     help=helps.text(HELP),

@@ -4,6 +4,7 @@ import json
 import os
 import pty
 import re
+import shlex
 import subprocess
 import sys
 import threading
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import typer
+from typer._completion_shared import get_completion_script
 
 from ratchet_client import Ratchet
 from service.cli import demo, jobs, live
@@ -565,6 +567,40 @@ def test_the_shell_is_offered_ids_and_states(api: str, cli: Cli, job_id: str) ->
     ratchet = Path(sys.executable).parent / "ratchet"
     offered = subprocess.run([ratchet], capture_output=True, text=True, env={**os.environ, **words})
     assert job_id in offered.stdout
+
+
+@pytest.mark.parametrize(
+    ("pieces", "replaced", "offered", "asked"),
+    [
+        (("sample", " ", "dig"), "dig", ["digits@production", "digits@preview"], ["sample", "dig"]),
+        (("sample", " ", "digits", "@", "pr"), "@pr", ["@production", "@preview"], ["sample", "digits@pr"]),
+        (("sample", " ", "digits", "@"), "@", ["@production", "@preview"], ["sample", "digits@"]),
+        (("sample", " ", ""), "", ["digits@production", "digits@preview"], ["sample", ""]),
+        (
+            ("sample", " ", "'a b'", "  ", "digits", "@", "p"),
+            "@p",
+            ["@production", "@preview"],
+            ["sample", "'a b'", "digits@p"],
+        ),
+    ],
+)
+def test_bash_completes_an_alias_though_it_breaks_words_at_the_at(
+    tmp_path: Path, pieces: tuple[str, ...], replaced: str, offered: list[str], asked: list[str]
+) -> None:
+    """`pieces` and `replaced` are what bash 5 gives to a completion function; blanks are only in the line."""
+    stand_in = tmp_path / "ratchet"
+    stand_in.write_text(
+        '#!/bin/sh\nprintf "%s\\n" "$COMP_WORDS" "$COMP_CWORD" > asked; echo digits@production; echo digits@preview\n'
+    )
+    stand_in.chmod(0o755)
+    script = get_completion_script(prog_name="ratchet", complete_var="_RATCHET_COMPLETE", shell="bash")
+    words = ["ratchet", *(piece for piece in pieces if not piece or piece.strip())]
+    told = f"COMP_LINE={shlex.quote('ratchet ' + ''.join(pieces))}; COMP_POINT=${{#COMP_LINE}}; COMP_CWORD={len(words) - 1}"
+    called = f"_ratchet_completion {stand_in} {shlex.quote(replaced)}; printf '%s\\n' \"${{COMPREPLY[@]}}\""
+    lines = f"{script}\n{told}; COMP_WORDS=({shlex.join(words)})\n{called}"
+    done = subprocess.run(["bash", "--norc", "-c", lines], capture_output=True, text=True, cwd=tmp_path)
+    assert (done.stdout.splitlines(), done.stderr) == (offered, "")
+    assert (tmp_path / "asked").read_text() == "\n".join(["ratchet", *asked, str(len(asked)), ""])
 
 
 def test_wherever_an_id_is_wanted_some_are_offered() -> None:
