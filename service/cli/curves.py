@@ -185,7 +185,8 @@ def rollouts(
     for group in page["data"]:
         print_group(group)
     if not page["data"]:
-        complain(f"no rollouts of {job_id} are kept (log_rollouts and eval in the spec say which are)")
+        which = "".join((f" of {split}" if split else "", "" if step is None else f" at step {step}"))
+        complain(f"no rollouts of {job_id}{which} are kept (log_rollouts and eval in the spec say which are)")
     if page["has_more"]:
         complain(f"more: ratchet rollouts {job_id} --after {page['last_id']}")
 

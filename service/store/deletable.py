@@ -6,6 +6,7 @@ from sqlalchemy import ColumnElement, select
 from sqlalchemy.orm import Session
 
 from service.errors import NotFound
+from service.ids import lacking
 from service.store.paging import newest_first
 from service.store.tables import Checkpoint, Dataset
 
@@ -23,7 +24,7 @@ class Deletable(Generic[Row]):
         """The row. Raises NotFound if it is deleted or not in this project."""
         row = session.get(self.table, row_id)
         if row is None or row.project != project or row.deleted_at is not None:
-            raise NotFound(f"no {self.table.__name__.lower()} {row_id} in this project")
+            raise NotFound(lacking(self.table.__name__.lower(), row_id))
         return row
 
     def lock(self, session: Session, project: str, row_id: str) -> Row:

@@ -26,6 +26,7 @@ from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import Session, defer
 
 from service.errors import NotFound
+from service.ids import lacking
 from service.states import FINAL, HELD, Status
 from service.store.dialect import table_of
 from service.store.paging import newest_first
@@ -36,7 +37,7 @@ def get(session: Session, project: str, job_id: str, *, lock: bool = False) -> J
     """A job of this project. Raises NotFound. `lock`: nobody else can change it until this transaction ends."""
     job = find(session, job_id, lock=lock)
     if job is None or job.project != project:
-        raise NotFound(f"no job {job_id} in this project")
+        raise NotFound(lacking("job", job_id))
     return job
 
 
@@ -44,7 +45,7 @@ def shown(connection: Connection, project: str, job_id: str) -> Row[Any]:
     """A job of this project, as it is shown: without the ORM, its worker and its place in the queue. Raises NotFound."""
     row = connection.execute(_SHOWN, {"job_id": job_id, "project": project}).first()
     if row is None:
-        raise NotFound(f"no job {job_id} in this project")
+        raise NotFound(lacking("job", job_id))
     return row
 
 
@@ -132,14 +133,14 @@ def hold(session: Session, project: str, job_id: str) -> None:
     """Prevent a job's deletion until this transaction ends, without blocking its worker. Raises NotFound."""
     query = select(Job.id).where(Job.id == job_id, Job.project == project)
     if session.scalar(query.with_for_update(read=True, key_share=True)) is None:
-        raise NotFound(f"no job {job_id} in this project")
+        raise NotFound(lacking("job", job_id))
 
 
 def standing(session: Session | Connection, project: str, job_id: str) -> tuple[str, int]:
     """Status and number of the newest event, without loading the spec, which may be long. Raises NotFound."""
     row = session.execute(_STANDING, {"job_id": job_id, "project": project}).first()
     if row is None:
-        raise NotFound(f"no job {job_id} in this project")
+        raise NotFound(lacking("job", job_id))
     return row.status, row.last_event
 
 

@@ -12,7 +12,7 @@ from sqlalchemy import ColumnElement, Connection, bindparam, delete, func, or_, 
 from sqlalchemy.orm import Session
 
 from service.errors import Conflict, NotFound
-from service.ids import new_id
+from service.ids import lacking, new_id
 from service.states import Status
 from service.store.dialect import connection_of, table_of
 from service.store.paging import newest_first
@@ -301,7 +301,7 @@ def get(session: Session, project: str, webhook_id: str, *, lock: bool = False) 
         query = query.with_for_update(key_share=True)
     hook = session.scalar(query.execution_options(populate_existing=True))
     if hook is None:
-        raise NotFound(f"no webhook {webhook_id} in this project")
+        raise NotFound(lacking("webhook", webhook_id))
     return hook
 
 
@@ -315,7 +315,7 @@ def remove(session: Session, project: str, webhook_id: str) -> None:
     """Delete it with its deliveries. Raises NotFound."""
     gone = delete(Webhook).where(Webhook.id == webhook_id, Webhook.project == project).returning(Webhook.id)
     if session.scalar(gone, execution_options={"synchronize_session": False}) is None:
-        raise NotFound(f"no webhook {webhook_id} in this project")
+        raise NotFound(lacking("webhook", webhook_id))
 
 
 def deliveries(

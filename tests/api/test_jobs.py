@@ -80,6 +80,22 @@ def test_how_long_a_job_has_run_includes_its_present_attempt_until_now(each_api,
             assert 30 + before <= run_s <= 30 + (api.store.now() - began).total_seconds()
 
 
+@pytest.mark.parametrize(
+    ("path", "detail"),
+    [
+        ("jobs/ckpt_1", "no job ckpt_1 in this project; ckpt_ begins the ids of checkpoints"),
+        ("jobs/job_1", "no job job_1 in this project"),
+        ("jobs/mine", "no job mine in this project"),
+        ("checkpoints/job_1", "no checkpoint job_1 in this project; job_ begins the ids of jobs"),
+        ("datasets/ckpt_1", "no dataset ckpt_1 in this project; ckpt_ begins the ids of checkpoints"),
+        ("webhooks/ds_1", "no webhook ds_1 in this project; ds_ begins the ids of datasets"),
+    ],
+)
+def test_an_id_of_another_kind_is_told_apart(client, path, detail):
+    refused = client.get(f"/v1/{path}")
+    assert (refused.status_code, refused.json()["detail"]) == (404, detail)
+
+
 def test_yaml_and_json_make_the_same_job(client, spec):
     yaml = b"""
 kind: rl
