@@ -112,10 +112,16 @@ def _copy_blobs(source: Blobs, copy: Blobs, paths: set[str]) -> None:
             copy.commit_dir(folder / "blob", path)
         except (FileNotFoundError, shutil.Error) as error:  # copytree collects what it misses
             if source.path(path).exists():
-                raise BackupFailed(f"{path} could not be copied: {error}") from error
+                raise BackupFailed(f"{path} could not be copied: {_reason(error)}") from error
             log.debug("%s is gone", path)  # removed meanwhile
         finally:
             copy.discard(folder)
+
+
+def _reason(error: OSError) -> object:
+    """Of copytree's error, which lists every file, only what happened to the first one."""
+    files = error.args[0] if isinstance(error, shutil.Error) else []
+    return files[0][2] if isinstance(files, list) and files else error
 
 
 def _snapshot_sqlite(url: str, folder: Path) -> set[str]:
@@ -224,7 +230,10 @@ def restore(settings: Settings, folder: Path) -> dict[str, Any]:
     restore_sql: dict[bool, Callable[[str, Path], None]] = {True: _restore_sqlite, False: _restore_postgresql}
     restore_sql[make_url(settings.sql_url).get_backend_name() == "sqlite"](settings.sql_url, folder)
     if (folder / BLOBS).is_dir():
-        shutil.copytree(folder / BLOBS, blobs, dirs_exist_ok=True)
+        try:
+            shutil.copytree(folder / BLOBS, blobs, dirs_exist_ok=True)
+        except shutil.Error as error:
+            raise BackupFailed(f"the blobs could not be copied: {_reason(error)}") from error
     upgrade(settings.sql_url)
     store = open_store(settings)
     try:

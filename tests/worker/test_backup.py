@@ -5,6 +5,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 from zipfile import ZipFile
 
 import pytest
@@ -223,3 +224,15 @@ def test_time_between_backup_and_restore_is_nobody_s(stack: Any, held: Lease, el
         assert session.scalar(select(func.count()).select_from(Worker)) == 0
     store.close()
     assert job.run_s == pytest.approx(40, abs=0.001)
+
+
+def test_blobs_that_cannot_be_written_are_told_with_the_reason_of_the_first(
+    stack: Any, held: Lease, elsewhere: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(stack.store, held, 1)
+    backup(stack.settings, tmp_path / "copy")
+    failed = backups.shutil.Error([("a", "b", "[Errno 28] No space left on device: 'b'"), ("c", "d", "another")])
+    monkeypatch.setattr(backups.shutil, "copytree", Mock(side_effect=failed))
+    for attempt in (lambda: backup(stack.settings, tmp_path / "full"), lambda: restore(elsewhere, tmp_path / "copy")):
+        with pytest.raises(BackupFailed, match=r"could not be copied: \[Errno 28\] No space left on device: 'b'$"):
+            attempt()
