@@ -130,7 +130,7 @@ def heads(vocabulary: int, *, trained: bool) -> dict[str, Callable[[], object]]:
         config=SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=vocabulary)),
     )
     scorer: Any = Scorer.__new__(Scorer)
-    scorer._model = model
+    scorer._model, scorer.shards = model, None
 
     def backward(log_probs: Tensor) -> object:
         log_probs.backward(grad)

@@ -1,9 +1,13 @@
 """Log-probs of selected tokens against float64, where torch's log_softmax is off; their gradient against finite differences."""
 
+import weakref
+from typing import Any
+
 import pytest
 import torch
 
-from workers.policy.score.selected import frozen_head_log_probs, selected_log_probs
+from workers.policy.score import selected
+from workers.policy.score.selected import frozen_head_log_probs, selected_log_probs, trained_head_log_probs
 
 
 @pytest.fixture
@@ -51,8 +55,11 @@ def test_the_gradient_is_that_of_log_softmax() -> None:
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_under_a_frozen_head_log_probs_and_gradients_are_the_plain_ones(temperature: float) -> None:
-    """In chunks that do not divide the positions."""
+def test_under_a_frozen_head_log_probs_and_gradients_are_the_plain_ones(
+    temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In chunks that do not divide the positions, and blocks that do not divide the vocabulary."""
+    monkeypatch.setattr(selected, "COLUMNS", 4)
     torch.manual_seed(0)
     weight, targets = torch.randn(11, 4, dtype=torch.float64), torch.randint(0, 11, (7,))
     hidden = torch.randn(7, 4, dtype=torch.float64, requires_grad=True)
@@ -69,3 +76,57 @@ def test_under_a_frozen_head_float32_log_probs_are_those_of_scoring_to_the_bit(s
     targets, hidden = steep.argmax(-1), torch.eye(len(steep), requires_grad=True)
     ours = frozen_head_log_probs(hidden, steep.T, targets, temperature=1.0, rows=len(steep))
     assert torch.equal(ours, selected_log_probs(hidden @ steep, targets.unsqueeze(-1))[0].squeeze(-1))
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_under_a_trained_head_log_probs_and_gradients_are_the_plain_ones(
+    temperature: float, keeps: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In blocks that do not divide the vocabulary; three targets a row, of which one is asked for twice."""
+    monkeypatch.setattr(selected, "COLUMNS", 4)
+    torch.manual_seed(0)
+    hidden = torch.randn(7, 4, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(11, 4, dtype=torch.float64, requires_grad=True)
+    targets, given = torch.randint(0, 11, (7, 3)), torch.randn(7, 3, dtype=torch.float64)
+    targets[0] = torch.tensor([2, 10, 2])
+    ours = trained_head_log_probs(hidden, weight, targets, temperature=temperature, keeps=keeps)
+    plain = (hidden @ weight.T / temperature).log_softmax(-1).gather(-1, targets)
+    torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-12)
+    gradients = [torch.autograd.grad(log_probs, (hidden, weight), given, retain_graph=True) for log_probs in (ours, plain)]
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
+    with pytest.raises(RuntimeError, match="possible once"):
+        torch.autograd.grad(ours, (hidden, weight), given)
+    of_weight = trained_head_log_probs(hidden.detach(), weight, targets, temperature=temperature, keeps=keeps)
+    torch.testing.assert_close(torch.autograd.grad(of_weight, weight, given)[0], gradients[1][1], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_under_a_trained_head_log_probs_are_those_of_scoring_to_the_bit(steep: torch.Tensor, dtype: torch.dtype) -> None:
+    """And the gradients those of all logits at once, but for rounding."""
+    targets = steep.topk(2, dim=-1).indices
+    hidden = torch.eye(len(steep), dtype=dtype).requires_grad_()
+    weight = steep.T.to(dtype).contiguous().requires_grad_()
+    ours = trained_head_log_probs(hidden, weight, targets, temperature=1.0, keeps=True)
+    scored = selected_log_probs((hidden @ weight.T).float(), targets)[0]
+    assert ours.dtype == torch.float32 and torch.equal(ours, scored)
+    found, plain = (torch.autograd.grad(log_probs.sum(), (hidden, weight)) for log_probs in (ours, scored))
+    for one, other in zip(found, plain, strict=True):
+        assert one.dtype == dtype
+        assert (one - other).float().norm() <= 4 * torch.finfo(dtype).eps * other.float().norm()
+
+
+def test_under_a_trained_head_logits_go_as_the_gradient_of_the_weight_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selected, "COLUMNS", 4)
+    hidden, weight = torch.randn(7, 4, requires_grad=True), torch.randn(11, 4, requires_grad=True)
+    log_probs: Any = trained_head_log_probs(hidden, weight, torch.zeros(7, 1).long(), temperature=1.0, keeps=True)
+    blocks = [weakref.ref(block) for block in log_probs.grad_fn.kept]
+    alive, in_block = list[int](), selected._in_block
+
+    def look(*asked: Any) -> Any:
+        alive.append(sum(block() is not None for block in blocks))
+        return in_block(*asked)
+
+    monkeypatch.setattr(selected, "_in_block", look)
+    log_probs.sum().backward()
+    assert alive == [3, 2, 1]

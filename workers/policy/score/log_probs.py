@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from workers.policy.score.layout import Padded, Sequence, microbatches, pad
 from workers.policy.score.packed import BY_BATCH, hidden_states, pack, packed_batches
-from workers.policy.score.selected import frozen_head_log_probs, selected_log_probs
+from workers.policy.score.selected import frozen_head_log_probs, selected_log_probs, tempered, trained_head_log_probs
 from workers.policy.shards import Shards
 from workers.rollout.cache import FULL, windows
 
@@ -26,7 +26,7 @@ from workers.rollout.cache import FULL, windows
 OfLogits = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
 
 CHUNK_BYTES = 2**28  # of float32 logits, of which several copies may be needed
-TRAINED_CHUNK_BYTES = 2**29  # with gradients: one copy, but more than one chunk means that each is computed twice
+TRAINED_CHUNK_BYTES = 2**29  # with gradients: one copy, but more means that the logits are computed twice
 FROZEN_CHUNK_BYTES = 2**26  # under a head that is not trained, where nothing is computed twice
 NOTHING = Sequence([0], [0])  # what a pass reads that is made for the other ranks' sake
 
@@ -121,9 +121,16 @@ class Scorer:
     def _from_hidden(self, hidden_N_H: Tensor, targets_N: Tensor, of: OfLogits) -> tuple[Tensor, ...]:
         head: Any = self._model.get_output_embeddings()
         position_bytes = 4 * self._model.config.get_text_config().vocab_size
-        if isinstance(of, LogProbsAlone) and targets_N.dim() == 1 and torch.is_grad_enabled() and _is_frozen(head):
-            rows, temperature = max(1, FROZEN_CHUNK_BYTES // position_bytes), of.temperature
-            return (frozen_head_log_probs(hidden_N_H, head.weight, targets_N, temperature=temperature, rows=rows),)
+        if isinstance(of, LogProbsAlone) and torch.is_grad_enabled() and _is_one_matrix(head):
+            weight, temperature = head.weight, of.temperature
+            if weight.requires_grad and self.shards is None:
+                keeps = len(hidden_N_H) * position_bytes <= TRAINED_CHUNK_BYTES
+                targets_N_K = _in_columns(targets_N)
+                found = trained_head_log_probs(hidden_N_H, weight, targets_N_K, temperature=temperature, keeps=keeps)
+                return (found.view(targets_N.shape),)
+            if not weight.requires_grad and targets_N.dim() == 1:
+                rows = max(1, FROZEN_CHUNK_BYTES // position_bytes)
+                return (frozen_head_log_probs(hidden_N_H, weight, targets_N, temperature=temperature, rows=rows),)
         rows = max(1, (TRAINED_CHUNK_BYTES if torch.is_grad_enabled() else CHUNK_BYTES) // position_bytes)
 
         def one(hidden: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
@@ -160,12 +167,17 @@ def _spread(values: Tensor, places: tuple[Tensor, Tensor], shape: tuple[int, int
 
 def _log_probs(logits_N_V: Tensor, targets_N: Tensor, temperature: float) -> Tensor:
     """Of one target [N] or several [N, K] a row; all are gathered from the same logits."""
-    targets_N_K = targets_N if targets_N.dim() == 2 else targets_N.unsqueeze(-1)
-    return selected_log_probs(_tempered(logits_N_V, temperature), targets_N_K, consumes=True)[0].view(targets_N.shape)
+    logits = tempered(logits_N_V, temperature)
+    return selected_log_probs(logits, _in_columns(targets_N), consumes=True)[0].view(targets_N.shape)
+
+
+def _in_columns(targets_N: Tensor) -> Tensor:
+    """[N, K] of [N, K] or, with one target a row, [N]."""
+    return targets_N if targets_N.dim() == 2 else targets_N.unsqueeze(-1)
 
 
 def _log_probs_and_entropy(logits_N_V: Tensor, targets_N: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    logits = _tempered(logits_N_V, temperature)
+    logits = tempered(logits_N_V, temperature)
     log_probs_N_1, whole_N_1 = selected_log_probs(logits, targets_N.unsqueeze(-1))
     with torch.no_grad():
         # entr(0) is 0: a token that cannot be drawn adds no entropy.
@@ -173,15 +185,8 @@ def _log_probs_and_entropy(logits_N_V: Tensor, targets_N: Tensor, temperature: f
     return log_probs_N_1.squeeze(-1), entropy
 
 
-def _tempered(logits_N_V: Tensor, temperature: float) -> Tensor:
-    """In float32 or better."""
-    logits = logits_N_V.to(torch.promote_types(logits_N_V.dtype, torch.float32))
-    return logits if temperature == 1 else logits / temperature
-
-
-def _is_frozen(head: nn.Module) -> bool:
-    """Whether the head is one plain matrix that is not trained."""
-    return type(head) is nn.Linear and head.bias is None and not head.weight.requires_grad
+def _is_one_matrix(head: nn.Module) -> bool:
+    return type(head) is nn.Linear and head.bias is None
 
 
 @torch.no_grad()
