@@ -113,7 +113,7 @@ def test_under_a_trained_head_log_probs_are_those_of_scoring_to_the_bit(steep: t
     found, plain = (torch.autograd.grad(log_probs.sum(), (hidden, weight)) for log_probs in (ours, scored))
     for one, other in zip(found, plain, strict=True):
         assert one.dtype == dtype
-        assert (one - other).float().norm() <= 4 * torch.finfo(dtype).eps * other.float().norm()
+        assert (one - other).float().norm() <= (0.02 if dtype == torch.bfloat16 else 1e-5) * other.float().norm()
 
 
 def test_under_a_trained_head_logits_go_as_the_gradient_of_the_weight_comes(monkeypatch: pytest.MonkeyPatch) -> None:
