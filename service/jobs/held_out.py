@@ -51,11 +51,11 @@ def check_seeds(data: DataSpec) -> list[FieldError]:
         above = max(a.numbers.stop - (b.numbers.start - held_out.seed) for a, b in pairs)
         below = min(a.numbers.start - (b.numbers.stop - held_out.seed) for a, b in pairs)
         allowed = f"at least {above}" + (f", or at most {below}" if below >= 0 else "")
-        most = "" if whole else "up to "
         common = min(learnt.numbers.stop, measured.numbers.stop) - max(learnt.numbers.start, measured.numbers.start)
+        learnt_from = ("" if whole else "up to ") + counted(common, "row")
         detail = (
-            f"row i of {learnt.task} is made from seed + i, so {most}{counted(common, 'row')} of the {len(measured.numbers)} of "
-            f"data.eval would be learnt from (seed {train.seed}, {counted(len(learnt.numbers), 'row')}); eval.seed must be {allowed}"
+            f"row i of {learnt.task} is made from seed + i, so {learnt_from} of the {len(measured.numbers)} of data.eval would "
+            f"be learnt from (seed {train.seed}, {counted(len(learnt.numbers), 'row')}); eval.seed must be {allowed}"
         )
     return [FieldError("/data/eval/seed", detail, "not_held_out", held_out.seed, allowed)]
 
