@@ -232,7 +232,7 @@ def test_numbers_of_a_composites_parts_are_held_out(trying: Try) -> None:
         if wrong:
             error = only(trying, both)
             assert (error.pointer, error.code, error.allowed) == ("/data/eval/seed", "not_held_out", "at least 23")
-            assert "row i of chain_sum is made from seed + i, so up to 1 of the 10 rows" in error.detail
+            assert "row i of chain_sum is made from seed + i, so up to 1 row of the 10 of data.eval" in error.detail
         else:
             trying(both)
     swapped = {**composite, "config": {"datasets": parts[::-1]}}
