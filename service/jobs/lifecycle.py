@@ -272,7 +272,7 @@ def _spent(job: Job) -> Conflict:
 def _illegal(job: Job, action: str) -> Conflict:
     allowed = allowed_actions(Status(job.status))
     return Conflict(
-        f"job {job.id} is {job.status}; {action} is not possible now",
+        f"job {job.id}: {action} is not possible now, its status is {job.status}",
         code="illegal_transition",
         hint=f"possible now: {', '.join(allowed) or 'nothing'}",
         allowed_moves=allowed,

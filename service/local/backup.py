@@ -58,6 +58,9 @@ def backup(settings: Settings, folder: Path) -> dict[str, Any]:
     """Copy everything into a new folder. Returns backup.json. Raises BackupFailed, and then the folder is not a backup."""
     if folder.exists() and any(folder.iterdir()):
         raise BackupFailed(f"{folder} is not empty; a backup takes a new folder")
+    url = make_url(settings.sql_url)
+    if url.get_backend_name() == "sqlite" and not Path(url.database or "").is_file():
+        raise BackupFailed(f"no system has run in {settings.data_dir}: {url.database} is not there")
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     store = open_store(settings)
     try:

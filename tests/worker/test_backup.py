@@ -209,6 +209,13 @@ def test_nothing_is_overwritten_and_half_a_backup_is_none(stack: Any, held: Leas
 
 
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+def test_a_folder_in_which_no_system_ran_is_told_and_nothing_is_made(settings: Settings, tmp_path: Path) -> None:
+    nowhere = settings.model_copy(update={"data_dir": tmp_path / "no" / "such", "database_url": None})
+    with pytest.raises(BackupFailed, match=r"no system has run in .*such: .*ratchet\.db is not there"):
+        backup(nowhere, tmp_path / "copy")
+    assert not (tmp_path / "no").exists() and not (tmp_path / "copy").exists()
+
+
 def test_time_between_backup_and_restore_is_nobody_s(stack: Any, held: Lease, elsewhere: Settings, tmp_path: Path) -> None:
     """An attempt that ran when the copy was made ended then, and not weeks later when somebody needs it."""
     facts = backup(stack.settings, tmp_path / "copy")
