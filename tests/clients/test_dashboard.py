@@ -292,6 +292,19 @@ def visit_every_page(page: Page, url: str, job_id: str, fork: str) -> None:
         expect(page.locator("main .wrong:not(article)")).to_have_count(0)  # an article is advice about the job
 
 
+def test_whole_numbers_that_no_double_holds_stay_as_they_are(stack: Any, page: Page) -> None:
+    page.goto(stack.url)
+    program = """async (seeds) => {
+      const at = (name) => new URL(name, document.querySelector('script').src);
+      const [{exactly}, {differs}] = [await import(at('api.js')), await import(at('spec.js'))];
+      const [one, other] = seeds.map((seed) => exactly(`{"seed": ${seed}, "rate": 1e-4, "steps": 20}`));
+      return [JSON.stringify(one), JSON.stringify([...differs(one, other)])];
+    }"""
+    kept, different = page.evaluate(program, ["9007199254740993", "9007199254740992"])
+    assert kept == '{"seed":9007199254740993,"rate":0.0001,"steps":20}'
+    assert different == '[["/seed",9007199254740993,9007199254740992]]'
+
+
 def test_a_long_curve_is_put_together_in_the_page_as_the_server_does_it(stack: Any, page: Page) -> None:
     page.goto(stack.url)
 

@@ -60,6 +60,16 @@ export async function request(method, path, {parameters, body, headers, signal, 
   throw new Problem(answer.status, said);
 }
 
+/** Parse JSON so that JSON.stringify gives every whole number back as it was, also those that a double cannot hold, such as seeds. */
+export function exactly(text) {
+  const kept = (_, value, token) => (Number.isInteger(value) && !Number.isSafeInteger(value) && token?.source && JSON.rawJSON ? JSON.rawJSON(token.source) : value);
+  return JSON.parse(text, kept);
+}
+
+export async function getExactly(path, signal) {
+  return exactly(await (await request("GET", path, {signal})).text());
+}
+
 export async function get(path, parameters, signal) {
   return (await request("GET", path, {parameters, signal})).json();
 }

@@ -1,6 +1,6 @@
 // One job: its state and what may be asked of it, and its tabs.
 
-import {follow, get, poll, send, session, wait} from "./api.js";
+import {exactly, follow, get, getExactly, poll, send, session, wait} from "./api.js";
 import {ask, say} from "./dialog.js";
 import {badge, field, h, replace, setText} from "./dom.js";
 import {ago, counted, duration} from "./format.js";
@@ -83,7 +83,7 @@ export function open(context) {
     get now() { return shown; },
     /** Tell `listener` every event from now on. */
     on: (listener) => listeners.push(listener),
-    whole: once(() => get(`/v1/jobs/${id}`, {}, signal)),
+    whole: once(() => getExactly(`/v1/jobs/${id}`, signal)),
   };
 
   const into = () => tabs.querySelector("[aria-current]")?.scrollIntoView({block: "nearest", inline: "nearest"});
@@ -177,7 +177,7 @@ export function fork(job, checkpointId = null) {
     text: checkpointId ? `A new job starts from ${checkpointId}, and this one is not changed.` : "A new job starts from its newest checkpoint, and this one is not changed.",
     fields: [field("Name", name), field("Changes of its spec, as JSON", changes, "merged into the spec as it was sent; null removes a key")],
     work: async () => {
-      const spec = changes.value.trim() ? JSON.parse(changes.value) : {};
+      const spec = changes.value.trim() ? exactly(changes.value) : {};
       const body = {spec: {...spec, name: name.value}, ...(checkpointId ? {from_checkpoint: checkpointId} : {})};
       await done(send("POST", `/v1/jobs/${job.id}/fork`, body), "The fork is queued.", (made) => { location.hash = `#/jobs/${made.id}`; });
     },

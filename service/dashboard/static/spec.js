@@ -1,6 +1,6 @@
 // A job's spec as it was sent and as it runs, and what differs from another job's.
 
-import {get} from "./api.js";
+import {get, getExactly} from "./api.js";
 import {failed} from "./dialog.js";
 import {field, h, replace, row, select, table} from "./dom.js";
 
@@ -31,7 +31,7 @@ function viewer(whole, signal) {
     const id = other.value.trim();
     if (!id) return replace(differences);
     try {
-      const theirs = await get(`/v1/jobs/${encodeURIComponent(id)}`, {}, signal);
+      const theirs = await getExactly(`/v1/jobs/${encodeURIComponent(id)}`, signal);
       const found = [...differs(theirs.spec, whole.spec)];
       const from = `in ${theirs.name || theirs.id}`;
       replace(differences, found.length ? table("Differences", ["field", from, "here"], found.map(([path, one, two]) => row(h("code", null, path || "/"), value(one), value(two)))) : h("p", null, "They run by the same spec."));
@@ -48,14 +48,17 @@ function value(one) {
 
 function shortened(one) {
   if (Array.isArray(one)) return one.length > MOST ? [...one.slice(0, MOST).map(shortened), `… ${one.length - MOST} more`] : one.map(shortened);
-  if (one && typeof one === "object") return Object.fromEntries(Object.entries(one).map(([key, below]) => [key, shortened(below)]));
+  if (isObject(one)) return Object.fromEntries(Object.entries(one).map(([key, below]) => [key, shortened(below)]));
   return one;
+}
+
+function isObject(one) {
+  return one !== null && typeof one === "object" && !Array.isArray(one) && !JSON.isRawJSON?.(one);
 }
 
 /** [pointer, one, other] of everything that differs; a list is compared as a whole. */
 export function* differs(one, other, path = "") {
-  const objects = [one, other].every((each) => each && typeof each === "object" && !Array.isArray(each));
-  if (objects) {
+  if (isObject(one) && isObject(other)) {
     for (const key of [...new Set([...Object.keys(one), ...Object.keys(other)])].sort()) yield* differs(one[key], other[key], `${path}/${key}`);
   } else if (JSON.stringify(one) !== JSON.stringify(other)) yield [path, one, other];
 }
