@@ -1,10 +1,10 @@
 """Base models as clients of the Tinker wire name them: which layers an adapter sits on, and where the tokenizer is."""
 
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from service.jobs.model_folder import context_of, read_config
 from service.settings import Settings
@@ -65,7 +65,7 @@ def context(source: str, tiny: dict[str, Any] | None) -> int | None:
 def _config(source: str) -> dict[str, Any]:
     """The config.json of a folder; {} for others, whose config only a worker can read."""
     try:
-        return read_config(Path(source)) if os.path.isabs(source) else {}
+        return read_config(Path(source)) if Path(source).is_absolute() else {}
     except ValueError:
         return {}
 
@@ -91,7 +91,7 @@ def tiny_tokenizer(settings: Settings) -> Path:
     if not (folder / "tokenizer_config.json").is_file():
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in (("tokenizer.json", _tiny()), ("tokenizer_config.json", TINY_CONFIG)):
-            temporary = folder / f"{name}.{os.getpid()}"
+            temporary = folder / f"{name}.{uuid4().hex}"  # several processes and threads may find it missing
             temporary.write_text(json.dumps(content, indent=1))
             temporary.replace(folder / name)
     return folder

@@ -5,7 +5,7 @@ from datetime import timedelta
 import pytest
 from sqlalchemy import update
 
-from service.ids import utcnow
+from service.ids import new_id, utcnow
 from service.jobs import lease as leases
 from service.jobs.reconciler import reconcile
 from service.states import Wish
@@ -24,7 +24,7 @@ from service.store.tables import Job
 )
 def test_a_running_job_hears_what_is_wished(api, client, submit, action, body, wish, grace_s):
     job = submit()
-    lease, _ = api.claim(job["id"])
+    lease, _ = api.claim(job["id"], new_id("wrk"))
     asked = utcnow()
     answer = client.post(f"/v1/jobs/{job['id']}/{action}", json=body) if body else client.post(f"/v1/jobs/{job['id']}/{action}")
     assert answer.status_code == 200 and answer.json()["status"] == {"pause": "pausing", "cancel": "cancelling"}[action]

@@ -132,7 +132,7 @@ def test_a_backup_copies_the_bucket_and_is_restored_into_one_that_holds_nothing_
     store.close()
     there = {"data_dir": tmp_path / "new", "database_url": SecretStr(f"sqlite:///{tmp_path / 'new.db'}")}
     write(Blobs(tmp_path / "stranger", Bucket(URL)))
-    with pytest.raises(backup.BackupFailed, match=f"holds 1 blobs .* such as {CHECKPOINT}"):
+    with pytest.raises(backup.BackupFailed, match=f"holds 1 blob .* such as {CHECKPOINT}"):
         backup.restore(served.model_copy(update=there), tmp_path / "copy")
     assert not (tmp_path / "new.db").exists()
     empty = served.model_copy(update={**there, "blob_url": "s3://models/other"})

@@ -16,6 +16,7 @@ from pydantic import SecretStr
 
 from service import doorbell
 from service.doorbell import RING_TASK, Doorbell, Signals, celery_app, channel_name, kombu_url, queue_name, redis_py_url
+from service.ids import new_id
 from service.settings import Settings
 
 
@@ -208,14 +209,16 @@ def test_a_listener_wakes_for_its_job_and_its_kind_of_signal(bell: Doorbell) -> 
 
 def test_a_signal_wakes_only_who_waits_for_its_kind(bell: Doorbell, url: str) -> None:
     """Each that it wakes takes the time of a core that also computes."""
-    client = redis.Redis.from_url(redis_py_url(url))
+    client, job_id = redis.Redis.from_url(redis_py_url(url)), new_id("job")
 
     async def act() -> list[int]:
         async with running(url):
-            assert bell.listen({"job_1"}, 0.05) is False
-            return [client.publish(channel_name("job_1", what), what) for what in ("wish", "operation", "events", "answer")]  # pyright: ignore[reportReturnType]
+            assert bell.listen({job_id}, 0.05) is False
+            return [client.publish(channel_name(job_id, what), what) for what in ("wish", "operation", "events", "answer")]  # pyright: ignore[reportReturnType]
 
-    assert asyncio.run(act()) == [1, 0, 1, 1]
+    wish, operation, *followed = asyncio.run(act())
+    assert (wish, operation) == (1, 0)
+    assert min(followed) >= 1  # other tests beside this one have followers of all jobs, too
 
 
 def test_signals_of_several_kinds_are_heard(bell: Doorbell) -> None:

@@ -37,6 +37,7 @@ MADE_OF: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
     "PolicyFailed": (("model_not_found", "no such model"), {"hint": "look", "subject": Subject.SOURCE}),
     "BadTensors": (("begins at byte 8", "log_probs"), {}),
     "BadJson": (("syntax", "Expecting value"), {"at": 7, "line": 2, "column": 3}),
+    "MarkedYAMLError": ((None, None, "the key stands twice", None), {}),
     "NotThese": ((WRONG,), {}),
     "ItemRefused": (([WRONG, FieldError("", "too large")],), {}),
     "Retry": (("no answer", 2.5), {}),
