@@ -23,10 +23,10 @@ BASH = """
     local IFS=$'\\n' piece blank word rest=$COMP_LINE words=()
     for piece in "${COMP_WORDS[@]:0:COMP_CWORD+1}"; do
         blank=${rest%%%%[![:blank:]]*}
-        if [[ -n $blank || ${#words[@]} -eq 0 ]]; then words+=("$piece"); else words[-1]+=$piece; fi
+        if [[ -n $blank || ${#words[@]} -eq 0 ]]; then words+=("$piece"); else words[${#words[@]}-1]+=$piece; fi
         rest=${rest#"$blank$piece"}
     done
-    word=${words[-1]}
+    word=${words[${#words[@]}-1]}
     COMPREPLY=( $( env COMP_WORDS="${words[*]}" \\
                    COMP_CWORD=$(( ${#words[@]} - 1 )) \\
                    %(autocomplete_var)s=complete_bash $1 ) )
