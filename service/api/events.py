@@ -66,7 +66,7 @@ class EventsQuery(EitherWay):
     before: Annotated[int | None, Field(ge=1, le=MAX_SEQ, description="newest first: only events with a smaller `seq`")] = None
     every_s: Annotated[
         float,
-        Field(ge=0, le=60, description="of a stream: what is new is told at once, but not before so long after the last time"),
+        Field(ge=0, le=10, description="of a stream: what is new is told at once, but not before so long after the last time"),
     ] = 0
     without: Annotated[
         list[Literal["step", "phase_changed"]], Field(description="newest first: types to leave out; repeatable")

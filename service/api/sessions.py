@@ -247,14 +247,18 @@ def list_operations(
         for view in views:
             view.summary = summary(answers[view.id]) if view.id in answers else None
         cursors = [row.id if is_back else str(row.seq) for row in rows]
-        return OperationPage(
+        waiting = operations.load(session, job.id).count
+        page = OperationPage(
             data=views,
             has_more=has_more,
             first_id=cursors[0] if cursors else None,
             last_id=cursors[-1] if cursors else None,
             next_seq=operations.next_seq(session, job.id),
-            waiting=operations.load(session, job.id).count,
+            waiting=waiting,
         )
+    if waiting:  # else nothing is told that may not be on the disk yet
+        context.store.sync()
+    return page
 
 
 @router.get(

@@ -1,11 +1,11 @@
 """Shell completion of ids and states. It offers nothing if no service is found."""
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import typer
 from rich.markup import escape
-from typer import _completion_shared as shells  # where bash's script is replaced
 
 from ratchet_client import Ratchet
 from service.cli.connection import connect
@@ -40,7 +40,10 @@ complete -o default -F %(complete_func)s %(prog_name)s
 
 def install_script() -> None:
     """Let `--install-completion` and `--show-completion` give bash the script above in place of Typer's."""
-    shells._completion_scripts["bash"] = BASH  # pyright: ignore[reportPrivateUsage]
+    with suppress(ImportError, AttributeError):  # no part of its interface: without it, bash gets Typer's script
+        from typer import _completion_shared
+
+        _completion_shared._completion_scripts["bash"] = BASH  # pyright: ignore[reportPrivateUsage]
 
 
 def complete_job(context: typer.Context, incomplete: str) -> list[tuple[str, str]]:

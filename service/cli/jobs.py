@@ -31,7 +31,7 @@ from service.cli.output import (
     status_text,
 )
 from service.metric_names import EVAL_GREEDY_REWARD_MEAN, EVAL_LOSS, EVAL_REWARD_MEAN
-from service.validation.core_yaml import CoreLoader
+from service.validation import core_yaml
 from service.validation.words import counted
 
 FACTS = {  # of job.resolved
@@ -260,7 +260,7 @@ def read_spec(file: str) -> bytes:
 
 def parse_mapping(text: bytes, file: str) -> dict[str, Any]:
     try:
-        value = yaml.load(text, Loader=CoreLoader)
+        value = core_yaml.load(text)
     except yaml.YAMLError as error:
         raise RatchetError(f"{file} is not YAML: {error}") from None
     if not isinstance(value, dict):

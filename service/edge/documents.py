@@ -11,7 +11,7 @@ import yaml
 from service.errors import BodyTooLarge, Malformed, RatchetError
 from service.spec.storable import MAX_DEPTH, not_storable
 from service.validation import invalid
-from service.validation.core_yaml import CoreLoader, DuplicateKey
+from service.validation.core_yaml import CoreLoader, DuplicateKey, events
 from service.validation.strict_json import MAX_VALUES, BadJson, decoded, no_key_twice, read
 
 MAX_KEYS = 2000  # of one object: validation reports an error for each unknown key
@@ -105,13 +105,9 @@ def parse_yaml(raw: bytes) -> Any:
 
 
 def _check_events(text: str) -> None:
-    """Refuse tags, too deep nesting and aliases before any value is built. With aliases one line can expand to gigabytes."""
+    """Refuse tags, too deep nesting and aliases before any value is built."""
     depth = 0
-    for event in yaml.parse(text, Loader=CoreLoader):
-        if isinstance(event, yaml.AliasEvent):
-            raise _at(event.start_mark, f"aliases (*{event.anchor}) are not taken; write the value out")
-        if getattr(event, "tag", None) is not None:
-            raise _at(event.start_mark, f"tags ({event.tag}) are not taken; only JSON's values are")
+    for event in events(text):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > MAX_DEPTH:
             raise _too_deep()

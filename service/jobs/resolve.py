@@ -16,7 +16,7 @@ from service.jobs.chats import Chats
 from service.jobs.data import Data, DataRows, InlineRows, open_source, split
 from service.jobs.gym import check_task
 from service.jobs.gym_rows import RowMaker
-from service.jobs.held_out import check_seeds, learnt_rows
+from service.jobs.held_out import check_seeds, learnt_rows, shared_seeds
 from service.jobs.reference_checks import Formula, check_references
 from service.jobs.resolve_model import resolve_model, tokenizer_folder
 from service.jobs.resolve_reward import check_metrics, check_reward, wrong_ways
@@ -98,7 +98,12 @@ def resolve(store: Store, settings: Settings, project: str, spec: RLSpec | Super
         max_steps=spec.limits.max_steps,
         from_checkpoint_id=None if model.from_checkpoint is None else model.from_checkpoint.id,
         estimates=estimates,
-        warnings=[*_warnings(spec, estimates), *overlong_rows(spec, data), *learnt_rows(spec.data, taken)],
+        warnings=[
+            *_warnings(spec, estimates),
+            *overlong_rows(spec, data),
+            *learnt_rows(spec.data, taken),
+            *shared_seeds(spec.data),
+        ],
         dataset_paths=paths,
         formulas=formulas,
         chats=None if tokenizer is None else Chats(tokenizer, spec, data),

@@ -169,12 +169,13 @@ def _numbers(value: Value) -> list[Any] | None:
 
 
 def _joined_otherwise(*values: Value) -> bool:
-    """Whether one side joins inequalities of several unknowns by `or`, and the other does not: they hold in other places."""
+    """Whether one side joins inequalities for different unknowns by `or`, and the other does not: they hold in other places."""
     listings = [value for value in values if isinstance(value, Listing) and _is_region(value)]
     if len(listings) < 2 or len({value.joined == "or" for value in listings}) < 2:
         return False
     read = [expression(item) for item in listings[0].items if isinstance(item, Atom)]
-    return len({name for item in read for name in getattr(item, "free_symbols", ())}) > 1
+    alone = [{side for side in getattr(item, "args", ()) if getattr(side, "is_Symbol", False)} for item in read]
+    return bool(alone) and all(alone) and not set.intersection(*alone)  # x < -m or x > m is for x alone
 
 
 def _solved(read: Any) -> bool:

@@ -125,6 +125,7 @@ def _create(
         with context.store.begin(readonly=True) as session:
             if tinker.find(session, TinkerModel, caller.project, model_id) is None:
                 raise
+        return _create(context, caller, sent, model, seed, base_model)  # which now finds the first one
     return answer
 
 

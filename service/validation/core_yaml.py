@@ -1,6 +1,7 @@
 """YAML as specs are written in it: YAML 1.2's core schema, where PyYAML reads 1.1."""
 
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import yaml
@@ -26,6 +27,25 @@ class CoreLoader(yaml.CSafeLoader):
                 raise DuplicateKey(None, None, f"the key {key.value!r} stands twice in one mapping", key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
+
+
+def events(text: str | bytes) -> Iterator[Any]:
+    """What PyYAML reads, before any value is built. Aliases, by which a line can expand to gigabytes, and tags are refused."""
+    for event in yaml.parse(text, Loader=CoreLoader):
+        if isinstance(event, yaml.AliasEvent):
+            problem = f"aliases (*{event.anchor}) are not taken; write the value out"
+            raise yaml.constructor.ConstructorError(None, None, problem, event.start_mark)
+        if getattr(event, "tag", None) is not None:
+            problem = f"tags ({event.tag}) are not taken; only JSON's values are"
+            raise yaml.constructor.ConstructorError(None, None, problem, event.start_mark)
+        yield event
+
+
+def load(text: str | bytes) -> Any:
+    """The value of a document. Raises yaml.YAMLError."""
+    for _ in events(text):
+        pass
+    return yaml.load(text, Loader=CoreLoader)
 
 
 for _tag, _pattern, _first in (

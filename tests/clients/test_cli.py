@@ -234,6 +234,9 @@ def test_fork_changes_parts_of_the_spec(cli: Cli, hand: Any, job_id: str) -> Non
     assert cli("fork", job_id, "--changes", "-", stdin="- a list").code == 1
     twice = cli("fork", job_id, "--changes", "-", stdin="name: a\nname: b")
     assert twice.code == 1 and "line 2" in twice.err and "'name' stands twice" in twice.err
+    for text in ("name: !!int x", "name: &a [*a]"):
+        refused = cli("fork", job_id, "--changes", "-", stdin=text)
+        assert refused.code == 1 and "are not taken" in refused.err
     noted = cli("fork", job_id, "--changes", "-", "--json", stdin="metadata: {day: 2024-01-31, at: 12:30, again: yes}").json
     assert noted["spec"]["metadata"] == {"day": "2024-01-31", "at": "12:30", "again": "yes"}  # as the service reads YAML
 

@@ -118,7 +118,9 @@ TABLE: dict[str, tuple[str, list[str], list[str]]] = {
     "a set for a union": (r"\{1,2\}\cup\{3\}", [r"\boxed{\{1,2,3\}}", "1, 2, 3"], [r"\{1,2\}", "1, 2, 4", "(1, 2, 3)"]),
     "inequalities of two unknowns": ("x > 3, y < 5", ["y < 5 and x > 3", "y < 5, x > 3"], ["y < 5 or x > 3", "x > 3"]),
     "one of two inequalities": ("x > 3 or y < 5", ["y < 5 or x > 3"], ["y < 5, x > 3", "y < 5 and x > 3"]),
+    "two inequalities for one of two unknowns": ("x < -m or x > m", ["x < -m, x > m"], ["x < m or x > -m"]),
     "an inequality that does not hold": ("x > 3", ["so x > 3"], ["not x > 3", r"\boxed{\text{not } x > 3}", r"\neg(x > 3)"]),
+    "an inequality of which it is asked": ("x > 3", ["We are asked whether or not x > 3"], ["not x > 3"]),
     "looks": (
         "42",
         [

@@ -209,7 +209,9 @@ def test_numbers_of_procedural_rows_are_held_out(trying: Try, seed: int, size: i
     else:
         trying(spec)
     other = but(spec, data__eval__config={"max_terms": 3})  # most of its rows are the same
-    trying(other) if not wrong else only(trying, other)
+    found = [warning for warning in trying(other).warnings if warning.startswith("data.eval may hold training rows")]
+    assert len(found) == bool(wrong)
+    assert not wrong or f"so up to {counted(wrong, 'row')} of the {size} of data.eval would be learnt from" in found[0]
     together = but(spec, data__train__task="acre", data__eval__task="acre")
     trying(together) if seed != 5 else only(trying, together)
 
@@ -239,6 +241,11 @@ def test_numbers_of_a_composites_parts_are_held_out(trying: Try) -> None:
     both = but(spec, data__train={**composite, "seed": 20}, data__eval={**swapped, "seed": 30})
     assert only(trying, both).allowed == "at least 31, or at most 9"  # of leg_counting 21 to 30, and 32 to 41
     trying(but(both, data__eval__seed=31))
+    harder = {**composite, "config": {"datasets": [{"name": "chain_sum", "config": {"min_terms": 10, "max_terms": 12}}]}}
+    (warning,) = [
+        one for one in trying(but(spec, data__train=train, data__eval={**harder, "seed": 5})).warnings if "data.eval" in one
+    ]
+    assert "eval.seed should be at least 24" in warning
 
 
 # ---------------------------------------------------------------- rows and templates

@@ -15,7 +15,7 @@ CALCULATED = re.compile(r"<<[^<>]*>>")  # GSM8K's calculator
 SEAMS = re.compile(r"(?<=[A-Za-z]{2}:)(?=[\d$\\(-])|(?<![\w-])[=-]+>|[→⇒]")  # where a word or an arrow touches a number
 APPROXIMATELY = re.compile(r"\\approx(?![a-zA-Z])|≈")
 CONSTANT = re.compile(r"\\(?:sqrt|frac|pi|log|ln|sin|cos|tan|cdot|times|binom|circ)(?![A-Za-z])|(?<![A-Za-z])e(?![A-Za-z])")
-NOT = re.compile(r"(?:\bnot|\\(?:neg|lnot))\s*\}?[\s$({]*\Z", re.IGNORECASE)
+NOT = re.compile(r"(?:(?<!\bor )\bnot|\\(?:neg|lnot))\s*\}?[\s$({]*\Z", re.IGNORECASE)
 ALLOWED = (
     "a number (1,000, 1.5e3, 3 1/2, 50%, 5 cm), a LaTeX formula, a list, tuple, interval or set of these, one word or "
     "\\text{...}, or a text with its final answer in \\boxed{...}, <answer> or after ####"

@@ -74,11 +74,14 @@ def test_chunks_of_the_head_change_neither_scores_nor_gradients(load, some_seque
     def run():
         policy.base.model.zero_grad()
         log_probs, entropy = Scorer(policy.base.model)(batch)
-        (log_probs * torch.linspace(-1, 1, len(log_probs))).sum().backward()
-        return log_probs.detach(), entropy, [p.grad.clone() for p in policy.base.model.parameters()]
+        alone = Scorer(policy.base.model).log_probs(batch.input_ids_B_L, batch.positions_N, batch.targets_N)
+        for each in (log_probs, alone):
+            (each * torch.linspace(-1, 1, len(each))).sum().backward()
+        return log_probs.detach(), entropy, alone.detach(), [p.grad.clone() for p in policy.base.model.parameters()]
 
     whole = run()
-    monkeypatch.setattr(module, "CHUNK_BYTES", 4 * policy.base.model.config.vocab_size * 7)  # seven positions at a time
+    for budget in ("CHUNK_BYTES", "TRAINED_CHUNK_BYTES"):
+        monkeypatch.setattr(module, budget, 4 * policy.base.model.config.vocab_size * 7)  # seven positions at a time
     chunked = run()
     torch.testing.assert_close(chunked, whole, atol=1e-6, rtol=1e-5)
 

@@ -124,10 +124,12 @@ class Scorer:
         if isinstance(of, LogProbsAlone) and torch.is_grad_enabled() and _is_one_matrix(head):
             weight, temperature = head.weight, of.temperature
             if weight.requires_grad and self.shards is None:
-                keeps = len(hidden_N_H) * position_bytes <= TRAINED_CHUNK_BYTES
-                targets_N_K = _in_columns(targets_N)
-                found = trained_head_log_probs(hidden_N_H, weight, targets_N_K, temperature=temperature, keeps=keeps)
-                return (found.view(targets_N.shape),)
+                rows = max(1, TRAINED_CHUNK_BYTES // position_bytes)
+                found = [
+                    trained_head_log_probs(hidden, weight, targets, temperature=temperature, keeps=len(hidden_N_H) <= rows)
+                    for hidden, targets in zip(hidden_N_H.split(rows), _in_columns(targets_N).split(rows), strict=True)
+                ]
+                return (torch.cat(found).view(targets_N.shape),)
             if not weight.requires_grad and targets_N.dim() == 1:
                 rows = max(1, FROZEN_CHUNK_BYTES // position_bytes)
                 return (frozen_head_log_probs(hidden_N_H, weight, targets_N, temperature=temperature, rows=rows),)

@@ -8,6 +8,7 @@ high by 7e-6 on average (torch 2.13), twenty times the error of `logsumexp`, and
 policy.
 """
 
+from math import nan
 from typing import Any
 
 import torch
@@ -117,7 +118,7 @@ class _TrainedHead(torch.autograd.Function):
         ctx: Any, hidden_N_H: Tensor, weight_V_H: Tensor, targets_N_K: Tensor, temperature: float, keeps: bool
     ) -> Tensor:
         ctx.temperature, kept, wholes, start = temperature, list[Tensor](), list[Tensor](), 0
-        chosen_N_K = hidden_N_H.new_zeros(targets_N_K.shape, dtype=_wide(hidden_N_H))
+        chosen_N_K = hidden_N_H.new_full(targets_N_K.shape, nan, dtype=_wide(hidden_N_H))  # of a token outside the vocabulary
         for weight in weight_V_H.split(COLUMNS):
             raw = hidden_N_H @ weight.T
             if keeps:
@@ -138,7 +139,7 @@ class _TrainedHead(torch.autograd.Function):
         """Block by block: the gradient of the block's logits, what it adds to that of the hidden states, and these rows of
         the weight's. The block is then freed, so the weight's gradient grows as the logits go."""
         hidden_N_H, weight_V_H, targets_N_K, whole_N_1 = ctx.saved_tensors
-        kept, ctx.kept = ctx.kept, []  # which a second backward pass would find
+        kept = ctx.kept
         if kept == []:
             raise RuntimeError("the logits were freed as the gradient was computed, which is possible once")
         total_N_1, start = -grad_N_K.sum(-1, keepdim=True) / ctx.temperature, 0
