@@ -102,7 +102,7 @@ def resolve(store: Store, settings: Settings, project: str, spec: RLSpec | Super
             *_warnings(spec, estimates),
             *overlong_rows(spec, data),
             *learnt_rows(spec.data, taken),
-            *shared_seeds(spec.data),
+            *(shared_seeds(spec.data) if data.eval is not None else ()),
         ],
         dataset_paths=paths,
         formulas=formulas,
