@@ -187,7 +187,7 @@ def ended(stack: Stack, job_id: str) -> Any:
             assert job["status"] == "succeeded", job["error"]
             return job
         time.sleep(0.02)
-    raise RuntimeError(f"{job_id} did not end")
+    raise RuntimeError(f"{job_id} did not end: {stack.ratchet.get_job(job_id)}")
 
 
 def main() -> None:
