@@ -278,9 +278,10 @@ def loose(connection: Connection, job_ids: Collection[str], *, known: Collection
     return [Logged(*row) for row in rows]
 
 
+# `lane > ""` is any other lane. With `!=` SQLite walks all operations of the session in the order of `created_at`.
 _LOOSE = (
     select(*_LOGGED)
-    .where(_T.c.job_id.in_(bindparam("jobs", expanding=True)), _T.c.lane != ORDERED, _T.c.status == "waiting")
+    .where(_T.c.job_id.in_(bindparam("jobs", expanding=True)), _T.c.lane > ORDERED, _T.c.status == "waiting")
     .where(_T.c.id.not_in(bindparam("known", expanding=True)))
     .order_by(_T.c.created_at, _T.c.id)
     .limit(bindparam("most"))
@@ -354,10 +355,13 @@ def has_suspects(session: Session | Connection, job_id: str, attempt: int) -> bo
 
 
 def forget_requests(session: Session, job_id: str, before: int) -> None:
-    """Forget the requests of ordered operations below seq `before`: a snapshot holds what they did."""
-    _forget(
-        session, Operation.job_id == job_id, Operation.lane == ORDERED, Operation.seq < before, Operation.request.is_not(None)
-    )
+    """Forget the requests of ordered operations below seq `before`: a snapshot holds what they did.
+
+    Those of a session are always forgotten from its beginning on, so only what follows the last forgotten one is looked at.
+    """
+    below = (Operation.job_id == job_id, Operation.lane == ORDERED, Operation.seq < before)
+    forgotten = select(Operation.seq).where(*below, Operation.request.is_(None)).order_by(Operation.seq.desc()).limit(1)
+    _forget(session, *below, Operation.seq > (session.scalar(forgotten) or 0))
 
 
 def _forget(session: Session | Connection, *where: Any) -> None:

@@ -172,6 +172,43 @@ def test_snapshot_forgets_what_no_replay_needs(session: Session) -> None:
     session.append(step(1))  # a repeat is recognised without its request
 
 
+def test_a_snapshot_forgets_from_where_the_last_one_ended(session: Session) -> None:
+    session.append(*(step(seq) for seq in range(1, 7)))
+    lease = session.claim()
+    for replay_from in (2, 5, 3):
+        leases.commit_snapshot(session.store, session.settings, lease, snapshot(2), replay_from=replay_from)
+    assert [session.row(seq).request is None for seq in range(1, 7)] == [True] * 4 + [False] * 2
+
+
+def test_what_is_read_does_not_grow_with_the_session(session: Session, store: Store) -> None:
+    """Counted in SQLite's own steps: to look at each of the 600 operations takes thousands."""
+    if store.engine.dialect.name != "sqlite":
+        pytest.skip("counts SQLite's steps")
+    lease = session.claim()
+    for first in range(1, 601, 200):
+        ids = session.append(*map(step, range(first, first + 200)))
+        session.answer(lease, *(Answered(id_, b"") for id_ in ids))
+    leases.commit_snapshot(store, session.settings, lease, snapshot(1), replay_from=598)
+    session.append(step(601), step(1, lane="a"))
+    questions = {
+        "ready": lambda sql: operations.ready(sql.connection(), {session.id: 600}),
+        "loose": lambda sql: operations.loose(sql.connection(), [session.id]),
+        "load": lambda sql: operations.load(sql, session.id),
+        "has_waiting": lambda sql: operations.has_waiting(sql, session.id, 600),
+        "forget_requests": lambda sql: operations.forget_requests(sql, session.id, 601),
+    }
+    taken = dict[str, int]()
+    with store.begin() as sql:
+        raw: Any = sql.connection().connection.driver_connection
+        for name, ask in questions.items():
+            steps = count()
+            raw.set_progress_handler(lambda steps=steps: int(next(steps) < 0), 1)
+            assert ask(sql) or name == "forget_requests"
+            raw.set_progress_handler(None, 1)
+            taken[name] = next(steps)
+    assert all(0 < steps < 1000 for steps in taken.values()), taken
+
+
 def test_named_checkpoints_stay_and_snapshots_go(session: Session, store: Store) -> None:
     lease = session.claim()
     rows = [snapshot(1), snapshot(2, name="mine"), snapshot(3), snapshot(4)]
