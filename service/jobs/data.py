@@ -59,6 +59,10 @@ class DataRows(Sequence[Row]):
         """The number of row `index` in the source, for messages."""
         return index
 
+    def same_as(self, chosen: set[int]) -> set[int]:
+        """The indices of all rows that are the same as a chosen one. Of rows that are yet to be made: the chosen ones."""
+        return chosen
+
 
 class InlineRows(DataRows):
     """Rows given in the spec."""
@@ -71,6 +75,9 @@ class InlineRows(DataRows):
 
     def _row(self, index: int) -> Row:
         return self._rows[index]
+
+    def same_as(self, chosen: set[int]) -> set[int]:
+        return _same([json.dumps(row, sort_keys=True).encode() for row in self._rows].__getitem__, len(self), chosen)
 
 
 class JsonlRows(DataRows):
@@ -100,8 +107,15 @@ class JsonlRows(DataRows):
         return end
 
     def _row(self, index: int) -> Row:
+        return json.loads(self._line(index))
+
+    def _line(self, index: int) -> bytes:
         start, end = self._offsets[index], self._offsets[index + 1]
-        return json.loads(os.pread(self._descriptor, end - start, start))
+        return os.pread(self._descriptor, end - start, start)
+
+    def same_as(self, chosen: set[int]) -> set[int]:
+        """Rows are compared as they stand in the file: parsing each would take many times as long."""
+        return _same(self._line, len(self), chosen)
 
 
 class ReasoningGymRows(DataRows):
@@ -131,20 +145,20 @@ class ReasoningGymRows(DataRows):
 
 
 class Subset(DataRows):
-    """Some of another sequence's rows."""
+    """Some of the rows of another sequence, `whole`."""
 
     def __init__(self, rows: DataRows, indices: Sequence[int]) -> None:
-        self._rows = rows
+        self.whole = rows
         self._indices = array("Q", indices)
 
     def __len__(self) -> int:
         return len(self._indices)
 
     def _row(self, index: int) -> Row:
-        return self._rows[self._indices[index]]
+        return self.whole[self._indices[index]]
 
     def number(self, index: int) -> int:
-        return self._rows.number(self._indices[index])
+        return self.whole.number(self._indices[index])
 
 
 @dataclass(frozen=True)
@@ -263,14 +277,28 @@ def open_source(source: TrainSource, dataset_path: Callable[[str], Path], pointe
 
 
 def split(rows: DataRows, held_out: int, seed: int) -> tuple[DataRows, DataRows]:
-    """Training rows and held-out rows, drawn with the seed. Both keep their order."""
+    """Training rows and held-out rows, drawn with the seed. Both keep their order. A row that is the same as a held-out one is
+    in neither."""
     if held_out >= len(rows):
-        detail = f"the split holds out {counted(held_out, 'row')} of {len(rows)}: nothing would be left to train on"
-        raise InvalidRequest(
-            detail, [FieldError("/data/eval/rows", detail, "split_too_large", held_out, f"less than {len(rows)}")]
-        )
+        raise _split_too_large(f"the split holds out {counted(held_out, 'row')} of {len(rows)}", held_out, len(rows))
     chosen = set(_random(seed, "split").sample(range(len(rows)), held_out))
-    return Subset(rows, [i for i in range(len(rows)) if i not in chosen]), Subset(rows, sorted(chosen))
+    out = rows.same_as(chosen)
+    if len(out) == len(rows):
+        raise _split_too_large(f"all other rows are the same as the {held_out} that the split holds out", held_out, len(rows))
+    return Subset(rows, [i for i in range(len(rows)) if i not in out]), Subset(rows, sorted(chosen))
+
+
+def _split_too_large(why: str, held_out: int, rows: int) -> InvalidRequest:
+    detail = f"{why}: nothing would be left to train on"
+    return InvalidRequest(detail, [FieldError("/data/eval/rows", detail, "split_too_large", held_out, f"less than {rows}")])
+
+
+def _same(text: Callable[[int], bytes], rows: int, chosen: set[int]) -> set[int]:
+    def digest(index: int) -> bytes:
+        return blake2b(text(index), digest_size=16).digest()
+
+    wanted = set(map(digest, chosen))
+    return {index for index in range(rows) if digest(index) in wanted}
 
 
 def prompt_indices(n: int, step: int, count: int, seed: int, shuffle: bool) -> list[int]:

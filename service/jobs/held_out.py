@@ -7,8 +7,8 @@ from time import monotonic
 from typing import Any
 
 from service.errors import FieldError
-from service.jobs.data import Data, DataRows, Row, given_rows
-from service.spec.data import DataSpec, ReasoningGymSource
+from service.jobs.data import Data, DataRows, Row, Subset, given_rows
+from service.spec.data import DataSpec, ReasoningGymSource, SplitSource
 from service.validation.words import counted
 
 ROWS_TOGETHER = {"acre", "gsm_symbolic", "list_functions"}
@@ -30,32 +30,45 @@ class _Made:
         return self.numbers.start < other.numbers.stop and other.numbers.start < self.numbers.stop
 
 
+@dataclass(frozen=True)
+class _Shared:
+    """Rows that both sources make: what is wrong, which seeds data.eval may have, and whether the configs are alike too."""
+
+    detail: str
+    allowed: str
+    alike: bool
+
+
 def check_seeds(data: DataSpec) -> list[FieldError]:
     """An error if both sources make rows of one reasoning-gym task and config from the same numbers.
 
     In 102 of the 105 tasks of reasoning-gym 0.1.25, row i derives from seed + i alone: those of seed 1 are those of seed 0,
     moved by one. In the others all rows derive from the seed together.
     """
-    return [error for error in _shared(data) if error.code == "not_held_out"]
+    shared = _shared(data)
+    if shared is None or not shared.alike:
+        return []
+    assert isinstance(data.eval, ReasoningGymSource)
+    return [FieldError("/data/eval/seed", shared.detail, "not_held_out", data.eval.seed, shared.allowed)]
 
 
 def shared_seeds(data: DataSpec) -> Iterator[str]:
     """A warning if both make rows of one task from the same numbers, by other configs: with max_terms 7 for 6, 52 of the first
     60 rows of chain_sum are the same; with numbers of other sizes, none."""
-    for error in _shared(data):
-        if error.code != "not_held_out":
-            yield f"data.eval may hold training rows, though its config is another: {error.detail}"
+    shared = _shared(data)
+    if shared is not None and not shared.alike:
+        yield f"data.eval may hold training rows, though its config is another: {shared.detail}"
 
 
-def _shared(data: DataSpec) -> Iterator[FieldError]:
+def _shared(data: DataSpec) -> _Shared | None:
     train, held_out = data.train, data.eval
     if not isinstance(train, ReasoningGymSource) or not isinstance(held_out, ReasoningGymSource):
-        return
+        return None
     whole = (train.task, train.config) == (held_out.task, held_out.config)
     pairs = [(a, b) for a in _made(train, whole) for b in _made(held_out, whole) if a.task == b.task]
     wrong = sorted((pair for pair in pairs if pair[0].repeats(pair[1])), key=lambda pair: pair[0].config != pair[1].config)
     if not wrong:
-        return
+        return None
     learnt, measured = wrong[0]
     alike = learnt.config == measured.config
     must = "must" if alike else "should"
@@ -72,7 +85,7 @@ def _shared(data: DataSpec) -> Iterator[FieldError]:
             f"row i of {learnt.task} is made from seed + i, so {learnt_from} of the {len(measured.numbers)} of data.eval would "
             f"be learnt from (seed {train.seed}, {counted(len(learnt.numbers), 'row')}); eval.seed {must} be {allowed}"
         )
-    yield FieldError("/data/eval/seed", detail, "not_held_out" if alike else "may_repeat", held_out.seed, allowed)
+    return _Shared(detail, allowed, alike)
 
 
 def _made(source: ReasoningGymSource, whole: bool) -> list[_Made]:
@@ -82,6 +95,14 @@ def _made(source: ReasoningGymSource, whole: bool) -> list[_Made]:
         return [_Made(source.task, source.config, range(source.seed, source.seed + count))]
     starts = enumerate(source.config["datasets"], source.seed + 1)
     return [_Made(part["name"], part.get("config", {}), range(start, start + count)) for start, part in starts]
+
+
+def copied_rows(spec: DataSpec, data: Data) -> Iterator[str]:
+    """A warning if a split leaves out rows because they are the same as held-out ones."""
+    if isinstance(spec.eval, SplitSource) and isinstance(data.train, Subset) and data.eval is not None:
+        copies = len(data.train.whole) - len(data.train) - len(data.eval)
+        if copies:
+            yield f"{counted(copies, 'row')} {'is' if copies == 1 else 'are'} left out, the same as held-out ones"
 
 
 def learnt_rows(spec: DataSpec, data: Data) -> Iterator[str]:

@@ -13,10 +13,10 @@ from sqlalchemy.orm import Session
 from service.doorbell import class_of
 from service.errors import FieldError, InvalidRequest, NotFound
 from service.jobs.chats import Chats
-from service.jobs.data import Data, DataRows, InlineRows, open_source, split
+from service.jobs.data import Data, DataRows, Row, open_source, split
 from service.jobs.gym import check_task
 from service.jobs.gym_rows import RowMaker
-from service.jobs.held_out import check_seeds, learnt_rows, shared_seeds
+from service.jobs.held_out import check_seeds, copied_rows, learnt_rows, shared_seeds
 from service.jobs.reference_checks import Formula, check_references
 from service.jobs.resolve_model import resolve_model, tokenizer_folder
 from service.jobs.resolve_reward import check_metrics, check_reward, wrong_ways
@@ -38,6 +38,19 @@ T = TypeVar("T")
 
 DEFAULT_EVAL_TOKENS = 64
 GYM_ROW = {"question": "", "answer": "", "metadata": {}}  # the columns of every task; only the worker makes rows
+
+
+class _Unmade(DataRows):
+    """So many rows, of which only the columns are known."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def _row(self, index: int) -> Row:
+        return GYM_ROW
 
 
 @dataclass(frozen=True)
@@ -101,6 +114,7 @@ def resolve(store: Store, settings: Settings, project: str, spec: RLSpec | Super
         warnings=[
             *_warnings(spec, estimates),
             *overlong_rows(spec, data),
+            *copied_rows(spec.data, data),
             *learnt_rows(spec.data, taken),
             *(shared_seeds(spec.data) if data.eval is not None else ()),
         ],
@@ -151,7 +165,7 @@ def _source(source: TrainSource, paths: dict[str, Path], pointer: str) -> DataRo
     if isinstance(source, ReasoningGymSource):
         # With some configs a row takes forever to make. Only the number of rows and their columns are needed here.
         check_task(source, pointer)
-        return InlineRows([GYM_ROW] * min(source.size, source.max_rows or source.size))
+        return _Unmade(min(source.size, source.max_rows or source.size))
     try:
         return open_source(source, paths.__getitem__, pointer, RowMaker())
     except FileNotFoundError:

@@ -62,7 +62,7 @@ class ReasoningGymSource(Section):
 
 
 class SplitSource(Section):
-    """Rows held out of the training source; they are never trained on."""
+    """Rows held out of the training source: neither they nor given rows that are the same (every column) are trained on."""
 
     source: Literal["split"]
     rows: Annotated[int, Field(ge=1, le=MOST_COUNTED, description="how many rows are held out, drawn from the seed")]

@@ -99,6 +99,20 @@ def test_a_split_holds_rows_out_and_never_trains_on_them() -> None:
     assert other.eval is not None and list(other.eval) != list(data.eval)
 
 
+@pytest.mark.parametrize("kind", ["inline", "dataset"])
+def test_a_row_that_is_the_same_as_a_held_out_one_is_not_trained_on(kind: str, tmp_path: Path) -> None:
+    rows = [*ROWS, *ROWS[:6], *ROWS[:3]]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train = {"source": "inline", "rows": rows} if kind == "inline" else {"source": "dataset", "id": "ds_1"}
+    data = open_data(spec(train=train, eval={"source": "split", "rows": 4}), 5, lambda _: path)
+    assert data.eval is not None and len(data.eval) == 4
+    held_out = {row["q"] for row in data.eval}
+    assert [row for row in rows if row["q"] not in held_out] == list(data.train) and len(data.train) < len(rows) - 4
+    with pytest.raises(InvalidRequest, match="all other rows are the same as the 1 "):
+        open_data(spec(train={"source": "inline", "rows": ROWS[:1] * 5}, eval={"source": "split", "rows": 1}), 5, nowhere)
+
+
 def test_a_subset_of_a_subset_names_the_rows_of_the_source() -> None:
     inner = Subset(InlineRows([{"n": n} for n in range(10)]), [1, 4, 7, 9])
     outer = Subset(inner, [0, 2])

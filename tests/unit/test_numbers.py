@@ -120,6 +120,14 @@ TABLE: dict[str, tuple[str, list[str], list[str]]] = {
     "one of two inequalities": ("x > 3 or y < 5", ["y < 5 or x > 3"], ["y < 5, x > 3", "y < 5 and x > 3"]),
     "two inequalities for one of two unknowns": ("x < -m or x > m", ["x < -m, x > m"], ["x < m or x > -m"]),
     "an inequality that does not hold": ("x > 3", ["so x > 3"], ["not x > 3", r"\boxed{\text{not } x > 3}", r"\neg(x > 3)"]),
+    "a relation that words deny": (
+        "x > 3",
+        ["It is not true that x < 3. So x > 3.", "It is not 4: x > 3", "It is true that x > 3", "It is false: x > 3 holds"],
+        ["It is not true that x > 3", "It is not the case that $x > 3$.", "The answer: it is false that x > 3",
+         r"\(x > 3\) fails", "We do not have x > 3", "$x > 3$ does not hold", "It can't be that x > 3", "x > 3 is false.",
+         "x > 3 isn't true", r"\boxed{\text{It is not true that } x > 3}", "It is never $x > 3$"],
+    ),
+    "an equation that words deny": ("x = 5", ["not 4, so x = 5", "x = 5"], ["It is not true that x = 5", "$x = 5$ is wrong"]),
     "an inequality of which it is asked": ("x > 3", ["We are asked whether or not x > 3"], ["not x > 3"]),
     "looks": (
         "42",

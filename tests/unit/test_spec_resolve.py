@@ -176,12 +176,24 @@ def test_held_out_rows_that_are_training_rows_are_warned_of(trying: Try, world: 
     (text,) = said(data__eval=uploaded)
     assert text.startswith("3 rows of the 3 of data.eval (for example row 0) have prompt and answer of a training row: ")
     assert said(data__train=uploaded, data__eval=uploaded) and not said()
-    often = said(data__train__rows=ROWS * 3)  # a split of rows that stand there three times
-    assert len(often) == 1 and often[0].startswith("2 rows of the 2 of data.eval")
+    twice = [{**row, "number": number} for number, row in enumerate(ROWS * 2)]  # of a split, and no two rows are the same
+    assert said(data__train__rows=twice, seed=1)[0].startswith("2 rows of the 2 of data.eval")
     others = [{"q": "1+1", "a": "3"}, {"q": "2+1", "a": "4"}, {**ROWS[9], "more": 1}]
     assert said(data__eval={"source": "inline", "rows": others})[0].startswith(
         "1 row of the 3 of data.eval (for example row 2) has prompt and answer"
     )
+
+
+def test_of_a_split_it_is_said_how_many_rows_are_left_out(trying: Try) -> None:
+    often = trying(but(RL, data__train__rows=ROWS * 3, seed=1))
+    assert "4 rows are left out, the same as held-out ones" in often.warnings
+    assert (often.estimates["train_rows"], often.estimates["eval_rows"]) == (3 * len(ROWS) - 6, 2)
+    assert not any("left out" in text or "learnt by heart" in text for text in [*often.warnings[1:], *trying(RL).warnings])
+    gym = {"source": "reasoning_gym", "task": "basic_arithmetic", "size": 10}  # made by the worker
+    graders = [{"kind": "reasoning_gym"}]
+    data = {"train": gym, "eval": {"source": "split", "rows": 2}, "prompt": "{question}"}
+    made = trying({**RL, "data": data, "model": {"source": "org/model"}, "reward": {"graders": graders}})
+    assert made.estimates["train_rows"] == 8
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,18 @@ CALCULATED = re.compile(r"<<[^<>]*>>")  # GSM8K's calculator
 SEAMS = re.compile(r"(?<=[A-Za-z]{2}:)(?=[\d$\\(-])|(?<![\w-])[=-]+>|[→⇒]")  # where a word or an arrow touches a number
 APPROXIMATELY = re.compile(r"\\approx(?![a-zA-Z])|≈")
 CONSTANT = re.compile(r"\\(?:sqrt|frac|pi|log|ln|sin|cos|tan|cdot|times|binom|circ)(?![A-Za-z])|(?<![A-Za-z])e(?![A-Za-z])")
-NOT = re.compile(r"(?:(?<!\bor )\bnot|\\(?:neg|lnot))\s*\}?[\s$({]*\Z", re.IGNORECASE)
+FALSE = r"(?:false|untrue|wrong|incorrect|impossible)"
+TRUE = r"(?:true|right|correct|valid|so|the\s+case)"
+NOT = re.compile(
+    rf"(?:(?:(?<!\bor )\b(?:not|cannot|never)|n['’]t|\\(?:neg|lnot))(?:\s+(?:{TRUE}|be|have|always|necessarily))?(?:\s+that)?"
+    rf"|\b{FALSE}\s+that)[\s}}$({{]*\Z",
+    re.IGNORECASE,
+)  # in front of what is denied
+NOT_SO = re.compile(
+    rf"\S{{0,4}}\s+(?:(?:is|are)\s+(?:{FALSE}|not\s+{TRUE})|(?:is|are)n['’]t\s+{TRUE}"
+    r"|(?:(?:does|do|can)\s+not|(?:does|do|ca)n['’]t|cannot|never)\s+hold|never\s+holds|fails)\b",
+    re.IGNORECASE,
+)  # behind it, after at most a few signs of the formula
 ALLOWED = (
     "a number (1,000, 1.5e3, 3 1/2, 50%, 5 cm), a LaTeX formula, a list, tuple, interval or set of these, one word or "
     "\\text{...}, or a text with its final answer in \\boxed{...}, <answer> or after ####"
@@ -109,8 +120,11 @@ def _within(final: Final, expected: Value, percent: str, cut: bool) -> Iterator[
 
 
 def _is_denied(run: Final, text: str) -> bool:
-    """Whether the run is an inequality behind a `not`: it says the opposite of what it would alone."""
-    return bool(INEQUALITY.search(run.text) and NOT.search(text[: run.at]))
+    """Whether the run is a relation that the words around it deny: it says the opposite of what it would alone."""
+    if not ("=" in run.text or INEQUALITY.search(run.text)):
+        return False
+    end = max(text.find(run.text, run.at), run.at) + len(run.text)  # `at` is that of the sign in front of a formula
+    return bool(NOT.search(text[: run.at]) or NOT_SO.match(text, end))
 
 
 def _is_union(expected: Value) -> bool:
