@@ -280,17 +280,19 @@ def split(rows: DataRows, held_out: int, seed: int) -> tuple[DataRows, DataRows]
     """Training rows and held-out rows, drawn with the seed. Both keep their order. A row that is the same as a held-out one is
     in neither."""
     if held_out >= len(rows):
-        raise _split_too_large(f"the split holds out {counted(held_out, 'row')} of {len(rows)}", held_out, len(rows))
+        raise _split_too_large(
+            f"the split holds out {counted(held_out, 'row')} of {len(rows)}", held_out, f"less than {len(rows)}"
+        )
     chosen = set(_random(seed, "split").sample(range(len(rows)), held_out))
     out = rows.same_as(chosen)
     if len(out) == len(rows):
-        raise _split_too_large(f"all other rows are the same as the {held_out} that the split holds out", held_out, len(rows))
+        raise _split_too_large(f"all other rows are the same as the {held_out} that the split holds out", held_out, None)
     return Subset(rows, [i for i in range(len(rows)) if i not in out]), Subset(rows, sorted(chosen))
 
 
-def _split_too_large(why: str, held_out: int, rows: int) -> InvalidRequest:
+def _split_too_large(why: str, held_out: int, allowed: str | None) -> InvalidRequest:
     detail = f"{why}: nothing would be left to train on"
-    return InvalidRequest(detail, [FieldError("/data/eval/rows", detail, "split_too_large", held_out, f"less than {rows}")])
+    return InvalidRequest(detail, [FieldError("/data/eval/rows", detail, "split_too_large", held_out, allowed)])
 
 
 def _same(text: Callable[[int], bytes], rows: int, chosen: set[int]) -> set[int]:

@@ -30,10 +30,22 @@ WRONG_JSON = {
     "encoding": "not UTF-8 at byte {at}",
     "syntax": "not JSON: {what} at character {at}",
     "too_deep": "nested too deeply",
-    "number": "not readable: {what}",
+    "number": "holds an integer of more than 4300 digits",
     "key_twice": "has the key {what!r} twice",
     "too_many": "holds more than {what} values",
     "constant": "holds {what}, which is not JSON",
+}
+# By their first bytes: what is sent for JSONL by mistake.
+OTHERS = {
+    b"\x1f\x8b": "is compressed (gzip); unpack it first",
+    b"\x28\xb5\x2f\xfd": "is compressed (zstd); unpack it first",
+    b"BZh": "is compressed (bzip2); unpack it first",
+    b"\xfd7zXZ\0": "is compressed (xz); unpack it first",
+    b"PK\x03\x04": "is a zip archive; unpack it first",
+    b"PAR1": "is a Parquet file; write its rows as JSONL",
+    b"ARROW1": "is an Arrow file; write its rows as JSONL",
+    b"\xff\xfe": "is UTF-16; write it as UTF-8",
+    b"\xfe\xff": "is UTF-16; write it as UTF-8",
 }
 TYPES = {str: "string", bool: "boolean", int: "integer", float: "number", list: "array", dict: "object", type(None): "null"}
 
@@ -106,6 +118,8 @@ class _Checked:
             for number, line in enumerate(_lines(chunks), 1):
                 if number > MAX_LINES:
                     raise _given_up(number, f"a dataset may have {MAX_LINES} lines")
+                if number == 1 and (other := next((what for magic, what in OTHERS.items() if line.startswith(magic)), None)):
+                    raise _given_up(number, f"the upload {other}", "bad_line")
                 text = (line.removeprefix(BOM_UTF8) if number == 1 else line).strip(b" \t\r\n")
                 try:
                     if text:
@@ -151,7 +165,7 @@ def read_row(line: bytes) -> dict[str, Any]:
     if not row:
         raise BadLine("is an object without a column")
     if errors := not_storable(row):
-        raise BadLine(f"{errors[0].pointer} {errors[0].detail}")
+        raise BadLine(f"{errors[0].pointer} {errors[0].detail}".strip())
     return row
 
 
@@ -185,4 +199,9 @@ def _lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
 
 
 def _given_up(number: int, detail: str, code: str = "too_many_lines") -> InvalidRequest:
-    return InvalidRequest(detail, [FieldError(f"/lines/{number}", detail, code)], code="bad_dataset")
+    return InvalidRequest(
+        detail,
+        [FieldError(f"/lines/{number}", detail, code)],
+        code="bad_dataset",
+        hint="JSONL: one JSON object a line, in UTF-8",
+    )

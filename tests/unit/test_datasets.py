@@ -1,6 +1,8 @@
+import gzip
 import hashlib
 import io
 import json
+import lzma
 from collections.abc import Iterable
 from typing import Any
 
@@ -80,7 +82,7 @@ def test_blank_lines_marks_and_carriage_returns_do_not_matter(lite_store: Store)
         (b'{"a": "\\ud800"}', "/a holds half of a character"),
         (b'{"a": ' + b"[" * 100 + b"]" * 100 + b"}", "levels deep"),
         (b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested too deeply"),
-        (b'{"a": ' + b"9" * 5000 + b"}", "not readable"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "holds an integer of more than 4300 digits"),
         (b'{"a": 1} {"a": 2}', "not JSON: Extra data"),
     ],
 )
@@ -90,6 +92,20 @@ def test_a_broken_line_is_named_by_its_number(line: bytes, says: str, lite_store
     [field] = error.errors
     assert field.pointer == "/lines/3" and says in field.detail
     assert error.detail.startswith("line 3: ")
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        (gzip.compress(b'{"a": 1}\n'), "is compressed (gzip)"),
+        (lzma.compress(b'{"a": 1}\n'), "is compressed (xz)"),
+        (b"PAR1" + bytes(40) + b"PAR1", "is a Parquet file"),
+        ('{"a": 1}\n'.encode("utf-16"), "is UTF-16"),
+    ],
+)
+def test_what_is_no_jsonl_at_all_is_called_by_its_name(body: bytes, says: str, lite_store: Store) -> None:
+    error = refused(lite_store, body)
+    assert (error.code, len(error.errors)) == ("bad_dataset", 1) and says in error.detail and error.hint is not None
 
 
 def test_the_first_twenty_broken_lines_are_told(lite_store: Store) -> None:
