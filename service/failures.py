@@ -156,7 +156,9 @@ CODES: Mapping[str, Code] = MappingProxyType(
             "infra", "a grader's process does not start on the worker", "look at the worker's installation, then fork the job"
         ),
         "non_finite_logits": Code(
-            "user", "the model gave logits that are not finite while sampling", "use model.dtype: float32, or a sound model"
+            "user",
+            "the model gave logits that are not finite while sampling",
+            "lower optimizer.learning_rate or weight_decay if training made them so; or use float32, or a sound model",
         ),
         "non_finite_loss": Code(
             "user",

@@ -86,12 +86,22 @@ class Tail:
                 self._take(look)
                 if not look.has_more and not self.ended:
                     await bell.wait(POLL_S)
-                    await asyncio.sleep(looked_at + self._every_s - monotonic())
+                    await self._rest(looked_at + self._every_s)
         except NotFound:  # the job was deleted
             self.end()
         except Exception as error:  # the store is away: the streams break, and their clients reconnect
             self.error = error
             self.end()
+
+    async def _rest(self, until: float) -> None:
+        """Wait for the time of the next read. A key that is revoked meanwhile is noticed as soon as without a pace."""
+        while (left := until - monotonic()) > POLL_S:
+            await asyncio.sleep(POLL_S)
+            look = await run_in_threadpool(self._look, None, frozenset(self.followers))
+            if look.revoked - self.revoked:
+                self.revoked = look.revoked
+                self._wake()
+        await asyncio.sleep(left)
 
     def _take(self, look: Look) -> None:
         news = look.lines or look.is_over or self.last is None or look.revoked - self.revoked

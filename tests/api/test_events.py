@@ -3,6 +3,7 @@
 import json
 import socket
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from time import monotonic, sleep
@@ -156,15 +157,19 @@ def test_a_stream_ends_when_its_job_is_deleted(api, client, submit, monkeypatch)
         list(told)
 
 
-def test_a_stream_ends_when_its_key_is_revoked(api, client, submit, monkeypatch):
+@pytest.mark.parametrize("every_s", [0, 10])
+def test_a_stream_ends_when_its_key_is_revoked(api, client, submit, monkeypatch, every_s):
     monkeypatch.setattr("service.edge.tails.POLL_S", 0.1)
     job = submit()
     second = client.post("/v1/keys", json={"name": "second"}).json()
-    with api.anonymous(Authorization=f"Bearer {second['key']}") as follower, stream(follower, job["id"]) as response:
+    following = api.anonymous(Authorization=f"Bearer {second['key']}")
+    with following as follower, stream(follower, job["id"], {"every_s": every_s}) as response:
         told = parse(response.iter_lines())
         next(told)
+        revoked_at = time.monotonic()
         client.delete(f"/v1/keys/{second['id']}")
         list(told)
+    assert time.monotonic() - revoked_at < 8
 
 
 def test_followers_share_one_look_at_the_log(api, client, submit, monkeypatch):

@@ -97,11 +97,7 @@ class _Row:
 
 
 def _not_finite() -> JobFailed:
-    return JobFailed(
-        "non_finite_logits",
-        "the model gave logits that are not finite while sampling",
-        hint="use model.dtype: float32, or a model whose weights are sound",
-    )
+    return JobFailed("non_finite_logits", "the model gave logits that are not finite while sampling")
 
 
 class LocalEngine(Engine):
