@@ -36,11 +36,12 @@ class Chunks(io.RawIOBase):
         return count
 
 
-def unpack(chunks: Iterator[bytes], directory: Path, *, without: Collection[str] = ()) -> None:
-    """Fill `directory`, which must be absent or empty, atomically. The files `without` may be absent from the archive.
+def unpack(chunks: Iterator[bytes], directory: Path, *, without: Collection[str] = (), card: str | None = None) -> None:
+    """Fill `directory`, which must be absent or empty, atomically. The files `without` may be absent from the archive; `card`
+    becomes its README.md.
 
     Raises RatchetArchiveError for a link, a device, a path that leads outside or is invalid, a duplicate file, or a file that
-    the manifest does not list.
+    the manifest does not list; OSError, with the name of the directory, if it cannot be written.
     """
     if directory.exists() and any(directory.iterdir()):
         raise RatchetArchiveError(f"{directory} is not empty: name a new folder")
@@ -49,10 +50,16 @@ def unpack(chunks: Iterator[bytes], directory: Path, *, without: Collection[str]
     try:
         _extract(chunks, temporary)
         _compare(temporary, without)
+        if card is not None:
+            (temporary / "README.md").write_text(card, "utf-8")
         temporary.chmod(0o755)
         temporary.replace(directory)  # also replaces an empty folder
     except (tarfile.TarError, ValueError) as error:  # ValueError: a name with a NUL, an invalid number
         raise RatchetArchiveError(f"the archive cannot be read: {error}") from error
+    except OSError as error:
+        if error.errno not in OF_THE_DISK:
+            raise
+        raise OSError(error.errno, error.strerror, str(directory)) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

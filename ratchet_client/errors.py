@@ -67,7 +67,9 @@ class RatchetApiError(RatchetError):
         self.retryable = bool(problem.get("retryable", False))
         self.errors: list[dict[str, Any]] = problem.get("errors") or []  # pointer, detail, got, allowed
         self.retry_after_s = retry_after_s
-        super().__init__(f"{self.detail} ({self.code}, HTTP {status}){''.join(map(_place, self.errors[:LISTED]))}")
+        places = (_place(each) for each in self.errors[:LISTED])
+        places = [place for place in places if place != self.detail]  # a single fault is the message itself
+        super().__init__("\n  ".join((f"{self.detail} ({self.code}, HTTP {status})", *places)))
 
     @classmethod
     def of(cls, response: httpx.Response) -> Self:
@@ -83,7 +85,7 @@ class RatchetApiError(RatchetError):
 
 def _place(error: dict[str, Any]) -> str:
     """One fault as a line of the message."""
-    return f"\n  {error.get('pointer') or '(the whole)'}: {error.get('detail', '')}"
+    return f"{error.get('pointer') or '(the whole)'}: {error.get('detail', '')}"
 
 
 def retry_after_s(response: httpx.Response) -> float | None:

@@ -44,12 +44,14 @@ class Checkpoints(Resource):
         path, params = f"/v1/checkpoints/{part(checkpoint_id)}/archive", None if optimizer else {"optimizer": "false"}
         response = self._transport.request("GET", path, params=params, stream=True)
         with closing(response):
+            card = None
+            with suppress(RatchetError):  # an older service has none; the weights are there all the same
+                card = self.checkpoint_card(checkpoint_id)
+            without = () if optimizer else (OPTIMIZER,)
             try:
-                archive.unpack(response.iter_bytes(CHUNK_BYTES), place, without=() if optimizer else (OPTIMIZER,))
+                archive.unpack(response.iter_bytes(CHUNK_BYTES), place, without=without, card=card)
             except httpx.TransportError as error:
                 raise self._transport.unreachable(error) from error
-        with suppress(RatchetError):  # an older service has none; the weights are here all the same
-            (place / "README.md").write_text(self.checkpoint_card(checkpoint_id), "utf-8")
         return Path(directory)
 
     def checkpoint_card(self, checkpoint_id: str) -> str:

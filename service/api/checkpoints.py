@@ -3,12 +3,13 @@
 from datetime import datetime, timedelta
 from typing import Annotated, Any, Literal, Self
 
-from fastapi import APIRouter, Query, Response
+from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from sqlalchemy.orm import Session
 
 from service.api.archive import archive_of
+from service.edge import audit
 from service.edge.auth import CallerDep
 from service.edge.bodies import DocumentDep, documented
 from service.edge.context import ContextDep
@@ -238,7 +239,7 @@ def _ancestor(row: Checkpoint, job: Job | None) -> AncestorView:
 
 
 @router.post("/checkpoints:delete", responses=responses(*BODY), openapi_extra=documented("DeleteRequest"))
-def delete_checkpoints(context: ContextDep, caller: CallerDep, document: DocumentDep) -> DeletedView:
+def delete_checkpoints(context: ContextDep, caller: CallerDep, document: DocumentDep, request: Request) -> DeletedView:
     """Delete many at once. By default a dry run. Keeps those that are pinned, or that an unfinished job or an alias needs."""
     asked = parse(DeleteRequest, document.data)
     filters = asked.model_dump(include={"ids", "job_id", "keep_last", "final"})
@@ -251,7 +252,9 @@ def delete_checkpoints(context: ContextDep, caller: CallerDep, document: Documen
             removed = [row for row in rows if row.id not in kept]
         else:
             removed, kept = checkpoints.remove(session, [row.id for row in rows], now, by_hand=True)
-    if not asked.dry_run:
+    if asked.dry_run:
+        audit.changed_nothing(request.scope)
+    else:
         for row in removed:
             context.store.blobs.delete(row.path)
     return DeletedView(

@@ -1,7 +1,7 @@
 """`ratchet demo`: real reinforcement learning on two CPU cores, through the ordinary HTTP API.
 
-The task is to reverse six digits. A supervised warm-up job trains a tiny model until about 25 % of its answers are right. A
-GSPO job then starts from that checkpoint; its only reward is whether a sampled answer is right. Prompts whose crc32 is
+The task is to reverse six digits. A supervised warm-up job trains a tiny model until a fifth of its sampled answers are right.
+A GSPO job then starts from that checkpoint; its only reward is whether a sampled answer is right. Prompts whose crc32 is
 divisible by ten are held out: no job trains on them. The last line printed is the share of them that is answered exactly.
 """
 

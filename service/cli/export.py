@@ -2,11 +2,13 @@
 
 import time
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from typing import Annotated
 
 import typer
 
-from ratchet_client import Ratchet
+from ratchet_client import Ratchet, RatchetError
 from service.cli.connection import connect
 from service.cli.export_model import export_checkpoint
 from service.cli.helps import command, text
@@ -43,23 +45,37 @@ def export_metrics(
     """
     with connect(context) as ratchet:
         job = ratchet.get_job(job_id)
-        sink = open_sink(to, {"id": job["id"], "kind": job["kind"], "name": job["name"]})
-        try:
-            exporting = Exporting(ratchet, job_id, sink)
+        with _naming(to):
+            sink = open_sink(to, {"id": job["id"], "kind": job["kind"], "name": job["name"]})
+        with closing(sink):
+            exporting = Exporting(ratchet, job_id, sink, to)
             exporting.go_on()
             if follow:
                 exporting.follow()
-        finally:
-            sink.close()
     say(f"{counted(exporting.points, 'point')} of {job_id} written to {to.partition(':')[0]}")
+
+
+@contextmanager
+def _naming(to: str) -> Iterator[None]:
+    """What a package of others fails with (a full disk, a server that does not answer) names the sink, in one line."""
+    try:
+        yield
+    except RatchetError:
+        raise
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), to) from error
+    except Exception as error:
+        why = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise RatchetError(f"{to} cannot be written: {why}") from error
 
 
 class Exporting:
     """Copies the points that the sink lacks. A resumed job repeats steps; those that are there stay as they are."""
 
-    def __init__(self, ratchet: Ratchet, job_id: str, sink: Sink) -> None:
-        self._ratchet, self._job_id, self._sink = ratchet, job_id, sink
-        self._last = sink.last()
+    def __init__(self, ratchet: Ratchet, job_id: str, sink: Sink, to: str) -> None:
+        self._ratchet, self._job_id, self._sink, self._to = ratchet, job_id, sink, to
+        with _naming(to):
+            self._last = sink.last()
         self._from = 0  # before this step everything was copied
         self.points = 0
 
@@ -84,7 +100,8 @@ class Exporting:
                     if step > self._last.get(name, -1):
                         steps[step][name] = value
             for step in sorted(steps):
-                self._sink.write(step, steps[step])
+                with _naming(self._to):
+                    self._sink.write(step, steps[step])
                 self._last |= dict.fromkeys(steps[step], step)
                 self.points += len(steps[step])
         self._from = newest

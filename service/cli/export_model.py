@@ -89,12 +89,17 @@ def export_checkpoint(
         checkpoint = ratchet.get_checkpoint(checkpoint_id)
         checkpoint_id = checkpoint["id"]  # of an alias: what it points at now
         merging = gguf is not None or (merged and checkpoint["adapter"] == "lora")
-        got = ratchet.download_checkpoint(checkpoint_id, Path(temporary) / "checkpoint", optimizer=False)
-        made = _merged(got, checkpoint["model"], Path(temporary) / "merged", gguf) if merging else got / "model"
-        text = card(
-            ratchet.checkpoint_card(checkpoint_id), checkpoint["model"], checkpoint["adapter"], merged=merging, gguf=gguf
-        )
-        (made / "README.md").write_text(text, "utf-8")
+        try:
+            got = ratchet.download_checkpoint(checkpoint_id, Path(temporary) / "checkpoint", optimizer=False)
+            made = _merged(got, checkpoint["model"], Path(temporary) / "merged", gguf) if merging else got / "model"
+            text = card(
+                ratchet.checkpoint_card(checkpoint_id), checkpoint["model"], checkpoint["adapter"], merged=merging, gguf=gguf
+            )
+            (made / "README.md").write_text(text, "utf-8")
+        except OSError as error:  # a full disk: name what was asked for, or the place where it is put together
+            if not error.strerror:
+                raise
+            raise OSError(error.errno, error.strerror, temporary if bucket else to) from error
         if bucket is not None:
             _upload(made, bucket, to)
         else:
@@ -163,4 +168,5 @@ def _upload(made: Path, bucket: Any, to: str) -> None:
         for path in files:
             obstore.put(bucket, path.relative_to(made).as_posix(), path)
     except obstore.exceptions.BaseError as error:
-        raise RatchetError(f"{to} could not be written: {error}") from None
+        why = str(error).partition("\n\nDebug source:")[0]  # what follows is for obstore's own developers
+        raise RatchetError(f"{to} could not be written: {why}") from None

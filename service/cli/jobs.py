@@ -320,6 +320,8 @@ def _print_outcome(job: Job) -> None:
 
 def _how_it_goes_on(job: Job) -> str:
     resume = f"ratchet resume {job['id']}"
+    if job["status_reason"] == "paused":  # as somebody wished
+        return f"it goes on with: {resume}"
     if job["status_reason"] != "budget_spent":
         return f"mend what it rests for, then: {resume}"
     budget = job["spec"].get("limits", {}).get("budget") or {}

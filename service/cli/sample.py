@@ -30,16 +30,14 @@ def register(app: typer.Typer) -> None:
 
 def sample(
     context: typer.Context,
-    checkpoints: Annotated[
+    named: Annotated[
         list[str],
         typer.Argument(
-            metavar="CHECKPOINT...",
-            help="checkpoints: their ids, aliases, or folders with downloaded ones",
+            metavar="CHECKPOINT... PROMPT",
+            help="checkpoints: their ids, aliases, or folders with downloaded ones; then the prompt, written as data.prompt "
+            "renders it (- reads standard input)",
             autocompletion=complete_checkpoint_or_alias,
         ),
-    ],
-    prompt: Annotated[
-        str, typer.Argument(metavar="PROMPT", help="the prompt, written as data.prompt renders it; - reads standard input")
     ],
     count: Annotated[int, typer.Option("--count", "-n", min=1, max=64, help="how many answers each checkpoint gives")] = 1,
     max_tokens: Annotated[int, typer.Option(min=1, max=32768, help="the longest answer in tokens")] = 64,
@@ -66,6 +64,9 @@ def sample(
 
     Checkpoints are downloaded, and run on this machine: it needs what a worker needs, and the base model of an adapter.
     """
+    *checkpoints, prompt = named
+    if not checkpoints:
+        raise typer.BadParameter("a prompt is missing; the last argument is the prompt: ratchet sample CHECKPOINT... PROMPT")
     if missing := [name for name in NEEDS if find_spec(name) is None]:
         absent = " and ".join(missing)
         raise RatchetError(f"the model runs on this machine, where {absent} is missing: pip install 'ratchet-rl[worker]'")
@@ -130,7 +131,7 @@ def _places(context: typer.Context, names: list[str]) -> Iterator[tuple[str, dic
                 yield name, {"folder": str(folder.absolute()), "model": _model_of(folder)}
                 continue
             if not (name.startswith("ckpt_") or is_alias(name)):
-                known = "a checkpoint's id, an alias nor a folder"
+                known = "a checkpoint's id (ratchet checkpoints), an alias (ratchet aliases) nor a folder"
                 raise RatchetError(f"{name!r} is neither {known}; the prompt is one argument, the last")
             ratchet = ratchet or stack.enter_context(connect(context))
             with tempfile.TemporaryDirectory(prefix="ratchet-sample-") as temporary:

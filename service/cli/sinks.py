@@ -5,6 +5,7 @@ A sink says how far each metric is there already, from its own files: what is wr
 
 import json
 import struct
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from math import nan
@@ -40,6 +41,7 @@ class TensorBoard:
         self._folder = Path(where or "runs") / job["id"]
         self._there = self._read()
         self._writer = EventFileWriter(str(self._folder))
+        threading.excepthook = _unless_told(threading.excepthook)
 
     def _read(self) -> dict[str, int]:
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # pyright: ignore[reportMissingImports]
@@ -63,6 +65,11 @@ class TensorBoard:
 
     def close(self) -> None:
         self._writer.close()
+
+
+def _unless_told(hook: Callable[[Any], object]) -> Callable[[Any], object]:
+    """The writer's thread ends with an error of the disk, and `flush` raises it again: one of the two need not be printed."""
+    return lambda ended: None if isinstance(ended.exc_value, OSError) else hook(ended)
 
 
 class MLflow:

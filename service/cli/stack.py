@@ -55,6 +55,9 @@ def up(
     except ServiceError as error:
         complain(f"error: {error.detail}")
         raise typer.Exit(exits.REFUSED) from None
+    except OSError as error:
+        complain(f"error: {data_dir} cannot be used: {error.strerror or error}")
+        raise typer.Exit(exits.REFUSED) from None
     except ValidationError as error:
         complain(f"error: {why_refused(error)}")
         raise typer.Exit(exits.REFUSED) from None
@@ -103,7 +106,7 @@ def demo(
     $ ratchet --url http://127.0.0.1:8000 demo
 
     A supervised warm-up job, then a GSPO job that learns from nothing but whether its own sampled answers were right.
-    Starts a stack of its own, unless a running one is named. Takes about three minutes on two CPU cores; the last line of
+    Starts a stack of its own, unless a running one is named. Takes one to two minutes on two CPU cores; the last line of
     standard output is `held-out exact match: BEFORE -> AFTER`.
     """
     from service.cli.demo import run

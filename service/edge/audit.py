@@ -18,7 +18,7 @@ from service.store.session import Store
 log = logging.getLogger(__name__)
 
 CALLER = "ratchet.caller"  # ASGI scope key: who asks, set by `service.edge.auth`
-TOLD = "ratchet.told"  # ASGI scope key: the transaction of the change has the entry
+TOLD = "ratchet.told"  # ASGI scope key: the transaction of the change has the entry, or there was no change
 READING = frozenset({"GET", "HEAD", "OPTIONS"})
 WORK = frozenset(
     {
@@ -42,6 +42,11 @@ def is_told(scope: Scope, status: int) -> bool:
 def tell_with(session: Session, scope: Scope, status: int, made: str) -> None:
     """Write the entry in the transaction of the change, which made this object: one commit instead of two."""
     audit.note(session, **_entry(scope, status, made))
+    scope[TOLD] = True
+
+
+def changed_nothing(scope: Scope) -> None:
+    """The request was a dry run: the log does not tell of it."""
     scope[TOLD] = True
 
 

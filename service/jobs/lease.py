@@ -296,7 +296,7 @@ def answer_operations(
         if said or step != job.step:
             events.append_all(connection, job.id, said, now=now, step=step)
         if is_new:
-            usage.add(connection, job, spent, now)
+            usage.add(connection, job, spent, now, steps=max(0, step - job.step), kept=job.kind == "sampler")
         # A sampler saves nothing: its answers are its progress, unless what may have killed its worker is still to come.
         if is_new and job.kind == "sampler" and job.crashes and not operations.has_suspects(connection, job.id, lease.attempt):
             jobs.forgive(connection, job.id)
@@ -357,7 +357,7 @@ def rest(store: Store, lease: Lease, done: int, *, spent: Spent = NOTHING) -> St
             return moves.end(session, job, Status.QUEUED, "operation", now)
         return moves.end(session, job, Status.PAUSED, IDLE, now)
 
-    return _end(store, lease, spent, do)
+    return _end(store, lease, spent, do, leaves=True)
 
 
 def retain(
@@ -404,19 +404,28 @@ def _rules(job: Job) -> list[KeepBest]:
 # ---------------------------------------------------------------- letting go
 
 
-def _end(store: Store, lease: Lease, spent: Spent, do: Callable[[Session, Job, datetime], Status]) -> Status:
-    """`spent`: what the attempt spent since its last commit, for the ledger."""
+def _end(
+    store: Store, lease: Lease, spent: Spent, do: Callable[[Session, Job, datetime], Status], *, leaves: bool = False
+) -> Status:
+    """`spent`: what the attempt spent since its last commit, for the ledger. `leaves`: its worker lets it go by its own will. A
+    session has saved itself before that and a sampler has nothing to save, so nothing that they spent is wasted."""
     with _holding(store, lease) as (session, job):
         now = clock.now(session)
         if spent.ran_s is not None:  # measured by a monotonic clock
             job.claimed_at, job.lease_until = now - timedelta(seconds=spent.ran_s), now
         usage.add(session, job, spent, now)
+        if leaves and job.kind in operations.KINDS:
+            usage.save(session, job, now)
         return do(session, job, now)
 
 
 def pause(store: Store, lease: Lease, reason: str = "paused", *, spent: Spent = NOTHING) -> Status:
     """The job pauses, because its owner wished it or for another reason."""
-    return _end(store, lease, spent, lambda session, job, now: moves.end(session, job, Status.PAUSED, reason, now))
+
+    def do(session: Session, job: Job, now: datetime) -> Status:
+        return moves.end(session, job, Status.PAUSED, reason, now)
+
+    return _end(store, lease, spent, do, leaves=True)
 
 
 def cancelled(store: Store, lease: Lease, *, spent: Spent = NOTHING) -> Status:
@@ -511,7 +520,7 @@ def release(
             return moves.fail(session, job, failure, now, retries=retries)
         return moves.put_back(session, job, failure, now, retries=retries, **later)
 
-    return _end(store, lease, spent, do)
+    return _end(store, lease, spent, do, leaves=failure is None and not counts_as_crash)
 
 
 def worker_lost(store: Store, doorbell: Doorbell, owner: str) -> list[str]:

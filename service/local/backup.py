@@ -12,8 +12,7 @@ import os
 import shutil
 import sqlite3
 import zlib
-from collections.abc import Callable
-from contextlib import closing
+from contextlib import ExitStack, closing, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -24,8 +23,8 @@ from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from alembic.util import CommandError
 from psycopg import sql
-from sqlalchemy import Connection, Table, inspect, make_url, text
-from sqlalchemy.exc import OperationalError
+from sqlalchemy import Connection, MetaData, Table, inspect, make_url, text
+from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
 from service.errors import RatchetError
 from service.jobs import moves
@@ -223,26 +222,45 @@ def restore(settings: Settings, folder: Path) -> dict[str, Any]:
     """Restore a backup into the empty database and the data directory without blobs that these settings name.
 
     Jobs that were running at the time of the backup are queued as of that time; a worker continues them from their last
-    checkpoints. Returns backup.json, and the ids of those jobs.
+    checkpoints. Returns backup.json, and the ids of those jobs. Raises BackupFailed, and then the database and the data
+    directory are as empty as before.
     """
     facts = _facts(folder)
     blobs = settings.blobs_dir
     if blobs.exists() and any(blobs.iterdir()):
         raise BackupFailed(f"{blobs} is not empty; a restore takes a new data directory")
+    is_sqlite = make_url(settings.sql_url).get_backend_name() == "sqlite"
+    (_check_sqlite if is_sqlite else _check_postgresql)(settings.sql_url, folder)
     _fill_bucket(settings, folder / BLOBS)
-    restore_sql: dict[bool, Callable[[str, Path], None]] = {True: _restore_sqlite, False: _restore_postgresql}
-    restore_sql[make_url(settings.sql_url).get_backend_name() == "sqlite"](settings.sql_url, folder)
-    if (folder / BLOBS).is_dir():
+    with ExitStack() as undo:
         try:
-            shutil.copytree(folder / BLOBS, blobs, dirs_exist_ok=True)
+            _copy_back(folder / BLOBS, blobs, undo)
+            (_restore_sqlite if is_sqlite else _restore_postgresql)(settings.sql_url, folder, undo)
+            upgrade(settings.sql_url)
+            store = open_store(settings)
+            undo.callback(store.close)
+            queued = _settle(store, datetime.fromisoformat(facts["made_at"]))
         except shutil.Error as error:
             raise BackupFailed(f"the blobs could not be copied: {_reason(error)}") from error
-    upgrade(settings.sql_url)
-    store = open_store(settings)
-    try:
-        return {**facts, "queued": _settle(store, datetime.fromisoformat(facts["made_at"]))}
-    finally:
-        store.close()
+        except OSError as error:
+            raise BackupFailed(f"{settings.data_dir} cannot be written: {error.strerror or error}") from error
+        except SQLAlchemyError as error:
+            raise BackupFailed(f"the database cannot be written: {getattr(error, 'orig', error)}") from error
+        undo.pop_all()
+    store.close()
+    return {**facts, "queued": queued}
+
+
+def _copy_back(copy: Path, blobs: Path, undo: ExitStack) -> None:
+    """Copy the backup's blobs. They appear by a rename, so that one that is killed leaves none that look whole."""
+    if not copy.is_dir():
+        return
+    coming = blobs.with_name(f"{blobs.name}.restoring")
+    undo.callback(shutil.rmtree, coming, ignore_errors=True)
+    shutil.rmtree(coming, ignore_errors=True)  # of a restore that was killed
+    shutil.copytree(copy, coming)
+    coming.replace(blobs)
+    undo.callback(shutil.rmtree, blobs, ignore_errors=True)
 
 
 def _fill_bucket(settings: Settings, copy: Path) -> None:
@@ -270,18 +288,25 @@ def _facts(folder: Path) -> dict[str, Any]:
         raise BackupFailed(f"{folder} is no finished backup: it has no {FACTS}") from None
 
 
-def _restore_sqlite(url: str, folder: Path) -> None:
-    target = Path(str(make_url(url).database))
-    if target.exists():
+def _check_sqlite(url: str, folder: Path) -> None:
+    if (target := Path(str(make_url(url).database))).exists():
         raise BackupFailed(f"{target} exists; a restore makes a new database")
     if not (folder / SQLITE).exists():
         raise BackupFailed(f"{folder} holds no SQLite database; it restores into PostgreSQL (RATCHET_DATABASE_URL)")
+
+
+def _restore_sqlite(url: str, folder: Path, undo: ExitStack) -> None:
+    target = Path(str(make_url(url).database))
     target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(folder / SQLITE, target.with_suffix(".restoring"))
-    target.with_suffix(".restoring").rename(target)
+    coming = target.with_suffix(".restoring")
+    for path in (coming, target, *(target.with_name(target.name + end) for end in ("-wal", "-shm"))):
+        undo.callback(path.unlink, missing_ok=True)
+    shutil.copyfile(folder / SQLITE, coming)
+    coming.rename(target)
 
 
-def _restore_postgresql(url: str, folder: Path) -> None:
+def _check_postgresql(url: str, folder: Path) -> None:
+    """Before anything is written: that the tables are whole and the database is empty."""
     if not (folder / POSTGRESQL).exists():
         raise BackupFailed(f"{folder} holds no PostgreSQL tables; it restores into SQLite (no RATCHET_DATABASE_URL)")
     engine = make_engine(url)
@@ -289,24 +314,43 @@ def _restore_postgresql(url: str, folder: Path) -> None:
         if inspect(engine).get_table_names():
             raise BackupFailed("the database is not empty; a restore takes a new one")
         with ZipFile(folder / POSTGRESQL) as archive:
-            if damaged := archive.testzip():  # before anything is written
+            if damaged := archive.testzip():
                 raise BadZipFile(damaged)
+    except (BadZipFile, zlib.error) as error:
+        raise BackupFailed(f"{folder / POSTGRESQL} is damaged: {error}") from error
+    except OperationalError as error:
+        raise BackupFailed(f"the database cannot be used ({error.orig}); make an empty one first") from error
+    finally:
+        engine.dispose()
+
+
+def _restore_postgresql(url: str, folder: Path, undo: ExitStack) -> None:
+    engine = make_engine(url)
+    undo.callback(_empty, url)
+    try:
+        with ZipFile(folder / POSTGRESQL) as archive:
             upgrade(url, archive.read(REVISION).decode())
             with engine.begin() as connection:
                 _speak_plainly(connection)
                 for name in archive.namelist():  # in the order of writing: referenced tables come first
                     if name.endswith(CSV):
                         _copy_in(connection, archive, name)
-    except (BadZipFile, zlib.error) as error:
-        raise BackupFailed(f"{folder / POSTGRESQL} is damaged: {error}") from error
     except CommandError as error:  # Alembic does not know the version
         raise BackupFailed(f"the backup was made by another version of ratchet, take that one: {error}") from error
-    except OperationalError as error:
-        raise BackupFailed(f"the database cannot be used ({error.orig}); make an empty one first") from error
     except psycopg.Error as error:
-        raise BackupFailed(f"the tables could not be written ({error}); make another empty database and try again") from error
+        raise BackupFailed(f"the tables could not be written: {error}") from error
     finally:
         engine.dispose()
+
+
+def _empty(url: str) -> None:
+    """Drop every table of a database that had none before this restore."""
+    engine = make_engine(url)
+    with suppress(SQLAlchemyError):
+        tables = MetaData()
+        tables.reflect(engine)
+        tables.drop_all(engine)
+    engine.dispose()
 
 
 def _settle(store: Store, made_at: datetime) -> list[str]:

@@ -2,7 +2,8 @@
 
 It has one row for each (job, attempt, day). The transactions that commit steps and checkpoints and that end attempts add to
 it. What an attempt spent since its last checkpoint is `unsaved`. A checkpoint makes it useful; if the attempt ends without
-one, it is wasted, because the next attempt starts from the last checkpoint and does the work again.
+one, it is wasted, because the next attempt starts from the last checkpoint and does the work again. A sampler has no
+checkpoints: what it spent on an answer is kept with the answer.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -51,13 +52,16 @@ class Spent:
 NOTHING = Spent()
 
 
-def add(session: Session | Connection, job: Job | SmallJob, spent: Spent, now: datetime, *, steps: int = 0) -> None:
-    """Add to what the current attempt spent, as unsaved."""
+def add(
+    session: Session | Connection, job: Job | SmallJob, spent: Spent, now: datetime, *, steps: int = 0, kept: bool = False
+) -> None:
+    """Add to what the current attempt spent: as unsaved, unless what was made of it is `kept` already."""
     if not (spent.sampled_tokens or spent.trained_tokens or spent.phase_s or steps):
         return
     seconds = {f"{phase}_s": spent.phase_s.get(phase, 0.0) for phase in Phase}
     tokens = {"sampled_tokens": spent.sampled_tokens, "trained_tokens": spent.trained_tokens}
-    _put(session, job, job.attempt, now, {**tokens, **seconds, **_unsaved(spent), "steps": steps})
+    unsaved = {} if kept else _unsaved(spent)
+    _put(session, job, job.attempt, now, {**tokens, **seconds, **unsaved, "steps": steps})
 
 
 def _unsaved(spent: Spent) -> dict[str, float]:

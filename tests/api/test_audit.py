@@ -17,6 +17,13 @@ def entries(client, **params):
     return [(one["action"], one["object_id"], one["key_id"], one["status"]) for one in page["data"]]
 
 
+def test_a_dry_run_is_not_told(each_api):
+    with each_api.client() as client:
+        for dry_run in (True, False):
+            client.post("/v1/checkpoints:delete", json={"older_than_s": 0, "dry_run": dry_run})
+        assert [action for action, *_ in entries(client)] == ["POST /v1/checkpoints:delete"]
+
+
 def test_changes_are_told_with_who_what_and_when(each_api, spec):
     with each_api.client() as client:
         own = client.get("/v1/keys").json()["data"][0]["id"]

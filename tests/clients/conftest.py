@@ -23,7 +23,7 @@ import ratchet_client.resources.progress
 import ratchet_client.transport
 from chaos.rig import Zygote
 from service.app import create_app
-from service.cli import app
+from service.cli.main import app
 from service.doorbell import Doorbell
 from service.errors import Failure
 from service.ids import new_id

@@ -10,14 +10,16 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import typer
 from typer._completion_shared import get_completion_script
 
+import service.cli
 from ratchet_client import Ratchet
-from service.cli import demo, jobs, live
+from service.cli import demo, exits, jobs, live
 from service.cli.dry_run import print_validation
 from service.cli.main import app
 from service.errors import Failure
@@ -40,6 +42,19 @@ reward: {graders: [{kind: exact, reference: "{a}"}]}
 limits: {max_steps: 4}
 """
 Cli = Callable[..., Any]
+
+
+def test_ctrl_c_while_the_command_is_loaded_is_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a busy machine, where that takes seconds."""
+
+    class Stopped(ModuleType):
+        def __getattr__(self, name: str) -> Any:
+            raise KeyboardInterrupt
+
+    monkeypatch.setitem(sys.modules, "service.cli.main", Stopped("service.cli.main"))
+    with pytest.raises(SystemExit) as ended:
+        service.cli.app()
+    assert ended.value.code == exits.INTERRUPTED
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from ratchet_client import Ratchet, RatchetApiError, RatchetArchiveError, RatchetConnectionError, RatchetError, RatchetNotFound
+from ratchet_client import archive as archive_module
 from ratchet_client.discovery import find
 from ratchet_client.events import parse
 
@@ -258,6 +259,21 @@ def test_a_checkpoint_is_unpacked_into_the_empty_folder_where_one_is(
     ratchet.download_checkpoint("ckpt_1", ".")
     assert sorted(path.name for path in here.iterdir()) == ["README.md", "a", "manifest.json"]
     assert list(tmp_path.iterdir()) == [here]
+
+
+@pytest.mark.parametrize("fails", ["_extract", "write_text"])  # in a file of the checkpoint; in its README.md
+def test_a_full_disk_is_told_with_the_folder_and_leaves_nothing(
+    script: Any, ratchet: Ratchet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path if fails == "write_text" else archive_module, fails, full)
+    script.reply(archive(("a", b"right")))
+    script.reply(b"# the card", Content_Type="text/markdown")
+    with pytest.raises(OSError, match="No space left on device") as told:
+        ratchet.download_checkpoint("ckpt_1", tmp_path / "out")
+    assert told.value.filename == str(tmp_path / "out") and list(tmp_path.iterdir()) == []
 
 
 def test_names_that_only_look_like_dots_stay_inside(script: Any, ratchet: Ratchet, tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ from typer.main import get_command
 
 from job_specs import RL
 from ratchet_client import Ratchet
-from service.cli import app
+from service.cli.main import app
 from service.spec.job import JobSpec, RLSpec
 from service.spec.objective import ObjectiveSpec
 from service.validation import parse

@@ -97,6 +97,18 @@ def test_an_adapter_and_its_merged_model_say_the_same(
     assert not list(tmp_path.glob(".ratchet-export-*"))
 
 
+def test_a_full_disk_is_told_with_the_folder_and_leaves_nothing(
+    checkpoint: tuple[str, ModelSpec], cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("ratchet_client.archive._extract", full)
+    said = cli("export", "checkpoint", checkpoint[0], "--to", str(tmp_path / "full" / "out"))
+    assert (said.code, said.err) == (1, f"error: {tmp_path / 'full' / 'out'}: No space left on device\n")
+    assert list((tmp_path / "full").iterdir()) == []
+
+
 def test_gguf_is_one_file_and_a_card_or_says_why_not(
     checkpoint: tuple[str, ModelSpec], cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -107,10 +107,9 @@ def test_what_cannot_be_sampled_is_a_plain_error(api: str, cli: Cli, tmp_path: P
     absent = ask(cli, "ckpt_nobody", "rev 12>")
     assert absent.code == 1 and "ckpt_nobody" in absent.err
     second = ask(cli, "rev 12>", "rev 34>")
-    assert (
-        second.code == 1
-        and "'rev 12>' is neither a checkpoint's id, an alias nor a folder; the prompt is one argument" in second.err
-    )
+    assert second.code == 1 and "'rev 12>' is neither a checkpoint's id (ratchet checkpoints), an alias " in second.err
+    lone = ask(cli, "ckpt_nobody")
+    assert lone.code == 2 and "a prompt is missing" in lone.err
     saved(tmp_path / "full", 1, "full")
     talked = ask(cli, str(tmp_path / "full"), "hello", "--chat")
     assert talked.code == 1 and "chat template" in talked.err and "Traceback" not in talked.err

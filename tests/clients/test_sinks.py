@@ -94,6 +94,22 @@ def test_what_was_interrupted_goes_on_where_it_was(
     assert len(tensorboard(tmp_path / job_id)["loss"]) == 6
 
 
+@pytest.mark.parametrize("at", ["write", "last"])
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), ValueError("disk is full\nmany lines")], ids=repr)
+def test_what_a_package_fails_with_names_the_sink_in_one_line(
+    cli: Cli, job_id: str, hand: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, at: str
+) -> None:
+    hand.step(hand.take(), 1, {"loss": 1.0})
+
+    def fails(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(sinks.TensorBoard, at, fails)
+    said = cli("export", "metrics", job_id, "--to", f"tensorboard:{tmp_path}")
+    why = ": No space left on device" if isinstance(error, OSError) else " cannot be written: disk is full"
+    assert (said.code, said.err) == (1, f"error: tensorboard:{tmp_path}{why}\n")
+
+
 def test_unknown_and_absent_sinks_are_named(cli: Cli, job_id: str, monkeypatch: pytest.MonkeyPatch) -> None:
     said = cli("export", "metrics", job_id, "--to", "excel:x")
     assert said.code == 1 and "there are tensorboard, mlflow, wandb, trackio" in said.err

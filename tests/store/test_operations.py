@@ -25,7 +25,7 @@ from service.jobs.reconciler import expire, reconcile
 from service.sessions.sessions import resolve_session, sampler_of
 from service.settings import Settings
 from service.spec.session import SessionSpec
-from service.store import checkpoints, clock, jobs, operations
+from service.store import checkpoints, clock, jobs, operations, usage
 from service.store.operations import Answered, Asked
 from service.store.session import Store, make_engine
 from service.store.tables import Job, Operation, Usage
@@ -281,6 +281,47 @@ def test_rest_and_an_operation_at_the_same_moment(session: Session, store: Store
             job = jobs.find(sql, session.id, lock=True)
             assert job is not None
             job.crashes = 0
+
+
+@pytest.mark.parametrize("ends", ["rest", "pause", "drained", "worker_lost"])
+def test_a_session_that_leaves_its_worker_has_wasted_nothing(session: Session, store: Store, ends: str) -> None:
+    """It saved itself before that, if anything was left to save. Its steps are counted as a job's."""
+    session.append(step(1), step(2))
+    lease = session.claim()
+    for seq in (1, 2):
+        done, spent = Answered(session.row(seq).id, b"done", step=seq), Spent(0, 5, {"updating": 1.0})
+        leases.answer_operations(store, session.settings, lease, [done], spent=spent)
+    leases.commit_snapshot(store, session.settings, lease, snapshot(2), replay_from=3)
+    waited = Spent(phase_s={"updating": 60.0})  # for operations, after its last snapshot
+    match ends:
+        case "rest":
+            leases.rest(store, lease, 2, spent=waited)
+        case "pause":
+            leases.pause(store, lease, spent=waited)
+        case "drained":
+            leases.release(store, lease, "drained", spent=waited)
+        case _:
+            leases.worker_lost(store, session.doorbell, "w1")
+    with store.begin(readonly=True) as sql:
+        [attempt], found = usage.attempts(sql, session.id), usage.of_job(sql, session.id)
+    assert (attempt.steps, found.trained_tokens, found.wasted_trained_tokens) == (2, 10, 0)
+    if ends != "worker_lost":
+        assert found.worker_s >= 62.0 and found.wasted_s == pytest.approx(0.0, abs=0.5)
+
+
+def test_what_a_sampler_answered_is_not_wasted(store: Store, doorbell: Doorbell, settings: Settings) -> None:
+    """It has no checkpoints; its answers are kept, also if its worker dies afterwards."""
+    job = sampler_of(store, doorbell, settings, "default", TINY).id
+    asked = Asked("sample", 1, b"prompt", lane="a")
+    (row,) = lifecycle.append_operations(store, doorbell, settings, "default", job, [asked])
+    claimed = leases.claim(store, settings, "w1", {"any"})
+    assert claimed is not None
+    answered = [Answered(row.id, b"text")]
+    leases.answer_operations(store, settings, claimed[0], answered, spent=Spent(100, 0, {"sampling": 1.0}))
+    leases.worker_lost(store, doorbell, "w1")
+    with store.begin(readonly=True) as sql:
+        found = usage.of_job(sql, job)
+    assert (found.sampled_tokens, found.wasted_sampled_tokens) == (100, 0)
 
 
 def test_reconciler_wakes_a_session_that_rests_with_work(session: Session, store: Store, settings: Settings) -> None:

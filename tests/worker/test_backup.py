@@ -233,6 +233,32 @@ def test_time_between_backup_and_restore_is_nobody_s(stack: Any, held: Lease, el
     assert job.run_s == pytest.approx(40, abs=0.001)
 
 
+@pytest.mark.parametrize("breaks", ["upgrade", "_settle", "open_store"])
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=["full", "stopped"])
+def test_a_restore_that_fails_or_is_stopped_leaves_nothing_behind(
+    stack: Any,
+    held: Lease,
+    elsewhere: Settings,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    breaks: str,
+    error: BaseException,
+) -> None:
+    """Not in its middle, and not at its end; so it can be repeated in the same place."""
+    save(stack.store, held, 1)
+    backup(stack.settings, tmp_path / "copy")
+    with monkeypatch.context() as patch:
+        patch.setattr(backups, breaks, Mock(side_effect=error))
+        with pytest.raises((BackupFailed, KeyboardInterrupt)) as failed:
+            restore(elsewhere, tmp_path / "copy")
+    if isinstance(error, OSError):
+        assert str(failed.value) == f"{elsewhere.data_dir} cannot be written: No space left on device"
+    assert list(elsewhere.data_dir.rglob("*")) == []
+    (elsewhere.data_dir / "blobs.restoring").mkdir()  # of one that was killed
+    restore(elsewhere, tmp_path / "copy")
+    assert len(rows(elsewhere, select(Checkpoint))) == 1 and not (elsewhere.data_dir / "blobs.restoring").exists()
+
+
 def test_blobs_that_cannot_be_written_are_told_with_the_reason_of_the_first(
     stack: Any, held: Lease, elsewhere: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
