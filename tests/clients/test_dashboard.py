@@ -95,8 +95,8 @@ def badge(page: Page) -> Any:
 
 
 def step(page: Page) -> int:
-    found = re.search(r"step (\d+) of", page.locator(".facts").inner_text())
-    return int(found[1]) if found else -1
+    found = re.search(r"step ([\d,]+) of", page.locator(".facts").inner_text())
+    return int(found[1].replace(",", "")) if found else -1
 
 
 def until(holds: Any, within_s: float = 15) -> None:
@@ -318,3 +318,149 @@ def test_a_long_curve_is_put_together_in_the_page_as_the_server_does_it(stack: A
     assert found == {"step": [22], "value": [pytest.approx(35 / 21)], "min": [0], "max": [5]}  # of 10, 10 and 1 steps
     found = condensed(2, step=[1, 2, 3, 4], value=[None, None, -1, -3])
     assert found == {"step": [2, 4], "value": [None, -2], "min": [None, -3], "max": [None, -1]}
+
+
+@pytest.fixture
+def fresh(stack: Any, page: Page) -> Iterator[Page]:
+    """A page of its own, signed in, at the list of jobs."""
+    assert page.context.browser is not None
+    context = page.context.browser.new_context()
+    opened = context.new_page()
+    opened.set_default_timeout(15_000)
+    opened.goto(stack.url)
+    opened.evaluate("key => sessionStorage.setItem('ratchet.key', key)", stack.key)
+    opened.goto(f"{stack.url}/#/jobs")
+    opened.reload()
+    expect(opened.get_by_role("heading", level=1)).to_be_visible()
+    yield opened
+    context.close()
+
+
+@pytest.fixture(scope="module")
+def job(stack: Any) -> Iterator[dict[str, Any]]:
+    """A job that is paused and has a checkpoint. Nobody changes it."""
+    with Ratchet(stack.url, stack.key) as ratchet:
+        made = ratchet.create_job(rl_spec(name="rests", limits={"max_steps": 100_000}))
+        until(lambda: ratchet.get_job(made["id"])["step"] > 0, 60)
+        ratchet.pause_job(made["id"])
+        until(lambda: ratchet.get_job(made["id"])["status"] == "paused", 60)
+        yield {**made}
+        ratchet.cancel_job(made["id"])
+
+
+def test_the_keyboard_alone_opens_a_job_and_does_not_cancel_it_by_accident(fresh: Page, job: dict[str, Any]) -> None:
+    fresh.get_by_role("link", name=job["name"], exact=True).focus()
+    fresh.keyboard.press("Enter")
+    expect(fresh.get_by_role("heading", level=1)).to_have_text(job["name"])
+    expect(fresh.locator("main")).to_be_focused()  # the link that was followed is gone
+    cancel = fresh.get_by_role("button", name="Cancel …")
+    cancel.focus()
+    fresh.keyboard.press("Enter")
+    dialog = fresh.get_by_role("dialog", name="Cancel this job?")
+    expect(dialog.get_by_role("button", name="Back")).to_be_focused()
+    expect(dialog).to_contain_text(job["name"])
+    fresh.get_by_label("save a checkpoint first").focus()
+    fresh.keyboard.press("Enter")
+    expect(dialog).to_be_visible()
+    fresh.keyboard.press("Escape")
+    expect(fresh.get_by_role("dialog")).to_have_count(0)
+    expect(cancel).to_be_focused()
+    expect(badge(fresh)).to_have_text("paused")
+    fresh.get_by_role("link", name="Checkpoints").focus()
+    fresh.keyboard.press("Enter")
+    expect(fresh.get_by_role("link", name="Checkpoints")).to_have_attribute("aria-current", "page")
+    expect(fresh.get_by_role("link", name="Checkpoints")).to_be_focused()
+
+
+def test_a_question_that_was_asked_twice_is_done_once(stack: Any, fresh: Page, job: dict[str, Any]) -> None:
+    """A second click changes nothing, and a request whose answer was lost is the same one when it is sent again."""
+    keys: list[str | None] = []
+
+    def lose_the_first(route: Any) -> None:
+        keys.append(route.request.headers.get("idempotency-key"))
+        if len(keys) == 1:
+            route.fetch()
+            route.abort()
+        else:
+            route.continue_()
+
+    fresh.route("**/fork", lose_the_first)
+    fresh.goto(f"{stack.url}/#/jobs/{job['id']}")
+    fresh.get_by_role("button", name="Fork …").dblclick()
+    dialog = fresh.get_by_role("dialog")
+    expect(dialog).to_have_count(1)
+    dialog.get_by_role("button", name="Fork").click()
+    expect(dialog.get_by_role("alert")).to_contain_text("does not answer")
+    dialog.get_by_role("button", name="Fork").dblclick()
+    expect(fresh.get_by_role("heading", level=1)).to_have_text(f"{job['name']} (fork)")
+    assert len(keys) == 2 and keys[0] == keys[1]
+    with Ratchet(stack.url, stack.key) as ratchet:
+        forks = [one["id"] for one in ratchet.list_jobs()["data"] if one["parent_id"] == job["id"]]
+        assert len(forks) == 1
+        ratchet.cancel_job(forks[0])
+
+
+def test_the_page_says_that_the_server_is_away_and_goes_on_when_it_is_back(stack: Any, fresh: Page) -> None:
+    fresh.route("**/v1/**", lambda route: route.abort())
+    fresh.get_by_role("link", name="Usage").click()
+    lost = fresh.locator(".lost")
+    expect(lost).to_contain_text("does not answer")
+    expect(fresh.locator("main .wrong")).to_contain_text("does not answer")
+    fresh.unroute("**/v1/**")
+    expect(lost).to_be_empty()
+    expect(fresh.locator("main .wrong")).to_have_count(0)
+    expect(fresh.locator("main")).to_contain_text("Budget of default")  # what it asked for in vain
+
+
+def test_a_key_that_is_revoked_ends_at_the_sign_in_page_with_the_reason(stack: Any, fresh: Page, job: dict[str, Any]) -> None:
+    with Ratchet(stack.url, stack.key) as ratchet:
+        made = ratchet.create_key("to be revoked", scopes=["write"])
+        fresh.evaluate("key => sessionStorage.setItem('ratchet.key', key)", made["key"])
+        fresh.goto(f"{stack.url}/#/jobs/{job['id']}")
+        fresh.reload()
+        expect(fresh.locator(".who")).to_contain_text("to be revoked")
+        fresh.get_by_role("button", name="Fork …").click()
+        ratchet.delete_key(made["id"])
+    expect(fresh.get_by_role("alert")).to_contain_text("revoked", timeout=30_000)
+    expect(fresh.get_by_label("API key")).to_be_visible()
+    expect(fresh.get_by_role("dialog")).to_have_count(0)
+    assert fresh.evaluate("sessionStorage.length") == 0
+
+
+def test_what_is_chosen_on_a_page_stands_in_its_address(stack: Any, fresh: Page, job: dict[str, Any]) -> None:
+    fresh.get_by_label("Status").select_option("paused")
+    expect(fresh.get_by_role("link", name=job["name"], exact=True)).to_be_visible()
+    fresh.get_by_role("link", name=job["name"], exact=True).click()
+    expect(fresh.get_by_role("heading", level=1)).to_have_text(job["name"])
+    fresh.go_back()
+    expect(fresh.get_by_label("Status")).to_have_value("paused")
+    fresh.goto(f"{stack.url}/#/usage")
+    fresh.get_by_label("By", exact=True).select_option("day")
+    fresh.get_by_label("Project").fill("no project")
+    fresh.get_by_label("Project").blur()
+    expect(fresh.locator("main > .wrong")).to_contain_text("no project")
+    fresh.get_by_label("Project").fill("default")
+    fresh.get_by_label("Project").blur()
+    expect(fresh.locator("main > .wrong")).to_have_count(0)  # what was wrong goes with its cause
+    fresh.reload()
+    expect(fresh.get_by_label("By", exact=True)).to_have_value("day")
+
+
+def test_a_list_that_is_drawn_again_keeps_the_keyboard_where_it_was(stack: Any, fresh: Page) -> None:
+    program = """async () => {
+      const {h, replace} = await import(new URL('dom.js', document.querySelector('script').src));
+      const place = document.querySelector('main');
+      const draw = (...names) => replace(place, names.map((name) => h('a', {href: `#/${name}`}, name)));
+      const at = () => document.activeElement.textContent;
+      draw('a', 'b', 'c');
+      place.children[1].focus();
+      draw('z', 'a', 'b', 'c');
+      const same = at();
+      draw('z', 'a', 'c');
+      const near = at();
+      replace(place);
+      return [same, near, document.activeElement === place];
+    }"""
+    fresh.goto(f"{stack.url}/#/keys")
+    expect(fresh.get_by_role("heading", level=1)).to_have_text("Keys")
+    assert fresh.evaluate(program) == ["b", "c", True]

@@ -2,7 +2,7 @@
 
 import {get, send, session} from "./api.js";
 import {ask, say, show} from "./dialog.js";
-import {empty, field, h, replace, row, table} from "./dom.js";
+import {ACTIONS, empty, field, h, named, replace, row, table} from "./dom.js";
 import {ago, time} from "./format.js";
 
 const PART = "[A-Za-z0-9][A-Za-z0-9._\\-]{0,49}";
@@ -17,10 +17,10 @@ export function open({signal, title, fail}) {
     shown = after ? [...shown, ...data] : data;
     if (!shown.length) return replace(place, empty("There are none yet. An alias is a name such as digits@production that points at a checkpoint; programs ask it as their model, and go on when another is promoted. A job's page promotes its checkpoints, too.", "ratchet promote CHECKPOINT digits@production"));
     const write = session.may("write");
-    replace(place, table("Aliases", ["alias", "points at", "changed", "by", "note", ""], shown.map((one) => row(
-      h("strong", null, one.id),
+    replace(place, table("Aliases", ["alias", "points at", "changed", "by", "note", ACTIONS], shown.map((one) => row(
+      h("strong", {class: "key"}, one.id),
       [h("code", null, one.checkpoint_id), " ", h("small", {class: "soft"}, `step ${one.step} of `, one.job_id ? h("a", {href: `#/jobs/${one.job_id}/checkpoints`}, one.job_id) : "a deleted job")],
-      h("span", {class: "whole"}, ago(one.changed_at)), one.changed_by, one.note,
+      h("span", {class: "whole"}, ago(one.changed_at)), named(one.changed_by), one.note ? h("div", {class: "prose", dir: "auto"}, one.note) : null,
       h("div", {class: "buttons"},
         h("button", {type: "button", onclick: () => history(one).catch(fail)}, "History"),
         write && one.previous_id ? h("button", {type: "button", onclick: () => change(back(one))}, "Roll back …") : null,
@@ -75,7 +75,7 @@ async function drop(one) {
 
 async function history(one) {
   const {data, has_more} = await get(`/v1/aliases/${encodeURIComponent(one.id)}/history`, {limit: 100});
-  show(`What ${one.id} pointed at`, table("History", ["", "what", "pointed at"], data.map((each) => row(
-    each.seq, each.action, [each.checkpoint_id ? h("code", null, each.checkpoint_id) : "nothing", " ", h("small", {class: "soft"}, `${time(each.created_at)} by ${each.key_name ?? each.key_id}`), each.note ? h("div", null, each.note) : null]))),
+  show(`What ${one.id} pointed at`, table("History", ["change", "what", "pointed at"], data.map((each) => row(
+    each.seq, each.action, [each.checkpoint_id ? h("code", null, each.checkpoint_id) : "nothing", " ", h("small", {class: "soft"}, `${time(each.created_at)} by `, named(each.key_name ?? each.key_id)), each.note ? h("div", {dir: "auto"}, each.note) : null]))),
   has_more ? h("p", {class: "soft"}, `These are the newest; all of them: ratchet aliases history ${one.id}`) : null);
 }

@@ -26,9 +26,13 @@ export class Problem extends Error {
     super(body?.detail ?? body?.error?.message ?? `the server answered ${status}`);
     this.status = status;
     this.code = body?.code ?? body?.error?.code;
-    const places = (body?.errors ?? []).map((one) => `${one.pointer ?? ""} ${one.detail ?? ""}`.trim());
+    const places = (body?.errors ?? []).map((one) => [one.pointer, one.detail].filter(Boolean).join(": "));
     this.more = [...places, body?.hint].filter((one) => one && !this.message.includes(one));
   }
+}
+
+export class Away extends Error {
+  message = "The server does not answer: it is down, or the connection is.";
 }
 
 function address(path, parameters) {
@@ -41,23 +45,40 @@ function address(path, parameters) {
   return url;
 }
 
-/** fetch with the key; raises Problem. A key that is not known any more ends the session. */
+const unanswered = new Map(); // what was asked for in vain -> its Idempotency-Key: asked again after the connection broke, it is done once
+
+/** fetch with the key; raises Problem. A key that is not known any more ends the session. Events tell the frame whether the server
+ *  answers: "away", "there". */
 export async function request(method, path, {parameters, body, headers, signal, key} = {}) {
   const used = key ?? session.key; // null: the sign-on proxy says who asks, by its cookie
   const sent = used === null ? {...headers} : {Authorization: `Bearer ${used}`, ...headers};
-  if (body !== undefined) sent["Content-Type"] = "application/json";
-  if (method === "POST") sent["Idempotency-Key"] = random();
-  const answer = await fetch(address(path, parameters), {
-    method, headers: sent, body: body === undefined ? undefined : JSON.stringify(body), signal, cache: "no-store",
-    credentials: used === null ? "same-origin" : "omit",
-  });
+  if (body !== undefined) sent["Content-Type"] ??= "application/json";
+  const text = body === undefined || typeof body === "string" ? body : JSON.stringify(body);
+  const question = `${path} ${text}`;
+  if (method === "POST") {
+    sent["Idempotency-Key"] = unanswered.get(question) ?? random();
+    unanswered.delete(question);
+  }
+  const again = () => { if (method === "POST") unanswered.set(question, sent["Idempotency-Key"]); };
+  let answer;
+  try {
+    answer = await fetch(address(path, parameters), {method, headers: sent, body: text, signal, cache: "no-store", credentials: used === null ? "same-origin" : "omit"});
+  } catch (error) {
+    if (signal?.aborted) throw error;
+    again();
+    dispatchEvent(new Event("away"));
+    throw new Away();
+  }
+  dispatchEvent(new Event("there"));
+  if (answer.status >= 500) again();
   if (answer.ok) return answer;
   let said = null;
   try {
     said = await answer.json();
   } catch { /* an answer of a proxy */ }
-  if (answer.status === 401 && key === undefined) dispatchEvent(new Event("signed-out"));
-  throw new Problem(answer.status, said);
+  const problem = new Problem(answer.status, said);
+  if (answer.status === 401 && key === undefined) dispatchEvent(new CustomEvent("signed-out", {detail: problem}));
+  throw problem;
 }
 
 /** Parse JSON so that JSON.stringify gives every whole number back as it was, also those that a double cannot hold, such as seeds. */

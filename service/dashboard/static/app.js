@@ -1,8 +1,8 @@
 // The frame: signing in, the pages and their addresses, the theme, the keyboard.
 
-import {get, request, session} from "./api.js";
-import {explain, failed, show} from "./dialog.js";
-import {field, h, put, replace, row, table} from "./dom.js";
+import {Away, get, request, session, wait} from "./api.js";
+import {closeAll, explain, failed, show} from "./dialog.js";
+import {field, h, named, put, replace, row, setText, table} from "./dom.js";
 import * as aliases from "./aliases.js";
 import * as compare from "./compare.js";
 import * as job from "./job.js";
@@ -53,11 +53,12 @@ matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
 
 // ---------------------------------------------------------------- signing in
 
-function signIn() {
+function signIn(why = null) {
   leave();
+  closeAll();
   document.title = "Sign in · Ratchet";
   const key = h("input", {type: "password", autocomplete: "off", spellcheck: "false", required: true, placeholder: "tml-…"});
-  const wrong = h("div", {class: "wrong", role: "alert"});
+  const wrong = h("div", {class: "wrong", role: "alert"}, why ? explain(why) : null);
   const button = h("button", {type: "submit", class: "main"}, "Sign in");
   const form = h("form", {
     class: "signin",
@@ -86,28 +87,54 @@ function signIn() {
   key.focus();
 }
 
-function signOut() {
+function signOut(why = null) {
   session.forget();
-  signIn();
+  signIn(why);
 }
 
-addEventListener("signed-out", signOut);
+addEventListener("signed-out", ({detail}) => { if (session.self) signOut(detail); });
+
+/** Before anything was shown, the server did not answer: the key is kept. */
+function away(error) {
+  replace(root, h("main", null, h("div", {class: "signin"}, h("h1", null, "Ratchet"), failed(error),
+    h("button", {type: "button", class: "main", onclick: () => location.reload()}, "Try again"), h("button", {type: "button", onclick: () => signOut()}, "Use another key"))));
+}
 
 // ---------------------------------------------------------------- pages
 
 let main = null;
+const lost = h("p", {class: "lost", role: "status"});
+const ASK_AGAIN_MS = 3000;
+let isAway = false;
+
+addEventListener("away", async () => {
+  if (isAway || !session.self) return;
+  isAway = true;
+  setText(lost, "The server does not answer; trying again …");
+  while (isAway && session.self) {
+    await wait(ASK_AGAIN_MS);
+    await get("/v1/keys/self").catch(() => {});
+  }
+});
+
+addEventListener("there", () => {
+  if (!isAway) return;
+  isAway = false;
+  setText(lost, "");
+  if (shown?.cut && !document.querySelector("dialog")) open(); // what it asked for in vain is asked for again
+});
 
 function frame() {
   main = h("main", {id: "main", tabindex: "-1"});
   replace(root,
     h("a", {class: "skip", href: "#main", onclick: (event) => { event.preventDefault(); main.focus(); }}, "To the content"),
     h("header", null, h("a", {href: "#/jobs", class: "logo"}, "Ratchet"),
-      h("nav", {"aria-label": "Pages"}, NAMES.map(([name, text]) => h("a", {href: `#/${name}`, "data-page": name}, text))),
-      h("div", {class: "who"}, h("span", {title: "project and name of your key"}, `${session.self.project} · ${session.self.name}`),
+      h("nav", {"aria-label": "Pages"}, NAMES.map(([name, text]) => h("a", {href: `#/${name}`, "data-page": name, onclick: (event) => event.currentTarget.href === location.href && open()}, text))),
+      h("div", {class: "who"}, h("span", {title: "project and name of your key"}, `${session.self.project} · `, named(session.self.name)),
         h("button", {type: "button", onclick: toggleTheme, "aria-label": "Light or dark", title: "light or dark (t)"}, "◐"),
         h("button", {type: "button", onclick: help, "aria-label": "Keyboard shortcuts", title: "keyboard shortcuts (?)"}, "?"),
-        h("button", {type: "button", onclick: signOut}, "Sign out"))),
-    main, h("div", {id: "said", role: "status"}));
+        h("button", {type: "button", onclick: () => signOut()}, "Sign out"))),
+    lost, main, h("div", {id: "said", role: "status"}));
   open();
 }
 
@@ -118,12 +145,17 @@ function leave() {
 
 function open() {
   if (!session.self) return;
+  const from = document.activeElement ?? document.body;
+  const asked = main.contains(from) || from.closest("dialog");
+  const ofTab = from.matches("nav.tabs a");
+  const before = shown?.place;
   leave();
+  closeAll();
   const [path, query] = (location.hash.slice(1) || "/jobs").split("?");
   const [name, ...rest] = path.split("/").filter(Boolean).map(decodeURIComponent);
   const page = name === "jobs" && rest.length ? job : PAGES[name] ?? jobs;
   const stop = new AbortController();
-  shown = {stop, keys: {}, name};
+  shown = {stop, keys: {}, place: [name, rest[0]].join()};
   for (const link of root.querySelectorAll("nav a")) {
     if (link.dataset.page === (name ?? "jobs")) {
       link.setAttribute("aria-current", "page");
@@ -132,11 +164,25 @@ function open() {
     else link.removeAttribute("aria-current");
   }
   const context = {rest, query: new URLSearchParams(query), signal: stop.signal, keys: shown.keys, title: (text) => { document.title = `${text} · Ratchet`; }};
+  let told = null; // of this page, the last that failed
+  context.clear = () => told?.remove();
   context.fail = (error) => {
-    if (!stop.signal.aborted && error.name !== "AbortError") main.prepend(failed(error));
+    if (stop.signal.aborted || error.name === "AbortError") return;
+    told?.remove();
+    shown.cut = error instanceof Away;
+    told = failed(error);
+    main.prepend(told);
+  };
+  /** Keep what is chosen on this page in its address: a reload and the Back button find it again. */
+  context.keep = (chosen) => {
+    const set = new URLSearchParams(Object.entries(chosen).filter(([, value]) => value));
+    history.replaceState(null, "", `#${path}${set.size ? `?${set}` : ""}`);
   };
   const content = page.open(context);
-  replace(main, content);
+  main.replaceChildren();
+  put(main, content);
+  if (before !== undefined && before !== shown.place) scrollTo(0, 0);
+  if (asked) ((ofTab && main.querySelector("nav.tabs [aria-current]")) || main).focus({preventScroll: true}); // where the keyboard was is gone
 }
 
 addEventListener("hashchange", open);
@@ -154,6 +200,7 @@ addEventListener("keydown", (event) => {
   if (typing || event.ctrlKey || event.metaKey || event.altKey || !session.self) return;
   const page = Date.now() - went < 1500 && NAMES.find(([, , key]) => key === event.key);
   went = event.key === "g" ? Date.now() : 0;
+  if (event.key === "Enter" && event.target.closest?.("a, button, summary")) return; // follows it, presses it
   if (page) location.hash = `#/${page[0]}`;
   else if (event.key === "?") help();
   else if (event.key === "t") toggleTheme();
@@ -164,15 +211,14 @@ addEventListener("keydown", (event) => {
 
 // ---------------------------------------------------------------- begin
 
-if (session.key === null && document.documentElement.dataset.sso !== "on") signIn();
+const hasKey = session.key !== null;
+if (!hasKey && document.documentElement.dataset.sso !== "on") signIn();
 else {
   try {
     session.self = await get("/v1/keys/self");
     frame();
   } catch (error) {
-    if (error.status !== 401) { // not a key that is refused: the server is away
-      signIn();
-      root.querySelector(".wrong").append(...explain(error));
-    }
+    if (error.status === 401) signOut(hasKey ? error : null);
+    else away(error);
   }
 }

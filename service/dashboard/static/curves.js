@@ -7,6 +7,11 @@ import {empty, field, h, replace, select} from "./dom.js";
 const POINTS = 500;
 const AT_ONCE = 3; // charts that are asked for
 const EVERY_MS = 4000; // between two looks at what is new
+const NOTHING = { // what is told of a job that has measured nothing, by its status
+  queued: ["It waits for a worker: one that is free takes it.", "ratchet workers"],
+  paused: ["Nothing is measured yet: it rests."],
+  ...Object.fromEntries(["validating", "running", "pausing", "cancelling"].map((status) => [status, ["Nothing is measured yet: the first step comes when the model is loaded."]])),
+};
 const GROUPS = [
   ["Reward", ["reward/mean", "eval/reward/mean", "eval/greedy/reward/mean"]],
   ["Loss", ["loss", "eval/loss", "loss/sum", "policy/loss"]],
@@ -75,6 +80,7 @@ export function open(job) {
     for (const {chart: one, names} of charts) one.show(labelled(all, names));
   }
 
+  const tools = h("div", {class: "filters", hidden: true}, field("Add", more), h("p", {class: "soft"}, "Drag over a chart to look into it; double-click for the whole."));
   const shown = () => charts.flatMap((one) => one.names);
   let generation = 0;
 
@@ -94,8 +100,9 @@ export function open(job) {
     for (const {names} of extra) add(names[0]);
     const drawn = new Set(shown());
     replace(more, h("option", {value: ""}, "another curve …"), known.filter((one) => !drawn.has(one.name)).map((one) => h("option", {value: one.name, title: one.means}, one.name)));
-    replace(nothing, known.length ? null : empty(job.now?.status === "queued" ? "It waits for a worker. Is one there?" : "Nothing is measured yet: the first step comes when the model is loaded.",
-      job.now?.status === "queued" ? "ratchet workers" : `ratchet watch ${id}`));
+    tools.hidden = !known.length;
+    const [said, command] = NOTHING[job.now?.status] ?? ["It has measured nothing.", `ratchet show ${id}`];
+    replace(nothing, known.length ? null : empty(said, command ?? `ratchet watch ${id}`));
     if (!known.length) return;
     store.clear();
     const waiting = [...charts]; // long curves take a while: each chart is shown as soon as its own are there
@@ -133,6 +140,7 @@ export function open(job) {
   async function catchUp() {
     if (running) return;
     running = true;
+    await loaded; // what is new is put after what was asked for first
     while (fresh && !signal.aborted) {
       fresh = false;
       try {
@@ -176,6 +184,6 @@ export function open(job) {
   });
   addEventListener("theme", () => charts.forEach((one) => one.chart.again()), {signal});
   signal.addEventListener("abort", () => charts.forEach((one) => one.chart.close()));
-  load().catch(fail);
-  return [nothing, grid, h("div", {class: "filters"}, field("Add", more), h("p", {class: "soft"}, "Drag over a chart to look into it; double-click for the whole."))];
+  const loaded = load().catch(fail);
+  return [nothing, grid, tools];
 }

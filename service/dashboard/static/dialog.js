@@ -2,15 +2,33 @@
 
 import {h, put} from "./dom.js";
 
-/** Ask in a dialog. `work` runs when it is confirmed; while it fails, the dialog stays and says why. Answers whether it was done. */
+/** A dialog that is removed when it is closed. Only one is open at a time: a second click while it comes opens no other. */
+function open(attributes, title, titled, then, ...content) {
+  if (document.querySelector("dialog")) return null;
+  const dialog = h("dialog", {"aria-labelledby": "dialog-title", ...attributes}, h("h2", {id: "dialog-title", ...titled}, title), content);
+  dialog.addEventListener("close", () => {
+    dialog.remove();
+    if (document.activeElement === document.body) document.querySelector("#main")?.focus({preventScroll: true}); // what it was asked from is gone
+    then();
+  });
+  document.body.append(dialog);
+  dialog.showModal();
+  return dialog;
+}
+
+/** Ask in a dialog. `work` runs when it is confirmed; while it fails, the dialog stays and says why. Answers whether it was done.
+ *  What is dangerous is not confirmed by the Enter key, except at its own button. */
 export function ask({title, text, fields = [], action, danger = false, work}) {
   return new Promise((resolve) => {
     const wrong = h("div", {class: "wrong", role: "alert"});
     const act = h("button", {type: "submit", class: danger ? "danger" : "main"}, action);
     let done = false;
-    const dialog = h("dialog", {"aria-labelledby": "dialog-title"}, h("form", {
+    let dialog = null;
+    const form = h("form", {
+      onkeydown: (event) => danger && event.key === "Enter" && event.target.matches("input") && event.preventDefault(),
       onsubmit: async (event) => {
         event.preventDefault();
+        if (act.disabled) return;
         act.disabled = true;
         wrong.replaceChildren();
         try {
@@ -19,28 +37,29 @@ export function ask({title, text, fields = [], action, danger = false, work}) {
           dialog.close();
         } catch (error) {
           put(wrong, explain(error));
+          wrong.scrollIntoView({block: "nearest"});
         }
+        const lost = document.activeElement === document.body; // a button that is disabled loses the focus
         act.disabled = false;
+        if (lost && dialog.isConnected) act.focus();
       },
     },
-    h("h2", {id: "dialog-title"}, title), text ? h("p", null, text) : null, fields, wrong,
-    h("div", {class: "buttons"}, h("button", {type: "button", onclick: () => dialog.close()}, "Back"), act)));
-    dialog.addEventListener("close", () => {
-      dialog.remove();
-      resolve(done);
-    });
-    document.body.append(dialog);
-    dialog.showModal();
+    text ? h("p", {id: "dialog-text"}, text) : null, fields, wrong,
+    h("div", {class: "buttons"}, h("button", {type: "button", autofocus: danger, onclick: () => dialog.close()}, "Back"), act));
+    dialog = open({"aria-describedby": text ? "dialog-text" : null}, title, {}, () => resolve(done), form);
+    if (!dialog) resolve(false);
   });
 }
 
 /** Show something in a dialog. */
 export function show(title, ...content) {
-  const dialog = h("dialog", {"aria-labelledby": "dialog-title", class: "wide"}, h("h2", {id: "dialog-title", tabindex: "-1", autofocus: true}, title), content, // what is long is read from its beginning
+  const dialog = open({class: "wide"}, title, {tabindex: "-1", autofocus: true}, () => {}, content, // what is long is read from its beginning
     h("div", {class: "buttons"}, h("button", {type: "button", class: "main", onclick: () => dialog.close()}, "Close")));
-  dialog.addEventListener("close", () => dialog.remove());
-  document.body.append(dialog);
-  dialog.showModal();
+}
+
+/** Close what asks: the page below it is left. */
+export function closeAll() {
+  for (const one of document.querySelectorAll("dialog")) one.close();
 }
 
 export function explain(error) {

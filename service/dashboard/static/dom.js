@@ -32,9 +32,19 @@ export function put(element, ...children) {
   }
 }
 
+const CAN_FOCUS = "a[href], button:not(:disabled), input:not(:disabled), select, textarea, summary, [tabindex]";
+
+/** Put these in the place of what is there. Who was at one of its links or fields is then at the one that stands for it, or near it:
+ *  a list that is drawn again does not send the keyboard back to the top of the page. */
 export function replace(element, ...children) {
+  const at = document.activeElement;
+  const index = element.contains(at) && element !== at ? [...element.querySelectorAll(CAN_FOCUS)].indexOf(at) : -1;
   element.replaceChildren();
   put(element, ...children);
+  if (index < 0) return;
+  const now = [...element.querySelectorAll(CAN_FOCUS)];
+  const same = at.href ? now.find((one) => one.href === at.href) : null;
+  (same ?? now[Math.min(index, now.length - 1)] ?? document.querySelector("#main"))?.focus({preventScroll: true});
 }
 
 /** A text that is set only when it differs, so that readers of the screen are not told twice. */
@@ -43,6 +53,11 @@ export function setText(element, text) {
 }
 
 let made = 0;
+
+/** A name that somebody chose: what it does to the direction of writing stays within it. */
+export function named(text) {
+  return h("bdi", null, text);
+}
 
 /** A field with its label. */
 export function field(label, input, hint) {
@@ -59,11 +74,13 @@ export function select(options, value, attributes) {
   return element;
 }
 
+export const ACTIONS = "actions"; // the head of a column of buttons, which is told and not shown
+
 export function table(caption, heads, rows) {
-  for (const one of rows) heads.forEach((head, i) => { if (head) one.children[i].dataset.label = head; }); // for narrow screens
+  for (const one of rows) heads.forEach((head, i) => { if (head !== ACTIONS) one.children[i].dataset.label = head; }); // for narrow screens
   return h("div", {class: "scrolls", tabindex: "0", role: "region", "aria-label": caption}, h("table", {class: "stacked"},
     h("caption", {class: "unseen"}, caption),
-    h("thead", null, h("tr", null, heads.map((head) => h("th", {scope: "col"}, head)))),
+    h("thead", null, h("tr", null, heads.map((head) => h("th", {scope: "col"}, head === ACTIONS ? h("span", {class: "unseen"}, head) : head)))),
     h("tbody", null, rows)));
 }
 

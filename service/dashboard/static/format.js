@@ -1,4 +1,4 @@
-// Numbers and times as people read them.
+// Numbers and times as people read them. A number stays on a line with its unit.
 
 export function number(value) {
   if (value === null || value === undefined) return "–";
@@ -9,28 +9,33 @@ export function number(value) {
 }
 
 export function count(value) {
-  for (const [unit, size] of [["G", 1e9], ["M", 1e6], ["k", 1e3]]) {
-    if (value >= size) return `${Number((value / size).toPrecision(3))} ${unit}`;
+  for (const [unit, size] of [["T", 1e12], ["G", 1e9], ["M", 1e6], ["k", 1e3]]) {
+    if (value >= 0.9995 * size && value >= 1e3) return `${Number((value / size).toPrecision(3))}\u00a0${unit}`;
   }
   return String(value);
 }
 
+/** A whole number that is told in full. */
+export function whole(value) {
+  return value?.toLocaleString("en-US") ?? "–";
+}
+
 export function bytes(value) {
   if (value === null || value === undefined) return "–";
-  for (const [unit, size] of [["GiB", 2 ** 30], ["MiB", 2 ** 20], ["KiB", 2 ** 10]]) {
-    if (value >= size) return `${Number((value / size).toPrecision(3))} ${unit}`;
+  for (const [unit, size] of [["TiB", 2 ** 40], ["GiB", 2 ** 30], ["MiB", 2 ** 20], ["KiB", 2 ** 10]]) {
+    if (value >= size) return `${Number((value / size).toPrecision(3))}\u00a0${unit}`;
   }
-  return `${value} B`;
+  return `${value}\u00a0B`;
 }
 
 export function duration(seconds) {
   if (seconds === null || seconds === undefined) return "–";
-  if (seconds < 60) return `${seconds < 10 ? Number(seconds.toFixed(1)) : Math.round(seconds)} s`;
+  if (seconds < 59.5) return `${seconds < 9.95 ? Number(seconds.toFixed(1)) : Math.round(seconds)}\u00a0s`;
   const minutes = Math.round(seconds / 60);
-  if (minutes < 60) return `${minutes} min`;
+  if (minutes < 60) return `${minutes}\u00a0min`;
   const hours = Math.floor(minutes / 60);
-  if (hours < 48) return `${hours} h ${minutes % 60} min`;
-  return `${Math.round(hours / 24)} d`;
+  if (hours < 48) return `${hours}\u00a0h\u00a0${minutes % 60}\u00a0min`;
+  return `${Math.round(hours / 24)}\u00a0d`;
 }
 
 export function time(text) {

@@ -2,8 +2,8 @@
 
 import {exactly, follow, get, getExactly, poll, send, session, wait} from "./api.js";
 import {ask, say} from "./dialog.js";
-import {badge, field, h, replace, setText} from "./dom.js";
-import {ago, counted, duration} from "./format.js";
+import {badge, field, h, named, replace, setText} from "./dom.js";
+import {ago, counted, duration, time, whole} from "./format.js";
 import * as curves from "./curves.js";
 import * as samples from "./samples.js";
 import * as operations from "./operations.js";
@@ -16,16 +16,17 @@ const TABS = [["curves", "Curves", curves.open], ["samples", "Samples", samples.
 const HAVE_OPERATIONS = ["session", "sampler"]; // kinds of jobs
 
 export function open(context) {
-  const {rest: [id, tab = "curves"], signal, keys, title, fail} = context;
+  const {rest: [id, tab = "curves"], query, keep, signal, keys, title, fail} = context;
   title(id);
-  const name = h("h1", null, id);
+  const name = h("h1", {dir: "auto"}, id);
   const state = h("span");
   const facts = h("p", {class: "facts"});
   const bar = h("progress", {max: "1", value: "0", "aria-label": "steps done", hidden: true});
   const wrong = h("div");
   const buttons = h("div", {class: "buttons"});
   const line = h("small", {class: "soft", role: "status"});
-  const place = h("section", {id: "tab", "aria-label": tab});
+  const place = h("div", {id: "tab"});
+  const part = h("h2", {class: "unseen"}, TABS.find(([key]) => key === tab)?.[1] ?? "");
   const listeners = [];
   let shown = null;
 
@@ -40,9 +41,10 @@ export function open(context) {
     const managed = job.kind === "rl" || job.kind === "supervised";
     bar.hidden = !managed;
     bar.value = job.max_steps ? job.step / job.max_steps : 0;
-    setText(facts, [job.kind, job.phase, managed ? `step ${job.step} of ${job.max_steps}` : counted(job.step, "step", job.step),
+    setText(facts, [job.kind, job.phase, managed ? `step ${whole(job.step)} of ${whole(job.max_steps)}` : counted(job.step, "step", whole(job.step)),
       job.left_s === null ? null : `${duration(job.left_s)} left`, `attempt ${job.attempt}`, counted(job.tokens, "token"), `${duration(job.worker_s)} of a worker`,
-      job.key_name ? `by ${job.key_name}` : null, `made ${ago(job.created_at)}`, job.id].filter(Boolean).join(" · "));
+      job.key_name ? `by \u2068${job.key_name}\u2069` : null, `made ${ago(job.created_at)}`, job.id].filter(Boolean).join(" · "));
+    facts.title = `made ${time(job.created_at)}`;
     replace(wrong, job.error ? h("div", {class: job.status === "failed" ? "wrong" : "note"}, h("strong", null, job.error.code), " ", job.error.detail,
       job.error.hint ? h("p", null, job.error.hint) : null, job.error.log_tail?.length ? h("details", null, h("summary", null, "its last log lines"), h("pre", null, job.error.log_tail.join("\n"))) : null) : null);
     const may = session.may("write") ? job.allowed_actions : [];
@@ -72,14 +74,19 @@ export function open(context) {
       await wait(200, signal);
       while (document.hidden && !signal.aborted) await wait(1000, signal);
       due = false;
-      await look().catch((error) => { due = !(error.status < 500); }); // what is gone stays gone
+      await look().catch((error) => {
+        due = !(error.status < 500); // what is gone stays gone
+        if (error.status !== 404) return;
+        fail(error);
+        replace(buttons);
+      });
       await wait(1800, signal);
     }
     looking = false;
   }
 
   const job = {
-    id, signal, keys, fail, again,
+    id, query, keep, signal, keys, fail, again,
     get now() { return shown; },
     /** Tell `listener` every event from now on. */
     on: (listener) => listeners.push(listener),
@@ -122,7 +129,7 @@ export function open(context) {
   }
   const tabs = h("nav", {class: "tabs", "aria-label": "Parts of the job"}, TABS.map(([key, text]) => h("a", {href: `#/jobs/${id}/${key}`, "data-tab": key, hidden: key === "operations", "aria-current": key === tab ? "page" : null}, text)));
   return [h("div", {class: "head"}, name, state, line), bar, facts, wrong, buttons,
-    tabs, place];
+    tabs, part, place];
 }
 
 // Events that may come with every step say all that is new above the tabs; what else changes with a step is looked at now and then.
@@ -139,33 +146,45 @@ function once(work) {
 
 const ACTIONS = {
   pause: (job, again) => ask({
-    title: "Pause this job?", text: `${job.name || job.id} finishes its step, saves a checkpoint and rests until it is resumed.`, action: "Pause",
+    title: "Pause this job?", text: [name_of(job), " finishes its step, saves a checkpoint and rests until it is resumed."], action: "Pause",
     work: () => done(send("POST", `/v1/jobs/${job.id}/pause`, {}), "It pauses.", again),
   }),
   resume: (job, again) => ask({
-    title: "Resume this job?", text: `${job.name || job.id} goes on from its newest checkpoint as soon as a worker is free.`, action: "Resume",
+    title: "Resume this job?", text: [name_of(job), " goes on from its newest checkpoint as soon as a worker is free."], action: "Resume",
     work: () => done(send("POST", `/v1/jobs/${job.id}/resume`, {}), "It is queued.", again),
   }),
   cancel: (job, again) => {
     const save = h("input", {type: "checkbox"});
     return ask({
-      title: "Cancel this job?", text: "It ends for good. What it has saved, measured and sampled stays.", action: "Cancel the job", danger: true,
+      title: "Cancel this job?", text: [name_of(job), " ends for good. What it has saved, measured and sampled stays."], action: "Cancel the job", danger: true,
       fields: [h("label", {class: "check"}, save, " save a checkpoint first")],
       work: () => done(send("POST", `/v1/jobs/${job.id}/cancel`, {final_checkpoint: save.checked ? "save" : "none"}), "It is cancelled.", again),
     });
   },
   fork: (job) => fork(job),
   delete: (job) => ask({
-    title: "Delete this job?", text: "Its events, curves and samples are removed. Its checkpoints stay.", action: "Delete the job", danger: true,
+    title: "Delete this job?", text: ["The events, curves and samples of ", name_of(job), " are removed. Its checkpoints stay."], action: "Delete the job", danger: true,
     work: () => done(send("DELETE", `/v1/jobs/${job.id}`), "It is deleted.", () => { location.hash = "#/jobs"; }),
   }),
 };
 for (const [action, text] of [["pause", "Pause"], ["resume", "Resume"], ["cancel", "Cancel …"], ["fork", "Fork …"], ["delete", "Delete …"]]) ACTIONS[action].text = text;
 
+function name_of(job) {
+  return named(job.name || job.id);
+}
+
 async function done(request, text, then) {
   const answer = await request;
   say(text);
   then(answer);
+}
+
+function parsed(text) {
+  try {
+    return exactly(text);
+  } catch (error) {
+    throw new Error(`The changes are not JSON: ${error.message}`);
+  }
 }
 
 /** Ask for the changes of a new job that goes on from a checkpoint of this one. */
@@ -177,7 +196,7 @@ export function fork(job, checkpointId = null) {
     text: checkpointId ? `A new job starts from ${checkpointId}, and this one is not changed.` : "A new job starts from its newest checkpoint, and this one is not changed.",
     fields: [field("Name", name), field("Changes of its spec, as JSON", changes, "merged into the spec as it was sent; null removes a key")],
     work: async () => {
-      const spec = changes.value.trim() ? exactly(changes.value) : {};
+      const spec = changes.value.trim() ? parsed(changes.value) : {};
       const body = {spec: {...spec, name: name.value}, ...(checkpointId ? {from_checkpoint: checkpointId} : {})};
       await done(send("POST", `/v1/jobs/${job.id}/fork`, body), "The fork is queued.", (made) => { location.hash = `#/jobs/${made.id}`; });
     },

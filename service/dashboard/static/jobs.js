@@ -3,7 +3,7 @@
 import {get, poll} from "./api.js";
 import {sparkline} from "./charts.js";
 import {badge, empty, field, h, replace, select, setText} from "./dom.js";
-import {ago, counted, duration, time} from "./format.js";
+import {ago, counted, duration, time, whole} from "./format.js";
 
 const LIMIT = 50;
 const EVERY_MS = 5000;
@@ -11,7 +11,7 @@ const STATUSES = ["running", "queued", "paused", "pausing", "cancelling", "succe
 const KINDS = ["rl", "supervised", "session", "sampler"];
 export const chosen = new Map(); // id -> name: what is compared; kept while pages change
 
-export function open({query, signal, keys, title, fail}) {
+export function open({query, signal, keys, title, fail, clear: clearWrong, keep}) {
   title("Jobs");
   const before = []; // cursors of the pages before this one
   let after = query.get("after") ?? "";
@@ -41,10 +41,16 @@ export function open({query, signal, keys, title, fail}) {
   }
 
   function changed() {
-    const set = new URLSearchParams(Object.entries({q: search.value.trim(), status: status.value, kind: kind.value}).filter(([, value]) => value));
-    history.replaceState(null, "", `#/jobs${set.size ? `?${set}` : ""}`);
     before.length = 0;
-    after = "";
+    turned("");
+  }
+
+  /** To the jobs after this one. */
+  function turned(to) {
+    after = to;
+    at = -1;
+    keep({q: search.value.trim(), status: status.value, kind: kind.value, after});
+    clearWrong();
     load().catch(fail);
   }
 
@@ -96,7 +102,7 @@ export function open({query, signal, keys, title, fail}) {
   function line(job) {
     const box = h("input", {type: "checkbox", "aria-label": `compare ${job.name || job.id}`, onchange: () => choose(job.id)});
     box.checked = chosen.has(job.id);
-    const link = h("a", {href: `#/jobs/${job.id}`});
+    const link = h("a", {href: `#/jobs/${job.id}`, dir: "auto"});
     const state = h("span");
     const why = h("small", {class: "soft"});
     const bar = h("progress", {max: "1", value: "0", "aria-label": "steps done"});
@@ -107,7 +113,7 @@ export function open({query, signal, keys, title, fail}) {
     const made = h("time", {class: "whole"});
     const element = h("tr", null,
       h("td", {class: "pick"}, box),
-      h("td", {class: "name"}, link, h("small", {class: "soft"}, `${job.kind} · ${job.id}`), job.tags.map((tag) => h("span", {class: "tag"}, tag))),
+      h("td", {class: "name"}, link, h("small", {class: "soft"}, `${job.kind} · ${job.id}`), job.tags.map((tag) => h("span", {class: "tag", dir: "auto"}, tag))),
       h("td", {"data-label": "status"}, state, " ", why), h("td", {"data-label": "progress", class: "progress"}, bar, steps), curve,
       h("td", {"data-label": "spent"}, spent), by, h("td", {"data-label": "made"}, made));
     setText(link, job.name || "(no name)");
@@ -127,7 +133,7 @@ export function open({query, signal, keys, title, fail}) {
         bar.hidden = !managed;
         bar.value = now.max_steps ? now.step / now.max_steps : 0;
         const left = now.left_s === null ? "" : ` · ${duration(now.left_s)} left`;
-        setText(steps, managed ? `${now.step} / ${now.max_steps}${left}` : counted(now.step, "step", now.step));
+        setText(steps, managed ? `${whole(now.step)} / ${whole(now.max_steps)}${left}` : counted(now.step, "step", whole(now.step)));
         const key = now.curve ? `${now.curve.step.at(-1)}/${now.curve.step.length}` : "";
         if ((now.curve || !drawn) && key !== drawn) {
           replace(curve, sparkline(now.curve));
@@ -154,16 +160,12 @@ export function open({query, signal, keys, title, fail}) {
   function next() {
     if (!page?.has_more) return;
     before.push(after);
-    after = page.last_id;
-    at = -1;
-    load().catch(fail);
+    turned(page.last_id);
   }
 
   function back() {
     if (!before.length && !after) return;
-    after = before.pop() ?? "";
-    at = -1;
-    load().catch(fail);
+    turned(before.pop() ?? "");
   }
 
   function move(by) {

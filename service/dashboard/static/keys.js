@@ -2,7 +2,7 @@
 
 import {get, send, session} from "./api.js";
 import {ask, say, show} from "./dialog.js";
-import {badge, empty, field, h, replace, row, select, table} from "./dom.js";
+import {ACTIONS, badge, empty, field, h, named, replace, row, select, table} from "./dom.js";
 import {ago, time} from "./format.js";
 
 const DAY_S = 86_400;
@@ -14,13 +14,13 @@ export function open({signal, title, fail}) {
 
   async function load() {
     const {data} = await get("/v1/keys", {}, signal);
-    replace(place, table("Keys", ["name", "ends with", "may", "made", "used", "expires", ""], data.map((one) => row(
-      [one.name, " ", one.id === session.self.id ? badge("yours", "plain") : null, h("small", {class: "soft"}, one.id)], `…${one.ends_with}`, one.scopes.at(-1), ago(one.created_at), one.last_used_at ? ago(one.last_used_at) : "never", one.expires_at ? time(one.expires_at) : "never",
+    replace(place, table("Keys", ["name", "ends with", "may", "made", "used", "expires", ACTIONS], data.map((one) => row(
+      [h("span", {class: "key", dir: "auto"}, one.name), " ", one.id === session.self.id ? badge("yours", "plain") : null, h("small", {class: "soft"}, one.id)], h("span", {class: "whole"}, `…${one.ends_with}`), one.scopes.at(-1), h("span", {class: "whole"}, ago(one.created_at)), h("span", {class: "whole"}, one.last_used_at ? ago(one.last_used_at) : "never"), one.expires_at ? time(one.expires_at) : "never",
       one.id === session.self.id ? null : h("button", {type: "button", class: "danger", onclick: () => revoke(one)}, "Revoke …")))));
   }
 
   async function revoke(one) {
-    const done = await ask({title: "Revoke this key?", text: `${one.name} (…${one.ends_with}) works no more from now on, and its open streams end. That cannot be undone.`, action: "Revoke", danger: true, work: () => send("DELETE", `/v1/keys/${one.id}`)});
+    const done = await ask({title: "Revoke this key?", text: [named(one.name), ` (…${one.ends_with}) works no more from now on, and its open streams end. That cannot be undone.`], action: "Revoke", danger: true, work: () => send("DELETE", `/v1/keys/${one.id}`)});
     if (done) {
       say("It is revoked.");
       load().catch(fail);

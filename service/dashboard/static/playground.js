@@ -37,6 +37,7 @@ export function open({query, signal, title, keys, fail}) {
     const body = {model: one.model.value, temperature: Number(temperature.value), stream: true, stream_options: {include_usage: true},
       ...(chat ? {messages: [{role: "user", content: prompt.value}], max_completion_tokens: Number(tokens.value)} : {prompt: prompt.value, max_tokens: Number(tokens.value)})};
     try {
+      one.text.setAttribute("aria-busy", "true"); // it is read out when it is whole
       one.told.textContent = "waiting for a worker …";
       const came = await request("POST", `/v1/${form.value}`, {body, signal: stopped});
       let spent = null;
@@ -49,8 +50,11 @@ export function open({query, signal, title, keys, fail}) {
       }
       one.told.textContent = [spent ? counted(spent.completion_tokens, "token") : null, duration((performance.now() - began) / 1000)].filter(Boolean).join(" · ");
     } catch (error) {
+      if (stopped !== asking?.signal) return; // asked anew meanwhile
       one.told.replaceChildren();
       put(one.told, stopped.aborted ? "stopped" : explain(error));
+    } finally {
+      if (stopped === asking?.signal) one.text.removeAttribute("aria-busy");
     }
   }
 

@@ -9,9 +9,9 @@ const LEAST = {ratio: 1e-3, moved: 1e-3, p: 1}; // the colour is strongest at th
 const CLIPS = {low: "the lower bound holds it", high: "the upper bound holds it", dual: "the dual clip holds it"};
 
 export function open(job) {
-  const {id, signal, keys, fail} = job;
+  const {id, fail} = job;
   const place = h("div");
-  job.whole().then((whole) => replace(place, viewer(id, whole, job, signal, keys, fail))).catch(fail);
+  job.whole().then((whole) => replace(place, viewer(id, whole, job))).catch(fail);
   return place;
 }
 
@@ -24,15 +24,16 @@ export function keptSteps(spec, split, done) {
   return [...steps].sort((one, other) => one - other);
 }
 
-function viewer(id, whole, job, signal, keys, fail) {
+function viewer(id, whole, job) {
+  const {signal, keys, fail, query, keep: remember} = job;
   const splits = [...(whole.kind === "rl" && whole.spec.log_rollouts?.groups ? [["train", "training"]] : []), ...(whole.spec.data?.eval ? [["eval", "held out"]] : [])];
   if (whole.kind === "session") return empty("A session's own program sees what it samples; nothing of it is kept here.", `ratchet operations ${id}`);
   if (!splits.length) return empty("This job keeps no samples: set log_rollouts.groups, or give data.eval.", "ratchet validate job.yaml");
-  const split = select(splits, splits[0][0], {});
+  const split = select(splits, splits.find(([name]) => name === query.get("of"))?.[0] ?? splits[0][0], {});
   const step = h("input", {type: "range", min: "0"});
   const said = h("output");
   const which = select([["0", "prompt 1"]], "0", {});
-  const mode = select(MODES, "ratio", {});
+  const mode = select(MODES, MODES.find(([name]) => name === query.get("by"))?.[0] ?? "ratio", {});
   const body = h("div");
   let steps = [];
   let groups = [];
@@ -46,10 +47,22 @@ function viewer(id, whole, job, signal, keys, fail) {
     step.value = at >= 0 ? at : steps.length - 1;
   }
 
+  function tell() {
+    const at = steps[step.value];
+    said.textContent = at === undefined ? "no step yet" : `step ${at}`;
+    step.setAttribute("aria-valuetext", said.textContent);
+  }
+
+  /** In the address: a step only if it is not the newest, which a page that is opened again looks at. */
+  function kept() {
+    const last = Number(step.value) === steps.length - 1;
+    remember({of: split.value === splits[0][0] ? "" : split.value, step: last ? "" : String(steps[step.value] ?? ""), by: mode.value === "ratio" ? "" : mode.value});
+  }
+
   let asked = 0;
   async function load() {
     const at = steps[step.value];
-    said.textContent = at === undefined ? "no step yet" : `step ${at}`;
+    tell();
     if (at === undefined) return replace(body, empty("Nothing was sampled yet.", `ratchet watch ${id}`));
     const number_ = ++asked;
     const page = await get(`/v1/jobs/${id}/rollouts`, {split: split.value, step: at, limit: 100}, signal);
@@ -75,15 +88,20 @@ function viewer(id, whole, job, signal, keys, fail) {
 
   function go(by) {
     step.value = Number(step.value) + by;
-    load().catch(fail);
+    turned();
   }
 
   keys["["] = () => go(-1);
   keys["]"] = () => go(1);
-  split.addEventListener("change", () => { range(false); load().catch(fail); });
-  step.addEventListener("input", () => load().catch(fail));
+  function turned() {
+    kept();
+    load().catch(fail);
+  }
+
+  split.addEventListener("change", () => { range(false); turned(); });
+  step.addEventListener("input", turned);
   which.addEventListener("change", () => { picked = true; draw(); });
-  mode.addEventListener("change", draw);
+  mode.addEventListener("change", () => { kept(); draw(); });
   let newest = 0;
   job.on((event) => {
     if (event.type === "step" && Date.now() - newest > 2000) {
@@ -91,13 +109,14 @@ function viewer(id, whole, job, signal, keys, fail) {
       const last = Number(step.value) === steps.length - 1;
       range(!last);
       if (last) load().catch(() => {});
-      else said.textContent = `step ${steps[step.value]}`;
+      else tell();
     }
   });
   range(false);
+  if (query.has("step") && steps.includes(Number(query.get("step")))) step.value = steps.indexOf(Number(query.get("step")));
   load().catch(fail);
-  return [h("div", {class: "filters"}, field("Of", split), field("Step", step), h("div", {class: "buttons"}, h("button", {type: "button", onclick: () => go(-1), title: "the step before ([)"}, "‹"), said,
-    h("button", {type: "button", onclick: () => go(1), title: "the step after (])"}, "›")), field("Prompt", which), field("Colour by", mode)), body];
+  return [h("div", {class: "filters"}, field("Of", split), field("Step", step), h("div", {class: "buttons"}, h("button", {type: "button", onclick: () => go(-1), title: "the step before ([)", "aria-label": "the step before"}, "‹"), said,
+    h("button", {type: "button", onclick: () => go(1), title: "the step after (])", "aria-label": "the step after"}, "›")), field("Prompt", which), field("Colour by", mode)), body];
 }
 
 function mean(samples) {
@@ -117,7 +136,7 @@ function legend(mode, full) {
   const most = number(Number(full.toPrecision(2)));
   const ends = {ratio: [`less likely now (1 − ${most})`, `more likely now (1 + ${most})`], moved: [`less likely now (−${most})`, `more likely now (+${most})`], p: ["", "certain"]}[mode];
   if (!ends) return null;
-  return h("p", {class: "legend soft"}, ends[0] ? [h("span", {class: "swatch down"}), ends[0]] : null, h("span", {class: "swatch up"}), ends[1], h("span", {class: "token clipped"}, "abc"), "clipped: it teaches nothing more");
+  return h("p", {class: "legend soft"}, ends[0] ? h("span", null, h("span", {class: "swatch down"}), ends[0]) : null, h("span", null, h("span", {class: "swatch up"}), ends[1]), h("span", null, h("span", {class: "token clipped"}, "abc"), " clipped: it teaches nothing more"));
 }
 
 function answer(one, i, mode, full, low, high) {
@@ -128,9 +147,27 @@ function answer(one, i, mode, full, low, high) {
   return h("li", {class: `answer ${kind}`, "aria-label": `answer ${i + 1}`},
     h("p", null, h("strong", null, `reward ${number(one.reward)}`), one.advantage === undefined ? null : ` · advantage ${one.advantage > 0 ? "+" : ""}${number(one.advantage)}`),
     h("p", {class: "soft"}, facts.join(" · ")),
-    tokens ? h("div", {class: "text"}, tokens.text.map((text, at) => token(text, at, tokens, mode, full, detail)), tokens.text.length < one.tokens ? h("span", {class: "soft"}, ` … of the other ${counted(one.tokens - tokens.text.length, "token")} nothing is kept: `) : null,
+    tokens ? h("div", {class: "text", ...walked()}, tokens.text.map((text, at) => token(text, at, tokens, mode, full, detail)), tokens.text.length < one.tokens ? h("span", {class: "soft"}, ` … of the other ${counted(one.tokens - tokens.text.length, "token")} nothing is kept: `) : null,
       tokens.text.length < one.tokens ? one.text.slice(tokens.text.join("").length) : null) : h("div", {class: "text"}, one.text),
     detail, one.errors ? h("p", {class: "wrong"}, Object.entries(one.errors).map(([name, text]) => `${name}: ${text}`).join("; ")) : null);
+}
+
+/** A text whose tokens are walked along with the arrow keys: each tells what a click tells. */
+function walked() {
+  let at = -1;
+  return {
+    tabindex: "0", role: "group", "aria-label": "tokens: the arrow keys tell of each",
+    onkeydown: (event) => {
+      const by = {ArrowLeft: -1, ArrowRight: 1}[event.key];
+      if (!by) return;
+      event.preventDefault();
+      const all = event.currentTarget.querySelectorAll(".token");
+      all[at]?.classList.remove("at");
+      at = Math.max(0, Math.min(all.length - 1, at + by));
+      all[at]?.classList.add("at");
+      all[at]?.click();
+    },
+  };
 }
 
 function token(text, at, tokens, mode, full, detail) {

@@ -15,7 +15,7 @@ export function open(job) {
 
 function viewer(whole, signal) {
   const parts = {sent: whole.spec_sent, resolved: whole.spec, worker: whole.resolved};
-  const which = select([["sent", "as it was sent"], ["resolved", "as it runs: every default filled in"], ["worker", "what its worker found out"]], "sent", {});
+  const which = select([["sent", "as it was sent"], ["resolved", "as it runs: every default filled in"], ["worker", "what its worker found out"]], "sent", {class: "long"});
   const text = h("pre", {class: "spec", tabindex: "0"});
   const other = h("input", {type: "text", placeholder: "job_…", list: "recent-jobs", spellcheck: "false"});
   const recent = h("datalist", {id: "recent-jobs"});

@@ -6,12 +6,13 @@ import {count, counted, duration} from "./format.js";
 
 const OPERATORS = "default"; // the project whose admins see every project
 
-export function open({signal, title, fail}) {
+export function open({query, signal, title, fail, clear, keep}) {
   title("Usage");
   const all = session.self.project === OPERATORS;
-  const by = select([["key", "key"], ["job", "job"], ["day", "day"], ...(all ? [["project", "project"]] : [])], "key", {});
-  const project = h("input", {type: "text", value: session.self.project, pattern: "[A-Za-z0-9_.\\-]{1,64}", spellcheck: "false"});
-  const since = h("input", {type: "date"});
+  const ways = ["key", "job", "day", ...(all ? ["project"] : [])];
+  const by = select(ways, ways.find((one) => one === query.get("by")) ?? "key", {});
+  const project = h("input", {type: "text", value: query.get("project") ?? session.self.project, pattern: "[A-Za-z0-9_.\\-]{1,64}", spellcheck: "false"});
+  const since = h("input", {type: "date", value: query.get("since")});
   const place = h("div");
   const budget = h("div");
 
@@ -31,7 +32,13 @@ export function open({signal, title, fail}) {
       : h("p", null, "No bound is set. To set one: ", h("code", null, `ratchet budget --project ${bound.project} --tokens 50000000`)));
   }
 
-  for (const one of [by, project, since]) one.addEventListener("change", () => load().catch(fail));
+  function changed() {
+    clear();
+    keep({by: by.value === "key" ? "" : by.value, project: project.value.trim() === session.self.project ? "" : project.value.trim(), since: since.value});
+    load().catch(fail);
+  }
+
+  for (const one of [by, project, since]) one.addEventListener("change", changed);
   load().catch(fail);
-  return [h("h1", null, "Usage"), h("div", {class: "filters"}, field("By", by), all ? field("Project", project) : null, field("Since", since)), place, budget];
+  return [h("h1", null, "Usage"), h("div", {class: "filters"}, field("By", by), all ? field("Project", project) : null, field("Since (UTC)", since)), place, budget];
 }
