@@ -1,5 +1,6 @@
 """The dashboard in a real Chromium, over the whole service with a worker that trains."""
 
+import json
 import os
 import re
 import shutil
@@ -8,13 +9,15 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from ipaddress import ip_network
 from typing import Any
 
 import pytest
 from playwright.sync_api import Page, Request, expect, sync_playwright
 
-from job_specs import reversing, rl_spec
+from job_specs import reversing, rl_spec, supervised_spec
 from ratchet_client import Ratchet, RatchetOperationError
+from webhook_receiver import Receiver, receiving
 
 CHROMIUM = shutil.which("chromium")
 HOSTILE = "<img src=x onerror=alert(1)>"
@@ -61,7 +64,8 @@ class Line:
 
 @pytest.fixture(scope="module")
 def stack(whole: Any) -> Iterator[Any]:
-    with whole(RATCHET_SERVES="training") as running:
+    here = {"webhook_networks": (ip_network("127.0.0.0/8"),)}
+    with whole(here, RATCHET_SERVES="training", RATCHET_WEBHOOK_NETWORKS="127.0.0.0/8") as running:
         yield running
 
 
@@ -464,3 +468,82 @@ def test_a_list_that_is_drawn_again_keeps_the_keyboard_where_it_was(stack: Any, 
     fresh.goto(f"{stack.url}/#/keys")
     expect(fresh.get_by_role("heading", level=1)).to_have_text("Keys")
     assert fresh.evaluate(program) == ["b", "c", True]
+
+
+def test_a_job_is_submitted_from_the_page(stack: Any, fresh: Page) -> None:
+    spec = json.dumps(supervised_spec(name="from the page", limits={"max_steps": 1}))
+    fresh.keyboard.press("N")
+    dialog = fresh.get_by_role("dialog", name="A new job")
+    dialog.get_by_label("Spec, in YAML or JSON").fill("kind: supervised\nmodle: {source: tiny}")
+    dialog.get_by_role("button", name="Submit").click()
+    expect(dialog.get_by_role("alert")).to_contain_text("did you mean 'model'")
+    dialog.get_by_label("or from a file").set_input_files({"name": "job.json", "mimeType": "", "buffer": spec.encode()})
+    expect(dialog.get_by_label("Spec, in YAML or JSON")).to_have_value(spec)
+    dialog.get_by_role("button", name="Check it").click()
+    expect(dialog.get_by_role("status")).to_contain_text("nothing was made")
+    dialog.get_by_role("button", name="Submit").dblclick()
+    expect(fresh.get_by_role("heading", level=1)).to_have_text("from the page")
+    with Ratchet(stack.url, stack.key) as ratchet:
+        assert [one["name"] for one in ratchet.list_jobs()["data"]].count("from the page") == 1
+
+
+@pytest.fixture
+def receiver() -> Iterator[Receiver]:
+    with receiving() as running:
+        yield running
+
+
+def test_a_webhook_is_made_tried_and_deleted(stack: Any, fresh: Page, receiver: Receiver) -> None:
+    fresh.keyboard.press("g")
+    fresh.keyboard.press("h")
+    fresh.get_by_role("button", name="New webhook …").dblclick()
+    dialog = fresh.get_by_role("dialog")
+    dialog.get_by_label("Address").fill(receiver.url)
+    dialog.get_by_label("Events").fill("job.failed, job.nothing")
+    dialog.get_by_role("button", name="Make it").click()
+    expect(dialog.get_by_role("alert")).to_contain_text("job.nothing")
+    dialog.get_by_label("What it is for").fill(HOSTILE)
+    dialog.get_by_label("Events").fill("job.failed")
+    dialog.get_by_role("button", name="Make it").click()
+    expect(fresh.get_by_label("Copy it now")).to_have_value(re.compile("^whsec_"))
+    fresh.keyboard.press("Escape")
+    expect(fresh.get_by_role("button", name="New webhook …")).to_be_focused()
+    line = fresh.locator("tbody tr").filter(has_text=HOSTILE)
+    line.get_by_role("button", name="Test").click()
+    line.get_by_role("link", name="Deliveries").click()
+    sent = fresh.get_by_role("region", name="Deliveries").locator("tbody tr")
+    expect(sent).to_contain_text("delivered")
+    sent.get_by_role("button", name="Redeliver").click()
+    receiver.wait_for(2)
+    assert len(set(receiver.ids())) == 1
+    line.get_by_role("button", name="Disable").click()
+    expect(line).to_contain_text("its owner disabled it")
+    line.get_by_role("button", name="Test").click()
+    expect(fresh.locator("main > .wrong")).to_contain_text("is disabled")
+    line.get_by_role("button", name="Delete …").click()
+    confirm(fresh, "Delete the webhook")
+    expect(fresh.locator("main")).to_contain_text("There are none yet")
+
+
+def test_a_key_is_rotated_and_a_checkpoint_in_use_stays(stack: Any, fresh: Page, job: dict[str, Any]) -> None:
+    with Ratchet(stack.url, stack.key) as ratchet:
+        old = ratchet.create_key("rotates itself")["key"]
+        checkpoint = ratchet.list_checkpoints(job_id=job["id"])["data"][0]["id"]
+        ratchet.promote(checkpoint, "digits@kept")
+    fresh.evaluate("key => sessionStorage.setItem('ratchet.key', key)", old)
+    fresh.goto(f"{stack.url}/#/keys")
+    fresh.reload()
+    fresh.locator("tbody tr").filter(has_text="yours").get_by_role("button", name="Rotate …").click()
+    fresh.get_by_label("Hours for which the old one works, too").fill("0")
+    fresh.get_by_role("dialog").get_by_role("button", name="Rotate").click()
+    new = fresh.get_by_label("Copy it now").input_value()
+    assert new != old and fresh.evaluate("sessionStorage.getItem('ratchet.key')") == new
+    fresh.keyboard.press("Escape")
+    fresh.goto(f"{stack.url}/#/jobs/{job['id']}/checkpoints")  # with the new key
+    line = fresh.locator("tbody tr").filter(has_text=checkpoint)
+    line.get_by_role("button", name="Delete …").click()
+    dialog = fresh.get_by_role("dialog", name="Delete this checkpoint?")
+    dialog.get_by_role("button", name="Delete the checkpoint").click()
+    expect(dialog.get_by_role("alert")).to_contain_text("digits@kept")
+    fresh.keyboard.press("Escape")
+    expect(line.get_by_role("button", name="Delete …")).to_be_focused()

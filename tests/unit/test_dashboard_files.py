@@ -19,7 +19,7 @@ SCRIPTS = sorted(STATIC.rglob("*.js"))
 MARKUP = r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|createContextualFragment|DOMParser|srcdoc|\.cssText"
 CODE = r"\beval\(|new Function\(|setTimeout\(\s*[\"'`]|setInterval\(\s*[\"'`]|javascript:"
 FROM_ELSEWHERE = r"https?://(?!www\.w3\.org/|127\.0\.0\.1|github\.com/leeoniya)"
-PAGES = {"jobs", "aliases", "compare", "playground", "workers", "usage", "keys"}
+PAGES = {"jobs", "aliases", "compare", "playground", "workers", "usage", "webhooks", "keys"}
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,11 @@ export const session = {
     this.key = key;
     sessionStorage.setItem(KEPT, key);
   },
+  /** Go on with the key that takes this one's place; who signed on by a proxy has none. */
+  change({key, ...self}) {
+    if (this.key !== null) this.keep(key);
+    this.self = self;
+  },
   forget() {
     this.key = this.self = null;
     sessionStorage.removeItem(KEPT);

@@ -10,21 +10,24 @@ import * as jobs from "./jobs.js";
 import * as keys from "./keys.js";
 import * as playground from "./playground.js";
 import * as usage from "./usage.js";
+import * as webhooks from "./webhooks.js";
 import * as workers from "./workers.js";
 
-const PAGES = {jobs, compare, aliases, playground, workers, usage, keys};
-const NAMES = [["jobs", "Jobs", "j"], ["aliases", "Aliases", "a"], ["playground", "Playground", "p"], ["workers", "Workers", "w"], ["usage", "Usage", "u"], ["keys", "Keys", "k"]];
+const PAGES = {jobs, compare, aliases, playground, workers, usage, webhooks, keys};
+const NAMES = [["jobs", "Jobs", "j"], ["aliases", "Aliases", "a"], ["playground", "Playground", "p"], ["workers", "Workers", "w"], ["usage", "Usage", "u"], ["webhooks", "Webhooks", "h"], ["keys", "Keys", "k"]];
 const SHORTCUTS = [
   ["?", "these shortcuts"],
   ["/", "search"],
-  ["g then j, a, p, w, u, k", "go to jobs, aliases, playground, workers, usage, keys"],
+  ["g then j, a, p, w, u, h, k", "go to jobs, aliases, playground, workers, usage, webhooks, keys"],
   ["j and k", "the next and the last job of the list"],
   ["Enter", "open it"],
   ["x", "choose it for a comparison"],
   ["c", "compare what is chosen"],
+  ["N", "a new job"],
   ["n and b", "the next page of the list, and back"],
   ["1 to 8", "the tabs of a job"],
   ["[ and ]", "samples of the step before, and after"],
+  ["← and →", "along the tokens of an answer, and tell of each"],
   ["P, R, X, F", "pause, resume, cancel, fork this job (it asks first)"],
   ["t", "light or dark"],
   ["Esc", "close what asks"],

@@ -1,4 +1,4 @@
-// A job's checkpoints: downloaded, promoted, pinned, forked from, asked.
+// A job's checkpoints: downloaded, promoted, pinned, forked from, asked, deleted.
 
 import {promote} from "./aliases.js";
 import {get, request, send, session} from "./api.js";
@@ -26,7 +26,8 @@ export function open(job) {
         write ? h("button", {type: "button", onclick: () => promote(one).then((done) => done && load()).catch(fail)}, "Promote …") : null,
         write ? h("button", {type: "button", title: "a pinned checkpoint is deleted by nothing", onclick: () => pin(one).catch(fail)}, one.pinned_at ? "Unpin" : "Pin") : null,
         write && job.now?.kind !== "session" ? h("button", {type: "button", onclick: () => fork(job.now, one.id)}, "Fork …") : null,
-        h("a", {class: "button", href: `#/playground?left=${one.id}`}, "Ask it"))))),
+        h("a", {class: "button", href: `#/playground?left=${one.id}`}, "Ask it"),
+        write ? h("button", {type: "button", class: "danger", onclick: () => drop(one).then((done) => done && load()).catch(fail)}, "Delete …") : null)))),
     has_more ? h("p", {class: "soft"}, `These are the newest; all of them: ratchet checkpoints --job ${id}`) : null);
   }
 
@@ -35,6 +36,13 @@ export function open(job) {
     if (!one.pinned_at) await send("POST", `/v1/checkpoints/${one.id}/pin`);
     say(one.pinned_at ? "It is unpinned." : "It is pinned: nothing deletes it.");
     await load();
+  }
+
+  async function drop(one) {
+    const done = await ask({title: "Delete this checkpoint?", text: `${one.id} (step ${one.step}) and its files are removed for good. One that is pinned, or that an alias points at, stays.`, action: "Delete the checkpoint", danger: true,
+      work: () => send("DELETE", `/v1/checkpoints/${one.id}`)});
+    if (done) say("It is deleted.");
+    return done;
   }
 
   job.on((event) => event.type === "checkpoint_saved" && load().catch(() => {}));

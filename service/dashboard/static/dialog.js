@@ -1,6 +1,6 @@
 // Questions before anything is changed, and what came of it.
 
-import {h, put} from "./dom.js";
+import {field, h, put} from "./dom.js";
 
 /** A dialog that is removed when it is closed. Only one is open at a time: a second click while it comes opens no other. */
 function open(attributes, title, titled, then, ...content) {
@@ -18,7 +18,7 @@ function open(attributes, title, titled, then, ...content) {
 
 /** Ask in a dialog. `work` runs when it is confirmed; while it fails, the dialog stays and says why. Answers whether it was done.
  *  What is dangerous is not confirmed by the Enter key, except at its own button. */
-export function ask({title, text, fields = [], action, danger = false, work}) {
+export function ask({title, text, fields = [], action, danger = false, wide = false, work}) {
   return new Promise((resolve) => {
     const wrong = h("div", {class: "wrong", role: "alert"});
     const act = h("button", {type: "submit", class: danger ? "danger" : "main"}, action);
@@ -46,7 +46,7 @@ export function ask({title, text, fields = [], action, danger = false, work}) {
     },
     text ? h("p", {id: "dialog-text"}, text) : null, fields, wrong,
     h("div", {class: "buttons"}, h("button", {type: "button", autofocus: danger, onclick: () => dialog.close()}, "Back"), act));
-    dialog = open({"aria-describedby": text ? "dialog-text" : null}, title, {}, () => resolve(done), form);
+    dialog = open({class: wide ? "wide" : null, "aria-describedby": text ? "dialog-text" : null}, title, {}, () => resolve(done), form);
     if (!dialog) resolve(false);
   });
 }
@@ -55,6 +55,17 @@ export function ask({title, text, fields = [], action, danger = false, work}) {
 export function show(title, ...content) {
   const dialog = open({class: "wide"}, title, {tabindex: "-1", autofocus: true}, () => {}, content, // what is long is read from its beginning
     h("div", {class: "buttons"}, h("button", {type: "button", class: "main", onclick: () => dialog.close()}, "Close")));
+}
+
+/** Show a secret that is told this once. */
+export function showSecret(title, text, hint) {
+  const shown = h("input", {type: "text", readonly: true, value: text, onfocus: (event) => event.target.select()});
+  const copy = h("button", {type: "button", onclick: async () => {
+    const copied = await navigator.clipboard.writeText(text).then(() => true, () => false);
+    copy.textContent = copied ? "Copied" : "This browser copies nothing: choose the text, Ctrl-C";
+    if (!copied) shown.focus();
+  }}, "Copy");
+  show(title, field("Copy it now", shown, hint), navigator.clipboard ? copy : null);
 }
 
 /** Close what asks: the page below it is left. */

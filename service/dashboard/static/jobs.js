@@ -1,9 +1,10 @@
 // The list of jobs and sessions.
 
-import {get, poll} from "./api.js";
+import {get, poll, session} from "./api.js";
 import {sparkline} from "./charts.js";
 import {badge, empty, field, h, replace, select, setText} from "./dom.js";
 import {ago, counted, duration, time, whole} from "./format.js";
+import {submit} from "./submit.js";
 
 const LIMIT = 50;
 const EVERY_MS = 5000;
@@ -175,6 +176,7 @@ export function open({query, signal, keys, title, fail, clear: clearWrong, keep}
   }
 
   Object.assign(keys, {
+    N: () => session.may("write") && submit(),
     "/": () => search.focus(), j: () => move(1), k: () => move(-1), n: next, b: back, c: compare,
     x: () => page?.data[at] && choose(page.data[at].id),
     Enter: () => { if (page?.data[at]) location.hash = `#/jobs/${page.data[at].id}`; },
@@ -198,7 +200,7 @@ export function open({query, signal, keys, title, fail, clear: clearWrong, keep}
     setText(counts, all.map(([name, jobs]) => `${jobs} ${name}`).join(" · "));
   }, 3 * EVERY_MS, signal).catch(() => {});
 
-  return [h("div", {class: "head"}, h("h1", null, "Jobs and sessions"), counts),
+  return [h("div", {class: "head"}, h("h1", null, "Jobs and sessions"), counts, session.may("write") ? h("button", {type: "button", class: "main", onclick: submit}, "New job …") : null),
     h("form", {class: "filters", role: "search", onsubmit: (event) => { event.preventDefault(); changed(); }}, field("Search", search), field("Status", status), field("Kind", kind), comparing),
     h("div", {class: "scrolls"}, list), nothing, h("div", {class: "buttons pages"}, newer, older)];
 }

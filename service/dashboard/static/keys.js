@@ -1,11 +1,12 @@
-// API keys: listed, made, revoked.
+// API keys: listed, made, rotated, revoked.
 
 import {get, send, session} from "./api.js";
-import {ask, say, show} from "./dialog.js";
+import {ask, say, showSecret} from "./dialog.js";
 import {ACTIONS, badge, empty, field, h, named, replace, row, select, table} from "./dom.js";
 import {ago, time} from "./format.js";
 
-const DAY_S = 86_400;
+const [HOUR_S, DAY_S] = [3600, 86_400];
+const KEPT_NOWHERE = "It is kept nowhere. The server knows only its hash.";
 
 export function open({signal, title, fail}) {
   title("Keys");
@@ -16,7 +17,8 @@ export function open({signal, title, fail}) {
     const {data} = await get("/v1/keys", {}, signal);
     replace(place, table("Keys", ["name", "ends with", "may", "made", "used", "expires", ACTIONS], data.map((one) => row(
       [h("span", {class: "key", dir: "auto"}, one.name), " ", one.id === session.self.id ? badge("yours", "plain") : null, h("small", {class: "soft"}, one.id)], h("span", {class: "whole"}, `…${one.ends_with}`), one.scopes.at(-1), h("span", {class: "whole"}, ago(one.created_at)), h("span", {class: "whole"}, one.last_used_at ? ago(one.last_used_at) : "never"), one.expires_at ? time(one.expires_at) : "never",
-      one.id === session.self.id ? null : h("button", {type: "button", class: "danger", onclick: () => revoke(one)}, "Revoke …")))));
+      h("div", {class: "buttons"}, h("button", {type: "button", onclick: () => rotate(one)}, "Rotate …"),
+        one.id === session.self.id ? null : h("button", {type: "button", class: "danger", onclick: () => revoke(one)}, "Revoke …"))))));
   }
 
   async function revoke(one) {
@@ -25,6 +27,23 @@ export function open({signal, title, fail}) {
       say("It is revoked.");
       load().catch(fail);
     }
+  }
+
+  async function rotate(one) {
+    const own = one.id === session.self.id;
+    const grace = h("input", {type: "number", min: "0", max: "720", required: true, value: "24"});
+    let made = null;
+    const done = await ask({
+      title: "Rotate this key?", action: "Rotate", fields: [field("Hours for which the old one works, too", grace)],
+      text: [named(one.name), ` (…${one.ends_with}) is replaced by a new key that may do the same.`, own ? " It is yours: this tab goes on with the new one." : ""],
+      work: async () => {
+        made = await send("POST", `/v1/keys/${one.id}/rotate`, {grace_s: Number(grace.value) * HOUR_S});
+        if (own) session.change(made);
+      },
+    });
+    if (!done) return;
+    showSecret("The new key, shown this once", made.key, KEPT_NOWHERE);
+    load().catch(fail);
   }
 
   async function create() {
@@ -37,9 +56,7 @@ export function open({signal, title, fail}) {
       work: async () => { made = await send("POST", "/v1/keys", {name: name.value, scopes: [scope.value], ...(days.value ? {expires_in_s: Number(days.value) * DAY_S} : {})}); },
     });
     if (!done) return;
-    const text = h("input", {type: "text", readonly: true, value: made.key, onfocus: (event) => event.target.select()});
-    show("The key, shown this once", field("Copy it now", text, "It is kept nowhere. The server knows only its hash."),
-      navigator.clipboard ? h("button", {type: "button", onclick: () => navigator.clipboard.writeText(text.value).then(() => say("Copied."))}, "Copy") : null);
+    showSecret("The key, shown this once", made.key, KEPT_NOWHERE);
     load().catch(fail);
   }
 
