@@ -2,14 +2,14 @@
 
 import {get, send, session} from "./api.js";
 import {ask, say, show} from "./dialog.js";
-import {ACTIONS, empty, field, h, named, replace, row, table} from "./dom.js";
+import {ACTIONS, empty, field, h, loading, named, replace, row, table} from "./dom.js";
 import {ago, time} from "./format.js";
 
 const PART = "[A-Za-z0-9][A-Za-z0-9._\\-]{0,49}";
 
 export function open({signal, title, fail}) {
   title("Aliases");
-  const place = h("div");
+  const place = h("div", null, loading());
   let shown = [];
 
   async function load(after) {

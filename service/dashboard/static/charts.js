@@ -21,7 +21,7 @@ export function sparkline(curve) {
   const [low, high, first, last] = [Math.min(...values), Math.max(...values), known[0][0], known.at(-1)[0]];
   const points = known.map(([step, value]) => {
     const x = last === first ? width - 3 : (width * (step - first)) / (last - first);
-    const y = high === low ? height / 2 : height - 2 - ((height - 4) * (value - low)) / (high - low);
+    const y = high === low ? height / 2 : height - 2 - (height - 4) * ((value / 2 - low / 2) / (high / 2 - low / 2)); // halves: the whole may be more than a number holds
     return `${x.toFixed(1)},${y.toFixed(1)}`;
   });
   const said = `${curve.name}: ${number(values[0])} to ${number(values.at(-1))}`;
@@ -33,7 +33,7 @@ export function sparkline(curve) {
 
 function range(low, high) {
   if (low === null) return [0, 1];
-  const room = low === high ? Math.abs(low) / 10 || 1 : (high - low) / 20;
+  const room = low === high ? Math.abs(low) / 10 || 1 : high / 20 - low / 20;
   return [low - room, high + room];
 }
 

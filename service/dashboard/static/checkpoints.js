@@ -3,7 +3,7 @@
 import {promote} from "./aliases.js";
 import {get, request, send, session} from "./api.js";
 import {ask, say} from "./dialog.js";
-import {ACTIONS, badge, empty, h, replace, row, table} from "./dom.js";
+import {ACTIONS, badge, empty, h, loading, replace, row, table} from "./dom.js";
 import {ago, bytes, number} from "./format.js";
 import {fork} from "./job.js";
 
@@ -11,7 +11,7 @@ const IN_MEMORY = 2 ** 30; // a browser that cannot write a stream to disk holds
 
 export function open(job) {
   const {id, signal, fail} = job;
-  const place = h("div");
+  const place = h("div", null, loading());
 
   async function load() {
     const {data, has_more} = await get(`/v1/jobs/${id}/checkpoints`, {limit: 100}, signal);

@@ -3,7 +3,7 @@
 import {get, poll} from "./api.js";
 import {Chart} from "./charts.js";
 import {failed} from "./dialog.js";
-import {empty, field, h, put, replace, row, select, table} from "./dom.js";
+import {empty, field, h, loading, put, replace, row, select, table} from "./dom.js";
 import {chosen} from "./jobs.js";
 import {count, duration} from "./format.js";
 
@@ -18,7 +18,7 @@ export function open({rest, query, signal, title, fail, clear, keep}) {
   const heading = h("div", {class: "head"}, h("h1", null, "Compare"));
   if (ids.length < 2) return [heading, empty("Choose two jobs or more in the list (x), then Compare (c).")];
   const which = select([["reward/mean", "reward/mean"]], "reward/mean", {});
-  const holder = h("div", {class: "one"});
+  const holder = h("div", {class: "one"}, loading());
   const facts = h("div");
   let chart = null;
   let labels = {};

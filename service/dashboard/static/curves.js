@@ -2,7 +2,7 @@
 
 import {get, wait} from "./api.js";
 import {Chart} from "./charts.js";
-import {empty, field, h, replace, select} from "./dom.js";
+import {empty, field, h, loading, replace, select} from "./dom.js";
 
 const POINTS = 500;
 const AT_ONCE = 3; // charts that are asked for
@@ -54,7 +54,7 @@ export function condensed({step, value, min = value, max = value}, points) {
 export function open(job) {
   const {id, signal, fail} = job;
   const grid = h("div", {class: "charts"});
-  const nothing = h("div");
+  const nothing = h("div", null, loading());
   const more = select([["", "another curve …"]], "", {});
   const store = new Map(); // name -> {step, value, min?, max?}
   let known = [];

@@ -93,6 +93,11 @@ export function empty(text, ...commands) {
   return h("div", {class: "empty"}, h("p", null, text), commands.map((one) => h("pre", null, h("code", null, one))));
 }
 
+/** Stands in a place until what is asked for comes; it is seen when that takes a while. */
+export function loading() {
+  return h("p", {class: "soft loading"}, "loading …");
+}
+
 export function badge(text, kind) {
   return h("span", {class: `badge ${kind ?? text}`}, text);
 }

@@ -2,7 +2,7 @@
 
 import {exactly, follow, get, getExactly, poll, send, session, wait} from "./api.js";
 import {ask, say} from "./dialog.js";
-import {badge, field, h, named, replace, setText} from "./dom.js";
+import {badge, field, h, loading, named, replace, setText} from "./dom.js";
 import {ago, counted, duration, time, whole} from "./format.js";
 import * as curves from "./curves.js";
 import * as samples from "./samples.js";
@@ -25,7 +25,7 @@ export function open(context) {
   const wrong = h("div");
   const buttons = h("div", {class: "buttons"});
   const line = h("small", {class: "soft", role: "status"});
-  const place = h("div", {id: "tab"});
+  const place = h("div", {id: "tab"}, loading());
   const part = h("h2", {class: "unseen"}, TABS.find(([key]) => key === tab)?.[1] ?? "");
   const listeners = [];
   let shown = null;

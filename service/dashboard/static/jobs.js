@@ -2,7 +2,7 @@
 
 import {get, poll, session} from "./api.js";
 import {sparkline} from "./charts.js";
-import {badge, empty, field, h, replace, select, setText} from "./dom.js";
+import {badge, empty, field, h, loading, replace, select, setText} from "./dom.js";
 import {ago, counted, duration, time, whole} from "./format.js";
 import {submit} from "./submit.js";
 
@@ -28,7 +28,7 @@ export function open({query, signal, keys, title, fail, clear: clearWrong, keep}
   const heads = ["", "job", "status", "progress", "reward or loss", "spent", "by", "made"];
   const list = h("table", {class: "jobs stacked"}, h("caption", {class: "unseen"}, "Jobs, newest first"),
     h("thead", null, h("tr", null, heads.map((head) => h("th", {scope: "col"}, head || h("span", {class: "unseen"}, "compare"))))), body);
-  const nothing = h("div");
+  const nothing = h("div", null, loading());
   const newer = h("button", {type: "button", onclick: back, disabled: true}, "← Newer");
   const older = h("button", {type: "button", onclick: next, disabled: true}, "Older →");
   const comparing = h("button", {type: "button", onclick: compare, disabled: true}, "Compare");

@@ -2,7 +2,7 @@
 
 import {get, send, session} from "./api.js";
 import {ask, say, showSecret} from "./dialog.js";
-import {ACTIONS, badge, empty, field, h, named, replace, row, select, table} from "./dom.js";
+import {ACTIONS, badge, empty, field, h, loading, named, replace, row, select, table} from "./dom.js";
 import {ago, time} from "./format.js";
 
 const [HOUR_S, DAY_S] = [3600, 86_400];
@@ -11,7 +11,7 @@ const KEPT_NOWHERE = "It is kept nowhere. The server knows only its hash.";
 export function open({signal, title, fail}) {
   title("Keys");
   if (!session.may("admin")) return [h("h1", null, "Keys"), empty(`Your key has the scopes ${session.self.scopes.join(", ")}. Keys are managed with one of scope admin.`, "ratchet keys create NAME --scope admin")];
-  const place = h("div");
+  const place = h("div", null, loading());
 
   async function load() {
     const {data} = await get("/v1/keys", {}, signal);

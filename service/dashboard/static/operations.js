@@ -1,7 +1,7 @@
 // What a session or sampler was asked for, newest first.
 
 import {get, poll} from "./api.js";
-import {badge, empty, h, replace, row, table} from "./dom.js";
+import {badge, empty, h, loading, replace, row, table} from "./dom.js";
 import {clock, count, counted, duration, number, time} from "./format.js";
 
 const LIMIT = 50; // of one request
@@ -12,7 +12,7 @@ const METRICS = 4;
 
 export function open(job) {
   const {id, signal, fail} = job;
-  const place = h("div");
+  const place = h("div", null, loading());
   const line = h("p", {class: "soft"});
   const more = h("button", {type: "button", hidden: true, onclick: () => { shown += LIMIT; look().catch(fail); }}, "Earlier");
   let shown = LIMIT;

@@ -1,7 +1,7 @@
 // The samples viewer: a prompt's answers side by side, token by token.
 
 import {get} from "./api.js";
-import {empty, field, h, replace, select} from "./dom.js";
+import {empty, field, h, loading, replace, select} from "./dom.js";
 import {counted, number} from "./format.js";
 
 const MODES = [["ratio", "importance ratio"], ["moved", "log p: new − old, of the token"], ["p", "probability when sampled"], ["none", "no colours"]];
@@ -10,7 +10,7 @@ const CLIPS = {low: "the lower bound holds it", high: "the upper bound holds it"
 
 export function open(job) {
   const {id, fail} = job;
-  const place = h("div");
+  const place = h("div", null, loading());
   job.whole().then((whole) => replace(place, viewer(id, whole, job))).catch(fail);
   return place;
 }

@@ -2,13 +2,13 @@
 
 import {get, getExactly} from "./api.js";
 import {failed} from "./dialog.js";
-import {field, h, replace, row, select, table} from "./dom.js";
+import {field, h, loading, replace, row, select, table} from "./dom.js";
 
 const MOST = 20; // of a list that are shown
 
 export function open(job) {
   const {signal, fail} = job;
-  const place = h("div");
+  const place = h("div", null, loading());
   job.whole().then((whole) => replace(place, viewer(whole, signal))).catch(fail);
   return place;
 }

@@ -1,7 +1,7 @@
 // Three tabs of a job that are lists: events, attempts, advice.
 
 import {get} from "./api.js";
-import {badge, empty, h, put, replace, row, table} from "./dom.js";
+import {badge, empty, h, loading, put, replace, row, table} from "./dom.js";
 import {count, duration, number, time} from "./format.js";
 
 const LIMIT = 100;
@@ -46,7 +46,7 @@ function line(event) {
 
 export function attempts(job) {
   const {id, signal, fail} = job;
-  const place = h("div");
+  const place = h("div", null, loading());
   async function load() {
     const {data} = await get(`/v1/jobs/${id}/attempts`, {}, signal);
     if (!data.length) return replace(place, empty("No worker has taken it yet.", `ratchet watch ${id}`));
@@ -61,7 +61,7 @@ export function attempts(job) {
 
 export function advice(job) {
   const {id, signal, fail} = job;
-  const place = h("div");
+  const place = h("div", null, loading());
   async function load() {
     const {data} = await get(`/v1/jobs/${id}/advice`, {}, signal);
     if (!data.length) return replace(place, empty("Nothing stands out in its curves.", `ratchet advice ${id}`));

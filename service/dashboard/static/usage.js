@@ -1,7 +1,7 @@
 // What was spent, by key, project, job or day; and the budget.
 
 import {get, session} from "./api.js";
-import {empty, field, h, replace, row, select, table} from "./dom.js";
+import {empty, field, h, loading, replace, row, select, table} from "./dom.js";
 import {count, counted, duration} from "./format.js";
 
 const OPERATORS = "default"; // the project whose admins see every project
@@ -13,7 +13,7 @@ export function open({query, signal, title, fail, clear, keep}) {
   const by = select(ways, ways.find((one) => one === query.get("by")) ?? "key", {});
   const project = h("input", {type: "text", value: query.get("project") ?? session.self.project, pattern: "[A-Za-z0-9_.\\-]{1,64}", spellcheck: "false"});
   const since = h("input", {type: "date", value: query.get("since")});
-  const place = h("div");
+  const place = h("div", null, loading());
   const budget = h("div");
 
   async function load() {

@@ -2,7 +2,7 @@
 
 import {get, poll, send, session} from "./api.js";
 import {ask, say, showSecret} from "./dialog.js";
-import {ACTIONS, badge, empty, field, h, replace, row, table} from "./dom.js";
+import {ACTIONS, badge, empty, field, h, loading, replace, row, table} from "./dom.js";
 import {ago, time} from "./format.js";
 
 const LOOK_MS = 5000;
@@ -11,7 +11,7 @@ const SIGNS = "It verifies the signatures of what is sent. It is shown this once
 
 export function open({rest: [id], signal, title, fail, clear}) {
   title("Webhooks");
-  const place = h("div");
+  const place = h("div", null, loading());
   const sent = h("div");
   const write = session.may("write");
   let drawn = null;

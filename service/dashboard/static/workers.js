@@ -1,12 +1,12 @@
 // Workers and the queue.
 
 import {get, poll} from "./api.js";
-import {badge, empty, h, replace, row, table} from "./dom.js";
+import {badge, empty, h, loading, replace, row, table} from "./dom.js";
 import {ago, bytes, duration} from "./format.js";
 
 export function open({signal, title, fail}) {
   title("Workers");
-  const place = h("div");
+  const place = h("div", null, loading());
   const queue = h("div");
 
   poll(async () => {
