@@ -357,6 +357,8 @@ def test_the_keyboard_alone_opens_a_job_and_does_not_cancel_it_by_accident(fresh
     fresh.keyboard.press("Enter")
     expect(fresh.get_by_role("heading", level=1)).to_have_text(job["name"])
     expect(fresh.locator("main")).to_be_focused()  # the link that was followed is gone
+    sent = list[Request]()
+    fresh.on("request", lambda request: sent.append(request) if request.method == "POST" else None)
     cancel = fresh.get_by_role("button", name="Cancel …")
     cancel.focus()
     fresh.keyboard.press("Enter")
@@ -369,6 +371,7 @@ def test_the_keyboard_alone_opens_a_job_and_does_not_cancel_it_by_accident(fresh
     fresh.keyboard.press("Escape")
     expect(fresh.get_by_role("dialog")).to_have_count(0)
     expect(cancel).to_be_focused()
+    assert sent == []
     expect(badge(fresh)).to_have_text("paused")
     fresh.get_by_role("link", name="Checkpoints").focus()
     fresh.keyboard.press("Enter")
@@ -388,6 +391,11 @@ def test_a_question_that_was_asked_twice_is_done_once(stack: Any, fresh: Page, j
         else:
             route.continue_()
 
+    fresh.goto(f"{stack.url}/#/aliases")
+    fresh.get_by_role("button", name="Promote …").dblclick()
+    fresh.get_by_label("Checkpoint").fill("ckpt_absent")
+    fresh.keyboard.press("Escape")
+    expect(fresh.get_by_role("dialog")).to_have_count(0)  # a second click opened no other
     fresh.route("**/fork", lose_the_first)
     fresh.goto(f"{stack.url}/#/jobs/{job['id']}")
     fresh.get_by_role("button", name="Fork …").dblclick()
