@@ -413,9 +413,13 @@ def test_a_question_that_was_asked_twice_is_done_once(stack: Any, fresh: Page, j
 
 
 def test_the_page_says_that_the_server_is_away_and_goes_on_when_it_is_back(stack: Any, fresh: Page) -> None:
+    lost = fresh.locator(".lost")
+    fresh.route("**/v1/jobs:overview*", lambda route: route.fulfill(status=503, json={"detail": "the database is away."}))
+    expect(lost).to_contain_text("the database is away; trying again")  # a list that looks by itself tells of it, too
+    fresh.unroute("**/v1/jobs:overview*")
+    expect(lost).to_be_empty()
     fresh.route("**/v1/**", lambda route: route.abort())
     fresh.get_by_role("link", name="Usage").click()
-    lost = fresh.locator(".lost")
     expect(lost).to_contain_text("does not answer")
     expect(fresh.locator("main .wrong")).to_contain_text("does not answer")
     fresh.unroute("**/v1/**")

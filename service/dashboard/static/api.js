@@ -36,6 +36,7 @@ export class Problem extends Error {
   }
 }
 
+/** No answer at all. */
 export class Away extends Error {
   message = "The server does not answer: it is down, or the connection is.";
 }
@@ -52,8 +53,8 @@ function address(path, parameters) {
 
 const unanswered = new Map(); // what was asked for in vain -> its Idempotency-Key: asked again after the connection broke, it is done once
 
-/** fetch with the key; raises Problem. A key that is not known any more ends the session. Events tell the frame whether the server
- *  answers: "away", "there". */
+/** fetch with the key; raises Problem, or Away. A key that is not known any more ends the session. Events tell the frame whether the
+ *  server answers: "away", with the error, and "there". */
 export async function request(method, path, {parameters, body, headers, signal, key} = {}) {
   const used = key ?? session.key; // null: the sign-on proxy says who asks, by its cookie
   const sent = used === null ? {...headers} : {Authorization: `Bearer ${used}`, ...headers};
@@ -71,17 +72,19 @@ export async function request(method, path, {parameters, body, headers, signal, 
   } catch (error) {
     if (signal?.aborted) throw error;
     again();
-    dispatchEvent(new Event("away"));
-    throw new Away();
+    const away = new Away();
+    dispatchEvent(new CustomEvent("away", {detail: away}));
+    throw away;
   }
-  dispatchEvent(new Event("there"));
-  if (answer.status >= 500) again();
+  if (answer.status < 500) dispatchEvent(new Event("there"));
+  else again();
   if (answer.ok) return answer;
   let said = null;
   try {
     said = await answer.json();
   } catch { /* an answer of a proxy */ }
   const problem = new Problem(answer.status, said);
+  if (answer.status >= 500 && method === "GET") dispatchEvent(new CustomEvent("away", {detail: problem}));
   if (answer.status === 401 && key === undefined) dispatchEvent(new CustomEvent("signed-out", {detail: problem}));
   throw problem;
 }

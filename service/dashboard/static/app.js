@@ -110,10 +110,10 @@ const lost = h("p", {class: "lost", role: "status"});
 const ASK_AGAIN_MS = 3000;
 let isAway = false;
 
-addEventListener("away", async () => {
+addEventListener("away", async ({detail}) => {
   if (isAway || !session.self) return;
   isAway = true;
-  setText(lost, "The server does not answer; trying again …");
+  setText(lost, `${detail.message.replace(/\.$/, "")}; trying again …`);
   while (isAway && session.self) {
     await wait(ASK_AGAIN_MS);
     await get("/v1/keys/self").catch(() => {});
