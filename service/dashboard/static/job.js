@@ -119,7 +119,7 @@ export function open(context) {
   begin().catch((error) => {
     fail(error);
     if (shown) return;
-    tabs.hidden = true; // there is no such job
+    tabs.hidden = part.hidden = true; // there is no such job
     replace(place, h("a", {href: "#/jobs"}, "All jobs"));
   });
   setTimeout(into);
