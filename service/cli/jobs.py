@@ -320,7 +320,7 @@ def _print_outcome(job: Job) -> None:
 
 def _how_it_goes_on(job: Job) -> str:
     resume = f"ratchet resume {job['id']}"
-    if job["status_reason"] == "paused":  # as somebody wished
+    if job["status_reason"] in ("paused", "pause_requested"):  # as somebody wished, of one that ran or waited
         return f"it goes on with: {resume}"
     if job["status_reason"] != "budget_spent":
         return f"mend what it rests for, then: {resume}"

@@ -16,6 +16,16 @@ from ratchet_client import RatchetApiError
 ID = re.compile(r"[a-z]+_[0-9a-z]{26}")
 PIPE_WIDTH = 500  # without a terminal, lines need not be cut
 
+ABSENT = re.compile(r"no (\w+) \S+ in this project")  # a 404, whether it never was or is another project's
+LISTINGS = {
+    "job": "ratchet jobs",
+    "session": "ratchet sessions",
+    "checkpoint": "ratchet checkpoints",
+    "dataset": "ratchet datasets",
+    "key": "ratchet keys",
+    "webhook": "ratchet webhooks",
+}
+
 STATUS_STYLES = {
     "succeeded": "green",
     "failed": "red",
@@ -88,6 +98,8 @@ def print_problem(error: RatchetApiError) -> None:
     allowed = error.problem.get("allowed_moves") or error.problem.get("allowed_actions")
     if allowed:
         complain(Text("  allowed now: ", style="dim") + Text(clean(shown(allowed))))
+    if error.hint is None and (absent := ABSENT.match(error.detail)) and (listing := LISTINGS.get(absent[1])):
+        complain(Text("  hint: ", style="dim") + Text(f"`{listing}` lists those that this key sees: its own project's"))
     if error.hint and error.code != "illegal_transition":  # its hint only repeats what is allowed
         complain(Text("  hint: ", style="dim") + Text(clean(error.hint)))
 

@@ -23,6 +23,7 @@ from service.cli import demo, exits, jobs, live
 from service.cli.dry_run import print_validation
 from service.cli.main import app
 from service.errors import Failure
+from service.ids import new_id
 from service.jobs import lease
 from service.jobs.lease import RolloutRow
 from service.store.usage import Spent
@@ -225,6 +226,7 @@ def test_a_list_goes_on_behind_its_last_id(api: str, cli: Cli, spec: str) -> Non
 
 def test_pause_resume_cancel_delete_and_what_is_refused(cli: Cli, job_id: str) -> None:
     assert "paused" in cli("pause", job_id).out
+    assert f"it rests (pause_requested); it goes on with: ratchet resume {job_id}" in cli("watch", job_id).out
     assert "paused" in cli("pause", job_id).out
     assert "queued" in cli("resume", job_id).out
     unfinished = cli("delete", job_id, "--yes")
@@ -288,6 +290,17 @@ def test_submit_follow_lasts_as_long_as_the_job(api: str, cli: Cli, hand: Any, s
 def test_a_cancelled_job_has_an_exit_status_of_its_own(cli: Cli, job_id: str) -> None:
     cli("cancel", job_id)
     assert cli("watch", job_id).code == 5
+
+
+def test_what_is_not_there_is_told_with_what_lists_those_that_are(cli: Cli, api: str) -> None:
+    """In the same words whether it never was or is another project's."""
+    for of, command in ("job", ("show",)), ("checkpoint", ("checkpoints", "pin")), ("webhook", ("webhooks", "test")):
+        id_ = new_id({"job": "job", "checkpoint": "ckpt", "webhook": "whk"}[of])
+        said = cli(*command, id_)
+        assert said.code == 1 and said.err.endswith(
+            f"error: no {of} {id_} in this project (not_found)\n  hint: `ratchet {of}s` lists those that this key sees: "
+            "its own project's\n"
+        )
 
 
 def test_a_job_that_rests_ends_the_watch_with_a_status_of_its_own_and_says_how_to_go_on(
