@@ -1,5 +1,6 @@
 """The operator's settings: environment variables with the prefix RATCHET_, all defined here and read once."""
 
+import re
 from functools import lru_cache
 from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
@@ -15,6 +16,7 @@ NOT_FOR_SSO = frozenset({"authorization", "x-api-key", "cookie", "host", "origin
 WELL_KNOWN_SECRETS = frozenset({"", "ratchet", "postgres", "password", "changeme", "change-me", "secret", "admin"})
 
 BUCKETS = ("s3", "gs", "az")
+DATABASES = re.compile(r"(postgresql|sqlite)(\+\w+)?://.")
 
 
 class Settings(BaseSettings):
@@ -213,6 +215,15 @@ class Settings(BaseSettings):
                 f"got {self.lease_renew_s}, {self.lease_self_stop_s}, {self.lease_ttl_s}"
             )
         return self
+
+    @field_validator("database_url", mode="after")
+    @classmethod
+    def a_database_that_is_spoken_to(cls, value: SecretStr | None) -> SecretStr | None:
+        """An empty one is refused, too: an operator who forgot to fill it in does not want SQLite."""
+        if value is not None and not DATABASES.match(value.get_secret_value()):
+            allowed = "postgresql+psycopg://USER:PASSWORD@HOST/NAME or sqlite:///FILE"
+            raise ValueError(f"must be {allowed}; unset: SQLite in the data directory")
+        return value
 
     @field_validator("blob_url", mode="after")
     @classmethod

@@ -166,3 +166,6 @@ def _with_settings(data_dir: Path, work: Callable[[Any], dict[str, Any]]) -> dic
     except ServiceError as error:
         complain(f"error: {error}")
         raise typer.Exit(exits.REFUSED) from None
+    except ValidationError as error:
+        complain(f"error: {why_refused(error)}")
+        raise typer.Exit(exits.REFUSED) from None

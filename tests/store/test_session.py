@@ -6,6 +6,7 @@ from traceback import format_exception
 from typing import Any
 
 import pytest
+from pydantic import SecretStr, ValidationError
 from sqlalchemy import Connection, insert, select, text, update
 from sqlalchemy.exc import DBAPIError, IntegrityError, StatementError
 
@@ -123,6 +124,16 @@ def test_postgres_ends_a_transaction_whose_client_is_frozen_before_a_lease_ends(
 def test_other_databases_are_refused() -> None:
     with pytest.raises(ValueError, match=r"sqlite:/// or postgresql\+psycopg://"):
         make_engine("mysql://x/y")
+
+
+@pytest.mark.parametrize("url", ["", "foo", "mysql://u:planted@x/y", "postgresql://", "//:planted@"])
+def test_a_database_url_that_names_none_is_refused_with_the_settings(url: str) -> None:
+    """Before anything is opened, and without the value: it may hold a password."""
+    with pytest.raises(
+        ValidationError, match=r"must be postgresql\+psycopg://USER:PASSWORD@HOST/NAME or sqlite:///FILE"
+    ) as refused:
+        Settings(database_url=SecretStr(url))
+    assert "planted" not in str(refused.value)
 
 
 @pytest.mark.parametrize("kind", ["not null", "taken", "unknown"])
