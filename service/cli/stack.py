@@ -46,7 +46,8 @@ def up(
     API, workers, Redis and SQLite, until Ctrl-C, which saves the running job and stops everything. The API key is written
     to DATA_DIR/key (readable by you only), the address to DATA_DIR/url; the other commands find both there. Started again
     on the same directory, it goes on where it was, also after a crash. RATCHET_HOST says on which address it listens
-    (default 127.0.0.1), and every other RATCHET_* setting applies, too.
+    (default 127.0.0.1), and every other RATCHET_* setting applies, too, except RATCHET_DATABASE_URL and RATCHET_REDIS_URL: it
+    brings its own.
     """
     from service.local.up import up as run  # only this command imports the API
 
