@@ -66,6 +66,12 @@ CODES: Mapping[str, Code] = MappingProxyType(
         "checkpoint_mismatch": Code(
             "user", "the checkpoint does not fit the model or the adapter", "fork the job with a model section that fits"
         ),
+        "dataset_broken": Code(
+            "infra",
+            "a dataset's file is not there, or not as it was uploaded",
+            "restore the file from a backup and look at the disk, then resume the job",
+            pauses=True,
+        ),
         "prompt_too_long": Code(
             "user", "a row's prompt leaves no room for an answer", "shorten the row or the template, or take the row out"
         ),

@@ -1,5 +1,6 @@
 """One attempt at one job: claim, load, loop, commit, release. Every error on the way is handled here."""
 
+import hashlib
 import logging
 import os
 from contextlib import ExitStack
@@ -7,7 +8,7 @@ from functools import cache
 from pathlib import Path
 
 from service.doorbell import Doorbell
-from service.errors import LeaseLost
+from service.errors import JobFailed, LeaseLost
 from service.jobs import lease as leases
 from service.jobs.data import open_data
 from service.jobs.lease import Lease
@@ -181,6 +182,18 @@ def _optimizer_steps(spec: RLSpec | SupervisedSpec) -> int:
 
 
 def _dataset_path(store: Store, project: str, dataset_id: str) -> Path:
+    """The dataset's file, as it was uploaded. Raises JobFailed dataset_broken."""
     with store.begin(readonly=True) as session:
         dataset = datasets.get(session, project, dataset_id)
-    return store.blobs.fetch(dataset.path)
+    found = ""
+    for anew in (False, True):  # with a bucket, it is downloaded once more
+        path = store.blobs.fetch(dataset.path, anew=anew)
+        try:
+            with path.open("rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+        except FileNotFoundError:
+            found = ""
+        if found == dataset.sha256:
+            return path
+    what = f"was altered: its sha256 is {found}, not {dataset.sha256}" if found else "is not on this machine"
+    raise JobFailed("dataset_broken", f"the file of dataset {dataset_id} {what}")

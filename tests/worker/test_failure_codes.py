@@ -3,6 +3,7 @@
 import ast
 import json
 import logging
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -26,6 +27,7 @@ from service.ids import new_id, utcnow
 from service.jobs import lease as leases
 from service.jobs import lifecycle
 from service.jobs.data import Data, InlineRows, ReasoningGymRows
+from service.jobs.datasets import ingest
 from service.jobs.gym_rows import RowMaker
 from service.jobs.lifecycle import create_job
 from service.jobs.reconciler import reconcile
@@ -56,6 +58,7 @@ from workers.policy.load import adapter_of
 from workers.ranks.policies import open_spread
 from workers.ranks.ranks import Ranks
 from workers.rollout.vllm_server import Server
+from workers.runner import _dataset_path
 from workers.tenure.failures import POINTERS, failure_of
 from workers.tenure.keeper import Hold, Keeper
 from workers.tenure.log_tail import LINES, LogTail
@@ -241,6 +244,18 @@ def _checkpoint(world: World, *, commit: bool) -> str:
 def _(world: World) -> None:
     checkpoint_id = _checkpoint(world, commit=True)
     start_checkpoint(world.store, world.submit(), checkpoint_id)
+
+
+def _dataset(world: World) -> tuple[str, Path]:
+    dataset = ingest(world.store, "default", "rows", [b'{"q": "1"}\n'], 100)
+    return dataset.id, world.store.blobs.path(dataset.path)
+
+
+@produces("dataset_broken")
+def _(world: World) -> None:
+    dataset_id, path = _dataset(world)
+    path.write_bytes(b'{"q": "2"}\n')
+    _dataset_path(world.store, "default", dataset_id)
 
 
 @produces("checkpoint_not_found")
@@ -479,3 +494,15 @@ def test_without_the_scrubber_the_tail_would_tell(settings: Settings) -> None:
     with LogTail(settings) as tail:
         logging.getLogger("workers.test").warning("sent hunter2-hunter2")
     assert "hunter2-hunter2" in tail.add_to(Failure("io_error", "")).log_tail[-1]
+
+
+def test_a_dataset_is_read_only_as_it_was_uploaded(world: World) -> None:
+    dataset_id, path = _dataset(world)
+    os.utime(path, (1, 1))
+    assert _dataset_path(world.store, "default", dataset_id) == path
+    path.write_bytes(b"")
+    with pytest.raises(JobFailed, match="was altered"):
+        _dataset_path(world.store, "default", dataset_id)
+    path.unlink()
+    with pytest.raises(JobFailed, match="is not on this machine"):
+        _dataset_path(world.store, "default", dataset_id)
