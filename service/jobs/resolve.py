@@ -21,7 +21,7 @@ from service.jobs.reference_checks import Formula, check_references
 from service.jobs.resolve_model import resolve_model, tokenizer_folder
 from service.jobs.resolve_reward import check_metrics, check_reward, wrong_ways
 from service.jobs.resolve_rollout import check_rollout, rollout_warnings
-from service.jobs.row_checks import check_rows, overlong_rows, without_overlong
+from service.jobs.row_checks import check_rows, without_overlong
 from service.settings import Settings
 from service.spec.data import DatasetSource, InlineSource, ReasoningGymSource, SplitSource, TrainSource
 from service.spec.job import RLSpec, SupervisedSpec
@@ -101,7 +101,7 @@ def resolve(store: Store, settings: Settings, project: str, spec: RLSpec | Super
     if errors or data is None:
         raise _refused(errors)
     full = spec.model_dump(mode="json", by_alias=True)
-    taken = without_overlong(spec, data)
+    taken, overlong = without_overlong(spec, data)
     estimates = _estimates(spec, taken)
     return Resolved(
         spec=full,
@@ -113,7 +113,7 @@ def resolve(store: Store, settings: Settings, project: str, spec: RLSpec | Super
         estimates=estimates,
         warnings=[
             *_warnings(spec, estimates),
-            *overlong_rows(spec, data),
+            *overlong,
             *copied_rows(spec.data, data),
             *learnt_rows(spec.data, taken),
             *(shared_seeds(spec.data) if data.eval is not None else ()),

@@ -226,29 +226,28 @@ def _unreadable(spec: RLSpec | SupervisedSpec, data: Data, rows: DataRows, part:
         yield FieldError("/data/overlong", detail, "all_rows_overlong", "skip")
 
 
-def overlong_rows(spec: RLSpec | SupervisedSpec, data: Data) -> Iterator[str]:
-    """For the tiny model: a warning for each split in which rows are too long and data.overlong says what becomes of them."""
+def without_overlong(spec: RLSpec | SupervisedSpec, data: Data) -> tuple[Data, list[str]]:
+    """For the tiny model: the rows that the job takes of these, without those that are too long if data.overlong is skip; and a
+    warning for each split in which rows are too long and data.overlong says what becomes of them."""
     if spec.model.tiny is None or spec.data.overlong == "refuse":
-        return
-    done = "is left out" if spec.data.overlong == "skip" else "loses the oldest tokens of its prompt"
+        return data, []
+    skips = spec.data.overlong == "skip"
+    done = "is left out" if skips else "loses the oldest tokens of its prompt"
+    kept: dict[str, DataRows] = {}
+    warnings: list[str] = []
     for part, rows in (("train", data.train), ("eval", data.eval)):
         room = _room(spec, spec.model.tiny.context, part)
         found = [index for index, row in enumerate(rows or ()) if _is_too_long(data, row, room)]
-        if rows is not None and found:
-            which = f"for example row {rows.number(found[0])}: each {done}"
-            yield f"data.overlong: {len(found)} of {counted(len(rows), 'row')} of data.{part} too long ({room.why}), {which}"
-
-
-def without_overlong(spec: RLSpec | SupervisedSpec, data: Data) -> Data:
-    """The rows that the job takes of these: without those that are too long, if data.overlong is skip and the model is tiny."""
-    if spec.model.tiny is None or spec.data.overlong != "skip":
-        return data
-    kept: dict[str, DataRows] = {}
-    for part, rows in (("train", data.train), ("eval", data.eval)):
-        room = _room(spec, spec.model.tiny.context, part)
-        if rows is not None:
-            kept[part] = Subset(rows, [index for index, row in enumerate(rows) if not _is_too_long(data, row, room)])
-    return replace(data, **kept)
+        if rows is None or not found:
+            continue
+        which = f"for example row {rows.number(found[0])}: each {done}"
+        warnings.append(
+            f"data.overlong: {len(found)} of {counted(len(rows), 'row')} of data.{part} too long ({room.why}), {which}"
+        )
+        if skips:
+            left_out = set(found)
+            kept[part] = Subset(rows, [index for index in range(len(rows)) if index not in left_out])
+    return replace(data, **kept), warnings
 
 
 def _room(spec: RLSpec | SupervisedSpec, context: int, part: str) -> _Room:
