@@ -29,6 +29,11 @@ def test_an_evaluations_loss_is_told_once_though_few_steps_measure_it() -> None:
     assert progress.implausible == [] and len(implausible(progress, {"eval/loss": 21.0})) == 1
 
 
+def test_a_sampler_that_leaves_tokens_out_is_named_as_a_cause() -> None:
+    [(_, told)] = implausible(Progress(step=1), {"rollout/approx_kl_k3": 2.8})
+    assert "rollout.top_p and top_k do that" in told["detail"]
+
+
 def test_what_sound_runs_measure_is_not() -> None:
     sound = {"policy/approx_kl_k3": 0.3, "kl/ref_k3": 4.0, "policy/loss": 0.8, "loss": 11.9, "rollout/approx_kl_k3": 0.01}
     sound["eval/loss"] = 11.9

@@ -22,7 +22,9 @@ FAR = "policy/ratio_max", "optimizer/grad_norm", "optimizer/learning_rate"
 BOUNDS: dict[str, Bound] = {
     **{name: Bound(HUGE_KL, f"{cause}; {remedy}", FAR) for name, (cause, remedy) in HUGE.items()},
     DISAGREEMENT: Bound(
-        1.0, "sampler and trainer disagree about the same weights; use model.dtype: float32, or report the model's family"
+        1.0,
+        "sampler and trainer disagree about the same weights; rollout.top_p and top_k do that, since the sampler then gives "
+        "the log-probs among the tokens that they leave; without them use model.dtype: float32, or report the model's family",
     ),
     POLICY_LOSS: Bound(
         20.0, "a few tokens with large ratios make up the loss; look at the clip bounds and the advantages", FAR
