@@ -55,6 +55,7 @@ class StorableText(TypeDecorator[str]):
 
 
 Json = JSON(none_as_null=True).with_variant(JSONB(none_as_null=True), "postgresql")
+JsonAsSent = JSON(none_as_null=True)  # with the keys of objects in their order, which jsonb changes
 Id = String(40)
 
 
@@ -116,10 +117,10 @@ class Job(Base):
     name: Mapped[str]
     tags: Mapped[list[str]]
     # the attribute name `metadata` is reserved by SQLAlchemy
-    user_metadata: Mapped[dict[str, Any]] = mapped_column("metadata")
+    user_metadata: Mapped[dict[str, Any]] = mapped_column("metadata", JsonAsSent)
 
-    spec_sent: Mapped[dict[str, Any]]
-    spec: Mapped[dict[str, Any]]  # every default filled in, the objective as its seven axes
+    spec_sent: Mapped[dict[str, Any]] = mapped_column(JsonAsSent)
+    spec: Mapped[dict[str, Any]] = mapped_column(JsonAsSent)  # every default filled in, the objective as its seven axes
     spec_sha256: Mapped[str] = mapped_column(String(64))
     data_sha256: Mapped[str] = mapped_column(String(64))
     resolved: Mapped[dict[str, Any]]  # found by the worker: device, dtype, revision, parameters, versions

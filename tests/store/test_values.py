@@ -84,3 +84,19 @@ def test_it_is_json(sent: Any, kept: Any) -> None:
 def test_what_json_has_not_is_refused() -> None:
     with pytest.raises(TypeError):
         dumps({"x": object()})
+
+
+def test_a_spec_is_kept_as_it_was_sent(store: Store, new_job: Callable[..., Job]) -> None:
+    """Chat templates write tools in the order of their keys, and templates of rows write objects so."""
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}, "description": "d"}}
+    rows = [{"question": {"long": 1, "a": -0.0, "b": 1e22}, "q": "1"}]
+    chat = [{"role": "user", "content": "{question}{q}"}]
+    data = {"train": {"source": "inline", "rows": rows}, "chat": chat, "answer": "1", "tools": [tool]}
+    metadata = {"second": 1, "first": {"zz": 1, "a": 2}}
+    job_id = new_job(data=data, metadata=metadata).id
+    with store.begin(readonly=True) as session:
+        job = jobs.find(session, job_id)
+    assert job is not None
+    assert json.dumps(job.spec["data"]["tools"]) == json.dumps(job.spec_sent["data"]["tools"]) == json.dumps([tool])
+    assert json.dumps(job.spec["data"]["train"]["rows"]) == json.dumps(rows)
+    assert json.dumps(job.user_metadata) == json.dumps(metadata)
