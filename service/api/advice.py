@@ -2,17 +2,17 @@
 
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict, Field
 
 from service.edge.auth import CallerDep
 from service.edge.context import ContextDep
 from service.edge.problems import responses
+from service.edge.router import Router
 from service.signals import NEEDED, Curve, advise
 from service.store import jobs, metrics
 from service.store.tables import Job
 
-router = APIRouter(prefix="/v1/jobs/{job_id}/advice", tags=["jobs"])
+router = Router(prefix="/v1/jobs/{job_id}/advice", tags=["jobs"])
 
 POINTS = 400  # of each curve that is looked at; longer ones are put together
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Annotated, Any, Literal, Self
 
-from fastapi import APIRouter, Query, Response
+from fastapi import Query, Response
 from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy.orm import Session
 
@@ -14,6 +14,7 @@ from service.edge.context import ContextDep
 from service.edge.idempotency import IdempotencyKeyDep, once
 from service.edge.pages import Page, PageQuery
 from service.edge.problems import BODY, responses
+from service.edge.router import Router
 from service.spec.aliases import wrong_alias
 from service.spec.section import Section
 from service.store import aliases, checkpoints, clock, keys
@@ -21,7 +22,7 @@ from service.store.aliases import Wish
 from service.store.tables import Alias, AliasChange
 from service.validation import invalid, parse
 
-router = APIRouter(prefix="/v1/aliases", tags=["aliases"])
+router = Router(prefix="/v1/aliases", tags=["aliases"])
 
 EXPECTED = r"^(ckpt_[0-9a-z]+|none)$"
 Expected = Annotated[

@@ -2,15 +2,15 @@
 
 from typing import Annotated, Literal
 
-from fastapi import APIRouter
 from pydantic import BaseModel, Field
 
 from service.edge.auth import CallerDep
 from service.edge.context import ContextDep
 from service.edge.problems import responses
+from service.edge.router import Router
 from service.store import jobs, usage
 
-router = APIRouter(prefix="/v1/jobs/{job_id}/attempts", tags=["jobs"])
+router = Router(prefix="/v1/jobs/{job_id}/attempts", tags=["jobs"])
 
 
 class AttemptView(BaseModel):

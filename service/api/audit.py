@@ -3,7 +3,7 @@
 from datetime import datetime
 from typing import Annotated, Literal, Self
 
-from fastapi import APIRouter, Query
+from fastapi import Query
 from pydantic import BaseModel, Field
 
 from service.api.keys import Project
@@ -11,11 +11,12 @@ from service.edge.auth import ADMIN_PROJECT, AdminDep
 from service.edge.context import ContextDep
 from service.edge.pages import Page, PageQuery
 from service.edge.problems import responses
+from service.edge.router import Router
 from service.store import audit, keys
 from service.store.tables import AuditEntry
 from service.validation import below
 
-router = APIRouter(prefix="/v1/audit", tags=["keys"])
+router = Router(prefix="/v1/audit", tags=["keys"])
 
 NOT_OURS = "another one's audit log is not shown"
 

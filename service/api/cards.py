@@ -6,17 +6,18 @@ It is made on request and is not a file of the checkpoint, so that two equal run
 import json
 from typing import Any
 
-from fastapi import APIRouter, Response
+from fastapi import Response
 
 from service.api.schema import version
 from service.edge.auth import CallerDep
 from service.edge.context import ContextDep
 from service.edge.problems import responses
+from service.edge.router import Router
 from service.store import aliases, checkpoints
 from service.store.tables import Checkpoint, Job
 from service.telemetry import one_line
 
-router = APIRouter(prefix="/v1", tags=["checkpoints"])
+router = Router(prefix="/v1", tags=["checkpoints"])
 
 LOAD_FULL = """from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -3,7 +3,7 @@
 from datetime import datetime, timedelta
 from typing import Annotated, Any, Literal, Self
 
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import Query, Request, Response
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from sqlalchemy.orm import Session
@@ -15,6 +15,7 @@ from service.edge.bodies import DocumentDep, documented
 from service.edge.context import ContextDep
 from service.edge.pages import Page, PageQuery
 from service.edge.problems import BODY, files_missing, responses
+from service.edge.router import Router
 from service.errors import NotFound
 from service.ids import utcnow
 from service.jobs.lease import best_checkpoint
@@ -23,7 +24,7 @@ from service.store import aliases, checkpoints, clock, jobs
 from service.store.tables import Checkpoint, Job
 from service.validation import below, parse
 
-router = APIRouter(prefix="/v1", tags=["checkpoints"])
+router = Router(prefix="/v1", tags=["checkpoints"])
 
 DELETED_AT_ONCE = 1000
 OPTIMIZER = "optimizer.safetensors"  # the file of a checkpoint that is needed to resume, and for nothing else

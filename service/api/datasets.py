@@ -3,7 +3,7 @@
 from datetime import datetime
 from typing import Annotated, Any, Literal, Self
 
-from fastapi import APIRouter, Query, Response
+from fastapi import Query, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from service.edge.auth import CallerDep
@@ -12,6 +12,7 @@ from service.edge.context import ContextDep
 from service.edge.idempotency import IdempotencyKeyDep
 from service.edge.pages import Page, PageQuery
 from service.edge.problems import BODY, files_missing, responses
+from service.edge.router import Router
 from service.edge.uploads import MULTIPART, UploadDep, kept
 from service.ids import utcnow
 from service.jobs.data import JsonlRows
@@ -19,7 +20,7 @@ from service.store import datasets
 from service.store.tables import Dataset
 from service.validation import below, parse
 
-router = APIRouter(prefix="/v1/datasets", tags=["datasets"])
+router = Router(prefix="/v1/datasets", tags=["datasets"])
 
 MAX_PAGE_BYTES = 4 * 2**20
 

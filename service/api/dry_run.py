@@ -2,7 +2,6 @@
 
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter
 from pydantic import BaseModel, Field
 from starlette.concurrency import run_in_threadpool
 
@@ -11,13 +10,14 @@ from service.edge.auth import Caller, CallerDep
 from service.edge.bodies import DocumentDep, documented
 from service.edge.context import Context, ContextDep
 from service.edge.problems import BODY, responses
+from service.edge.router import Router
 from service.jobs.resolve import Resolved
 from service.rewards.preview import Preview, run_preview
 from service.rewards.references import resolve_and_read
 from service.spec.job import JobSpec
 from service.validation import parse
 
-router = APIRouter(prefix="/v1", tags=["jobs"])
+router = Router(prefix="/v1", tags=["jobs"])
 
 PREVIEW_ROWS = 4
 PREVIEW_TIMEOUT_S = 20.0

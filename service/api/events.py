@@ -6,7 +6,7 @@ from datetime import datetime
 from functools import partial
 from typing import Annotated, Any, Literal, Self
 
-from fastapi import APIRouter, Depends, Header, Query, Request, Response
+from fastapi import Depends, Header, Query, Request, Response
 from fastapi.responses import JSONResponse
 from fastapi.sse import EventSourceResponse, format_sse_event
 from pydantic import BaseModel, Field
@@ -17,6 +17,7 @@ from service.edge.auth import Caller, CallerDep
 from service.edge.context import Context, ContextDep
 from service.edge.pages import EitherWay
 from service.edge.problems import responses
+from service.edge.router import Router
 from service.edge.tails import Look, TailLine
 from service.errors import Malformed, NotFound
 from service.ids import utcnow
@@ -24,7 +25,7 @@ from service.states import FINAL, Status
 from service.store import events, jobs, keys
 from service.store.tables import Event
 
-router = APIRouter(prefix="/v1/jobs/{job_id}/events", tags=["jobs"])
+router = Router(prefix="/v1/jobs/{job_id}/events", tags=["jobs"])
 
 KEEP_ALIVE_S = 15.0
 BATCH = 500

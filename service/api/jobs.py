@@ -4,7 +4,7 @@ from collections.abc import Callable
 from time import monotonic
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import Query, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
@@ -19,6 +19,7 @@ from service.edge.context import Context, ContextDep
 from service.edge.idempotency import IdempotencyKeyDep, Once, once
 from service.edge.pages import PageQuery
 from service.edge.problems import BODY, responses
+from service.edge.router import Router
 from service.edge.tails import POLL_S
 from service.errors import Conflict
 from service.jobs import lifecycle
@@ -34,7 +35,7 @@ from service.store import jobs, operations
 from service.store.tables import Job
 from service.validation import below, parse
 
-router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
+router = Router(prefix="/v1/jobs", tags=["jobs"])
 
 
 class JobsQuery(PageQuery):
@@ -231,10 +232,9 @@ def _standing(context: Context, caller: Caller, job_id: str) -> tuple[Status, in
 
 
 def _answer(context: Context, caller: Caller, job_id: str) -> Response:
-    """Serialised here, in a thread, because a spec with thousands of inline rows takes a while."""
+    """In a thread: a spec with thousands of inline rows takes a while."""
     with context.store.look() as connection:
-        view = JobView.read(connection, jobs.shown(connection, caller.project, job_id))
-    return Response(view.model_dump_json(), media_type="application/json")
+        return Response(JobView.stored(connection, caller.project, job_id), media_type="application/json")
 
 
 @router.post("/{job_id}/pause", responses=responses(404, 409, *BODY), openapi_extra=documented("PauseRequest", required=False))

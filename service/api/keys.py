@@ -4,7 +4,7 @@ from datetime import datetime, timedelta
 from time import sleep
 from typing import Annotated, Literal, Self
 
-from fastapi import APIRouter, Query, Response
+from fastapi import Query, Response
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from service.edge.auth import ADMIN_PROJECT, AdminDep, Caller, CallerDep
@@ -15,6 +15,7 @@ from service.edge.keyring import KEPT_FOR_S
 from service.edge.pages import Page
 from service.edge.problems import BODY, responses
 from service.edge.rate import default_burst
+from service.edge.router import Router
 from service.errors import Conflict, FieldError
 from service.ids import utcnow
 from service.spec.section import Section
@@ -22,7 +23,7 @@ from service.store import keys
 from service.store.tables import ApiKey
 from service.validation import invalid, parse
 
-router = APIRouter(prefix="/v1/keys", tags=["keys"])
+router = Router(prefix="/v1/keys", tags=["keys"])
 
 Project = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
 

@@ -9,7 +9,7 @@ from math import ceil
 from time import monotonic, time
 from typing import Annotated
 
-from fastapi import APIRouter, Header, Request, Response
+from fastapi import Header, Request, Response
 from starlette.concurrency import run_in_threadpool
 
 from service.api.loss_views import ANSWERED, SENT, LossTicket
@@ -19,6 +19,7 @@ from service.edge.bodies import limited, media_type
 from service.edge.context import Context, ContextDep
 from service.edge.negotiation import MAX_WAIT_S, accepted, wait_s
 from service.edge.problems import BODY, responses
+from service.edge.router import Router
 from service.edge.shares import Share
 from service.errors import NotFound, Unavailable, UnsupportedMedia
 from service.ids import new_id
@@ -28,7 +29,7 @@ from service.losses.intake import JSON, TENSORS
 from service.relay.orders import Answer
 from service.relay.queue import RING_AGAIN_S, Standing
 
-router = APIRouter(prefix="/v1/losses", tags=["losses"])
+router = Router(prefix="/v1/losses", tags=["losses"])
 
 SMALL_BYTES = 2**16
 LOSS_ID = re.compile(r"loss_[0-9a-z]{26}")

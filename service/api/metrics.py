@@ -2,16 +2,17 @@
 
 from typing import Annotated, Literal, Self
 
-from fastapi import APIRouter, Query, Response
+from fastapi import Query, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from service.edge.auth import CallerDep
 from service.edge.context import ContextDep
 from service.edge.problems import responses
+from service.edge.router import Router
 from service.metric_names import find
 from service.store import jobs, metrics
 
-router = APIRouter(prefix="/v1/jobs/{job_id}/metrics", tags=["jobs"])
+router = Router(prefix="/v1/jobs/{job_id}/metrics", tags=["jobs"])
 
 
 class SeriesView(BaseModel):

@@ -3,20 +3,20 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter
 from pydantic import BaseModel, Field
 
 from service.edge.auth import CallerDep
 from service.edge.context import ContextDep
 from service.edge.pages import Page
 from service.edge.problems import responses
+from service.edge.router import Router
 from service.jobs.model_folder import read_config
 from service.openai.models import model_folders, not_found, target
 from service.spec.aliases import is_alias
 from service.store import aliases, checkpoints
 from service.store.tables import Checkpoint
 
-router = APIRouter(prefix="/v1/models", tags=["models"])
+router = Router(prefix="/v1/models", tags=["models"])
 
 MOST_LISTED = 100  # checkpoints, and as many aliases
 FACTS = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "max_position_embeddings")

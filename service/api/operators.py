@@ -3,16 +3,16 @@
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter
 from pydantic import BaseModel, Field
 
 from service.doorbell import CLASSES
 from service.edge.auth import CallerDep
 from service.edge.context import ContextDep
 from service.edge.pages import Page
+from service.edge.router import Router
 from service.store import clock, jobs, workers
 
-router = APIRouter(prefix="/v1", tags=["workers"])
+router = Router(prefix="/v1", tags=["workers"])
 
 
 class WorkerView(BaseModel):

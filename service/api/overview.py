@@ -3,7 +3,7 @@
 from datetime import datetime
 from typing import Annotated, Literal
 
-from fastapi import APIRouter, Query
+from fastapi import Query
 from pydantic import BaseModel, Field
 from sqlalchemy.orm import Session
 
@@ -12,6 +12,7 @@ from service.api.views import FailureView, JobSummary
 from service.edge.auth import CallerDep
 from service.edge.context import ContextDep
 from service.edge.pages import Page
+from service.edge.router import Router
 from service.metric_names import LOSS, LOSS_SUM, REWARD_MEAN
 from service.states import FINAL, Phase, Status
 from service.store import clock, jobs, keys, metrics, usage
@@ -19,7 +20,7 @@ from service.store.metrics import Series
 from service.store.tables import Job
 from service.validation import below
 
-router = APIRouter(prefix="/v1", tags=["jobs"])
+router = Router(prefix="/v1", tags=["jobs"])
 
 POINTS = 32  # of a curve: so many places of the primary key are read, however long the job is
 PACE_STEPS = 20  # the time left is told by the newest steps

@@ -3,17 +3,18 @@
 from datetime import datetime
 from typing import Annotated, Any, Literal, Self
 
-from fastapi import APIRouter, Query
+from fastapi import Query
 from pydantic import BaseModel, Field
 
 from service.edge.auth import CallerDep
 from service.edge.context import ContextDep
 from service.edge.pages import Page, PageQuery
 from service.edge.problems import responses
+from service.edge.router import Router
 from service.store import jobs, rollouts
 from service.store.tables import Rollout
 
-router = APIRouter(prefix="/v1/jobs/{job_id}/rollouts", tags=["jobs"])
+router = Router(prefix="/v1/jobs/{job_id}/rollouts", tags=["jobs"])
 
 
 class RolloutView(BaseModel):

@@ -7,7 +7,7 @@ from datetime import datetime
 from functools import partial
 from typing import Annotated, Any, Literal, Self
 
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import Query, Request, Response
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 from starlette.concurrency import run_in_threadpool
 
@@ -23,6 +23,7 @@ from service.edge.idempotency import IdempotencyKeyDep, once
 from service.edge.negotiation import accepted, wait_s
 from service.edge.pages import EitherWay, Page
 from service.edge.problems import BODY, responses
+from service.edge.router import Router
 from service.errors import Conflict, InvalidRequest, NotFound, UnsupportedMedia
 from service.jobs import lifecycle
 from service.rewards.texts import has_texts, wrong_graders
@@ -37,7 +38,7 @@ from service.store.operations import Asked, Outcome
 from service.store.tables import Operation
 from service.validation import below, invalid, parse
 
-router = APIRouter(prefix="/v1/sessions", tags=["sessions"])
+router = Router(prefix="/v1/sessions", tags=["sessions"])
 
 JSON, TENSORS = "application/json", "application/vnd.safetensors"
 SMALL_BYTES = 2**16

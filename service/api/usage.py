@@ -3,7 +3,7 @@
 from datetime import date, datetime
 from typing import Annotated, Any, Literal, Self
 
-from fastapi import APIRouter, Query
+from fastapi import Query
 from pydantic import BaseModel, ConfigDict, Field
 
 from service.api.days import Day
@@ -12,6 +12,7 @@ from service.edge.auth import ADMIN_PROJECT, AdminDep, CallerDep
 from service.edge.bodies import DocumentDep, documented
 from service.edge.context import ContextDep
 from service.edge.problems import BODY, responses
+from service.edge.router import Router
 from service.errors import Forbidden
 from service.ids import utcnow
 from service.spec.section import MOST_S, Section
@@ -20,7 +21,7 @@ from service.store.tables import Budget
 from service.store.usage import Totals
 from service.validation import parse
 
-router = APIRouter(prefix="/v1", tags=["usage"])
+router = Router(prefix="/v1", tags=["usage"])
 
 NOT_OURS = "another one's usage is not shown"
 EVER = date(1970, 1, 1)

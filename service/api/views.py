@@ -3,6 +3,7 @@
 from datetime import datetime
 from typing import Annotated, Any, Literal, Self
 
+import orjson
 from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy import Connection, Row
 from sqlalchemy.orm import Session
@@ -12,6 +13,7 @@ from service.edge.pages import Page
 from service.jobs import moves
 from service.states import Phase, Status, allowed_actions
 from service.store import clock, operations, usage
+from service.store.jobs import DOCUMENTS
 from service.store.tables import Job
 
 DERIVED = frozenset({"usage", "object", "metadata", "allowed_actions", "links"})  # not columns of the same name
@@ -110,9 +112,21 @@ class JobView(JobSummary):
     usage: Annotated[UsageTotals, Field(description="what it has spent, as of its last commit")]
 
     @classmethod
-    def read(cls, session: Session | Connection, job: Job | Row[Any]) -> Self:
+    def read(cls, session: Session, job: Job) -> Self:
         """The job, with its data from other tables."""
         return cls(**cls.columns(job, clock.now(session)), usage=UsageTotals.of(usage.of_job(session, job.id)))
+
+    @classmethod
+    def stored(cls, connection: Connection, project: str, job_id: str) -> bytes:
+        """The same as JSON. Its documents, which may be long, are passed on as they are stored. Raises NotFound."""
+        job, spent = usage.shown(connection, project, job_id)
+        fields = cls.columns(job, clock.now(connection))
+        for name in DOCUMENTS:
+            text = getattr(job, name)
+            fields["metadata" if name == "user_metadata" else name] = None if text is None else orjson.Fragment(text)
+        error = None if job.error is None else FailureView(**job.error)
+        fields = {"id": job.id, "object": "job", **fields, "error": error, "usage": UsageTotals.of(spent)}
+        return orjson.dumps(fields, default=BaseModel.model_dump, option=orjson.OPT_UTC_Z)
 
     @classmethod
     def new(cls, job: Job) -> Self:

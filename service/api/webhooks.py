@@ -3,7 +3,7 @@
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from fastapi import APIRouter, Query, Response
+from fastapi import Query, Response
 from pydantic import BaseModel, Field, field_validator
 
 from service.edge.auth import CallerDep
@@ -12,6 +12,7 @@ from service.edge.context import Context, ContextDep
 from service.edge.idempotency import IdempotencyKeyDep, once
 from service.edge.pages import Page, PageQuery
 from service.edge.problems import BODY, responses
+from service.edge.router import Router
 from service.errors import Conflict, FieldError
 from service.spec.addresses import host_of, names_user, refusal
 from service.spec.section import Section
@@ -20,7 +21,7 @@ from service.store.tables import Webhook, WebhookDelivery
 from service.validation import invalid, parse
 from service.webhooks.courier import NETWORKS
 
-router = APIRouter(prefix="/v1/webhooks", tags=["webhooks"])
+router = Router(prefix="/v1/webhooks", tags=["webhooks"])
 
 if TYPE_CHECKING:
     EventName = str

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal, Self
 
-from fastapi import APIRouter, Query
+from fastapi import Query
 from pydantic import BaseModel, ConfigDict, Field
 
 from service.edge.auth import CallerDep
@@ -12,6 +12,7 @@ from service.edge.downloads import Download
 from service.edge.idempotency import IdempotencyKeyDep
 from service.edge.pages import Page
 from service.edge.problems import files_missing
+from service.edge.router import Router
 from service.edge.uploads import MULTIPART, FormDep, kept
 from service.ids import utcnow
 from service.openai.face import responses
@@ -19,7 +20,7 @@ from service.store import datasets
 from service.store.tables import Dataset
 from service.validation import below, parse
 
-router = APIRouter(prefix="/v1/files", tags=["openai"])
+router = Router(prefix="/v1/files", tags=["openai"])
 
 PURPOSE = "fine-tune"
 READS, BODY = (400, 401, 403, 414, 429, 431, 500, 503), (408, 413, 415, 507)

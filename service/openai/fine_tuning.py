@@ -3,13 +3,14 @@
 import re
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Query
+from fastapi import Query
 from pydantic import BaseModel, ConfigDict, Field
 
 from service.edge.auth import Caller, CallerDep
 from service.edge.bodies import DocumentDep, TurnDep, documented
 from service.edge.context import Context, ContextDep
 from service.edge.idempotency import IdempotencyKeyDep, once
+from service.edge.router import Router
 from service.errors import FieldError, InvalidRequest, NotFound
 from service.jobs import lifecycle
 from service.openai.face import responses
@@ -30,7 +31,7 @@ from service.store import checkpoints, events, jobs
 from service.store.tables import Job
 from service.validation import below, invalid, parse
 
-router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["openai"])
+router = Router(prefix="/v1/fine_tuning/jobs", tags=["openai"])
 
 EXAMPLE = {
     "model": "tiny",

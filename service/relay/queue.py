@@ -28,7 +28,7 @@ ALIVE_FOR_S = 25  # a worker gives a sign of life every ten seconds; after this 
 STOP_FOR_S = 3600
 RING_AGAIN_S = 2.0
 HANDED_MS = 10_000  # for a caller whose connection broke while fetching
-TRANSFER_TIMEOUT_S = 5.0  # for one reply of Redis, even with the largest request
+TRANSFER_TIMEOUT_S = 5.0  # for one call to Redis, even with the largest request
 CONNECTIONS = 32  # of one API process
 SIGNAL = "answer"
 
@@ -63,7 +63,9 @@ class RequestQueue:
 
     def __init__(self, settings: Settings, line: Line) -> None:
         self._line, self._key = line, line.key
-        self._redis = redis.asyncio.Redis.from_url(**_options(settings, TRANSFER_TIMEOUT_S), max_connections=CONNECTIONS)
+        # Without a timeout of the client's, because `_answering` has one, and this one would make a task for each command.
+        options = {**_options(settings, TRANSFER_TIMEOUT_S), "socket_timeout": None, "max_connections": CONNECTIONS}
+        self._redis = redis.asyncio.Redis.from_url(**options)
         # First come, first served, without a time limit for a connection: each use of a connection is bounded in time.
         self._turns = asyncio.Semaphore(CONNECTIONS)
 
@@ -140,8 +142,9 @@ class RequestQueue:
     @asynccontextmanager
     async def _answering(self) -> AsyncIterator[None]:
         try:
-            yield
-        except (redis.RedisError, OSError, TimeoutError) as error:
+            async with asyncio.timeout(TRANSFER_TIMEOUT_S):
+                yield
+        except (redis.RedisError, OSError) as error:  # a TimeoutError is an OSError
             noun, code = self._line.noun, self._line.unavailable
             detail = f"the queue of {noun} does not answer just now; nothing was computed"
             raise Unavailable(detail, code=code) from error

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 from sqlalchemy import (
     ColumnElement,
     Connection,
-    Row,
     Text,
     and_,
     bindparam,
     case,
+    cast,
     delete,
     exists,
     func,
@@ -39,14 +39,6 @@ def get(session: Session, project: str, job_id: str, *, lock: bool = False) -> J
     if job is None or job.project != project:
         raise NotFound(lacking("job", job_id))
     return job
-
-
-def shown(connection: Connection, project: str, job_id: str) -> Row[Any]:
-    """A job of this project, as it is shown: without the ORM, its worker and its place in the queue. Raises NotFound."""
-    row = connection.execute(_SHOWN, {"job_id": job_id, "project": project}).first()
-    if row is None:
-        raise NotFound(lacking("job", job_id))
-    return row
 
 
 def find(session: Session, job_id: str, *, lock: bool = False, light: bool = False) -> Job | None:
@@ -111,11 +103,14 @@ _UNSHOWN = frozenset(
         "base_key",
     }
 )
-_SHOWN = select(
+DOCUMENTS = ("tags", "user_metadata", "spec_sent", "spec", "resolved", "result")  # which a row of SHOWN has as JSON
+_ATTRIBUTES = {"user_metadata" if column.name == "metadata" else column.name: column for column in table_of(Job).c}
+# A job of a project as it is shown: without the ORM, its worker and its place in the queue.
+SHOWN = select(
     *(
-        column.label("user_metadata") if column.name == "metadata" else column  # the attribute's name in Job
-        for column in table_of(Job).c
-        if column.name not in _UNSHOWN
+        cast(column, Text).label(name) if name in DOCUMENTS else column
+        for name, column in _ATTRIBUTES.items()
+        if name not in _UNSHOWN
     )
 ).where(table_of(Job).c.id == bindparam("job_id"), table_of(Job).c.project == bindparam("project"))
 _OF_PROJECT = {"project_tokens": "tokens", "project_worker_s": "worker_s", "project_since": "since"}  # columns of Budget

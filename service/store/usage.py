@@ -11,13 +11,15 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Literal
 
-from sqlalchemy import ColumnElement, Connection, bindparam, cast, func, literal, literal_column, select, update
+from sqlalchemy import ColumnElement, Connection, Row, bindparam, cast, func, literal, literal_column, select, true, update
 from sqlalchemy.orm import Session
 
+from service.errors import NotFound
+from service.ids import lacking
 from service.metric_names import EVAL_TOKENS_SAMPLED, STEP_S, TOKENS_SAMPLED, TOKENS_TRAINED
 from service.states import HELD, Phase
 from service.store.dialect import connection_of, for_both, insert, name_of, table_of
-from service.store.jobs import SmallJob
+from service.store.jobs import SHOWN, SmallJob
 from service.store.tables import Budget, Checkpoint, Job, Metric, Usage
 
 TOKENS = ("sampled_tokens", "trained_tokens")
@@ -165,6 +167,9 @@ _PUT = for_both(_putting)
 _SUMS = tuple(func.coalesce(func.sum(getattr(Usage, name)), literal_column("0")) for name in SUMS)
 _TOTAL = select(literal(None), ATTEMPTS, *_SUMS)
 _OF_JOB = _TOTAL.where(Usage.job_id == bindparam("job_id"))
+_WIDTH = len(_OF_JOB.selected_columns)
+_SPENT = _OF_JOB.subquery("spent")
+_SHOWN = SHOWN.add_columns(*_SPENT.c).join(_SPENT, true())  # one statement: a sum without groups is always one row
 _BY_GROUP = {name: select(group, ATTEMPTS, *_SUMS).group_by(group).order_by(group) for name, group in GROUPS.items()}
 
 
@@ -195,6 +200,14 @@ NO_TOTALS = Totals(None, 0, 0, 0, dict.fromkeys(Phase, 0.0), 0, 0, 0.0)  # of a 
 
 def of_job(session: Session | Connection, job_id: str) -> Totals:
     return _totals(session.execute(_OF_JOB, {"job_id": job_id}))[0]
+
+
+def shown(connection: Connection, project: str, job_id: str) -> tuple[Row[Any], Totals]:
+    """A job of this project, as `jobs.SHOWN` has it, and what it has spent. Raises NotFound."""
+    row = connection.execute(_SHOWN, {"job_id": job_id, "project": project}).first()
+    if row is None:
+        raise NotFound(lacking("job", job_id))
+    return row, _totals([row[-_WIDTH:]])[0]
 
 
 def of_jobs(session: Session, job_ids: Collection[str]) -> dict[str, tuple[int, float]]:

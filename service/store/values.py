@@ -8,6 +8,8 @@ import re
 from math import isfinite
 from typing import Any
 
+import orjson
+
 NUL_SHOWN = "\u2400"  # ␀, the symbol for NUL
 _UNFIT = re.compile("[\0\ud800-\udfff]")
 _UNFIT_ESCAPED = re.compile(r"\\u(?:0000|d[89a-f])")  # as json escapes them; it also matches valid surrogate pairs
@@ -20,6 +22,12 @@ def storable(text: str) -> str:
 
 def dumps(value: Any) -> str:
     """JSON that both databases accept. NaN and infinities become null, as in metrics. Raises TypeError for non-JSON types."""
+    try:  # five times as fast, and it writes null for NaN, too
+        raw = orjson.dumps(value, option=orjson.OPT_PASSTHROUGH_DATACLASS | orjson.OPT_PASSTHROUGH_DATETIME)
+        if b"\\u0000" not in raw:
+            return raw.decode()
+    except TypeError:  # it refuses lone surrogates, long integers and keys that are no strings
+        pass
     try:
         text = json.dumps(value, allow_nan=False)
     except ValueError:  # NaN or an infinity: rare, so they are searched for only here

@@ -3,12 +3,13 @@
 from datetime import datetime, timedelta
 from typing import Any
 
-from fastapi import APIRouter, Response
+from fastapi import Response
 from fastapi.responses import JSONResponse
 
 from service.edge.auth import CallerDep
 from service.edge.bodies import DocumentDep
 from service.edge.context import Context, ContextDep
+from service.edge.router import Router
 from service.errors import Conflict, InvalidRequest, NotFound
 from service.ids import new_id
 from service.jobs import lifecycle
@@ -22,7 +23,7 @@ from service.tinker.face import PREFIX
 from service.tinker.requests import CreateSession, FinishSession, OfSession, SearchSessions
 from service.validation import parse
 
-router = APIRouter(prefix=PREFIX, include_in_schema=False)
+router = Router(prefix=PREFIX, include_in_schema=False)
 
 # How its client library behaves with this server; what is not named is at the library's own default.
 CONFIG = {

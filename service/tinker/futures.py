@@ -5,7 +5,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from fastapi import APIRouter, Request, Response
+from fastapi import Request, Response
 from fastapi.responses import JSONResponse
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
@@ -15,6 +15,7 @@ from service.edge.auth import Caller, CallerDep
 from service.edge.bodies import TINY_BYTES, DocumentDep
 from service.edge.context import Context, ContextDep
 from service.edge.problems import problem
+from service.edge.router import Router
 from service.errors import InvalidRequest, NotFound
 from service.jobs import lifecycle
 from service.jobs.lease import IDLE
@@ -32,7 +33,7 @@ from service.tinker.tickets import Ticket
 from service.tinker.training import PROTOBUF, sampler_id_of
 from service.validation import parse
 
-router = APIRouter(prefix=PREFIX, include_in_schema=False)
+router = Router(prefix=PREFIX, include_in_schema=False)
 
 HOLD_S = 30.0  # below the 45 s after which the client gives a request up
 SAVED_BY = {

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from fastapi import APIRouter, Request, Response
+from fastapi import Request, Response
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
@@ -18,6 +18,7 @@ from service.edge.bodies import DocumentDep, OptionalDocumentDep
 from service.edge.context import Context, ContextDep
 from service.edge.downloads import Download
 from service.edge.problems import files_missing
+from service.edge.router import Router
 from service.errors import FieldError, InvalidRequest, NotFound
 from service.ids import new_id
 from service.jobs.discard import discard
@@ -31,7 +32,7 @@ from service.tinker.paths import TinkerPath
 from service.tinker.requests import CopyWeights, OfPath, SetTtl
 from service.validation import invalid, parse
 
-router = APIRouter(prefix=PREFIX, include_in_schema=False)
+router = Router(prefix=PREFIX, include_in_schema=False)
 
 URL_S = 3600  # how long a file's URL is valid
 OF_CHECKPOINT = "/training_runs/{model_id}/checkpoints/{kind}/{name}"

@@ -3,12 +3,12 @@
 from dataclasses import dataclass
 from typing import Any
 
-from fastapi import APIRouter
 from sqlalchemy.orm import Session
 
 from service.edge.auth import Caller, CallerDep
 from service.edge.bodies import DocumentDep
 from service.edge.context import Context, ContextDep
+from service.edge.router import Router
 from service.errors import FieldError, NotFound
 from service.sessions.sessions import base_of_checkpoint, sampler_of
 from service.states import FINAL
@@ -22,7 +22,7 @@ from service.tinker.tickets import MOST_LAST_N, Ticket
 from service.tinker.training import sampler_id_of
 from service.validation import invalid, parse
 
-router = APIRouter(prefix=PREFIX, include_in_schema=False)
+router = Router(prefix=PREFIX, include_in_schema=False)
 
 
 @router.post("/create_sampling_session")

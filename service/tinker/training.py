@@ -3,7 +3,7 @@
 from functools import partial
 from typing import Any
 
-from fastapi import APIRouter, Request
+from fastapi import Request
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
@@ -11,6 +11,7 @@ from starlette.concurrency import run_in_threadpool
 from service.edge.auth import Caller, CallerDep
 from service.edge.bodies import DocumentDep, TurnDep, media_type
 from service.edge.context import Context, ContextDep
+from service.edge.router import Router
 from service.errors import FieldError, InvalidRequest, UnsupportedMedia
 from service.jobs import lifecycle
 from service.sessions.sessions import resolve_session
@@ -33,7 +34,7 @@ from service.tinker.requests import (
 from service.tinker.tickets import Ticket
 from service.validation import invalid, parse
 
-router = APIRouter(prefix=PREFIX, include_in_schema=False)
+router = Router(prefix=PREFIX, include_in_schema=False)
 
 PROTOBUF = "application/x-protobuf"
 QUICK_BYTES = 2**16  # is read in a few milliseconds

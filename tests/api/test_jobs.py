@@ -1,11 +1,13 @@
 """The life of a job over HTTP."""
 
+import json
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from time import monotonic, sleep
 
 import pytest
 
+from service.api.views import JobView
 from service.errors import Failure
 from service.ids import new_id
 from service.jobs import lease as leases
@@ -55,6 +57,23 @@ def test_a_job_from_submission_to_success(each_api, spec):
         assert done["result"] == {"reason": "max_steps"}
         assert done["allowed_actions"] == ["fork", "delete"]
         assert client.get(job["links"]["events"]).json()["last_id"] == done["last_event"]
+
+
+def test_a_job_is_read_as_its_view_says(each_api, spec):
+    """It is not made by the view: documents come as they are stored."""
+    api = each_api
+    with api.client() as client:
+        job_id = client.post("/v1/jobs", json=spec(name="größte \U0001f600", tags=["ä"], metadata={"a": [1e-06, None]})).json()[
+            "id"
+        ]
+        lease, _ = api.claim(job_id)
+        leases.set_resolved(api.store, lease, {"device": "cpu", "warnings": ['"\\u0000"']})
+        leases.commit_step(api.store, lease, 1, {"reward/mean": 0.5}, [])
+        leases.fail(api.store, lease, Failure("sample_not_graded", "ü", details={"value": 1}), {"final": {"m": 0.25}})
+        with api.store.begin(readonly=True) as session:
+            view = JobView.read(session, jobs.find(session, job_id))
+        assert view.error is not None and view.result is not None and view.usage.attempts == 1
+        assert client.get(f"/v1/jobs/{job_id}").json() == json.loads(view.model_dump_json())
 
 
 @pytest.mark.parametrize("route", ["jobs", "sessions"])

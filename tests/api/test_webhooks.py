@@ -128,4 +128,4 @@ def test_deliveries_come_in_pages_and_by_status(client):
     assert [one["id"] for one in rest["data"]] == ids[:1]
     assert client.get(f"{path}/deliveries", params={"status": "delivered"}).json()["data"] == []
     assert client.get(f"{path}/deliveries", params={"status": "lost"}).status_code == 422
-    assert client.get(f"{path}/deliveries/{ids[0]}").json()["body"].startswith('{"type": "webhook.test"')
+    assert client.get(f"{path}/deliveries/{ids[0]}").json()["body"].startswith('{"type":"webhook.test"')
