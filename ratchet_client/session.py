@@ -71,6 +71,10 @@ class AsyncHandle(Generic[T]):
                     await self._session._collect(self)  # pyright: ignore[reportPrivateUsage]
         except TimeoutError:
             raise TimeoutError(f"{self.operation.kind} (operation {self.seq}) is not done after {timeout_s} s") from None
+        return self.outcome()
+
+    def outcome(self) -> T:
+        """What `result` returns or raises, once it is `done`."""
         if self._error is not None:
             raise self._error
         assert self._answer is not None
@@ -209,7 +213,8 @@ class AsyncSession:
                 if not any(handle.wanted for handle in self._outbox):
                     self.somebody_waits.clear()
                     with suppress(TimeoutError):
-                        await asyncio.wait_for(self.somebody_waits.wait(), GATHER_S)
+                        async with asyncio.timeout(GATHER_S):
+                            await self.somebody_waits.wait()
                 await self._deliver(self._together())
         except Exception as error:
             self._break(RatchetError(f"operations of {self.id} could not be sent: {error!r}"))
@@ -344,6 +349,8 @@ class Handle(Generic[T]):
 
     def result(self, timeout_s: float | None = None) -> T:
         """What came of it. Raises RatchetOperationError if it failed, RatchetApiError if it was refused, TimeoutError."""
+        if self.done:
+            return self._handle.outcome()
         if self._loop.is_closed():
             raise RatchetError("the session was closed here; open it again by its id")
         waiting = asyncio.run_coroutine_threadsafe(self._handle.result(timeout_s), self._loop)

@@ -265,7 +265,8 @@ class Watch:
         if not self._signals.connected:
             timeout_s = min(timeout_s, POLL_S)
         try:
-            await asyncio.wait_for(self.rung.wait(), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                await self.rung.wait()
         except TimeoutError:
             return False
         self.rung.clear()
