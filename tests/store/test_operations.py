@@ -430,6 +430,30 @@ def test_a_project_has_one_sampler_of_a_base(store: Store, settings: Settings, d
     assert sampler_of(store, doorbell, settings, "default", TINY).status == "queued"
 
 
+def test_who_comes_first_has_the_seq(session: Session) -> None:
+    """Four at once for each seq, two of which send the same: these two win or lose together."""
+    bodies = (b"same", b"same", b"other", b"third")
+    start = Barrier(len(bodies))
+
+    def race(body: bytes) -> list[str]:
+        ids = list[str]()
+        for seq in range(1, 6):
+            start.wait()
+            try:
+                ids += session.append(step(seq, body))
+            except InvalidRequest as lost:
+                ids.append(lost.code)
+        return ids
+
+    with ThreadPoolExecutor(len(bodies)) as pool:
+        each = list(pool.map(race, bodies))
+    assert each[0] == each[1]
+    for seq, ids in enumerate(zip(*each[1:], strict=True), 1):
+        (winner,) = [id_ for id_ in ids if id_ != "seq_reused"]
+        assert session.row(seq).id == winner
+        assert session.row(seq).request == bodies[ids.index(winner) + 1]
+
+
 def test_newest_first_in_pages_with_all_lanes(session: Session, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     numbers = count(99, -1)  # ids of one millisecond come in any order
     monkeypatch.setattr(operations, "new_id", lambda prefix: f"{prefix}_{next(numbers)}")
