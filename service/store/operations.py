@@ -79,6 +79,7 @@ def append(
         raise InvalidRequest(
             f"seq {asked.seq} was used for another operation ({there.kind}, {there.id}); each has a seq of its own",
             code="seq_reused",
+            hint="if another program sends operations, too: its list of operations says what was done, and the next seq",
         )
     return there, False
 
