@@ -71,7 +71,9 @@ def test_a_job_is_read_as_its_view_says(each_api, spec):
         leases.commit_step(api.store, lease, 1, {"reward/mean": 0.5}, [])
         leases.fail(api.store, lease, Failure("sample_not_graded", "ü", details={"value": 1}), {"final": {"m": 0.25}})
         with api.store.begin(readonly=True) as session:
-            view = JobView.read(session, jobs.find(session, job_id))
+            job = jobs.find(session, job_id)
+            assert job is not None
+            view = JobView.read(session, job)
         assert view.error is not None and view.result is not None and view.usage.attempts == 1
         assert client.get(f"/v1/jobs/{job_id}").json() == json.loads(view.model_dump_json())
 

@@ -294,8 +294,9 @@ def test_a_cancelled_job_has_an_exit_status_of_its_own(cli: Cli, job_id: str) ->
 
 def test_what_is_not_there_is_told_with_what_lists_those_that_are(cli: Cli, api: str) -> None:
     """In the same words whether it never was or is another project's."""
+    ids = {"job": new_id("job"), "checkpoint": new_id("ckpt"), "webhook": new_id("whk")}
     for of, command in ("job", ("show",)), ("checkpoint", ("checkpoints", "pin")), ("webhook", ("webhooks", "test")):
-        id_ = new_id({"job": "job", "checkpoint": "ckpt", "webhook": "whk"}[of])
+        id_ = ids[of]
         said = cli(*command, id_)
         assert said.code == 1 and said.err.endswith(
             f"error: no {of} {id_} in this project (not_found)\n  hint: `ratchet {of}s` lists those that this key sees: "
