@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 
 from service.errors import JobFailed
 from service.spec.model import Full, ModelSpec
@@ -45,6 +46,8 @@ def main() -> None:
             merge(Path(checkpoint), model, Path(out))
     except JobFailed as error:
         raise SystemExit(f"{error.detail} ({error.hint})" if error.hint else error.detail) from None
+    except (OSError, SafetensorError) as error:  # a full disk
+        raise SystemExit(f"it cannot be read or written: {error}") from None
 
 
 if __name__ == "__main__":

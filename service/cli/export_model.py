@@ -91,7 +91,7 @@ def export_checkpoint(
         merging = gguf is not None or (merged and checkpoint["adapter"] == "lora")
         try:
             got = ratchet.download_checkpoint(checkpoint_id, Path(temporary) / "checkpoint", optimizer=False)
-            made = _merged(got, checkpoint["model"], Path(temporary) / "merged", gguf) if merging else got / "model"
+            made = _merged(got, checkpoint["model"], Path(temporary) / "merged", gguf, to) if merging else got / "model"
             text = card(
                 ratchet.checkpoint_card(checkpoint_id), checkpoint["model"], checkpoint["adapter"], merged=merging, gguf=gguf
             )
@@ -123,19 +123,19 @@ def card(text: str, model: Mapping[str, Any], adapter: str, *, merged: bool, ggu
     return f"---\n{head}tags: [ratchet, reinforcement-learning]\n---\n\n{text}"
 
 
-def _merged(checkpoint: Path, model: Mapping[str, Any], out: Path, gguf: OutType | None) -> Path:
+def _merged(checkpoint: Path, model: Mapping[str, Any], out: Path, gguf: OutType | None, to: str) -> Path:
     if missing := [name for name in ("torch", "transformers", "peft") if find_spec(name) is None]:
         raise RatchetError(f"merging happens on this machine, where {missing[0]} is missing: pip install 'ratchet-rl[worker]'")
     if gguf and find_spec("gguf") is None:
         raise RatchetError("the package gguf is missing: pip install 'ratchet-rl[gguf]'")
-    # -P: do not import a `workers` folder in the current directory.
-    argv = [sys.executable, "-P", "-m", "workers.merge", str(checkpoint), str(out)]
+    # -P: do not import a `workers` folder in the current directory. Warnings of the packages are not for who exports.
+    argv = [sys.executable, "-P", "-W", "ignore", "-m", "workers.merge", str(checkpoint), str(out)]
     if gguf:
         out.mkdir()
         argv[-1:] = [str(out / f"model-{gguf}.gguf"), gguf.value]
     done = subprocess.run(argv, input=json.dumps(model), capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        raise RatchetError(f"it could not be merged: {done.stderr.strip()[-2000:]}")
+        raise RatchetError(f"{to}: it could not be merged: {done.stderr.strip()[-2000:]}")
     return out
 
 

@@ -1,5 +1,6 @@
 """`ratchet export checkpoint`: what is written loads in the real packages, from a folder and from a real S3 server."""
 
+import io
 import json
 import subprocess
 from collections.abc import Callable
@@ -10,6 +11,7 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from service.cli import export_model
@@ -18,6 +20,7 @@ from service.jobs import lease
 from service.jobs.lease import CheckpointRow
 from service.spec.model import ModelSpec
 from service.spec.training import OptimizerSpec
+from workers import merge as merging
 from workers.merge import merge
 from workers.policy.base import Base
 from workers.policy.checkpoint import write_manifest
@@ -74,7 +77,7 @@ def test_an_adapter_and_its_merged_model_say_the_same(
 ) -> None:
     checkpoint_id, model = checkpoint
 
-    def here(folder: Path, spec: Any, out: Path, _: Any) -> Path:  # where torch is loaded already
+    def here(folder: Path, spec: Any, out: Path, *_: Any) -> Path:  # where torch is loaded already
         merge(folder, ModelSpec.model_validate(spec), out)
         return out
 
@@ -107,6 +110,18 @@ def test_a_full_disk_is_told_with_the_folder_and_leaves_nothing(
     said = cli("export", "checkpoint", checkpoint[0], "--to", str(tmp_path / "full" / "out"))
     assert (said.code, said.err) == (1, f"error: {tmp_path / 'full' / 'out'}: No space left on device\n")
     assert list((tmp_path / "full").iterdir()) == []
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("No space left on device")])
+def test_a_disk_that_fills_up_while_merging_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def full(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(merging, "merge", full)
+    monkeypatch.setattr("sys.argv", ["merge", "checkpoint", "out"])
+    monkeypatch.setattr("sys.stdin", io.StringIO('{"source": "tiny"}'))
+    with pytest.raises(SystemExit, match=r"^it cannot be read or written: .*No space left on device$"):
+        merging.main()
 
 
 def test_gguf_is_one_file_and_a_card_or_says_why_not(
