@@ -109,20 +109,27 @@ class Learner(Policy):
         split, so compute weights from the whole list. `rows`: only these go through the model, because the loss of the others
         is 0; default: all.
         """
-        most = self.base.microbatch_tokens if microbatch_tokens == "auto" else microbatch_tokens
         wanted = list(range(len(sequences)) if rows is None else rows)
-        with closing(self._shares(sequences, loss, wanted, temperature, most)) as shares:
+        with closing(self._shares(sequences, loss, wanted, temperature, microbatch_tokens)) as shares:
             return self._add(shares)
 
     def _shares(
-        self, sequences: list[Sequence], loss: Loss, wanted: list[int], temperature: float, most: int
+        self,
+        sequences: list[Sequence],
+        loss: Loss,
+        wanted: list[int],
+        temperature: float,
+        microbatch_tokens: int | Literal["auto"],
     ) -> Generator[Tensor]:
-        """The shares of these rows in the loss, one micro-batch of at most `most` tokens after the other."""
-        base = self.base
+        """The shares of these rows in the loss, one micro-batch after the other."""
+        base, long_prompts = self.base, False
+        if microbatch_tokens == "auto":
+            microbatch_tokens, long_prompts = base.microbatch_tokens, base.long_prompts
         some, share = [sequences[row] for row in wanted], not self._dropouts  # with dropout each row has its own draws
         width = max((len(completion) for _, completion in sequences), default=0)
         of = LogProbsAlone(temperature)
-        for part, (found,) in base.scorer.each(some, most, of, pad_id=base.text.pad_id, share=share):
+        how = {"pad_id": base.text.pad_id, "share": share, "long_prompts": long_prompts}
+        for part, (found,) in base.scorer.each(some, microbatch_tokens, of, **how):
             log_probs = pad(found, (0, width - found.shape[1]))
             yield loss(log_probs, torch.tensor([wanted[place] for place in part], device=base.device))
 

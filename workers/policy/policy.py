@@ -87,7 +87,8 @@ class Policy:
         mask = response_mask(sequences, base.device)
         log_probs, entropy = torch.zeros((2, *mask.shape), device=base.device)
         with base.adapters.only(self.adapter), nudged(base.model) if nudge else nullcontext():
-            parts = base.scorer.each(sequences, base.microbatch_tokens, both(temperature), pad_id=base.text.pad_id)
+            how = {"pad_id": base.text.pad_id, "long_prompts": base.long_prompts}
+            parts = base.scorer.each(sequences, base.microbatch_tokens, both(temperature), **how)
             for rows, found in parts:
                 log_probs[rows], entropy[rows] = found
         return Scores(log_probs, entropy, mask)

@@ -8,7 +8,7 @@ import os
 import sys
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -54,7 +54,7 @@ class Follower:
         scores = self._policy(whose).score(sequences, temperature=temperature, nudge=nudge)
         return Scores(scores.log_probs.cpu(), scores.entropy.cpu(), scores.mask.cpu())
 
-    def accumulate(self, sequences: list[TokenSequence], temperature: float, microbatch_tokens: int) -> None:
+    def accumulate(self, sequences: list[TokenSequence], temperature: float, microbatch_tokens: int | Literal["auto"]) -> None:
         """Rank 0 computes the loss: it gets the log-probs of each micro-batch, and answers with their gradient."""
 
         def loss(log_probs: Tensor, rows: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from collections.abc import Generator, Iterable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -91,7 +92,12 @@ class SpreadLearner(Spread, Learner):
     shares_step = False  # whether each rank keeps the optimizer's state of some weights
 
     def _shares(
-        self, sequences: list[TokenSequence], loss: Loss, wanted: list[int], temperature: float, most: int
+        self,
+        sequences: list[TokenSequence],
+        loss: Loss,
+        wanted: list[int],
+        temperature: float,
+        microbatch_tokens: int | Literal["auto"],
     ) -> Generator[Tensor]:
         ranks, device = self.ranks, self.base.device
         width = max(len(sequence.completion) for sequence in sequences)
@@ -99,10 +105,10 @@ class SpreadLearner(Spread, Learner):
         parts = split_sequences(chosen, ranks.count)
         loss = _of_some(loss)
         calls = [
-            ("accumulate", [chosen[place] for place in part], temperature, most) if part or self.in_step else None
+            ("accumulate", [chosen[place] for place in part], temperature, microbatch_tokens) if part or self.in_step else None
             for part in parts[1:]
         ]
-        own = super()._shares(sequences, loss, [wanted[place] for place in parts[0]], temperature, most)
+        own = super()._shares(sequences, loss, [wanted[place] for place in parts[0]], temperature, microbatch_tokens)
         with ranks.sound(), self._meeting():
             ranks.start(calls)
             busy = [rank for rank, call in enumerate(calls, 1) if call is not None]

@@ -75,6 +75,31 @@ def test_every_row_is_in_one_batch_of_so_many_real_tokens(rows, tokens):
         assert len(batch) == 1 or sum(map(len, prompts)) + sum(len(answer) for _, answer in answers) <= tokens
 
 
+def test_a_long_prompt_is_read_once_though_it_leaves_no_room_for_its_answers():
+    group = [Sequence([5] * 1024, [6 + answer] * 64) for answer in range(8)]
+    assert packed_batches(group, 768, long_prompts=True) == [list(range(8))]
+    assert packed_batches(group, 768) is None, "each would stand alone"
+    more = [Sequence([5] * 1024, [6 + answer] * 64) for answer in range(20)]  # 1280 tokens of answers
+    batches = packed_batches([*more, Sequence([4] * 8, [9])], 768, long_prompts=True)
+    assert batches is not None and [len(batch) for batch in batches[:2]] == [10, 10] and batches[2:] in ([], [[20]])
+    many = [Sequence([5] * 1024, [6 + answer]) for answer in range(40)]  # 41,000 keys
+    batches = packed_batches(many, 768, long_prompts=True)
+    assert batches is not None and max(map(len, batches)) * 1025 <= 16 * 1025
+
+
+@pytest.mark.parametrize(("tokens", "passes"), [("auto", 1), (24, 3)])
+def test_how_many_tokens_are_asked_for_is_kept_to(load, monkeypatch, tokens, passes):
+    policy, read = load(), []
+    monkeypatch.setattr(policy.base, "microbatch_tokens", 24)
+    policy.base.model.get_input_embeddings().register_forward_hook(lambda layer, inputs, output: read.append(inputs[0].numel()))
+    policy.accumulate(
+        [Sequence([5] * 20, [6, 7, 8 + answer]) for answer in range(3)],
+        lambda log_probs, rows: log_probs.sum(),
+        microbatch_tokens=tokens,
+    )
+    assert len(read) == passes
+
+
 def test_batches_are_few_and_of_about_one_size():
     sequences = [Sequence([prompt] * 64, [1] * (8 * prompt)) for prompt in range(1, 9)]  # 800 tokens
     batches = packed_batches(sequences, 768)

@@ -47,17 +47,25 @@ class Scorer:
         return log_probs, entropy
 
     def each(
-        self, sequences: list[Sequence], tokens: int, of: OfLogits, *, pad_id: int, share: bool = True
+        self,
+        sequences: list[Sequence],
+        tokens: int,
+        of: OfLogits,
+        *,
+        pad_id: int,
+        share: bool = True,
+        long_prompts: bool = False,
     ) -> Iterator[tuple[list[int], list[Tensor]]]:
         """Micro-batch after micro-batch of at most `tokens` tokens: its rows in `sequences`, and what `of` makes of the logits
         of their answers, each [b, T], 0 beyond an answer's end; T is the longest answer of all.
 
         share  prompts and answers that rows have in common may be computed once, if the model allows it and it is worth it
+        long_prompts  then `tokens` of a prompt's answers may stand beside it, however long it is
 
         If the weights are sharded, batches without rows follow where other ranks have more.
         """
         width = max((len(sequence.completion) for sequence in sequences), default=0)
-        packed = packed_batches(sequences, tokens) if share and self.packs else None
+        packed = packed_batches(sequences, tokens, long_prompts=long_prompts) if share and self.packs else None
         batches = list(microbatches(sequences, tokens)) if packed is None else packed
         more = 0 if self.shards is None else self.shards.passes(len(batches)) - len(batches)
         for rows in batches + [[]] * more:

@@ -21,6 +21,7 @@ from workers.policy.score.layout import Sequence, batches_of
 
 NAME = "ratchet_packed"  # of the attention, among transformers' own
 WIDER = 4  # times as many keys may be gathered as tokens may be in a micro-batch
+WIDER_ALONE = 16  # the same of a micro-batch of one prompt, if that may be long; a key takes a 20th of a token's memory or less
 EVEN = 32  # a part of the tokens to which batches are made even
 WORTH = 0.9  # packed tokens as a share of padded ones, from which on packing is faster
 # Arguments of transformers' attention that change what it computes, and that this one does not know.
@@ -126,10 +127,14 @@ def _ragged(rows: list[range], device: torch.device) -> tuple[Tensor, Tensor]:
     return torch.tensor(places, dtype=torch.long, device=device).view(len(rows), longest), real
 
 
-def packed_batches(sequences: list[Sequence], tokens: int) -> list[list[int]] | None:
+def packed_batches(sequences: list[Sequence], tokens: int, *, long_prompts: bool = False) -> list[list[int]] | None:
     """Batches of rows of at most `tokens` real tokens, but at least one row; rows with one prompt stand together. As few as
     possible, and of about one size, because the largest decides how much memory is needed. None where packing saves too little.
-    It depends on the sequences alone, so a resumed run decides alike."""
+    It depends on the sequences alone, so a resumed run decides alike.
+
+    long_prompts  a batch of one prompt may hold `tokens` of its answers beside it. Else a prompt of about `tokens` would be
+                  read for each of them, with the same memory each time
+    """
     rows_of: dict[tuple[int, ...], list[int]] = {}
     for row, (prompt, _) in enumerate(sequences):
         rows_of.setdefault(tuple(prompt), []).append(row)
@@ -138,7 +143,7 @@ def packed_batches(sequences: list[Sequence], tokens: int) -> list[list[int]] | 
         for _, rows in sorted(rows_of.items(), key=lambda item: (-len(item[0]), item[1][0]))
         for row in sorted(rows, key=lambda row: (-len(sequences[row].completion), row))
     ]
-    batches, real = _cut(sequences, order, tokens, WIDER * tokens)
+    batches, real = _cut(sequences, order, tokens, WIDER * tokens, long_prompts)
     lengths = [len(prompt) + len(completion) for prompt, completion in sequences]
     padded = sum(len(rows) * lengths[rows[0]] for rows in batches_of(lengths, tokens))
     if real > WORTH * padded:
@@ -146,7 +151,7 @@ def packed_batches(sequences: list[Sequence], tokens: int) -> list[list[int]] | 
     low, high = 0, tokens
     while len(batches) > 1 and high - low > max(1, tokens // EVEN):
         middle = (low + high) // 2
-        smaller, _ = _cut(sequences, order, middle, WIDER * tokens)
+        smaller, _ = _cut(sequences, order, middle, WIDER * tokens, long_prompts)
         if len(smaller) > len(batches):
             low = middle
         else:
@@ -154,10 +159,13 @@ def packed_batches(sequences: list[Sequence], tokens: int) -> list[list[int]] | 
     return batches
 
 
-def _cut(sequences: list[Sequence], order: list[int], tokens: int, keys: int) -> tuple[list[list[int]], int]:
+def _cut(
+    sequences: list[Sequence], order: list[int], tokens: int, keys: int, long_prompts: bool
+) -> tuple[list[list[int]], int]:
     """Batches of rows in this order, each of at most `tokens` real tokens and `keys` gathered keys; and the tokens of all."""
     batches, real = list[list[int]](), 0
     batch, held, longest = list[int](), 0, 0  # the open one, its tokens, and its longest row
+    first: list[int] | None = None  # its first prompt
     prompt: list[int] | None = None
     answers: set[tuple[int, ...]] = set()  # to this prompt, in this batch
     for row in order:
@@ -167,9 +175,16 @@ def _cut(sequences: list[Sequence], order: list[int], tokens: int, keys: int) ->
             more, prompt, answers = whole, own, set()
         else:
             more = 0 if answer in answers else len(completion)
-        if batch and (held + more > tokens or (len(batch) + 1) * max(longest, whole) > keys):
+        gathered = (len(batch) + 1) * max(longest, whole)
+        if long_prompts and own == first:  # rows with one prompt stand together, so there is no other in the batch
+            full = held + more > tokens + len(own) or gathered > WIDER_ALONE * max(tokens, whole)
+        else:
+            full = held + more > tokens or gathered > keys
+        if batch and full:
             batches.append(batch)
             batch, held, longest, answers, more = [], 0, 0, set(), whole
+        if not batch:
+            first = own
         batch.append(row)
         held, longest, real = held + more, max(longest, whole), real + more
         answers.add(answer)
