@@ -27,6 +27,7 @@ NOT_SO = re.compile(
     r"|(?:(?:does|do|can)\s+not|(?:does|do|ca)n['’]t|cannot|never)\s+hold|never\s+holds|fails)\b",
     re.IGNORECASE,
 )  # behind it, after at most a few signs of the formula
+NEAR = 80  # so many signs in front and behind are looked at: enough for these words, and long answers take no longer
 ALLOWED = (
     "a number (1,000, 1.5e3, 3 1/2, 50%, 5 cm), a LaTeX formula, a list, tuple, interval or set of these, one word or "
     "\\text{...}, or a text with its final answer in \\boxed{...}, <answer> or after ####"
@@ -124,7 +125,7 @@ def _is_denied(run: Final, text: str) -> bool:
     if not ("=" in run.text or INEQUALITY.search(run.text)):
         return False
     end = max(text.find(run.text, run.at), run.at) + len(run.text)  # `at` is that of the sign in front of a formula
-    return bool(NOT.search(text[: run.at]) or NOT_SO.match(text, end))
+    return bool(NOT.search(text[max(0, run.at - NEAR) : run.at]) or NOT_SO.match(text[end : end + NEAR]))
 
 
 def _is_union(expected: Value) -> bool:
