@@ -124,7 +124,7 @@ class JobView(JobSummary):
         for name in DOCUMENTS:
             text = getattr(job, name)
             fields["metadata" if name == "user_metadata" else name] = None if text is None else orjson.Fragment(text)
-        error = None if job.error is None else FailureView(**job.error)
+        error = None if job.error is None else orjson.Fragment(FailureView(**job.error).model_dump_json())
         fields = {"id": job.id, "object": "job", **fields, "error": error, "usage": UsageTotals.of(spent)}
         return orjson.dumps(fields, default=BaseModel.model_dump, option=orjson.OPT_UTC_Z)
 

@@ -77,7 +77,9 @@ class InlineRows(DataRows):
         return self._rows[index]
 
     def same_as(self, chosen: set[int]) -> set[int]:
-        return _same([json.dumps(row, sort_keys=True).encode() for row in self._rows].__getitem__, len(self), chosen)
+        texts = [json.dumps(row, sort_keys=True) for row in self._rows]
+        wanted = {texts[index] for index in chosen}
+        return {index for index, text in enumerate(texts) if text in wanted}
 
 
 class JsonlRows(DataRows):
@@ -115,7 +117,10 @@ class JsonlRows(DataRows):
 
     def same_as(self, chosen: set[int]) -> set[int]:
         """Rows are compared as they stand in the file: parsing each would take many times as long."""
-        return _same(self._line, len(self), chosen)
+        wanted = {self._line(index) for index in chosen}
+        with os.fdopen(os.dup(self._descriptor), "rb") as file:
+            file.seek(0)
+            return {index for index, line in zip(range(len(self)), file, strict=False) if line in wanted}
 
 
 class ReasoningGymRows(DataRows):
@@ -244,7 +249,7 @@ def open_data(data: DataSpec, seed: int, dataset_path: Callable[[str], Path]) ->
     train = open_source(data.train, dataset_path, "/data/train", maker)
     held_out: DataRows | None = None
     if isinstance(data.eval, SplitSource):
-        train, held_out = split(train, data.eval.rows, seed)
+        train, held_out = split(train, data.eval, seed)
     elif data.eval is not None:
         held_out = open_source(data.eval, dataset_path, "/data/eval", maker)
     return Data.of(data, train, held_out)
@@ -276,15 +281,16 @@ def open_source(source: TrainSource, dataset_path: Callable[[str], Path], pointe
             return ReasoningGymRows(source, maker, pointer)
 
 
-def split(rows: DataRows, held_out: int, seed: int) -> tuple[DataRows, DataRows]:
-    """Training rows and held-out rows, drawn with the seed. Both keep their order. A row that is the same as a held-out one is
-    in neither."""
+def split(rows: DataRows, source: SplitSource, seed: int) -> tuple[DataRows, DataRows]:
+    """Training rows and held-out rows, drawn with the seed. Both keep their order. Left out copies of held-out rows are in
+    neither."""
+    held_out = source.rows
     if held_out >= len(rows):
         raise _split_too_large(
             f"the split holds out {counted(held_out, 'row')} of {len(rows)}", held_out, f"less than {len(rows)}"
         )
     chosen = set(_random(seed, "split").sample(range(len(rows)), held_out))
-    out = rows.same_as(chosen)
+    out = rows.same_as(chosen) if source.copies == "left_out" else chosen
     if len(out) == len(rows):
         raise _split_too_large(f"all other rows are the same as the {held_out} that the split holds out", held_out, None)
     return Subset(rows, [i for i in range(len(rows)) if i not in out]), Subset(rows, sorted(chosen))
@@ -293,14 +299,6 @@ def split(rows: DataRows, held_out: int, seed: int) -> tuple[DataRows, DataRows]
 def _split_too_large(why: str, held_out: int, allowed: str | None) -> InvalidRequest:
     detail = f"{why}: nothing would be left to train on"
     return InvalidRequest(detail, [FieldError("/data/eval/rows", detail, "split_too_large", held_out, allowed)])
-
-
-def _same(text: Callable[[int], bytes], rows: int, chosen: set[int]) -> set[int]:
-    def digest(index: int) -> bytes:
-        return blake2b(text(index), digest_size=16).digest()
-
-    wanted = set(map(digest, chosen))
-    return {index for index in range(rows) if digest(index) in wanted}
 
 
 def prompt_indices(n: int, step: int, count: int, seed: int, shuffle: bool) -> list[int]:

@@ -102,7 +102,8 @@ def copied_rows(spec: DataSpec, data: Data) -> Iterator[str]:
     if isinstance(spec.eval, SplitSource) and isinstance(data.train, Subset) and data.eval is not None:
         copies = len(data.train.whole) - len(data.train) - len(data.eval)
         if copies:
-            yield f"{counted(copies, 'row')} {'is' if copies == 1 else 'are'} left out, the same as held-out ones"
+            are = "is" if copies == 1 else "are"
+            yield f"{counted(copies, 'row')} {are} not trained on, the same as held-out ones (data.eval.copies)"
 
 
 def learnt_rows(spec: DataSpec, data: Data) -> Iterator[str]:

@@ -150,7 +150,7 @@ def _open(spec: RLSpec | SupervisedSpec, paths: dict[str, Path], errors: list[Fi
     source = spec.data.eval
     if isinstance(source, SplitSource):
         rows = train
-        parts = None if rows is None else _attempt(lambda: split(rows, source.rows, spec.seed), errors)
+        parts = None if rows is None else _attempt(lambda: split(rows, source, spec.seed), errors)
         train, held_out = parts or (train, None)
     elif source is not None:
         held_out = _attempt(lambda: _source(source, paths, "/data/eval"), errors)
@@ -186,7 +186,7 @@ def _data_facts(spec: RLSpec | SupervisedSpec, uploaded: dict[str, Dataset]) -> 
     data = spec.data.model_dump(mode="json")
     return {
         "train": _source_facts(spec.data.train, uploaded),
-        "eval": {"source": "split", "rows": spec.data.eval.rows, "seed": spec.seed}
+        "eval": {"source": "split", "rows": spec.data.eval.rows, "copies": spec.data.eval.copies, "seed": spec.seed}
         if isinstance(spec.data.eval, SplitSource)
         else spec.data.eval and _source_facts(spec.data.eval, uploaded),
         **{key: data[key] for key in ("prompt", "chat", "answer")},
@@ -212,6 +212,9 @@ def _filled(spec: RLSpec | SupervisedSpec) -> RLSpec | SupervisedSpec:
         spec.rollout.max_completion_tokens if isinstance(spec, RLSpec) else DEFAULT_EVAL_TOKENS
     )
     changes: dict[str, Any] = {"eval": spec.eval.model_copy(update={"max_completion_tokens": longest})}
+    if isinstance(source := spec.data.eval, SplitSource):  # in a spec of an older version it is not said, and copies are kept
+        source = source.model_copy(update={"copies": source.copies or "left_out"})
+        changes["data"] = spec.data.model_copy(update={"eval": source})
     if spec.reward is not None:
         graders = [grader.model_copy(update={"name": grader.name or grader.kind}) for grader in spec.reward.graders]
         changes["reward"] = spec.reward.model_copy(update={"graders": graders})

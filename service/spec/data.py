@@ -62,10 +62,17 @@ class ReasoningGymSource(Section):
 
 
 class SplitSource(Section):
-    """Rows held out of the training source: neither they nor given rows that are the same (every column) are trained on."""
+    """Rows held out of the training source; they are never trained on."""
 
     source: Literal["split"]
     rows: Annotated[int, Field(ge=1, le=MOST_COUNTED, description="how many rows are held out, drawn from the seed")]
+    copies: Annotated[
+        Literal["left_out", "kept"] | None,
+        Field(
+            description="training rows that are the same as a held-out one (the same line of an uploaded file; procedural rows "
+            "are not compared) · left_out, the default: not trained on · kept: trained on, as versions before this field did"
+        ),
+    ] = None
 
 
 TrainSource = Annotated[DatasetSource | InlineSource | ReasoningGymSource, Field(discriminator="source")]

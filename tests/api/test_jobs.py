@@ -69,7 +69,7 @@ def test_a_job_is_read_as_its_view_says(each_api, spec):
         lease, _ = api.claim(job_id)
         leases.set_resolved(api.store, lease, {"device": "cpu", "warnings": ['"\\u0000"']})
         leases.commit_step(api.store, lease, 1, {"reward/mean": 0.5}, [])
-        leases.fail(api.store, lease, Failure("sample_not_graded", "ü", details={"value": 1}), {"final": {"m": 0.25}})
+        leases.fail(api.store, lease, Failure("sample_not_graded", "ü", details={"value": 2**70}), {"final": {"m": 0.25}})
         with api.store.begin(readonly=True) as session:
             job = jobs.find(session, job_id)
             assert job is not None

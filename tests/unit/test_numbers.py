@@ -128,6 +128,12 @@ TABLE: dict[str, tuple[str, list[str], list[str]]] = {
          "x > 3 isn't true", r"\boxed{\text{It is not true that } x > 3}", "It is never $x > 3$"],
     ),
     "an equation that words deny": ("x = 5", ["not 4, so x = 5", "x = 5"], ["It is not true that x = 5", "$x = 5$ is wrong"]),
+    "an equation beside words that deny another": (
+        "x = 5",
+        ["-3 is not valid\nx = 5", "the other is not valid\n$$x = 5$$", "So x = -3 is not correct\n\n$x = 5$",
+         "If that is not so x = 5", "Therefore, $x = 5$. Fails for others.", "So x = 5.  Is not true for others."],
+        ["It is not so that $x = 5$"],
+    ),
     "an inequality of which it is asked": ("x > 3", ["We are asked whether or not x > 3"], ["not x > 3"]),
     "looks": (
         "42",

@@ -186,9 +186,12 @@ def test_held_out_rows_that_are_training_rows_are_warned_of(trying: Try, world: 
 
 def test_of_a_split_it_is_said_how_many_rows_are_left_out(trying: Try) -> None:
     often = trying(but(RL, data__train__rows=ROWS * 3, seed=1))
-    assert "4 rows are left out, the same as held-out ones" in often.warnings
+    assert "4 rows are not trained on, the same as held-out ones (data.eval.copies)" in often.warnings
+    assert often.spec["data"]["eval"]["copies"] == "left_out"
     assert (often.estimates["train_rows"], often.estimates["eval_rows"]) == (3 * len(ROWS) - 6, 2)
-    assert not any("left out" in text or "learnt by heart" in text for text in [*often.warnings[1:], *trying(RL).warnings])
+    assert not any(
+        "not trained on" in text or "learnt by heart" in text for text in [*often.warnings[1:], *trying(RL).warnings]
+    )
     gym = {"source": "reasoning_gym", "task": "basic_arithmetic", "size": 10}  # made by the worker
     graders = [{"kind": "reasoning_gym"}]
     data = {"train": gym, "eval": {"source": "split", "rows": 2}, "prompt": "{question}"}

@@ -12,18 +12,19 @@ COUNTED = re.compile(r"\b(\d+) \d+(?:\.\d+)?[ -]?([A-Za-z]+) ([a-z]{3,})")  # th
 MAX_TRIED = 5  # marks, or formulas after a mark, to try before giving up
 MAX_WORDS, MAX_SENTENCE = 40, 500  # a model that repeats itself must not keep the grader busy
 CALCULATED = re.compile(r"<<[^<>]*>>")  # GSM8K's calculator
-SEAMS = re.compile(r"(?<=[A-Za-z]{2}:)(?=[\d$\\(-])|(?<![\w-])[=-]+>|[→⇒]")  # where a word or an arrow touches a number
+SEAMS = re.compile(r"(?<=[A-Za-z]{2}:)(?=[\d$\\(-])|(?<![\w-])[=-]{1,20}>|[→⇒]")  # where a word or an arrow touches a number
 APPROXIMATELY = re.compile(r"\\approx(?![a-zA-Z])|≈")
 CONSTANT = re.compile(r"\\(?:sqrt|frac|pi|log|ln|sin|cos|tan|cdot|times|binom|circ)(?![A-Za-z])|(?<![A-Za-z])e(?![A-Za-z])")
 FALSE = r"(?:false|untrue|wrong|incorrect|impossible)"
 TRUE = r"(?:true|right|correct|valid|so|the\s+case)"
 NOT = re.compile(
-    rf"(?:(?:(?<!\bor )\b(?:not|cannot|never)|n['’]t|\\(?:neg|lnot))(?:\s+(?:{TRUE}|be|have|always|necessarily))?(?:\s+that)?"
-    rf"|\b{FALSE}\s+that)[\s}}$({{]*\Z",
+    rf"(?:(?:(?<!\bor )(?<!\bif )\b(?:not|cannot|never)|n['’]t|\\(?:neg|lnot))"
+    rf"(?:\s+(?:be|have|always|necessarily|{TRUE}(?=\s+that)))?(?:\s+that[\s}}$({{]*|[ \t}}$({{]*)"
+    rf"|\b{FALSE}\s+that[\s}}$({{]*)\Z",
     re.IGNORECASE,
 )  # in front of what is denied
 NOT_SO = re.compile(
-    rf"\S{{0,4}}\s+(?:(?:is|are)\s+(?:{FALSE}|not\s+{TRUE})|(?:is|are)n['’]t\s+{TRUE}"
+    rf"[)}}\]$*_\\]{{0,4}}[ \t]+(?:(?:is|are)\s+(?:{FALSE}|not\s+{TRUE})|(?:is|are)n['’]t\s+{TRUE}"
     r"|(?:(?:does|do|can)\s+not|(?:does|do|ca)n['’]t|cannot|never)\s+hold|never\s+holds|fails)\b",
     re.IGNORECASE,
 )  # behind it, after at most a few signs of the formula
