@@ -43,6 +43,8 @@ bench: $(VENV)/.for-developing ## measure what docs/performance.md holds (MODEL=
 	$(BIN)/python bench/scaling.py
 	$(BIN)/python bench/own_cost.py --backend sqlite
 	$(BIN)/python bench/two_workers.py --backend sqlite
+	$(BIN)/python bench/ahead.py
+	$(BIN)/python bench/ranks.py
 	$(BIN)/python bench/warm_base.py
 	$(BIN)/python bench/saving.py
 	$(BIN)/python bench/routes.py --backend sqlite

@@ -1,6 +1,6 @@
 """What sampling a step ahead brings (rollout.max_staleness: 1), where a server samples, against taking turns with it.
 
-    python bench/ahead.py [--turns 3] [--steps 12] [--minibatches 4]
+    python bench/ahead.py [--turns 3] [--steps 12] [--minibatches 4] [--epochs 8]
 
 The server is the tests' stand-in for vLLM (tests/vllm_stand_in.py), a process of its own with one thread, which samples one
 answer at a time; the worker has one thread, too. Jobs of both ways in alternation on one stack (SQLite), from the same seed.
@@ -62,8 +62,8 @@ def spec(url: str, staleness: int, options: argparse.Namespace) -> dict[str, Any
         "data": {"train": {"source": "inline", "rows": ROWS}, "prompt": "rev {q}>", "answer": "{a}"},
         "objective": {"preset": "gspo", "anchor": "rollout"},
         "rollout": {
-            "prompts_per_step": 8,
-            "group_size": 8,
+            "prompts_per_step": 4,
+            "group_size": 4,
             "max_completion_tokens": 8,
             "max_staleness": staleness,
             "engine": {"kind": "vllm", "url": url, "served_model": "base"},
@@ -86,7 +86,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--minibatches", type=int, default=4)
-    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--epochs", type=int, default=8)
     options = parser.parse_args()
     print(machine())
     took: dict[str, list[float]] = {way: [] for way in WAYS}
@@ -121,7 +121,7 @@ def main() -> None:
         f"{'taking turns':16}{1000 * alone:11.0f}   sampling {1000 * median(sampled):.0f}, learning {1000 * median(learnt):.0f}"
     )
     print(f"{'a step ahead':16}{1000 * ahead:11.0f}   waiting {1000 * median(waited):.0f}")
-    best = sum(map(max, sampled, learnt)) / len(sampled)
+    best = median(map(max, sampled, learnt))
     print(f"{'the longer one':16}{1000 * best:11.0f}")
     print(f"a step ahead is {alone / ahead:.2f}x as fast; at best {alone / best:.2f}x")
 

@@ -33,7 +33,7 @@ def spec(resources: dict[str, Any], steps: int) -> dict[str, Any]:
         "model": MODEL,
         "data": {"train": {"source": "inline", "rows": ROWS}, "prompt": "rev {q}>", "answer": "{a}"},
         "objective": "gspo",
-        "rollout": {"prompts_per_step": 16, "group_size": 16, "max_completion_tokens": 32, "ignore_eos": True},
+        "rollout": {"prompts_per_step": 16, "group_size": 16, "max_completion_tokens": 32},
         "update": {"minibatches": 1},
         "reward": {"graders": [{"kind": "similarity", "metric": "position", "reference": "{a}"}]},
         "checkpoints": {"every_steps": steps},
