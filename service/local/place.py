@@ -99,12 +99,18 @@ def _write_private(path: Path, line: str) -> None:
     temporary.replace(path)
 
 
+def leave_out_what_it_brings() -> None:
+    """Take the URLs of a database and a Redis from the environment, in any case, before anything reads it: the embedded stack
+    has its own of both, so that what these hold need not even make sense."""
+    for name in [name for name in os.environ if name.upper() in ("RATCHET_DATABASE_URL", "RATCHET_REDIS_URL")]:
+        del os.environ[name]
+
+
 def embedded_settings(data_dir: Path, port: int, folder: Path) -> Settings:
     """The settings of the embedded stack. They go through the environment, so that the worker has the same."""
     bootstrap_key = os.environ.get("RATCHET_BOOTSTRAP_KEY")
     if bootstrap_key:
         _write_private(data_dir / "key", bootstrap_key)
-    os.environ.pop("RATCHET_DATABASE_URL", None)  # the embedded store is SQLite in the data directory
     os.environ.setdefault("RATCHET_LOG_FORMAT", "plain")  # people read these logs
     os.environ.setdefault("RATCHET_ANY_MODEL_FOLDER", "true")  # the user who starts it owns the folders
     if (host := literal(Settings().host)) is not None and host.is_loopback:  # only users of this machine can send requests

@@ -15,7 +15,7 @@ import uvicorn
 from service.app import create_app
 from service.edge.protocol import BoundedHttp
 from service.local.children import Child, Say
-from service.local.place import CannotStart, embedded_settings, listen, locked, url_file, url_of
+from service.local.place import CannotStart, embedded_settings, leave_out_what_it_brings, listen, locked, url_file, url_of
 from service.local.redis_server import make_redis, socket_folder, wait_for_redis
 from service.local.worker import check_worker_can_run, make_loss_worker, make_worker
 from service.settings import Settings
@@ -33,6 +33,7 @@ AFTER_GRACE_S = 15.0  # beyond drain_grace_s, for the worker to end by itself
 def up(data_dir: Path, port: int, say: Say) -> None:
     """Run until SIGINT, SIGTERM or SIGHUP. Raises CannotStart."""
     data_dir = data_dir.absolute()
+    leave_out_what_it_brings()
     with ExitStack() as stack:
         stop = stack.enter_context(_signals())
         stack.enter_context(locked(data_dir))

@@ -361,6 +361,17 @@ def test_a_taken_port_is_said_to_be(folder: Path, refused: Callable[..., str]) -
         assert f"127.0.0.1:{port}" in refused("--data-dir", str(folder / "data"), "--port", port)
 
 
+@pytest.mark.parametrize("name", ["RATCHET_DATABASE_URL", "ratchet_database_url"])
+@pytest.mark.parametrize("url", ["", "mysql://host/name"])
+def test_urls_of_what_it_brings_itself_are_not_even_read(
+    folder: Path, refused: Callable[..., str], name: str, url: str
+) -> None:
+    """It comes as far as the port, which is taken."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        assert f"127.0.0.1:{port}" in refused("--data-dir", str(folder / "data"), "--port", port, **{name: url})
+
+
 def test_a_setting_that_makes_no_sense_is_named(folder: Path, refused: Callable[..., str]) -> None:
     assert "RATCHET_LEASE_TTL_S" in refused("--data-dir", str(folder / "data"), "--port", "0", RATCHET_LEASE_TTL_S="soon")
 
