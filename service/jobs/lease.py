@@ -429,8 +429,14 @@ def pause(store: Store, lease: Lease, reason: str = "paused", *, spent: Spent = 
 
 
 def cancelled(store: Store, lease: Lease, *, spent: Spent = NOTHING) -> Status:
-    """The job is cancelled, as its owner wished."""
-    return _end(store, lease, spent, lambda session, job, now: moves.end(session, job, Status.CANCELLED, "cancelled", now))
+    """The job is cancelled, as its owner wished. What came after its last checkpoint is lost; a sampler has nothing to lose."""
+
+    def do(session: Session, job: Job, now: datetime) -> Status:
+        if job.kind == "sampler":
+            usage.save(session, job, now)
+        return moves.end(session, job, Status.CANCELLED, "cancelled", now)
+
+    return _end(store, lease, spent, do)
 
 
 def succeed(store: Store, lease: Lease, result: dict[str, Any], reason: str, *, spent: Spent = NOTHING) -> Status:

@@ -324,6 +324,26 @@ def test_what_a_sampler_answered_is_not_wasted(store: Store, doorbell: Doorbell,
     assert (found.sampled_tokens, found.wasted_sampled_tokens) == (100, 0)
 
 
+def test_a_sampler_that_is_cancelled_while_it_waits_has_wasted_nothing(
+    store: Store, doorbell: Doorbell, settings: Settings
+) -> None:
+    job = sampler_of(store, doorbell, settings, "default", TINY).id
+    claimed = leases.claim(store, settings, "w1", {"any"})
+    assert claimed is not None
+    leases.cancelled(store, claimed[0], spent=Spent(phase_s={"sampling": 200.0}))
+    with store.begin(readonly=True) as sql:
+        found = usage.of_job(sql, job)
+    assert found.worker_s >= 200.0 and found.wasted_s == pytest.approx(0.0, abs=0.5)
+
+
+def test_what_a_session_waited_before_it_was_cancelled_is_wasted(session: Session, store: Store) -> None:
+    """Since its last snapshot, as all else that came after it."""
+    lease = session.claim()
+    leases.cancelled(store, lease, spent=Spent(phase_s={"updating": 200.0}))
+    with store.begin(readonly=True) as sql:
+        assert usage.of_job(sql, session.id).wasted_s >= 200.0
+
+
 def test_reconciler_wakes_a_session_that_rests_with_work(session: Session, store: Store, settings: Settings) -> None:
     leases.rest(store, session.claim(), 0)
     with store.begin() as sql:  # as if the process had died between two lines
