@@ -23,7 +23,7 @@ from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from alembic.util import CommandError
 from psycopg import sql
-from sqlalchemy import Connection, MetaData, Table, inspect, make_url, text
+from sqlalchemy import Connection, Engine, MetaData, Table, inspect, make_url, text
 from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
 from service.errors import RatchetError
@@ -289,8 +289,9 @@ def _facts(folder: Path) -> dict[str, Any]:
 
 
 def _check_sqlite(url: str, folder: Path) -> None:
-    if (target := Path(str(make_url(url).database))).exists():
-        raise BackupFailed(f"{target} exists; a restore makes a new database")
+    for path in _sqlite_files(Path(str(make_url(url).database))):
+        if path.exists():
+            raise _exists(path)
     if not (folder / SQLITE).exists():
         raise BackupFailed(f"{folder} holds no SQLite database; it restores into PostgreSQL (RATCHET_DATABASE_URL)")
 
@@ -299,10 +300,39 @@ def _restore_sqlite(url: str, folder: Path, undo: ExitStack) -> None:
     target = Path(str(make_url(url).database))
     target.parent.mkdir(parents=True, exist_ok=True)
     coming = target.with_suffix(".restoring")
-    for path in (coming, target, *(target.with_name(target.name + end) for end in ("-wal", "-shm"))):
-        undo.callback(path.unlink, missing_ok=True)
+    undo.callback(coming.unlink, missing_ok=True)
     shutil.copyfile(folder / SQLITE, coming)
-    coming.rename(target)
+    try:
+        _appear(coming, target, undo)
+    except FileExistsError:  # a service was started there while the blobs were copied
+        raise _exists(target) from None
+    coming.unlink()
+
+
+def _sqlite_files(database: Path) -> list[Path]:
+    return [database, *(database.with_name(database.name + end) for end in ("-wal", "-shm"))]
+
+
+def _exists(path: Path) -> BackupFailed:
+    return BackupFailed(f"{path} exists; a restore makes a new database")
+
+
+def _appear(coming: Path, target: Path, undo: ExitStack) -> None:
+    """Make a file appear under another name. Raises FileExistsError, and then what is there stays as it is."""
+
+    def take_back() -> None:
+        for path in _sqlite_files(target):
+            path.unlink(missing_ok=True)
+
+    try:
+        os.link(coming, target)
+        undo.callback(take_back)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without links
+        with target.open("xb") as made, coming.open("rb") as content:
+            undo.callback(take_back)
+            shutil.copyfileobj(content, made)
 
 
 def _check_postgresql(url: str, folder: Path) -> None:
@@ -311,8 +341,7 @@ def _check_postgresql(url: str, folder: Path) -> None:
         raise BackupFailed(f"{folder} holds no PostgreSQL tables; it restores into SQLite (no RATCHET_DATABASE_URL)")
     engine = make_engine(url)
     try:
-        if inspect(engine).get_table_names():
-            raise BackupFailed("the database is not empty; a restore takes a new one")
+        _refuse_tables(engine)
         with ZipFile(folder / POSTGRESQL) as archive:
             if damaged := archive.testzip():
                 raise BadZipFile(damaged)
@@ -324,10 +353,16 @@ def _check_postgresql(url: str, folder: Path) -> None:
         engine.dispose()
 
 
+def _refuse_tables(engine: Engine) -> None:
+    if inspect(engine).get_table_names():
+        raise BackupFailed("the database is not empty; a restore takes a new one")
+
+
 def _restore_postgresql(url: str, folder: Path, undo: ExitStack) -> None:
     engine = make_engine(url)
-    undo.callback(_empty, url)
     try:
+        _refuse_tables(engine)  # again: a service may have been started there while the blobs were copied
+        undo.callback(_empty, url)
         with ZipFile(folder / POSTGRESQL) as archive:
             upgrade(url, archive.read(REVISION).decode())
             with engine.begin() as connection:

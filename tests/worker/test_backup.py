@@ -20,8 +20,8 @@ from service.local import backup as backups
 from service.local.backup import BackupFailed, backup, restore
 from service.settings import Settings
 from service.spec.job import CheckpointsSpec
-from service.store.session import Store, make_engine, open_store
-from service.store.tables import Base, Checkpoint, Event, Metric, Rollout, Worker
+from service.store.session import Store, make_engine, open_store, upgrade
+from service.store.tables import Base, Budget, Checkpoint, Event, Metric, Rollout, Worker
 from workers import runner
 from workers.policy.checkpoint import verify
 from workers.tenure.keeper import Keeper
@@ -257,6 +257,43 @@ def test_a_restore_that_fails_or_is_stopped_leaves_nothing_behind(
     (elsewhere.data_dir / "blobs.restoring").mkdir()  # of one that was killed
     restore(elsewhere, tmp_path / "copy")
     assert len(rows(elsewhere, select(Checkpoint))) == 1 and not (elsewhere.data_dir / "blobs.restoring").exists()
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_service_that_was_started_while_the_blobs_were_copied_keeps_what_it_has(
+    stack: Any, held: Lease, elsewhere: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool
+) -> None:
+    save(stack.store, held, 1)
+    backup(stack.settings, tmp_path / "copy")
+    copy_back = backups._copy_back
+
+    def start_meanwhile(*args: Any) -> None:
+        copy_back(*args)
+        upgrade(elsewhere.sql_url)
+        other = open_store(elsewhere)
+        with other.begin() as session:
+            session.add(Budget(project="mine", since="2026-01-01", updated_at=other.now()))
+        other.close()
+
+    monkeypatch.setattr(backups, "_copy_back", start_meanwhile)
+    if not links:
+        monkeypatch.setattr(backups.os, "link", Mock(side_effect=PermissionError(1, "Operation not permitted")))
+    with pytest.raises(BackupFailed, match=r"(exists|is not empty); a restore (makes|takes) a new"):
+        restore(elsewhere, tmp_path / "copy")
+    assert rows(elsewhere, select(Budget.project)) == ["mine"]
+    assert rows(elsewhere, select(Checkpoint)) == []
+    assert [path.name for path in elsewhere.data_dir.rglob("*") if not path.name.startswith("ratchet.db")] == []
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+def test_a_file_system_without_links_takes_a_restore(
+    stack: Any, held: Lease, elsewhere: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(stack.store, held, 1)
+    backup(stack.settings, tmp_path / "copy")
+    monkeypatch.setattr(backups.os, "link", Mock(side_effect=PermissionError(1, "Operation not permitted")))
+    restore(elsewhere, tmp_path / "copy")
+    assert len(rows(elsewhere, select(Checkpoint))) == 1 and not list(elsewhere.data_dir.glob("*.restoring"))
 
 
 def test_blobs_that_cannot_be_written_are_told_with_the_reason_of_the_first(
