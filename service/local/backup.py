@@ -41,6 +41,7 @@ log = logging.getLogger(__name__)
 
 FACTS, BLOBS, SQLITE, POSTGRESQL = "backup.json", "blobs", "ratchet.db", "ratchet.zip"
 REVISION, CSV = "revision", ".csv"  # in ratchet.zip
+COMING = ".restoring"  # among the blobs: those of a restore that has not come to its end
 CHUNK_BYTES = 2**20
 ROUNDS = 20
 NAMED = "SELECT path FROM checkpoints WHERE deleted_at IS NULL UNION SELECT path FROM datasets WHERE deleted_at IS NULL"
@@ -227,8 +228,7 @@ def restore(settings: Settings, folder: Path) -> dict[str, Any]:
     """
     facts = _facts(folder)
     blobs = settings.blobs_dir
-    if blobs.exists() and any(blobs.iterdir()):
-        raise BackupFailed(f"{blobs} is not empty; a restore takes a new data directory")
+    _refuse_blobs(blobs)
     is_sqlite = make_url(settings.sql_url).get_backend_name() == "sqlite"
     (_check_sqlite if is_sqlite else _check_postgresql)(settings.sql_url, folder)
     _fill_bucket(settings, folder / BLOBS)
@@ -252,15 +252,35 @@ def restore(settings: Settings, folder: Path) -> dict[str, Any]:
 
 
 def _copy_back(copy: Path, blobs: Path, undo: ExitStack) -> None:
-    """Copy the backup's blobs. They appear by a rename, so that one that is killed leaves none that look whole."""
+    """Copy the backup's blobs into a folder of the one that they belong in, which may be a link or a mount point, and then move
+    them up by renames: a restore that is killed leaves none that look whole, or no database that names them."""
     if not copy.is_dir():
         return
-    coming = blobs.with_name(f"{blobs.name}.restoring")
+    if not blobs.exists():
+        blobs.mkdir(parents=True)
+        undo.callback(_remove, [blobs])
+    coming = blobs / COMING
     undo.callback(shutil.rmtree, coming, ignore_errors=True)
     shutil.rmtree(coming, ignore_errors=True)  # of a restore that was killed
     shutil.copytree(copy, coming)
-    coming.replace(blobs)
-    undo.callback(shutil.rmtree, blobs, ignore_errors=True)
+    _refuse_blobs(blobs)  # again: a service may have been started there meanwhile
+    for folder in sorted(coming.iterdir()):
+        ours = [blobs / path.relative_to(coming) for path in (folder, *folder.rglob("*"))]
+        folder.rename(blobs / folder.name)
+        undo.callback(_remove, ours)
+    coming.rmdir()
+
+
+def _refuse_blobs(blobs: Path) -> None:
+    if blobs.exists() and any(path.name != COMING for path in blobs.iterdir()):
+        raise BackupFailed(f"{blobs} is not empty; a restore takes a new data directory")
+
+
+def _remove(paths: list[Path]) -> None:
+    """Remove files and folders, except folders that hold others."""
+    for path in sorted(paths, reverse=True):  # what is in a folder comes before it
+        with suppress(OSError):
+            path.rmdir() if path.is_dir() else path.unlink()
 
 
 def _fill_bucket(settings: Settings, copy: Path) -> None:

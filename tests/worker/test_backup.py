@@ -254,9 +254,9 @@ def test_a_restore_that_fails_or_is_stopped_leaves_nothing_behind(
     if isinstance(error, OSError):
         assert str(failed.value) == f"{elsewhere.data_dir} cannot be written: No space left on device"
     assert list(elsewhere.data_dir.rglob("*")) == []
-    (elsewhere.data_dir / "blobs.restoring").mkdir()  # of one that was killed
+    (elsewhere.blobs_dir / ".restoring" / "checkpoints").mkdir(parents=True)  # of one that was killed
     restore(elsewhere, tmp_path / "copy")
-    assert len(rows(elsewhere, select(Checkpoint))) == 1 and not (elsewhere.data_dir / "blobs.restoring").exists()
+    assert len(rows(elsewhere, select(Checkpoint))) == 1 and not (elsewhere.blobs_dir / ".restoring").exists()
 
 
 @pytest.mark.parametrize("links", [True, False])
@@ -283,6 +283,47 @@ def test_a_service_that_was_started_while_the_blobs_were_copied_keeps_what_it_ha
     assert rows(elsewhere, select(Budget.project)) == ["mine"]
     assert rows(elsewhere, select(Checkpoint)) == []
     assert [path.name for path in elsewhere.data_dir.rglob("*") if not path.name.startswith("ratchet.db")] == []
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+def test_blobs_may_be_a_link_to_another_disk(
+    stack: Any, held: Lease, elsewhere: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or a mount point: the folder itself is never replaced, and never removed if it was there before."""
+    kept, disk = save(stack.store, held, 1), tmp_path / "disk"
+    backup(stack.settings, tmp_path / "copy")
+    disk.mkdir()
+    elsewhere.data_dir.mkdir()
+    elsewhere.blobs_dir.symlink_to(disk)
+    with monkeypatch.context() as patch:
+        patch.setattr(backups, "_settle", Mock(side_effect=OSError(28, "No space left on device")))
+        with pytest.raises(BackupFailed, match="No space left"):
+            restore(elsewhere, tmp_path / "copy")
+    assert list(disk.iterdir()) == [] and elsewhere.blobs_dir.is_symlink()
+    restore(elsewhere, tmp_path / "copy")
+    assert (disk / kept / "model" / "weights").read_text() == "1" and elsewhere.blobs_dir.is_symlink()
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+@pytest.mark.parametrize("step", ["copytree", "_restore_sqlite"])
+def test_blobs_of_another_that_come_meanwhile_are_not_mixed_and_not_taken_back(
+    stack: Any, held: Lease, elsewhere: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    save(stack.store, held, 1)
+    backup(stack.settings, tmp_path / "copy")
+    module = backups.shutil if step == "copytree" else backups
+    real, theirs = getattr(module, step), elsewhere.blobs_dir / ("datasets" if step == "copytree" else "checkpoints") / "theirs"
+
+    def write_first(*args: Any) -> None:
+        theirs.parent.mkdir(parents=True, exist_ok=True)
+        theirs.write_text("theirs")
+        real(*args)
+
+    monkeypatch.setattr(module, step, write_first)
+    monkeypatch.setattr(backups, "_settle", Mock(side_effect=OSError(28, "No space left on device")))
+    with pytest.raises(BackupFailed, match="blobs is not empty" if step == "copytree" else "No space left"):
+        restore(elsewhere, tmp_path / "copy")
+    assert [path for path in elsewhere.data_dir.rglob("*") if path.is_file()] == [theirs]
 
 
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
