@@ -240,6 +240,8 @@ def restore(settings: Settings, folder: Path) -> dict[str, Any]:
             store = open_store(settings)
             undo.callback(store.close)
             queued = _settle(store, datetime.fromisoformat(facts["made_at"]))
+        except CommandError as error:  # Alembic does not know the version of the tables
+            raise BackupFailed(f"the backup was made by another version of ratchet, take that one: {error}") from error
         except shutil.Error as error:
             raise BackupFailed(f"the blobs could not be copied: {_reason(error)}") from error
         except OSError as error:
@@ -390,8 +392,6 @@ def _restore_postgresql(url: str, folder: Path, undo: ExitStack) -> None:
                 for name in archive.namelist():  # in the order of writing: referenced tables come first
                     if name.endswith(CSV):
                         _copy_in(connection, archive, name)
-    except CommandError as error:  # Alembic does not know the version
-        raise BackupFailed(f"the backup was made by another version of ratchet, take that one: {error}") from error
     except psycopg.Error as error:
         raise BackupFailed(f"the tables could not be written: {error}") from error
     finally:

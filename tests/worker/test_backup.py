@@ -1,7 +1,9 @@
 """A copy of a live system goes on where it was, and ends with the same weights."""
 
 import json
+import sqlite3
 from collections.abc import Callable
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -187,6 +189,19 @@ def test_damaged_tables_and_those_of_another_version_are_refused(stack: Any, els
         restore(elsewhere, copy)
     (copy / "ratchet.zip").write_bytes(sound)
     restore(elsewhere, copy)  # what was refused left nothing behind
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+def test_a_database_of_a_newer_version_is_refused_and_leaves_nothing(
+    stack: Any, held: Lease, elsewhere: Settings, tmp_path: Path
+) -> None:
+    save(stack.store, held, 1)
+    backup(stack.settings, tmp_path / "copy")
+    with closing(sqlite3.connect(tmp_path / "copy" / "ratchet.db")) as database, database:
+        database.execute("UPDATE alembic_version SET version_num = '9999_from_the_future'")
+    with pytest.raises(BackupFailed, match=r"made by another version of ratchet, take that one: .*9999_from_the_future"):
+        restore(elsewhere, tmp_path / "copy")
+    assert list(elsewhere.data_dir.rglob("*")) == []
 
 
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
