@@ -55,23 +55,46 @@ class BackupFailed(RatchetError):
 
 
 def backup(settings: Settings, folder: Path) -> dict[str, Any]:
-    """Copy everything into a new folder. Returns backup.json. Raises BackupFailed, and then the folder is not a backup."""
+    """Copy everything into a new folder. Returns backup.json. Raises BackupFailed, and then nothing of it is left."""
     if folder.exists() and any(folder.iterdir()):
         raise BackupFailed(f"{folder} is not empty; a backup takes a new folder")
     url = make_url(settings.sql_url)
     if url.get_backend_name() == "sqlite" and not Path(url.database or "").is_file():
         raise BackupFailed(f"no system has run in {settings.data_dir}: {url.database} is not there")
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with ExitStack() as undo:
+        try:
+            if not folder.exists():
+                folder.mkdir(parents=True, mode=0o700)
+                undo.callback(_remove, [folder])
+            undo.callback(_take_out, folder)
+            facts = _backup(settings, folder)
+        except OSError as error:
+            raise BackupFailed(f"there is no backup: {folder} cannot be written: {error.strerror or error}") from error
+        except (sqlite3.Error, psycopg.Error, SQLAlchemyError) as error:
+            reason = getattr(error, "orig", error)
+            raise BackupFailed(f"there is no backup: the database could not be copied: {reason}") from error
+        except RatchetError as error:
+            raise BackupFailed(f"there is no backup: {error}") from error
+        undo.pop_all()
+    return facts
+
+
+def _take_out(folder: Path) -> None:
+    """Remove what a backup has written that did not come to its end."""
+    shutil.rmtree(folder / BLOBS, ignore_errors=True)
+    for name in (FACTS, SQLITE, POSTGRESQL):
+        _remove([folder / name, folder / f"{name}.tmp"])
+
+
+def _backup(settings: Settings, folder: Path) -> dict[str, Any]:
     store = open_store(settings)
     try:
-        return _backup(store, settings, folder)
-    except OSError as error:
-        raise BackupFailed(f"{folder} cannot be written: {error.strerror or error}; it is no backup") from error
+        return _copy_all(store, settings, folder)
     finally:
         store.close()
 
 
-def _backup(store: Store, settings: Settings, folder: Path) -> dict[str, Any]:
+def _copy_all(store: Store, settings: Settings, folder: Path) -> dict[str, Any]:
     copy = Blobs(folder / BLOBS)
     snapshot = _snapshot_sqlite if make_url(settings.sql_url).get_backend_name() == "sqlite" else _snapshot_postgresql
     for number in range(1, ROUNDS + 1):
@@ -89,7 +112,9 @@ def _backup(store: Store, settings: Settings, folder: Path) -> dict[str, Any]:
     for path in copy.unclaimed(named):
         copy.delete(path)
     facts = {"made_at": made_at.isoformat(), "blobs": len(named - lost), "lost": sorted(lost), "rounds": number}
-    _write(folder / FACTS, json.dumps(facts, indent=2).encode())
+    coming = folder / f"{FACTS}.tmp"
+    _write(coming, json.dumps(facts, indent=2).encode())
+    coming.rename(folder / FACTS)  # the last of it
     return facts
 
 

@@ -359,6 +359,49 @@ def test_blobs_that_cannot_be_written_are_told_with_the_reason_of_the_first(
     backup(stack.settings, tmp_path / "copy")
     failed = backups.shutil.Error([("a", "b", "[Errno 28] No space left on device: 'b'"), ("c", "d", "another")])
     monkeypatch.setattr(backups.shutil, "copytree", Mock(side_effect=failed))
-    for attempt in (lambda: backup(stack.settings, tmp_path / "full"), lambda: restore(elsewhere, tmp_path / "copy")):
-        with pytest.raises(BackupFailed, match=r"could not be copied: \[Errno 28\] No space left on device: 'b'$"):
-            attempt()
+    full, reason = tmp_path / "full", r"could not be copied: \[Errno 28\] No space left on device: 'b'$"
+    with pytest.raises(BackupFailed, match=f"^there is no backup: .* {reason}"):
+        backup(stack.settings, full)
+    with pytest.raises(BackupFailed, match=f"^the blobs {reason}"):
+        restore(elsewhere, tmp_path / "copy")
+
+
+@pytest.mark.parametrize(
+    ("breaks", "error", "told"),
+    [
+        ("_copy_blobs", OSError(28, "No space left on device"), "copy cannot be written: No space left on device"),
+        (
+            "live_paths",
+            sqlite3.OperationalError("database or disk is full"),
+            "the database could not be copied: database or disk",
+        ),
+        ("_write", OSError(28, "No space left on device"), "copy cannot be written: No space left on device"),
+        ("_write", KeyboardInterrupt(), None),
+    ],
+)
+def test_a_backup_that_fails_or_is_stopped_says_that_it_is_none_and_leaves_nothing(
+    stack: Any,
+    held: Lease,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    breaks: str,
+    error: BaseException,
+    told: str | None,
+) -> None:
+    save(stack.store, held, 1)
+    copy, real, there = tmp_path / "copy", getattr(backups, breaks), told is None
+    if there:
+        copy.mkdir()  # empty, and it stays
+
+    def break_off(*args: Any) -> None:
+        real(*args)
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(backups, breaks, break_off)
+        with pytest.raises(KeyboardInterrupt if told is None else BackupFailed) as failed:
+            backup(stack.settings, copy)
+    if told is not None:
+        assert str(failed.value).startswith("there is no backup: ") and told in str(failed.value)
+    assert copy.exists() == there and not (there and list(copy.iterdir()))
+    assert backup(stack.settings, copy)["blobs"] == 1  # it can be repeated in the same place
