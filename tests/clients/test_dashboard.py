@@ -412,6 +412,43 @@ def test_a_question_that_was_asked_twice_is_done_once(stack: Any, fresh: Page, j
         ratchet.cancel_job(forks[0])
 
 
+def test_a_question_asked_again_later_is_another_one(stack: Any, fresh: Page, job: dict[str, Any]) -> None:
+    """A rollback whose answer was lost, and the same one on purpose, after the alias was promoted again."""
+    lost = list[Request]()
+
+    def lose_the_first(route: Any) -> None:
+        if lost:
+            return route.continue_()
+        lost.append(route.request)
+        route.fetch()
+        return route.abort()
+
+    def roll_back() -> None:
+        fresh.goto(f"{stack.url}/#/aliases")
+        line = fresh.locator("tbody tr").filter(has_text="digits@back")
+        expect(line).to_contain_text(bad)
+        line.get_by_role("button", name="Roll back …").click()
+        fresh.get_by_role("dialog").get_by_role("button", name="Roll back").click()
+
+    with Ratchet(stack.url, stack.key) as ratchet:
+        good = ratchet.list_checkpoints(job_id=job["id"])["data"][0]["id"]
+        other = ratchet.create_job(supervised_spec(name="other", limits={"max_steps": 1}))
+        until(lambda: ratchet.get_job(other["id"])["status"] == "succeeded", 60)
+        bad = ratchet.list_checkpoints(job_id=other["id"])["data"][0]["id"]
+        ratchet.promote(good, "digits@back")
+        ratchet.promote(bad, "digits@back")
+        fresh.route("**/rollback", lose_the_first)
+        roll_back()
+        expect(fresh.get_by_role("dialog").get_by_role("alert")).to_contain_text("does not answer")
+        fresh.keyboard.press("Escape")
+        assert ratchet.get_alias("digits@back")["checkpoint_id"] == good
+        ratchet.promote(bad, "digits@back")
+        fresh.goto(f"{stack.url}/#/jobs")
+        roll_back()
+        expect(fresh.get_by_role("dialog")).to_have_count(0)
+        assert ratchet.get_alias("digits@back")["checkpoint_id"] == good
+
+
 def test_the_page_says_that_the_server_is_away_and_goes_on_when_it_is_back(stack: Any, fresh: Page) -> None:
     lost = fresh.locator(".lost")
     fresh.route("**/v1/jobs:overview*", lambda route: route.fulfill(status=503, json={"detail": "the database is away."}))

@@ -51,7 +51,13 @@ function address(path, parameters) {
   return url;
 }
 
-const unanswered = new Map(); // what was asked for in vain -> its Idempotency-Key: asked again after the connection broke, it is done once
+let asked = null; // by the dialog that is open: a request -> its Idempotency-Key
+
+/** While a dialog is open, an equal request is the same request: sent again after its answer was lost, it is done once. Later, or from
+ *  another dialog, it is a new one: what it changed may have been changed back meanwhile. */
+export function sameWhile(open) {
+  asked = open ? new Map() : null;
+}
 
 /** fetch with the key; raises Problem, or Away. A key that is not known any more ends the session. Events tell the frame whether the
  *  server answers: "away", with the error, and "there". */
@@ -60,24 +66,21 @@ export async function request(method, path, {parameters, body, headers, signal, 
   const sent = used === null ? {...headers} : {Authorization: `Bearer ${used}`, ...headers};
   if (body !== undefined) sent["Content-Type"] ??= "application/json";
   const text = body === undefined || typeof body === "string" ? body : JSON.stringify(body);
-  const question = `${path} ${text}`;
   if (method === "POST") {
-    sent["Idempotency-Key"] = unanswered.get(question) ?? random();
-    unanswered.delete(question);
+    const question = `${path} ${text}`;
+    sent["Idempotency-Key"] = asked?.get(question) ?? random();
+    asked?.set(question, sent["Idempotency-Key"]);
   }
-  const again = () => { if (method === "POST") unanswered.set(question, sent["Idempotency-Key"]); };
   let answer;
   try {
     answer = await fetch(address(path, parameters), {method, headers: sent, body: text, signal, cache: "no-store", credentials: used === null ? "same-origin" : "omit"});
   } catch (error) {
     if (signal?.aborted) throw error;
-    again();
     const away = new Away();
     dispatchEvent(new CustomEvent("away", {detail: away}));
     throw away;
   }
   if (answer.status < 500) dispatchEvent(new Event("there"));
-  else again();
   if (answer.ok) return answer;
   let said = null;
   try {

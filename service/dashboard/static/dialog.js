@@ -1,5 +1,6 @@
 // Questions before anything is changed, and what came of it.
 
+import {sameWhile} from "./api.js";
 import {field, h, put} from "./dom.js";
 
 /** A dialog that is removed when it is closed. Only one is open at a time: a second click while it comes opens no other. */
@@ -8,11 +9,13 @@ function open(attributes, title, titled, then, ...content) {
   const dialog = h("dialog", {"aria-labelledby": "dialog-title", ...attributes}, h("h2", {id: "dialog-title", ...titled}, title), content);
   dialog.addEventListener("close", () => {
     dialog.remove();
+    sameWhile(false);
     if (document.activeElement === document.body) document.querySelector("#main")?.focus({preventScroll: true}); // what it was asked from is gone
     then();
   });
   document.body.append(dialog);
   dialog.showModal();
+  sameWhile(true);
   return dialog;
 }
 
