@@ -352,6 +352,12 @@ def job(stack: Any) -> Iterator[dict[str, Any]]:
         ratchet.cancel_job(made["id"])
 
 
+@pytest.fixture
+def receiver() -> Iterator[Receiver]:
+    with receiving() as running:
+        yield running
+
+
 def test_the_keyboard_alone_opens_a_job_and_does_not_cancel_it_by_accident(fresh: Page, job: dict[str, Any]) -> None:
     fresh.get_by_role("link", name=job["name"], exact=True).focus()
     fresh.keyboard.press("Enter")
@@ -449,6 +455,63 @@ def test_a_question_asked_again_later_is_another_one(stack: Any, fresh: Page, jo
         assert ratchet.get_alias("digits@back")["checkpoint_id"] == good
 
 
+def rotating(page: Page, url: str, where: str, which: str) -> Any:
+    """The question whether to rotate a key or webhook; the list has it as `which`."""
+    page.goto(f"{url}/#/{where}")
+    page.locator("tbody tr").filter(has_text=which).get_by_role("button", name="Rotate …").click()
+    return page.get_by_role("dialog")
+
+
+def test_a_rotation_whose_answer_was_lost_is_not_done_twice(stack: Any, fresh: Page, receiver: Receiver) -> None:
+    sent: list[str] = []
+
+    def lose(route: Any) -> None:
+        sent.append(route.request.url)
+        route.fetch()
+        route.abort()
+
+    with Ratchet(stack.url, stack.key) as ratchet:
+        hook, key = ratchet.create_webhook(receiver.url), ratchet.create_key("rotates unseen")
+        fresh.route("**/rotate", lose)
+        for where, one, found in (
+            ("webhooks", hook["id"], "the secret before signs, too, until"),
+            ("keys", key["id"], "rotates unseen"),
+        ):
+            dialog = rotating(fresh, stack.url, where, one)
+            dialog.get_by_role("button", name="Rotate").click()
+            expect(dialog.get_by_role("alert")).to_contain_text("It may have been done all the same.")
+            expect(dialog.get_by_role("button", name="Rotate")).to_be_disabled()
+            expect(dialog.get_by_role("button", name="Back")).to_be_focused()
+            fresh.keyboard.press("Enter")
+            expect(dialog).to_have_count(0)
+            others = fresh.locator("tbody tr").filter(has_text=found)
+            expect(others).to_have_count(1 if where == "webhooks" else 2)  # what it says to look for
+        assert len(sent) == 2
+        ratchet.delete_webhook(hook["id"])
+
+
+def test_a_rotation_under_way_is_not_left_and_what_it_made_is_shown(stack: Any, fresh: Page) -> None:
+    held: list[Any] = []
+    with Ratchet(stack.url, stack.key) as ratchet:
+        one = ratchet.create_key("rotates slowly")["id"]
+    fresh.route("**/rotate", lambda route: held.append(route))
+    dialog = rotating(fresh, stack.url, "keys", one)
+    with fresh.expect_request("**/rotate"):
+        dialog.get_by_role("button", name="Rotate").click()
+    expect(dialog.get_by_role("button", name="Back")).to_be_disabled()
+    fresh.keyboard.press("Escape")
+    fresh.keyboard.press("Escape")
+    expect(dialog).to_be_visible()
+    fresh.evaluate("location.hash = '#/usage'")  # the browser's own Back
+    expect(dialog).to_have_count(0)
+    fresh.keyboard.press("?")
+    expect(dialog).to_be_visible()
+    held[0].continue_()
+    expect(fresh.get_by_label("Copy it now")).to_have_value(re.compile("^tml-"))
+    fresh.keyboard.press("Escape")
+    expect(dialog).to_have_count(0)
+
+
 def test_the_page_says_that_the_server_is_away_and_goes_on_when_it_is_back(stack: Any, fresh: Page) -> None:
     lost = fresh.locator(".lost")
     fresh.route("**/v1/jobs:overview*", lambda route: route.fulfill(status=503, json={"detail": "the database is away."}))
@@ -536,12 +599,6 @@ def test_a_job_is_submitted_from_the_page(stack: Any, fresh: Page) -> None:
         assert [one["name"] for one in ratchet.list_jobs()["data"]].count("from the page") == 1
 
 
-@pytest.fixture
-def receiver() -> Iterator[Receiver]:
-    with receiving() as running:
-        yield running
-
-
 def test_a_webhook_is_made_tried_and_deleted(stack: Any, fresh: Page, receiver: Receiver) -> None:
     fresh.keyboard.press("g")
     fresh.keyboard.press("h")
@@ -583,8 +640,15 @@ def test_a_key_is_rotated_and_a_checkpoint_in_use_stays(stack: Any, fresh: Page,
     fresh.goto(f"{stack.url}/#/keys")
     fresh.reload()
     fresh.locator("tbody tr").filter(has_text="yours").get_by_role("button", name="Rotate …").click()
-    fresh.get_by_label("Hours for which the old one works, too").fill("0")
-    fresh.get_by_role("dialog").get_by_role("button", name="Rotate").click()
+    hours, act = (
+        fresh.get_by_label("Hours for which the old one works, too"),
+        fresh.get_by_role("dialog").get_by_role("button", name="Rotate"),
+    )
+    hours.fill("0")  # if the answer were lost, so would be the way in
+    act.click()
+    assert hours.evaluate("field => field.validity.rangeUnderflow")
+    hours.fill("1")
+    act.click()
     new = fresh.get_by_label("Copy it now").input_value()
     assert new != old and fresh.evaluate("sessionStorage.getItem('ratchet.key')") == new
     fresh.keyboard.press("Escape")

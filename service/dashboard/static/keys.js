@@ -6,6 +6,7 @@ import {ACTIONS, badge, empty, field, h, loading, named, replace, row, select, t
 import {ago, time} from "./format.js";
 
 const [HOUR_S, DAY_S] = [3600, 86_400];
+const UNSURE = "It may have been done all the same. Go back and look: if the list has a key of this name that was made just now, its text is lost. Revoke it, and rotate the old one again while it works, or make another.";
 const KEPT_NOWHERE = "It is kept nowhere. The server knows only its hash.";
 
 export function open({signal, title, fail}) {
@@ -31,18 +32,18 @@ export function open({signal, title, fail}) {
 
   async function rotate(one) {
     const own = one.id === session.self.id;
-    const grace = h("input", {type: "number", min: "0", max: "720", required: true, value: "24"});
+    const grace = h("input", {type: "number", min: own ? "1" : "0", max: "720", required: true, value: "24"});
     let made = null;
-    const done = await ask({
-      title: "Rotate this key?", action: "Rotate", fields: [field("Hours for which the old one works, too", grace)],
+    await ask({
+      title: "Rotate this key?", action: "Rotate", unsure: UNSURE,
+      fields: [field("Hours for which the old one works, too", grace, own ? "At least 1: should the new one be lost on its way, this tab goes on with the old one." : null)],
       text: [named(one.name), ` (…${one.ends_with}) is replaced by a new key that may do the same.`, own ? " It is yours: this tab goes on with the new one." : ""],
       work: async () => {
         made = await send("POST", `/v1/keys/${one.id}/rotate`, {grace_s: Number(grace.value) * HOUR_S});
         if (own) session.change(made);
       },
     });
-    if (!done) return;
-    showSecret("The new key, shown this once", made.key, KEPT_NOWHERE);
+    if (made) showSecret("The new key, shown this once", made.key, KEPT_NOWHERE);
     load().catch(fail);
   }
 

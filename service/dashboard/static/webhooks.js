@@ -8,6 +8,7 @@ import {ago, time} from "./format.js";
 const LOOK_MS = 5000;
 const LIMIT = 50;
 const SIGNS = "It verifies the signatures of what is sent. It is shown this once; another takes its place by Rotate.";
+const UNSURE = "It may have been done all the same. Go back and look: if its line says since now that the secret before signs, too, the new one is lost. Rotate again only when the receiver can be given another at once: the one that it has then signs no more.";
 
 export function open({rest: [id], signal, title, fail, clear}) {
   title("Webhooks");
@@ -26,7 +27,8 @@ export function open({rest: [id], signal, title, fail, clear}) {
 
   function line(one) {
     return row([h("code", {class: "key"}, one.url), one.description ? h("small", {class: "soft", dir: "auto"}, one.description) : null, h("small", {class: "soft"}, one.id)],
-      [badge(one.enabled ? "enabled" : "disabled", one.enabled ? "succeeded" : "failed"), one.disabled_reason ? h("small", null, one.disabled_reason) : null, one.failing_since && one.enabled ? h("small", null, `fails since ${time(one.failing_since)}`) : null],
+      [badge(one.enabled ? "enabled" : "disabled", one.enabled ? "succeeded" : "failed"), one.disabled_reason ? h("small", null, one.disabled_reason) : null, one.failing_since && one.enabled ? h("small", null, `fails since ${time(one.failing_since)}`) : null,
+        new Date(one.previous_secret_until) > Date.now() ? h("small", null, `the secret before signs, too, until ${time(one.previous_secret_until)}`) : null],
       h("details", null, h("summary", null, String(one.events.length)), one.events.join(", ")), h("span", {class: "whole"}, ago(one.created_at)),
       h("div", {class: "buttons"},
         h("a", {class: "button", href: `#/webhooks/${one.id}`, "aria-current": one.id === id ? "true" : null}, "Deliveries"),
@@ -68,7 +70,7 @@ export function open({rest: [id], signal, title, fail, clear}) {
 
   async function rotate(one) {
     let made = null;
-    const done = await ask({title: "Rotate its secret?", text: ["What is sent to ", h("code", null, one.url), " is signed with a new secret; for a day with the one before, too."], action: "Rotate",
+    const done = await ask({title: "Rotate its secret?", text: ["What is sent to ", h("code", null, one.url), " is signed with a new secret; for a day with the one before, too."], action: "Rotate", unsure: UNSURE,
       work: async () => { made = await send("POST", `/v1/webhooks/${one.id}/rotate`); }});
     if (done) showSecret("The webhook's new secret", made.secret, SIGNS);
   }
