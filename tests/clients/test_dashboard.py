@@ -512,12 +512,28 @@ def test_a_rotation_under_way_is_not_left_and_what_it_made_is_shown(stack: Any, 
     expect(dialog).to_have_count(0)
 
 
-def test_the_page_says_that_the_server_is_away_and_goes_on_when_it_is_back(stack: Any, fresh: Page) -> None:
+def test_the_page_says_that_the_server_is_away_and_goes_on_when_it_is_back(
+    stack: Any, fresh: Page, job: dict[str, Any]
+) -> None:
     lost = fresh.locator(".lost")
     fresh.route("**/v1/jobs:overview*", lambda route: route.fulfill(status=503, json={"detail": "the database is away."}))
     expect(lost).to_contain_text("the database is away; trying again")  # a list that looks by itself tells of it, too
+    fresh.evaluate("async () => (await import(new URL('api.js', document.querySelector('script').src))).get('/v1/queue')")
+    assert "the database is away" in lost.inner_text()  # an answer of something else is none to this
     fresh.unroute("**/v1/jobs:overview*")
     expect(lost).to_be_empty()
+    looks: list[str] = []
+
+    def answer_the_first(route: Any) -> None:
+        looks.append(route.request.url)
+        route.continue_() if len(looks) == 1 else route.fulfill(status=503, json={"detail": "the database is away."})
+
+    fresh.route(f"**/v1/jobs:overview?id={job['id']}*", answer_the_first)
+    fresh.goto(f"{stack.url}/#/jobs/{job['id']}")
+    expect(lost).to_contain_text("the database is away")  # so does a job's page
+    fresh.get_by_role("link", name="Keys").click()
+    expect(lost).to_be_empty()  # nobody asks for it any more
+    fresh.unroute(f"**/v1/jobs:overview?id={job['id']}*")
     fresh.route("**/v1/**", lambda route: route.abort())
     fresh.get_by_role("link", name="Usage").click()
     expect(lost).to_contain_text("does not answer")

@@ -59,8 +59,15 @@ export function sameWhile(open) {
   asked = open ? new Map() : null;
 }
 
-/** fetch with the key; raises Problem, or Away. A key that is not known any more ends the session. Events tell the frame whether the
- *  server answers: "away", with the error, and "there". */
+export const CONNECTION = {};
+
+/** Tell the frame whether what is asked for again by itself is answered. `who` asks: a loop, or CONNECTION, which stands for every
+ *  request. `error` is what it got; null: an answer. */
+export function answered(who, error = null) {
+  dispatchEvent(new CustomEvent("answered", {detail: {who, error}}));
+}
+
+/** fetch with the key; raises Problem, or Away. A key that is not known any more ends the session. */
 export async function request(method, path, {parameters, body, headers, signal, key} = {}) {
   const used = key ?? session.key; // null: the sign-on proxy says who asks, by its cookie
   const sent = used === null ? {...headers} : {Authorization: `Bearer ${used}`, ...headers};
@@ -77,17 +84,16 @@ export async function request(method, path, {parameters, body, headers, signal, 
   } catch (error) {
     if (signal?.aborted) throw error;
     const away = new Away();
-    dispatchEvent(new CustomEvent("away", {detail: away}));
+    answered(CONNECTION, away);
     throw away;
   }
-  if (answer.status < 500) dispatchEvent(new Event("there"));
+  if (answer.status < 500) answered(CONNECTION);
   if (answer.ok) return answer;
   let said = null;
   try {
     said = await answer.json();
   } catch { /* an answer of a proxy */ }
   const problem = new Problem(answer.status, said);
-  if (answer.status >= 500 && method === "GET") dispatchEvent(new CustomEvent("away", {detail: problem}));
   if (answer.status === 401 && key === undefined) dispatchEvent(new CustomEvent("signed-out", {detail: problem}));
   throw problem;
 }
@@ -176,9 +182,13 @@ export function wait(milliseconds, signal) {
 export async function poll(work, milliseconds, signal) {
   while (!signal.aborted) {
     try {
-      if (!document.hidden) await work();
+      if (!document.hidden) {
+        await work();
+        if (!signal.aborted) answered(work);
+      }
     } catch (error) {
       if (signal.aborted) return;
+      if (error.status >= 500) answered(work, error);
       if (error instanceof Problem && [401, 403, 404].includes(error.status)) throw error;
     }
     await wait(milliseconds, signal);

@@ -1,6 +1,6 @@
 // The frame: signing in, the pages and their addresses, the theme, the keyboard.
 
-import {Away, get, request, session, wait} from "./api.js";
+import {Away, CONNECTION, get, request, session, wait} from "./api.js";
 import {closeAll, explain, failed, show} from "./dialog.js";
 import {field, h, named, put, replace, row, setText, table} from "./dom.js";
 import * as aliases from "./aliases.js";
@@ -108,24 +108,26 @@ function away(error) {
 let main = null;
 const lost = h("p", {class: "lost", role: "status"});
 const ASK_AGAIN_MS = 3000;
-let isAway = false;
+const lacking = new Map(); // who asks for something in vain -> the error; only an answer of that ends it
 
-addEventListener("away", async ({detail}) => {
-  if (isAway || !session.self) return;
-  isAway = true;
-  setText(lost, `${detail.message.replace(/\.$/, "")}; trying again …`);
-  while (isAway && session.self) {
+addEventListener("answered", async ({detail: {who, error}}) => {
+  if (error === null ? !lacking.has(who) : !session.self) return;
+  const first = !lacking.has(who);
+  if (error) lacking.set(who, error);
+  else lacking.delete(who);
+  tellLacking();
+  if (who !== CONNECTION) return;
+  if (!error && shown?.cut && !document.querySelector("dialog")) open(); // what it asked for in vain is asked for again
+  while (first && lacking.has(CONNECTION) && session.self) {
     await wait(ASK_AGAIN_MS);
     await get("/v1/keys/self").catch(() => {});
   }
 });
 
-addEventListener("there", () => {
-  if (!isAway) return;
-  isAway = false;
-  setText(lost, "");
-  if (shown?.cut && !document.querySelector("dialog")) open(); // what it asked for in vain is asked for again
-});
+function tellLacking() {
+  const error = lacking.get(CONNECTION) ?? [...lacking.values()][0];
+  setText(lost, error ? `${error.message.replace(/\.$/, "")}; trying again …` : "");
+}
 
 function frame() {
   main = h("main", {id: "main", tabindex: "-1"});
@@ -144,6 +146,8 @@ function frame() {
 function leave() {
   shown?.stop.abort();
   shown = null;
+  for (const who of lacking.keys()) if (who !== CONNECTION) lacking.delete(who); // nobody asks for it any more
+  tellLacking();
 }
 
 function open() {

@@ -1,6 +1,6 @@
 // One job: its state and what may be asked of it, and its tabs.
 
-import {exactly, follow, get, getExactly, poll, send, session, wait} from "./api.js";
+import {answered, exactly, follow, get, getExactly, poll, send, session, wait} from "./api.js";
 import {ask, say} from "./dialog.js";
 import {badge, field, h, loading, named, replace, setText} from "./dom.js";
 import {ago, counted, duration, time, whole} from "./format.js";
@@ -74,8 +74,10 @@ export function open(context) {
       await wait(200, signal);
       while (document.hidden && !signal.aborted) await wait(1000, signal);
       due = false;
-      await look().catch((error) => {
+      await look().then(() => answered(look), (error) => {
+        if (signal.aborted) return;
         due = !(error.status < 500); // what is gone stays gone
+        if (error.status >= 500) answered(look, error);
         if (error.status !== 404) return;
         fail(error);
         replace(buttons);
