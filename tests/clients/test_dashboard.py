@@ -598,6 +598,75 @@ def test_a_list_that_is_drawn_again_keeps_the_keyboard_where_it_was(stack: Any, 
     assert fresh.evaluate(program) == ["b", "c", True]
 
 
+def test_a_row_that_is_drawn_again_keeps_the_keyboard_and_no_other_row_gets_it(stack: Any, fresh: Page) -> None:
+    program = """async () => {
+      const {h, replace, rowOf, table} = await import(new URL('dom.js', document.querySelector('script').src));
+      const place = document.querySelector('main');
+      const buttons = (all) => all.map((one) => h('button', null, one));
+      const draw = (...rows) => replace(place, table('Rows', ['what'], rows.map(([id, ...all]) => rowOf(id, buttons(all)))));
+      const at = ({activeElement: one} = document) => {
+        const row = one.closest('tr');
+        return row ? [row.dataset.of, one.textContent] : [one.className];
+      };
+      draw(['a', 'Disable', 'Delete'], ['b', 'Disable', 'Delete']);
+      place.querySelectorAll('button')[0].focus();
+      const found = [];
+      for (const rows of [
+        [['new', 'Disable', 'Delete'], ['a', 'Disable', 'Delete'], ['b', 'Disable', 'Delete']],
+        [['new', 'Disable', 'Delete'], ['a', 'Enable', 'Delete']],
+        [['new', 'Disable', 'Delete'], ['a', 'Roll back', 'Enable', 'Delete']],
+        [['new', 'Disable', 'Delete'], ['b', 'Enable', 'Delete']],
+      ]) {
+        draw(...rows);
+        found.push(at());
+      }
+      return found;
+    }"""
+    fresh.goto(f"{stack.url}/#/keys")
+    expect(fresh.get_by_role("heading", level=1)).to_have_text("Keys")
+    assert fresh.evaluate(program) == [["a", "Disable"], ["a", "Enable"], ["a", "Enable"], ["scrolls"]]
+
+
+def test_enter_sends_the_delivery_again_at_which_the_keyboard_is(stack: Any, fresh: Page, receiver: Receiver) -> None:
+    with Ratchet(stack.url, stack.key) as ratchet:
+        hook = ratchet.create_webhook(receiver.url)["id"]
+        first = ratchet.test_webhook(hook)["id"]
+        receiver.wait_for(1)
+        fresh.goto(f"{stack.url}/#/webhooks/{hook}")
+        lines = fresh.get_by_role("region", name="Deliveries").locator("tbody tr")
+        expect(lines).to_have_count(1)
+        expect(lines).to_contain_text("delivered")
+        lines.get_by_role("button", name="Redeliver").focus()
+        lines.evaluate("line => { line.dataset.marked = '' }")
+        with fresh.expect_response("**/deliveries?*"):
+            pass
+        assert lines.get_attribute("data-marked") is not None  # it is not drawn again where nothing is new
+        fresh.locator("tbody tr").filter(has_text=hook).get_by_role("button", name="Test").evaluate("button => button.click()")
+        expect(lines).to_have_count(2)  # the newest is above
+        with fresh.expect_request("**/redeliver") as sent:
+            fresh.keyboard.press("Enter")
+        assert f"/{first}/" in sent.value.url
+        ratchet.delete_webhook(hook)
+
+
+LISTS = ["jobs/{job}/checkpoints", "aliases", "keys", "webhooks/{hook}", "workers"]
+
+
+@pytest.mark.parametrize("where", LISTS)
+def test_every_list_knows_its_rows(stack: Any, fresh: Page, job: dict[str, Any], where: str) -> None:
+    """By what they are of: that is how the keyboard stays at one of them."""
+    with Ratchet(stack.url, stack.key) as ratchet:
+        hook = ratchet.create_webhook("http://127.0.0.1:9/")["id"]
+        ratchet.test_webhook(hook)
+        ratchet.promote(ratchet.list_checkpoints(job_id=job["id"])["data"][0]["id"], "digits@listed")
+        fresh.goto(f"{stack.url}/#/{where.format(job=job['id'], hook=hook)}")
+        expect(fresh.locator("tbody tr").first).to_be_visible()
+        ids = fresh.locator("tbody tr").evaluate_all("all => all.map(one => one.dataset.of)")
+        assert ids and None not in ids and len(set(ids)) == len(ids)
+        ratchet.delete_webhook(hook)
+        ratchet.delete_alias("digits@listed")
+
+
 def test_a_job_is_submitted_from_the_page(stack: Any, fresh: Page) -> None:
     spec = json.dumps(supervised_spec(name="from the page", limits={"max_steps": 1}))
     fresh.keyboard.press("N")

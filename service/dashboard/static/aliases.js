@@ -2,7 +2,7 @@
 
 import {get, send, session} from "./api.js";
 import {ask, say, show} from "./dialog.js";
-import {ACTIONS, empty, field, h, loading, named, replace, row, table} from "./dom.js";
+import {ACTIONS, empty, field, h, loading, named, replace, row, rowOf, table} from "./dom.js";
 import {ago, time} from "./format.js";
 
 const PART = "[A-Za-z0-9][A-Za-z0-9._\\-]{0,49}";
@@ -17,7 +17,7 @@ export function open({signal, title, fail}) {
     shown = after ? [...shown, ...data] : data;
     if (!shown.length) return replace(place, empty("There are none yet. An alias is a name such as digits@production that points at a checkpoint; programs ask it as their model, and go on when another is promoted. A job's page promotes its checkpoints, too.", "ratchet promote CHECKPOINT digits@production"));
     const write = session.may("write");
-    replace(place, table("Aliases", ["alias", "points at", "changed", "by", "note", ACTIONS], shown.map((one) => row(
+    replace(place, table("Aliases", ["alias", "points at", "changed", "by", "note", ACTIONS], shown.map((one) => rowOf(one.id,
       h("strong", {class: "key"}, one.id),
       [h("code", null, one.checkpoint_id), " ", h("small", {class: "soft"}, `step ${one.step} of `, one.job_id ? h("a", {href: `#/jobs/${one.job_id}/checkpoints`}, one.job_id) : "a deleted job")],
       h("span", {class: "whole"}, ago(one.changed_at)), named(one.changed_by), one.note ? h("div", {class: "prose", dir: "auto"}, one.note) : null,

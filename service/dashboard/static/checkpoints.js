@@ -3,7 +3,7 @@
 import {promote} from "./aliases.js";
 import {get, request, send, session} from "./api.js";
 import {ask, say} from "./dialog.js";
-import {ACTIONS, badge, empty, h, loading, replace, row, table} from "./dom.js";
+import {ACTIONS, badge, empty, h, loading, replace, rowOf, table} from "./dom.js";
 import {ago, bytes, number} from "./format.js";
 import {fork} from "./job.js";
 
@@ -17,7 +17,7 @@ export function open(job) {
     const {data, has_more} = await get(`/v1/jobs/${id}/checkpoints`, {limit: 100}, signal);
     if (!data.length) return replace(place, empty("It has saved none yet. One is saved every checkpoints.every_steps steps, and at the end.", `ratchet watch ${id}`));
     const write = session.may("write");
-    replace(place, table("Checkpoints", ["checkpoint", "step", "saved", "size", "measured", ACTIONS], data.map((one) => row(
+    replace(place, table("Checkpoints", ["checkpoint", "step", "saved", "size", "measured", ACTIONS], data.map((one) => rowOf(one.id,
       [h("code", null, one.id), " ", one.is_final ? badge("final", "plain") : null, one.pinned_at ? badge("pinned", "succeeded") : null,
         one.aliases.map((alias) => [" ", h("a", {class: "badge succeeded", href: "#/aliases"}, alias)])],
       one.step, h("span", {class: "whole"}, ago(one.created_at)), h("span", {class: "whole"}, bytes(one.size_bytes)), Object.entries(one.metrics).filter(([name]) => /reward\/mean|loss$/.test(name)).map(([name, value]) => `${name} ${number(value)}`).join(" · "),

@@ -34,17 +34,25 @@ export function put(element, ...children) {
 
 const CAN_FOCUS = "a[href], button:not(:disabled), input:not(:disabled), select, textarea, summary, [tabindex]";
 
-/** Put these in the place of what is there. Who was at one of its links or fields is then at the one that stands for it, or near it:
- *  a list that is drawn again does not send the keyboard back to the top of the page. */
+/** Put these in the place of what is there. Who was at one of its links, buttons or fields is then at the one that stands for it, or near
+ *  it: a list that is drawn again does not send the keyboard back to the top of the page. In a row `of` something that is its button in
+ *  the row of the same thing, wherever that is now, and never another row's, which Enter would press. */
 export function replace(element, ...children) {
   const at = document.activeElement;
-  const index = element.contains(at) && element !== at ? [...element.querySelectorAll(CAN_FOCUS)].indexOf(at) : -1;
+  const held = element.contains(at) && element !== at;
+  const row = held ? at.closest("[data-of]") : null;
+  const of = element.contains(row) ? row.dataset.of : undefined;
+  const within = () => (of === undefined ? element : [...element.querySelectorAll("[data-of]")].find((one) => one.dataset.of === of));
+  const before = held ? [...within().querySelectorAll(CAN_FOCUS)] : [];
   element.replaceChildren();
   put(element, ...children);
-  if (index < 0) return;
-  const now = [...element.querySelectorAll(CAN_FOCUS)];
-  const same = at.href ? now.find((one) => one.href === at.href) : null;
-  (same ?? now[Math.min(index, now.length - 1)] ?? document.querySelector("#main"))?.focus({preventScroll: true});
+  if (!held) return;
+  const now = [...within()?.querySelectorAll(CAN_FOCUS) ?? []];
+  const like = now.filter((one) => one.tagName === at.tagName && (at.href ? one.href === at.href : one.textContent === at.textContent));
+  const index = Math.min(before.indexOf(at), now.length - 1);
+  const near = of === undefined || now.length === before.length ? now[index] : null;
+  const found = like.includes(now[index]) ? now[index] : like[0] ?? near ?? element.querySelector("[tabindex]") ?? document.querySelector("#main");
+  found?.focus({preventScroll: true});
 }
 
 /** A text that is set only when it differs, so that readers of the screen are not told twice. */
@@ -85,7 +93,12 @@ export function table(caption, heads, rows) {
 }
 
 export function row(...cells) {
-  return h("tr", null, cells.map((cell) => h("td", null, cell)));
+  return rowOf(null, ...cells);
+}
+
+/** The row of something with an id: drawn again, it is known by that. */
+export function rowOf(id, ...cells) {
+  return h("tr", {"data-of": id}, cells.map((cell) => h("td", null, cell)));
 }
 
 /** What to do where there is nothing yet. */

@@ -2,7 +2,7 @@
 
 import {get, send, session} from "./api.js";
 import {ask, say, showSecret} from "./dialog.js";
-import {ACTIONS, badge, empty, field, h, loading, named, replace, row, select, table} from "./dom.js";
+import {ACTIONS, badge, empty, field, h, loading, named, replace, rowOf, select, table} from "./dom.js";
 import {ago, time} from "./format.js";
 
 const [HOUR_S, DAY_S] = [3600, 86_400];
@@ -16,7 +16,7 @@ export function open({signal, title, fail}) {
 
   async function load() {
     const {data} = await get("/v1/keys", {}, signal);
-    replace(place, table("Keys", ["name", "ends with", "may", "made", "used", "expires", ACTIONS], data.map((one) => row(
+    replace(place, table("Keys", ["name", "ends with", "may", "made", "used", "expires", ACTIONS], data.map((one) => rowOf(one.id,
       [h("span", {class: "key", dir: "auto"}, one.name), " ", one.id === session.self.id ? badge("yours", "plain") : null, h("small", {class: "soft"}, one.id)], h("span", {class: "whole"}, `…${one.ends_with}`), one.scopes.at(-1), h("span", {class: "whole"}, ago(one.created_at)), h("span", {class: "whole"}, one.last_used_at ? ago(one.last_used_at) : "never"), one.expires_at ? time(one.expires_at) : "never",
       h("div", {class: "buttons"}, h("button", {type: "button", onclick: () => rotate(one)}, "Rotate …"),
         one.id === session.self.id ? null : h("button", {type: "button", class: "danger", onclick: () => revoke(one)}, "Revoke …"))))));

@@ -2,8 +2,8 @@
 
 import {get, poll, send, session} from "./api.js";
 import {ask, say, showSecret} from "./dialog.js";
-import {ACTIONS, badge, empty, field, h, loading, replace, row, table} from "./dom.js";
-import {ago, time} from "./format.js";
+import {ACTIONS, badge, empty, field, h, loading, replace, rowOf, table} from "./dom.js";
+import {time} from "./format.js";
 
 const LOOK_MS = 5000;
 const LIMIT = 50;
@@ -16,6 +16,7 @@ export function open({rest: [id], signal, title, fail, clear}) {
   const sent = h("div");
   const write = session.may("write");
   let drawn = null;
+  let drawnSent = null;
 
   async function load() {
     const {data} = await get("/v1/webhooks", {}, signal);
@@ -26,10 +27,10 @@ export function open({rest: [id], signal, title, fail, clear}) {
   }
 
   function line(one) {
-    return row([h("code", {class: "key"}, one.url), one.description ? h("small", {class: "soft", dir: "auto"}, one.description) : null, h("small", {class: "soft"}, one.id)],
+    return rowOf(one.id, [h("code", {class: "key"}, one.url), one.description ? h("small", {class: "soft", dir: "auto"}, one.description) : null, h("small", {class: "soft"}, one.id)],
       [badge(one.enabled ? "enabled" : "disabled", one.enabled ? "succeeded" : "failed"), one.disabled_reason ? h("small", null, one.disabled_reason) : null, one.failing_since && one.enabled ? h("small", null, `fails since ${time(one.failing_since)}`) : null,
         new Date(one.previous_secret_until) > Date.now() ? h("small", null, `the secret before signs, too, until ${time(one.previous_secret_until)}`) : null],
-      h("details", null, h("summary", null, String(one.events.length)), one.events.join(", ")), h("span", {class: "whole"}, ago(one.created_at)),
+      h("details", null, h("summary", null, String(one.events.length)), one.events.join(", ")), h("span", {class: "whole"}, time(one.created_at)),
       h("div", {class: "buttons"},
         h("a", {class: "button", href: `#/webhooks/${one.id}`, "aria-current": one.id === id ? "true" : null}, "Deliveries"),
         ...(write ? [["Test", () => send("POST", `/v1/webhooks/${one.id}/test`).then(() => say("A test is sent."))],
@@ -86,10 +87,12 @@ export function open({rest: [id], signal, title, fail, clear}) {
   async function deliveries() {
     if (!id) return;
     const {data, has_more} = await get(`/v1/webhooks/${id}/deliveries`, {limit: LIMIT}, signal);
-    replace(sent, h("h2", null, "Deliveries"), h("p", {class: "soft"}, id), data.length ? table("Deliveries", ["event", "state", "job", "attempts", "answer", "sent", ACTIONS], data.map((one) => row(
+    if (JSON.stringify([data, has_more]) === drawnSent) return;
+    drawnSent = JSON.stringify([data, has_more]);
+    replace(sent, h("h2", null, "Deliveries"), h("p", {class: "soft"}, id), data.length ? table("Deliveries", ["event", "state", "job", "attempts", "answer", "sent", ACTIONS], data.map((one) => rowOf(one.id,
       [h("code", null, one.type), h("small", {class: "soft"}, one.id)], badge(one.status, {delivered: "succeeded", waiting: "queued"}[one.status]), one.job_id ? h("a", {href: `#/jobs/${one.job_id}`}, one.job_id) : "–", one.attempts,
       h("div", {class: "prose"}, [one.response_status, one.error].filter((part) => part !== null).join(" ") || "–"),
-      [h("span", {class: "whole"}, one.last_tried_at ? ago(one.last_tried_at) : "not yet"), one.next_try_at ? h("small", {class: "soft"}, `again ${time(one.next_try_at)}`) : null],
+      [h("span", {class: "whole"}, one.last_tried_at ? time(one.last_tried_at) : "not yet"), one.next_try_at ? h("small", {class: "soft"}, `again ${time(one.next_try_at)}`) : null],
       write ? button("Redeliver", () => send("POST", `/v1/webhooks/${id}/deliveries/${one.id}/redeliver`).then(() => say("It is sent again."))) : null)))
       : empty("Nothing was sent to it within the last 14 days.", `ratchet webhooks test ${id}`),
     has_more ? h("p", {class: "soft"}, `These are the newest; all of them: ratchet webhooks deliveries ${id}`) : null);
