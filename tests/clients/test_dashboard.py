@@ -649,6 +649,23 @@ def test_enter_sends_the_delivery_again_at_which_the_keyboard_is(stack: Any, fre
         ratchet.delete_webhook(hook)
 
 
+def test_the_job_that_is_marked_in_the_list_stays_marked_when_another_comes(
+    stack: Any, fresh: Page, job: dict[str, Any]
+) -> None:
+    marked = fresh.locator("tbody tr.at")
+    expect(fresh.get_by_role("link", name=job["name"], exact=True)).to_be_visible()
+    fresh.keyboard.press("j")
+    name = marked.locator("td.name a").inner_text()
+    with Ratchet(stack.url, stack.key) as ratchet:
+        new = ratchet.create_job(supervised_spec(name="comes above", limits={"max_steps": 1}))["id"]
+        fresh.evaluate("document.dispatchEvent(new Event('visibilitychange'))")  # it looks at once
+        expect(fresh.locator("tbody tr").first).to_contain_text("comes above")
+        expect(marked.locator("td.name a")).to_have_text(name)
+        fresh.keyboard.press("Enter")
+        expect(fresh.get_by_role("heading", level=1)).to_have_text(name)
+        until(lambda: ratchet.get_job(new)["status"] == "succeeded", 60)
+
+
 LISTS = ["jobs/{job}/checkpoints", "aliases", "keys", "webhooks/{hook}", "workers"]
 
 

@@ -65,7 +65,9 @@ export function open({query, signal, keys, title, fail, clear: clearWrong, keep}
     const number = ++asked;
     const found = await get("/v1/jobs:overview", {...parameters(), curves}, signal);
     if (number !== asked) return; // another question was asked meanwhile
+    const marked = page?.data[at]?.id;
     page = found;
+    if (marked) at = page.data.findIndex((job) => job.id === marked); // jobs that are new come above it
     draw();
   }
 
