@@ -186,7 +186,7 @@ def rotate_key(
     """Replace a key by a new one with the same name, scopes and rate. The old one works for `grace_s` more, and then no longer.
 
     A key may rotate itself. A key that expires is replaced by one that lasts as long as it was made to, but not beyond the key
-    that asks.
+    that asks. One that was rotated expires with its time of grace, so it is not rotated again: make another.
     """
     project = caller.managed(query.project, NOT_OURS)
     request = parse(KeyRotation, document.data)

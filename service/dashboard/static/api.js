@@ -188,7 +188,7 @@ export async function poll(work, milliseconds, signal) {
       }
     } catch (error) {
       if (signal.aborted) return;
-      if (error.status >= 500) answered(work, error);
+      if (error.status) answered(work, error.status >= 500 ? error : null);
       if (error instanceof Problem && [401, 403, 404].includes(error.status)) throw error;
     }
     await wait(milliseconds, signal);

@@ -77,7 +77,7 @@ export function open(context) {
       await look().then(() => answered(look), (error) => {
         if (signal.aborted) return;
         due = !(error.status < 500); // what is gone stays gone
-        if (error.status >= 500) answered(look, error);
+        if (error.status) answered(look, error.status >= 500 ? error : null);
         if (error.status !== 404) return;
         fail(error);
         replace(buttons);

@@ -6,7 +6,9 @@ import {ACTIONS, badge, empty, field, h, loading, named, replace, rowOf, select,
 import {ago, time} from "./format.js";
 
 const [HOUR_S, DAY_S] = [3600, 86_400];
-const UNSURE = "It may have been done all the same. Go back and look: if the list has a key of this name that was made just now, its text is lost. Revoke it, and rotate the old one again while it works, or make another.";
+const UNSURE = "It may have been done all the same. Go back and look: if the list has a key of this name that was made just now, its text is lost.";
+const ANOTHER = `${UNSURE} Then make another key in its place, and revoke that one.`;
+const OWN = `${UNSURE} Yours ends with the hours above and makes no key that lasts longer: let another admin key make you one before that.`;
 const KEPT_NOWHERE = "It is kept nowhere. The server knows only its hash.";
 
 export function open({signal, title, fail}) {
@@ -35,12 +37,12 @@ export function open({signal, title, fail}) {
     const grace = h("input", {type: "number", min: own ? "1" : "0", max: "720", required: true, value: "24"});
     let made = null;
     await ask({
-      title: "Rotate this key?", action: "Rotate", unsure: UNSURE,
-      fields: [field("Hours for which the old one works, too", grace, own ? "At least 1: should the new one be lost on its way, this tab goes on with the old one." : null)],
+      title: "Rotate this key?", action: "Rotate", unsure: own ? OWN : ANOTHER,
+      fields: [field("Hours for which the old one works, too", grace, own ? "At least 1: should the new one be lost on its way, this tab goes on with the old one until then." : null)],
       text: [named(one.name), ` (…${one.ends_with}) is replaced by a new key that may do the same.`, own ? " It is yours: this tab goes on with the new one." : ""],
       work: async () => {
         made = await send("POST", `/v1/keys/${one.id}/rotate`, {grace_s: Number(grace.value) * HOUR_S});
-        if (own) session.change(made);
+        if (own && session.self?.id === one.id) session.change(made);
       },
     });
     if (made) showSecret("The new key, shown this once", made.key, KEPT_NOWHERE);

@@ -80,7 +80,7 @@ export function open({rest: [id], signal, title, fail, clear}) {
     const done = await ask({title: "Delete this webhook?", text: [h("code", null, one.url), " is told of nothing any more, and what was sent to it is forgotten."], action: "Delete the webhook", danger: true, work: () => send("DELETE", `/v1/webhooks/${one.id}`)});
     if (!done) return;
     say("It is deleted.");
-    if (one.id === id) location.hash = "#/webhooks";
+    if (one.id === id && !signal.aborted) location.hash = "#/webhooks";
   }
 
   /** What was sent to the one whose deliveries are looked at. */
