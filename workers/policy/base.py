@@ -38,7 +38,7 @@ class Base:
         self.text = Text(loaded.tokenizer, self.model)
         self.scorer = Scorer(self.model)
         self.microbatch_tokens = auto_microbatch_tokens(self.model, self.device)
-        # Beside a long prompt these take no more memory than its padded rows would. Measured on a CPU; a GPU's has an end.
+        # With up to twice the memory of so many tokens. Measured on a CPU; a GPU's has an end.
         self.long_prompts = self.device.type == "cpu"
         self.parameters = sum(p.numel() for p in self.model.parameters())
         self._trainable = {name for name, weight in self.model.named_parameters() if weight.requires_grad}

@@ -132,8 +132,8 @@ def packed_batches(sequences: list[Sequence], tokens: int, *, long_prompts: bool
     possible, and of about one size, because the largest decides how much memory is needed. None where packing saves too little.
     It depends on the sequences alone, so a resumed run decides alike.
 
-    long_prompts  a batch of one prompt may hold `tokens` of its answers beside it. Else a prompt of about `tokens` would be
-                  read for each of them, with the same memory each time
+    long_prompts  where rows take more than half of `tokens`, a batch of one prompt may hold `tokens` of its answers beside it,
+                  with up to twice the memory. Else such a prompt would be read anew for each answer or two
     """
     rows_of: dict[tuple[int, ...], list[int]] = {}
     for row, (prompt, _) in enumerate(sequences):
@@ -143,7 +143,8 @@ def packed_batches(sequences: list[Sequence], tokens: int, *, long_prompts: bool
         for _, rows in sorted(rows_of.items(), key=lambda item: (-len(item[0]), item[1][0]))
         for row in sorted(rows, key=lambda row: (-len(sequences[row].completion), row))
     ]
-    batches, real = _cut(sequences, order, tokens, WIDER * tokens, long_prompts)
+    long = tokens // 2 if long_prompts else None
+    batches, real = _cut(sequences, order, tokens, WIDER * tokens, long)
     lengths = [len(prompt) + len(completion) for prompt, completion in sequences]
     padded = sum(len(rows) * lengths[rows[0]] for rows in batches_of(lengths, tokens))
     if real > WORTH * padded:
@@ -151,7 +152,7 @@ def packed_batches(sequences: list[Sequence], tokens: int, *, long_prompts: bool
     low, high = 0, tokens
     while len(batches) > 1 and high - low > max(1, tokens // EVEN):
         middle = (low + high) // 2
-        smaller, _ = _cut(sequences, order, middle, WIDER * tokens, long_prompts)
+        smaller, _ = _cut(sequences, order, middle, WIDER * tokens, long)
         if len(smaller) > len(batches):
             low = middle
         else:
@@ -159,10 +160,9 @@ def packed_batches(sequences: list[Sequence], tokens: int, *, long_prompts: bool
     return batches
 
 
-def _cut(
-    sequences: list[Sequence], order: list[int], tokens: int, keys: int, long_prompts: bool
-) -> tuple[list[list[int]], int]:
-    """Batches of rows in this order, each of at most `tokens` real tokens and `keys` gathered keys; and the tokens of all."""
+def _cut(sequences: list[Sequence], order: list[int], tokens: int, keys: int, long: int | None) -> tuple[list[list[int]], int]:
+    """Batches of rows in this order, each of at most `tokens` real tokens and `keys` gathered keys; and the tokens of all. Rows
+    of more than `long` tokens have more room beside others with their prompt."""
     batches, real = list[list[int]](), 0
     batch, held, longest = list[int](), 0, 0  # the open one, its tokens, and its longest row
     first: list[int] | None = None  # its first prompt
@@ -176,7 +176,7 @@ def _cut(
         else:
             more = 0 if answer in answers else len(completion)
         gathered = (len(batch) + 1) * max(longest, whole)
-        if long_prompts and own == first:  # rows with one prompt stand together, so there is no other in the batch
+        if long is not None and own == first and whole > long:  # rows with one prompt stand together: it is the only one
             full = held + more > tokens + len(own) or gathered > WIDER_ALONE * max(tokens, whole)
         else:
             full = held + more > tokens or gathered > keys
