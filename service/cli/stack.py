@@ -148,8 +148,13 @@ def restore(directory: BackupDir, data_dir: DataDir = DEFAULT_DATA_DIR) -> None:
     Then start the system there: its jobs go on from their last checkpoints. See to it that the old one does not run.
     """
     from service.local import backup as backups
+    from service.local.place import locked
 
-    facts = _with_settings(data_dir, lambda settings: backups.restore(settings, directory))
+    def work(settings: Any) -> dict[str, Any]:
+        with locked(data_dir):  # `ratchet up` and another restore wait elsewhere
+            return backups.restore(settings, directory)
+
+    facts = _with_settings(data_dir, work)
     say(f"restored: {_held(facts)}")
     say(f"jobs that ran then are queued: {', '.join(facts['queued']) or 'none'}")
 

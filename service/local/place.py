@@ -38,7 +38,7 @@ def locked(data_dir: Path) -> Iterator[None]:
         if not _took(file.fileno()):
             file.seek(0)
             raise CannotStart(
-                f"another `ratchet up` (process {file.read().strip() or 'unknown'}) runs from {data_dir}. "
+                f"another `ratchet up` or restore (process {file.read().strip() or 'unknown'}) runs from {data_dir}. "
                 "Stop it first, or name another directory with --data-dir"
             )
         file.truncate(0)

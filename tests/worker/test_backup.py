@@ -53,7 +53,7 @@ def test_a_live_job_goes_on_from_the_copy_and_ends_with_the_same_weights(
 ) -> None:
     stack.start_worker()
     # Each checkpoint is removed as soon as there is another.
-    job_id = stack.submit(specs.rl(limits={"max_steps": 20}, checkpoints={"every_steps": 1, "keep_last": 1})).id
+    job_id = stack.submit(specs.rl(limits={"max_steps": 60}, checkpoints={"every_steps": 1, "keep_last": 1})).id
     stack.until(job_id, lambda job: job.step >= 3)
     facts = backup(stack.settings, tmp_path / "copy")
     assert stack.job(job_id).status == "running"
@@ -68,7 +68,7 @@ def test_a_live_job_goes_on_from_the_copy_and_ends_with_the_same_weights(
     try:
         resting = copied.job(job_id)
         assert (resting.status, resting.status_reason, resting.crashes) == ("queued", "restored", 0)
-        assert resting.checkpoint_id is not None and 0 < resting.step < 20
+        assert resting.checkpoint_id is not None and 0 < resting.step < 60
         claimed = leases.claim(copied.store, here, "w", {"any"})
         assert claimed is not None
         with Keeper(copied.store, here, copied.doorbell) as keeper:
