@@ -84,6 +84,8 @@ def test_a_long_prompt_is_read_once_though_it_leaves_no_room_for_its_answers():
     assert batches is not None and [len(batch) for batch in batches[:2]] == [10, 10] and batches[2:] in ([], [[20]])
     short = [Sequence([5] * 240, [6 + answer] * 63) for answer in range(16)]  # which have room in twos
     assert packed_batches(short, 768, long_prompts=True) == packed_batches(short, 768)
+    some_short = [Sequence([5] * 380, [6 + answer] * length) for answer, length in enumerate([100] * 5 + [3] * 5)]
+    assert packed_batches(some_short, 768, long_prompts=True) == [list(range(10))]
     many = [Sequence([5] * 1024, [6 + answer]) for answer in range(40)]  # 41,000 keys
     batches = packed_batches(many, 768, long_prompts=True)
     assert batches is not None and max(map(len, batches)) * 1025 <= 16 * 1025

@@ -176,8 +176,8 @@ def _cut(sequences: list[Sequence], order: list[int], tokens: int, keys: int, lo
         else:
             more = 0 if answer in answers else len(completion)
         gathered = (len(batch) + 1) * max(longest, whole)
-        if long is not None and own == first and whole > long:  # rows with one prompt stand together: it is the only one
-            full = held + more > tokens + len(own) or gathered > WIDER_ALONE * max(tokens, whole)
+        if long is not None and own == first and longest > long:  # rows with one prompt stand together: it is the only one
+            full = held + more > tokens + len(own) or gathered > WIDER_ALONE * max(tokens, longest)
         else:
             full = held + more > tokens or gathered > keys
         if batch and full:
