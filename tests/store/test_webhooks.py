@@ -540,6 +540,7 @@ def test_a_courier_is_rung_and_without_redis_it_polls(
         courier.start()
         await asyncio.to_thread(delivered, 1, couriers.EVERY_S / 10)
         await asyncio.to_thread(delivered, 2, couriers.EVERY_S / 10)
+        await asyncio.sleep(0.5)  # it looks once more when it has noted the delivery
         looks.clear()
         await asyncio.sleep(2.5)
         assert not looks  # an idle one costs nothing
