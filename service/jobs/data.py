@@ -292,7 +292,8 @@ def split(rows: DataRows, source: SplitSource, seed: int) -> tuple[DataRows, Dat
     chosen = set(_random(seed, "split").sample(range(len(rows)), held_out))
     out = rows.same_as(chosen) if source.copies == "left_out" else chosen
     if len(out) == len(rows):
-        raise _split_too_large(f"all other rows are the same as the {held_out} that the split holds out", held_out, None)
+        why = f"without copies (data.eval.copies: kept keeps them) all other rows are the same as the {held_out} held out"
+        raise _split_too_large(why, held_out, None)
     return Subset(rows, [i for i in range(len(rows)) if i not in out]), Subset(rows, sorted(chosen))
 
 
